@@ -1,0 +1,3 @@
+// Package steadymq provides self-healing RabbitMQ consumers on
+// github.com/rabbitmq/amqp091-go.
+package steadymq
