@@ -1,0 +1,501 @@
+package steadymq
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+const (
+	// maxPending bounds what waits for the wire. It holds some 50,000 acks: a
+	// peer that reads at all never fills it, and one that does not is ended by
+	// the write deadline.
+	maxPending = 1 << 20
+
+	// writeChunk is what one write deadline covers. A slow reader that takes
+	// this much per deadline is alive, however much is still waiting.
+	writeChunk = 64 << 10
+
+	// readBuffer makes one read of the socket serve many small frames.
+	readBuffer = 64 << 10
+
+	// drainGrace is how long the reader may go on after a failed write: a
+	// broker that closes says why first, and that frame may still be unread.
+	drainGrace = 100 * time.Millisecond
+)
+
+var (
+	errPeerClosed   = fmt.Errorf("the peer closed the connection: %w", io.EOF)
+	errPeerReset    = errors.New("the peer reset the connection")
+	errReadTimeout  = errors.New("the peer went silent: no frame within 1.5 heartbeats")
+	errWatchdog     = errors.New("no byte from the broker")
+	errWriteTimeout = errors.New("the peer takes no more data: write deadline passed")
+)
+
+// errMessageTooLarge says that the broker announced a larger message than
+// this consumer accepts. Nothing of its body was buffered.
+type errMessageTooLarge struct {
+	size, limit uint64
+}
+
+func (e *errMessageTooLarge) Error() string {
+	return fmt.Sprintf("message of %d bytes is larger than the limit of %d bytes: "+
+		"raise the limit or move the message out of the queue", e.size, e.limit)
+}
+
+// socketOptions are the limits of one socket; zero switches a limit off.
+type socketOptions struct {
+	idleTimeout  time.Duration // no byte handed to the driver for this long ends the socket
+	writeTimeout time.Duration // deadline of every write to the wire
+	writeDelay   time.Duration // upper bound a settlement may wait to share a write
+	maxMessage   uint64        // refuse a content header announcing a larger body
+}
+
+type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
+
+// defaultDial dials within timeout, with keep-alive as the net under the
+// heartbeats. userTimeout is how long sent data may stay unacknowledged
+// before the kernel gives the connection up, where the system can tell.
+func defaultDial(timeout, userTimeout time.Duration) dialFunc {
+	d := &net.Dialer{Timeout: timeout, Control: userTimeoutControl(userTimeout)}
+	return d.DialContext
+}
+
+// openSocket dials address, shakes hands if tlsConfig is given, and returns
+// the started socket. All of it ends with ctx, whose cause is then in the error.
+func openSocket(ctx context.Context, dial dialFunc, address string, tlsConfig *tls.Config, o socketOptions) (*socket, error) {
+	raw, err := dialWithin(ctx, dial, address)
+	if err != nil {
+		return nil, withCause(ctx, err)
+	}
+	if tlsConfig == nil {
+		return newSocket(raw, o), nil
+	}
+	conn := tls.Client(raw, clientTLS(tlsConfig, address))
+	if err := conn.HandshakeContext(ctx); err != nil {
+		abort(raw)
+		return nil, withCause(ctx, fmt.Errorf("tls handshake with %s: %w", address, err))
+	}
+	return newSocket(conn, o), nil
+}
+
+// dialWithin returns when ctx ends even if dial does not look at it.
+func dialWithin(ctx context.Context, dial dialFunc, address string) (net.Conn, error) {
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	dialed := make(chan result, 1)
+	go func() {
+		conn, err := dial(ctx, "tcp", address)
+		dialed <- result{conn, err}
+	}()
+
+	select {
+	case r := <-dialed:
+		return r.conn, r.err
+	case <-ctx.Done():
+	}
+	// A dialer that heeds ctx is back at once and leaves nothing behind.
+	late := time.NewTimer(time.Second)
+	defer late.Stop()
+	closeLate := func(r result) {
+		if r.conn != nil {
+			abort(r.conn)
+		}
+	}
+	select {
+	case r := <-dialed:
+		closeLate(r)
+	case <-late.C:
+		go func() { closeLate(<-dialed) }()
+	}
+	return nil, fmt.Errorf("dial %s: %w", address, ctx.Err())
+}
+
+// clientTLS copies the caller's config: the name to verify differs per host,
+// and writing it into a shared config verifies the next host as this one.
+func clientTLS(c *tls.Config, address string) *tls.Config {
+	c = c.Clone()
+	if c.ServerName == "" {
+		c.ServerName = address
+		if host, _, err := net.SplitHostPort(address); err == nil {
+			c.ServerName = host
+		}
+	}
+	c.MinVersion = max(c.MinVersion, tls.VersionTLS12)
+	return c
+}
+
+// withCause says why ctx ended where err only says that it did.
+func withCause(ctx context.Context, err error) error {
+	cause := context.Cause(ctx)
+	if cause == nil || errors.Is(err, cause) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", cause, err)
+}
+
+// socket is the only net.Conn the driver is given. It closes the holes that
+// only the owner of the socket can close: a silent peer is noticed, a blocked
+// write ends, and the first cause is kept where the driver says "501".
+//
+// No method but Write (full buffer), Read and Close blocks, and kill ends
+// those three at once.
+type socket struct {
+	conn net.Conn // what the frames go through
+	raw  net.Conn // what kill closes: conn, or the connection under its TLS
+	opts socketOptions
+
+	start time.Time
+	heard atomic.Int64 // when Read last handed out bytes, since start
+
+	first   atomic.Pointer[ending] // why it ends; the first one stays
+	over    atomic.Bool
+	ended   chan struct{}  // closed once over
+	writer  chan struct{}  // closed when the writer has returned
+	running sync.WaitGroup // the socket's own goroutines
+
+	in inbound // touched by Read's caller only
+
+	wake chan struct{} // tells the writer to look again
+
+	mu       sync.Mutex // held for memory only, never across a blocking call
+	pending  []byte     // waits for the wire
+	spare    []byte     // the other of the two swap buffers
+	room     chan struct{}
+	closing  bool
+	deadline time.Time // the driver's own write deadline
+}
+
+// ending is why a socket ends; the cause is nil after a plain Close.
+type ending struct {
+	cause error
+}
+
+// inbound is the read buffer.
+type inbound struct {
+	buf  []byte
+	r, w int
+}
+
+func newSocket(conn net.Conn, o socketOptions) *socket {
+	s := &socket{
+		conn:   conn,
+		raw:    conn,
+		opts:   o,
+		start:  time.Now(),
+		ended:  make(chan struct{}),
+		writer: make(chan struct{}),
+		wake:   make(chan struct{}, 1),
+		in:     inbound{buf: make([]byte, readBuffer)},
+	}
+	if c, ok := conn.(*tls.Conn); ok {
+		s.raw = c.NetConn()
+	}
+	s.running.Go(s.writeLoop)
+	if o.idleTimeout > 0 {
+		s.running.Go(s.watch)
+	}
+	return s
+}
+
+func (s *socket) done() <-chan struct{} { return s.ended }
+
+// wait blocks until the socket's own goroutines have returned.
+func (s *socket) wait() { s.running.Wait() }
+
+// cause says why the socket ended: nil while it lives and after a plain Close.
+func (s *socket) cause() error {
+	if e := s.first.Load(); e != nil {
+		return e.cause
+	}
+	return nil
+}
+
+// kill ends the socket at once, from any goroutine and in any state. It takes
+// no lock and waits for nobody.
+func (s *socket) kill(cause error) {
+	s.blame(cause)
+	s.end(true)
+}
+
+// blame keeps the first cause.
+func (s *socket) blame(cause error) {
+	s.first.CompareAndSwap(nil, &ending{cause})
+}
+
+// end closes the connection underneath, once.
+func (s *socket) end(reset bool) {
+	if !s.over.CompareAndSwap(false, true) {
+		return
+	}
+	close(s.ended)
+	if reset {
+		abort(s.raw)
+		return
+	}
+	_ = s.raw.Close()
+}
+
+// abort closes a connection without waiting for what it still has to send.
+// A FIN would queue behind that; a reset goes out now and the broker frees
+// the messages in flight.
+func abort(conn net.Conn) {
+	if c, ok := conn.(interface{ SetLinger(sec int) error }); ok {
+		_ = c.SetLinger(0)
+	}
+	_ = conn.Close()
+}
+
+// err is what a call on an ended socket returns.
+func (s *socket) err() error {
+	if cause := s.cause(); cause != nil {
+		return cause
+	}
+	return net.ErrClosed
+}
+
+// watch ends the socket when Read has handed out nothing for too long. That
+// covers a silent peer and a driver that stopped reading alike.
+func (s *socket) watch() {
+	idle := s.opts.idleTimeout
+	timer := time.NewTimer(idle)
+	defer timer.Stop()
+	due := idle
+	for {
+		select {
+		case <-s.ended:
+			return
+		case <-timer.C:
+		}
+		now := time.Since(s.start)
+		next := time.Duration(s.heard.Load()) + idle
+		if next <= now {
+			// A timer this late means that the machine stood still, not the
+			// peer: what it sent meanwhile may lie unread.
+			if now-due < idle/2 {
+				s.kill(fmt.Errorf("%w for %v: the peer or the path to it is dead, or the driver stopped reading", errWatchdog, idle))
+				return
+			}
+			next = now + idle/2
+		}
+		due = next
+		timer.Reset(next - now)
+	}
+}
+
+// Read hands out what came from the broker.
+func (s *socket) Read(p []byte) (int, error) {
+	if s.over.Load() {
+		return 0, s.err()
+	}
+	if s.in.r == s.in.w {
+		n, err := s.conn.Read(s.in.buf)
+		s.in.r, s.in.w = 0, n
+		if n == 0 {
+			return 0, s.readFailed(err)
+		}
+	}
+	n := copy(p, s.in.buf[s.in.r:s.in.w])
+	s.in.r += n
+	s.heard.Store(int64(time.Since(s.start)))
+	return n, nil
+}
+
+// readFailed ends the socket for the reason of a failed read.
+func (s *socket) readFailed(err error) error {
+	if err == nil {
+		return nil
+	}
+	s.blame(readCause(err))
+	s.end(false)
+	return s.err()
+}
+
+func readCause(err error) error {
+	switch {
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return errPeerClosed
+	case errors.Is(err, syscall.ECONNRESET):
+		return fmt.Errorf("%w: %w", errPeerReset, err)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("%w: %w", errReadTimeout, err)
+	}
+	return err
+}
+
+// Write takes p for the wire. It blocks only while the buffer is full: the
+// driver holds its locks meanwhile, so the wire must not.
+func (s *socket) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	for s.full(len(p)) {
+		if s.room == nil {
+			s.room = make(chan struct{})
+		}
+		room := s.room
+		s.mu.Unlock()
+		select {
+		case <-room:
+		case <-s.ended:
+		}
+		s.mu.Lock()
+	}
+	if s.closing || s.over.Load() {
+		s.mu.Unlock()
+		return 0, s.err()
+	}
+	s.pending = append(s.pending, p...)
+	s.mu.Unlock()
+	s.nudge()
+	return len(p), nil
+}
+
+func (s *socket) full(n int) bool {
+	return len(s.pending) > 0 && len(s.pending)+n > maxPending && !s.closing && !s.over.Load()
+}
+
+func (s *socket) nudge() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// writeLoop puts what is pending on the wire until the socket ends, or is
+// closing and nothing is left.
+func (s *socket) writeLoop() {
+	defer close(s.writer)
+	for {
+		batch, closing := s.take()
+		if len(batch) > 0 {
+			if err := s.writeOut(batch); err != nil {
+				s.writeFailed(err)
+				return
+			}
+			continue
+		}
+		if closing {
+			return
+		}
+		select {
+		case <-s.wake:
+		case <-s.ended:
+			return
+		}
+	}
+}
+
+// take swaps the buffers: what is pending goes out, the other fills up.
+func (s *socket) take() (batch []byte, closing bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	batch = s.pending
+	s.pending, s.spare = s.spare[:0], batch
+	if s.room != nil {
+		close(s.room)
+		s.room = nil
+	}
+	return batch, s.closing
+}
+
+// writeOut writes in chunks, each under its own deadline.
+func (s *socket) writeOut(b []byte) error {
+	for len(b) > 0 {
+		s.armWrite()
+		n, err := s.conn.Write(b[:min(len(b), writeChunk)])
+		if err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+func (s *socket) armWrite() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.deadline
+	if s.opts.writeTimeout > 0 {
+		if own := time.Now().Add(s.opts.writeTimeout); t.IsZero() || own.Before(t) {
+			t = own
+		}
+	}
+	_ = s.conn.SetWriteDeadline(t)
+}
+
+// writeFailed ends the socket for the reason of a failed write, after the
+// reader had the chance to find the broker's own words for it.
+func (s *socket) writeFailed(err error) {
+	s.blame(s.writeCause(err))
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		grace := time.NewTimer(drainGrace)
+		defer grace.Stop()
+		select {
+		case <-s.ended:
+		case <-grace.C:
+		}
+	}
+	s.end(true)
+}
+
+func (s *socket) writeCause(err error) error {
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("%w after %v: %w", errWriteTimeout, s.opts.writeTimeout, err)
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return fmt.Errorf("%w: %w", errPeerReset, err)
+	}
+	return err
+}
+
+// Close flushes what is pending, for at most the write timeout, and closes.
+func (s *socket) Close() error {
+	s.mu.Lock()
+	s.closing = true
+	s.mu.Unlock()
+	s.nudge()
+
+	var limit <-chan time.Time
+	if s.opts.writeTimeout > 0 {
+		timer := time.NewTimer(s.opts.writeTimeout)
+		defer timer.Stop()
+		limit = timer.C
+	}
+	select {
+	case <-s.writer:
+		s.blame(nil)
+		s.end(false)
+	case <-s.ended:
+	case <-limit:
+		s.kill(fmt.Errorf("%w after %v: closed with data unsent", errWriteTimeout, s.opts.writeTimeout))
+	}
+	return s.cause()
+}
+
+func (s *socket) LocalAddr() net.Addr  { return s.conn.LocalAddr() }
+func (s *socket) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }
+
+func (s *socket) SetDeadline(t time.Time) error {
+	return errors.Join(s.SetReadDeadline(t), s.SetWriteDeadline(t))
+}
+
+func (s *socket) SetReadDeadline(t time.Time) error { return s.conn.SetReadDeadline(t) }
+
+// SetWriteDeadline shortens the deadline of the writes that follow; it never
+// lengthens the write timeout.
+func (s *socket) SetWriteDeadline(t time.Time) error {
+	s.mu.Lock()
+	s.deadline = t
+	s.mu.Unlock()
+	s.armWrite()
+	return nil
+}
