@@ -40,12 +40,11 @@ type clientConfig struct {
 
 // measurement is what a client process reports.
 type measurement struct {
-	Messages         uint64
-	Elapsed          time.Duration
-	User, System     time.Duration
-	Mallocs, Bytes   uint64
-	GCs              uint32
-	Delivered, Wrong uint64 // of the whole run, as the server saw it
+	Messages       uint64
+	Elapsed        time.Duration
+	User, System   time.Duration
+	Mallocs, Bytes uint64
+	Server         time.Duration // CPU of the replay server in the window
 }
 
 func (m measurement) rate() float64 { return float64(m.Messages) / m.Elapsed.Seconds() }
@@ -121,36 +120,44 @@ func (c *clientConfig) window(ctx context.Context, v variant, meter *meter, ende
 	if err != nil {
 		return m, err
 	}
+	before, err := control.Stats(c.Addr)
+	if err != nil {
+		return m, err
+	}
 	from := meter.sample()
 	if err := pause(ctx, c.Window, ended); err != nil {
 		return m, err
 	}
 	m = meter.sample().since(from)
-	stats, err := drain(ctx, control, c.Addr, v.settles, ended)
-	m.Delivered, m.Wrong = stats.Delivered, stats.Wrong
-	return m, errors.Join(err, stop())
+	after, err := control.Stats(c.Addr)
+	if err != nil {
+		return m, err
+	}
+	m.Server = after.CPU - before.CPU
+	return m, errors.Join(drain(ctx, control, c.Addr, v.settles, ended), stop())
 }
 
 // drain stops the deliveries and waits until what was delivered is settled.
-func drain(ctx context.Context, control *replay.Control, addr string, settles bool, ended <-chan error) (s replay.Stats, err error) {
+func drain(ctx context.Context, control *replay.Control, addr string, settles bool, ended <-chan error) error {
 	if err := control.Stop(addr); err != nil {
-		return s, err
+		return err
 	}
 	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
 		if err := pause(ctx, 20*time.Millisecond, ended); err != nil {
-			return s, err
+			return err
 		}
-		if s, err = control.Stats(addr); err != nil {
-			return s, err
+		s, err := control.Stats(addr)
+		if err != nil {
+			return err
 		}
 		if s.Wrong > 0 || settles && s.Multiple > 0 {
-			return s, fmt.Errorf("%d tags settled twice or unknown, %d with multiple", s.Wrong, s.Multiple)
+			return fmt.Errorf("%d tags settled twice or unknown, %d with multiple", s.Wrong, s.Multiple)
 		}
 		if !settles || s.Settled == s.Delivered {
-			return s, nil
+			return nil
 		}
 	}
-	return s, fmt.Errorf("%d delivered, only %d settled", s.Delivered, s.Settled)
+	return errors.New("what was delivered was not all settled within 5 s")
 }
 
 // pause waits, unless the consumer ends before its time.
@@ -208,7 +215,7 @@ type sample struct {
 func (m *meter) sample() sample {
 	var s sample
 	runtime.ReadMemStats(&s.mem)
-	s.user, s.system = cpuTime()
+	s.user, s.system = replay.CPUTime()
 	s.messages = m.count.Load()
 	s.at = time.Now()
 	return s
@@ -221,7 +228,6 @@ func (s sample) since(from sample) measurement {
 		User:     s.user - from.user, System: s.system - from.system,
 		Mallocs: s.mem.Mallocs - from.mem.Mallocs,
 		Bytes:   s.mem.TotalAlloc - from.mem.TotalAlloc,
-		GCs:     s.mem.NumGC - from.mem.NumGC,
 	}
 }
 

@@ -53,13 +53,13 @@ func (r report) print(w io.Writer) {
 	}
 }
 
-var throughputHead = []string{"consumer", "messages/s", "ratio", "min–max", "user µs", "system µs", "CPU ratio", "allocs", "bytes"}
+var throughputHead = []string{"consumer", "messages/s", "ratio", "min–max", "user µs", "system µs", "CPU ratio", "allocs", "bytes", "server µs"}
 
 func (o outcome) cells() []string {
 	return []string{
 		o.variant.label, grouped(o.rate), fmt.Sprintf("%.2f", o.rateRatio), fmt.Sprintf("%.2f–%.2f", o.rateMin, o.rateMax),
 		fmt.Sprintf("%.2f", o.user), fmt.Sprintf("%.2f", o.system), fmt.Sprintf("%.2f", o.cpuRatio),
-		fmt.Sprintf("%.1f", o.mallocs), fmt.Sprintf("%.0f", o.bytes),
+		fmt.Sprintf("%.1f", o.mallocs), fmt.Sprintf("%.0f", o.bytes), fmt.Sprintf("%.2f", o.server),
 	}
 }
 

@@ -76,12 +76,12 @@ func cross(prefetch, bodies, workers []int, tls []bool) []workload {
 // Ratios are taken within a round, between neighbours in time, so that what
 // else the machine does cancels out.
 type outcome struct {
-	variant                   variant
-	rate, user, system        float64 // messages/s; microseconds per message
-	mallocs, bytes            float64 // per message
-	rateRatio, cpuRatio       float64 // against the first variant
-	rateMin, rateMax          float64 // of rateRatio
-	messages, delivered, errs uint64
+	variant             variant
+	rate, user, system  float64 // messages/s; microseconds per message
+	mallocs, bytes      float64 // per message
+	rateRatio, cpuRatio float64 // against the first variant
+	rateMin, rateMax    float64 // of rateRatio
+	server              float64 // the server's CPU, microseconds per message
 }
 
 type comparison struct {
@@ -194,6 +194,7 @@ func summarize(v variant, ms, base []measurement) outcome {
 	o.system = of(func(_ int, m measurement) float64 { return m.per(micros(m.System)) })
 	o.mallocs = of(func(_ int, m measurement) float64 { return m.per(float64(m.Mallocs)) })
 	o.bytes = of(func(_ int, m measurement) float64 { return m.per(float64(m.Bytes)) })
+	o.server = of(func(_ int, m measurement) float64 { return m.per(micros(m.Server)) })
 	o.cpuRatio = of(func(i int, m measurement) float64 { return cpu(m) / cpu(base[i]) })
 	ratio := func(i int, m measurement) float64 { return m.rate() / base[i].rate() }
 	o.rateRatio = of(ratio)

@@ -16,9 +16,12 @@ import (
 )
 
 // Stats is what a server has seen. Wrong counts settles of a tag that was not
-// open: twice, unknown, or on a channel that is gone.
+// open: twice, unknown, or on a channel that is gone. CPU is what the whole
+// process has used so far.
 type Stats struct {
 	Delivered, Settled, Wrong, Multiple, Subscriptions uint64
+
+	CPU time.Duration
 }
 
 type counters struct {
@@ -28,8 +31,9 @@ type counters struct {
 }
 
 func (c *counters) snapshot() Stats {
+	user, system := CPUTime()
 	return Stats{
-		Delivered: c.delivered.Load(), Settled: c.settled.Load(), Wrong: c.wrong.Load(),
+		CPU: user + system, Delivered: c.delivered.Load(), Settled: c.settled.Load(), Wrong: c.wrong.Load(),
 		Multiple: c.multiple.Load(), Subscriptions: c.subscriptions.Load(),
 	}
 }

@@ -1,14 +1,14 @@
 //go:build unix
 
-package main
+package replay
 
 import (
 	"syscall"
 	"time"
 )
 
-// cpuTime is what this process has used, all threads together.
-func cpuTime() (user, system time.Duration) {
+// CPUTime is what this process has used, all threads together.
+func CPUTime() (user, system time.Duration) {
 	var ru syscall.Rusage
 	if syscall.Getrusage(syscall.RUSAGE_SELF, &ru) != nil {
 		return 0, 0
