@@ -3,6 +3,7 @@ package steadymq
 import (
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -164,14 +165,22 @@ type socket struct {
 	writer  chan struct{}  // closed when the writer has returned
 	running sync.WaitGroup // the socket's own goroutines
 
-	in inbound // touched by Read's caller only
+	in        inbound      // touched by Read's caller only
+	delivered atomic.Int64 // deliveries handed to the driver
 
-	wake chan struct{} // tells the writer to look again
+	wake  chan struct{} // tells the writer to look again
+	delay *time.Timer   // tells the writer that what is held is due
 
-	mu       sync.Mutex // held for memory only, never across a blocking call
-	pending  []byte     // waits for the wire
-	spare    []byte     // the other of the two swap buffers
-	room     chan struct{}
+	mu       sync.Mutex    // held for memory only, never across a blocking call
+	pending  []byte        // waits for the wire
+	spare    []byte        // the other of the two swap buffers
+	urgent   bool          // pending goes out now
+	held     int64         // settlements in pending
+	settled  int64         // settlements written by the driver
+	lastHeld time.Duration // when the last one was, since start
+	due      time.Duration // when pending goes out at the latest, since start
+	armed    bool          // delay is running
+	room     chan struct{} // closed when pending has room again; nil if nobody waits
 	closing  bool
 	deadline time.Time // the driver's own write deadline
 }
@@ -181,10 +190,11 @@ type ending struct {
 	cause error
 }
 
-// inbound is the read buffer.
+// inbound is the read buffer and what is known of the frames in it.
 type inbound struct {
 	buf  []byte
 	r, w int
+	scan scanner
 }
 
 func newSocket(conn net.Conn, o socketOptions) *socket {
@@ -196,8 +206,10 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 		ended:  make(chan struct{}),
 		writer: make(chan struct{}),
 		wake:   make(chan struct{}, 1),
-		in:     inbound{buf: make([]byte, readBuffer)},
+		delay:  time.NewTimer(time.Hour),
+		in:     inbound{buf: make([]byte, readBuffer), scan: scanner{maxMessage: o.maxMessage}},
 	}
+	s.delay.Stop()
 	if c, ok := conn.(*tls.Conn); ok {
 		s.raw = c.NetConn()
 	}
@@ -293,21 +305,32 @@ func (s *socket) watch() {
 	}
 }
 
-// Read hands out what came from the broker.
+// Read hands out what came from the broker, up to the header of a message
+// that is too large.
 func (s *socket) Read(p []byte) (int, error) {
 	if s.over.Load() {
 		return 0, s.err()
 	}
-	if s.in.r == s.in.w {
-		n, err := s.conn.Read(s.in.buf)
-		s.in.r, s.in.w = 0, n
+	in := &s.in
+	if in.r == in.w {
+		n, err := s.conn.Read(in.buf)
+		in.r, in.w = 0, n
 		if n == 0 {
 			return 0, s.readFailed(err)
 		}
 	}
-	n := copy(p, s.in.buf[s.in.r:s.in.w])
-	s.in.r += n
+	n := min(len(p), in.w-in.r)
+	n, deliveries, size := in.scan.next(in.buf[in.r : in.r+n])
+	if n == 0 && size > 0 {
+		s.kill(&errMessageTooLarge{size: size, limit: s.opts.maxMessage})
+		return 0, s.err()
+	}
+	copy(p, in.buf[in.r:in.r+n])
+	in.r += n
 	s.heard.Store(int64(time.Since(s.start)))
+	if deliveries > 0 {
+		s.delivered.Add(deliveries)
+	}
 	return n, nil
 }
 
@@ -354,15 +377,50 @@ func (s *socket) Write(p []byte) (int, error) {
 		return 0, s.err()
 	}
 	s.pending = append(s.pending, p...)
+	now := s.pace(p)
 	s.mu.Unlock()
-	s.nudge()
+	if now {
+		s.nudge()
+	}
 	return len(p), nil
+}
+
+// pace decides whether p goes out now, and with it all before it, or waits for
+// company. Only settlements may wait, and only while the broker is not waiting
+// for them.
+func (s *socket) pace(p []byte) (now bool) {
+	now = s.mustGo(p) && !s.urgent // once urgent, the writer knows
+	s.urgent = s.urgent || now
+	return now
+}
+
+func (s *socket) mustGo(p []byte) bool {
+	if s.opts.writeDelay <= 0 || !isSettlement(p) {
+		return true
+	}
+	at := time.Since(s.start)
+	alone := at-s.lastHeld > s.opts.writeDelay
+	s.lastHeld = at
+	s.held++
+	s.settled++
+	if alone || s.held >= s.delivered.Load()-s.settled {
+		return true
+	}
+	if s.held == 1 {
+		s.due = at + s.opts.writeDelay
+	}
+	if !s.armed {
+		s.armed = true
+		s.delay.Reset(s.due - at)
+	}
+	return false
 }
 
 func (s *socket) full(n int) bool {
 	return len(s.pending) > 0 && len(s.pending)+n > maxPending && !s.closing && !s.over.Load()
 }
 
+// nudge wakes the writer.
 func (s *socket) nudge() {
 	select {
 	case s.wake <- struct{}{}:
@@ -374,6 +432,7 @@ func (s *socket) nudge() {
 // closing and nothing is left.
 func (s *socket) writeLoop() {
 	defer close(s.writer)
+	defer s.delay.Stop()
 	for {
 		batch, closing := s.take()
 		if len(batch) > 0 {
@@ -388,18 +447,42 @@ func (s *socket) writeLoop() {
 		}
 		select {
 		case <-s.wake:
+		case <-s.delay.C:
+			s.expire()
 		case <-s.ended:
 			return
 		}
 	}
 }
 
+// expire makes what was held long enough go out.
+func (s *socket) expire() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.armed = false
+	if s.held == 0 {
+		return
+	}
+	// The timer may have been set for settlements that left early.
+	left := s.due - time.Since(s.start)
+	if left <= 0 {
+		s.urgent = true
+		return
+	}
+	s.armed = true
+	s.delay.Reset(left)
+}
+
 // take swaps the buffers: what is pending goes out, the other fills up.
 func (s *socket) take() (batch []byte, closing bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !s.urgent && !s.closing {
+		return nil, false
+	}
 	batch = s.pending
 	s.pending, s.spare = s.spare[:0], batch
+	s.urgent, s.held = false, 0
 	if s.room != nil {
 		close(s.room)
 		s.room = nil
@@ -498,4 +581,123 @@ func (s *socket) SetWriteDeadline(t time.Time) error {
 	s.mu.Unlock()
 	s.armWrite()
 	return nil
+}
+
+const (
+	frameMethod = 1
+	frameHeader = 2
+	frameBody   = 3
+	frameBeat   = 8
+	frameEnd    = 0xCE
+
+	// class and method in one, as on the wire
+	basicDeliver = 60<<16 | 60
+	basicAck     = 60<<16 | 80
+	basicReject  = 60<<16 | 90
+	basicNack    = 60<<16 | 120
+
+	frameHead  = 7              // type, channel, size
+	methodHead = frameHead + 4  // and class, method
+	headerHead = frameHead + 12 // and class, weight, body size
+
+	settlementSize = 21 // of ack, nack and reject alike
+)
+
+// isSettlement reports whether p is one basic.ack, basic.nack or basic.reject
+// frame: the frames that nobody waits for an answer to.
+func isSettlement(p []byte) bool {
+	if len(p) != settlementSize || p[0] != frameMethod || p[settlementSize-1] != frameEnd {
+		return false
+	}
+	switch binary.BigEndian.Uint32(p[frameHead:]) {
+	case basicAck, basicNack, basicReject:
+		return true
+	}
+	return false
+}
+
+// scanner follows the frames in a stream of reads, by their first bytes only.
+// What it does not understand it leaves alone: judging frames is the driver's
+// work.
+type scanner struct {
+	maxMessage uint64
+	skip       uint64           // bytes to the next frame
+	part       [headerHead]byte // the beginning of a frame that a read cut
+	have       int              // bytes in part
+	off        bool             // not frames, or not any more
+}
+
+// next looks at the following bytes of the stream. It returns how many of them
+// to hand out, how many deliveries begin there and, if the header of a message
+// that is too large stops it, the size of that message.
+func (c *scanner) next(b []byte) (n int, deliveries int64, size uint64) {
+	for n < len(b) && !c.off {
+		if c.skip > 0 {
+			n += c.pass(b[n:])
+			continue
+		}
+		head := c.head(b[n:])
+		if head == nil {
+			break
+		}
+		length := uint64(binary.BigEndian.Uint32(head[3:]))
+		need := needed(head[0])
+		if need == 0 || length+frameHead < uint64(need) {
+			c.off = true
+			break
+		}
+		switch head[0] {
+		case frameMethod:
+			if binary.BigEndian.Uint32(head[frameHead:]) == basicDeliver {
+				deliveries++
+			}
+		case frameHeader:
+			size = binary.BigEndian.Uint64(head[frameHead+4:])
+			if c.maxMessage > 0 && size > c.maxMessage {
+				return n, deliveries, size
+			}
+		}
+		n += need - c.have
+		c.have = 0
+		c.skip = length + frameHead + 1 - uint64(need)
+	}
+	return len(b), deliveries, 0
+}
+
+// pass goes over the rest of a frame.
+func (c *scanner) pass(b []byte) int {
+	n := int(min(c.skip, uint64(len(b))))
+	c.skip -= uint64(n)
+	if c.skip == 0 && b[n-1] != frameEnd {
+		c.off = true
+	}
+	return n
+}
+
+// head returns the beginning of a frame, joined where a read cut it; nil as
+// long as too little of it is there.
+func (c *scanner) head(b []byte) []byte {
+	if c.have == 0 && len(b) >= len(c.part) {
+		return b
+	}
+	have := c.have + copy(c.part[c.have:], b)
+	if have < frameHead || have < needed(c.part[0]) {
+		c.have = have
+		return nil
+	}
+	return c.part[:]
+}
+
+// needed is how much of a frame of this type the scanner looks at; 0 means
+// that there is no such type.
+func needed(typ byte) int {
+	switch typ {
+	case frameMethod:
+		return methodHead
+	case frameHeader:
+		return headerHead
+	case frameBody, frameBeat:
+		return frameHead
+	}
+	return 0
 }
