@@ -1,0 +1,337 @@
+package steadymq
+
+import (
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// Outcome is what became of a delivery.
+type Outcome uint32
+
+const (
+	// Unsettled: no settlement yet. The broker holds the message for this session.
+	Unsettled Outcome = iota
+	// Acked: basic.ack, the message is done.
+	Acked
+	// Requeued: basic.reject with requeue, the message goes back to its queue.
+	Requeued
+	// Discarded: basic.reject without requeue, the message is dropped or, if
+	// its queue has a dead-letter exchange, dead-lettered.
+	Discarded
+	// Stale: the session ended first. The broker delivers the message again.
+	Stale
+)
+
+// String gives the outcome in lower case.
+func (o Outcome) String() string {
+	switch o {
+	case Unsettled:
+		return "unsettled"
+	case Acked:
+		return "acked"
+	case Requeued:
+		return "requeued"
+	case Discarded:
+		return "discarded"
+	case Stale:
+		return "stale"
+	}
+	return "unknown"
+}
+
+// Delivery is one message as one session delivered it. Its embedded
+// amqp.Delivery has the body, headers and properties.
+//
+// A delivery is settled at most once, with multiple=false, on the channel that
+// delivered it and no other; all methods are safe for concurrent use. The
+// embedded Acknowledger is the same fence, so amqp.Delivery's own Ack, Nack and
+// Reject are safe too, and refuse multiple=true with ErrMultiple.
+//
+// Inside a Handler there is usually nothing to settle by hand: the handler's
+// error decides. A handler that settles by itself is respected.
+type Delivery struct {
+	amqp.Delivery
+
+	// tag is a copy: the exported DeliveryTag belongs to the caller, who may
+	// change it.
+	tag     uint64
+	outcome atomic.Uint32
+	settler settler
+}
+
+// settler puts one settlement on the wire. It is called once per delivery.
+type settler interface {
+	settle(tag uint64, o Outcome) error
+	number() uint64
+}
+
+// fence is a Delivery seen as the Acknowledger of its own amqp.Delivery.
+type fence Delivery
+
+var _ amqp.Acknowledger = (*fence)(nil)
+
+func (d *Delivery) init(s settler) {
+	d.tag = d.DeliveryTag
+	d.settler = s
+	d.Acknowledger = (*fence)(d)
+}
+
+// NewDelivery makes a Delivery of no session, for testing handlers. If m has an
+// Acknowledger the settlement is passed on to it, once; else it is only
+// recorded, see Outcome.
+func NewDelivery(m amqp.Delivery) *Delivery {
+	d := &Delivery{Delivery: m}
+	d.init(loose{m.Acknowledger})
+	return d
+}
+
+// Ack settles the delivery as done. It returns nil when the frame was handed to
+// the connection: basic.ack has no reply, only a clean stop proves it (see Run).
+// It returns ErrStale if the session is over and ErrSettled if the delivery was
+// settled before. It does not wait for the broker.
+func (d *Delivery) Ack() error { return d.settle(Acked) }
+
+// Requeue puts the message back into its queue at once (basic.reject with
+// requeue, which counts towards a quorum queue's delivery limit). Errors as Ack.
+// A stream has nothing to requeue into; there it ends the session, which resumes
+// at this message.
+func (d *Delivery) Requeue() error { return d.settle(Requeued) }
+
+// Discard drops the message, or dead-letters it if its queue has a dead-letter
+// exchange (basic.reject without requeue). Errors as Ack.
+func (d *Delivery) Discard() error { return d.settle(Discarded) }
+
+// Outcome returns what became of the delivery so far.
+func (d *Delivery) Outcome() Outcome { return Outcome(d.outcome.Load()) }
+
+// Session returns the number of the session that delivered the message, counted
+// from 1 in each Run; 0 for NewDelivery. (Session, DeliveryTag) is the only
+// identity AMQP 0-9-1 gives a delivery.
+func (d *Delivery) Session() uint64 {
+	if d.settler == nil {
+		return 0
+	}
+	return d.settler.number()
+}
+
+// Attempt returns how often the message has been delivered, this time included,
+// as far as the broker tells: x-delivery-count + 1 on a quorum queue; else 1 for
+// a first delivery and 2 for a redelivered one. On classic queues publishers can
+// forge the header: use it for policy, not for security.
+func (d *Delivery) Attempt() int {
+	if n, ok := headerInt(d.Headers["x-delivery-count"]); ok && n >= 0 && n < 1<<31-1 {
+		return int(n) + 1
+	}
+	if d.Redelivered {
+		return 2
+	}
+	return 1
+}
+
+// headerInt reads any of the integer types a broker may choose for a header.
+func headerInt(v any) (int64, bool) {
+	switch n := v.(type) {
+	case int64:
+		return n, true
+	case int32:
+		return int64(n), true
+	case int16:
+		return int64(n), true
+	case int8:
+		return int64(n), true
+	case int:
+		return int64(n), true
+	case uint8:
+		return int64(n), true
+	case uint16:
+		return int64(n), true
+	case uint32:
+		return int64(n), true
+	}
+	return 0, false
+}
+
+// settle claims the delivery by compare-and-swap and only then sends: of two
+// settlements at the same moment one frame reaches the wire.
+func (d *Delivery) settle(o Outcome) error {
+	if !d.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {
+		if d.Outcome() == Stale {
+			return ErrStale
+		}
+		return ErrSettled
+	}
+	if d.settler == nil {
+		return nil
+	}
+	err := d.settler.settle(d.tag, o)
+	if errors.Is(err, ErrStale) {
+		d.outcome.Store(uint32(Stale))
+	}
+	return err
+}
+
+// claim checks a settlement that came through the amqp.Acknowledger interface.
+func (f *fence) claim(tag uint64, multiple bool, o Outcome) error {
+	if multiple {
+		return ErrMultiple
+	}
+	d := (*Delivery)(f)
+	if tag != d.tag {
+		return errOtherTag
+	}
+	return d.settle(o)
+}
+
+var errOtherTag = errors.New("steadymq: the delivery tag was changed; a delivery can only settle itself; nothing was sent")
+
+// Ack implements amqp.Acknowledger.
+func (f *fence) Ack(tag uint64, multiple bool) error {
+	return f.claim(tag, multiple, Acked)
+}
+
+// Nack implements amqp.Acknowledger.
+func (f *fence) Nack(tag uint64, multiple, requeue bool) error {
+	return f.claim(tag, multiple, rejected(requeue))
+}
+
+// Reject implements amqp.Acknowledger.
+func (f *fence) Reject(tag uint64, requeue bool) error {
+	return f.claim(tag, false, rejected(requeue))
+}
+
+func rejected(requeue bool) Outcome {
+	if requeue {
+		return Requeued
+	}
+	return Discarded
+}
+
+// loose settles the deliveries of NewDelivery.
+type loose struct{ to amqp.Acknowledger }
+
+func (l loose) number() uint64 { return 0 }
+
+func (l loose) settle(tag uint64, o Outcome) error {
+	if l.to == nil {
+		return nil
+	}
+	if o == Acked {
+		return l.to.Ack(tag, false)
+	}
+	return l.to.Reject(tag, o == Requeued)
+}
+
+// verdict is an outcome that travels in a handler's error.
+type verdict struct {
+	outcome Outcome
+	delay   time.Duration
+	err     error
+}
+
+func (v *verdict) Error() string {
+	if v.err == nil {
+		return "steadymq: message " + v.outcome.String()
+	}
+	return v.err.Error()
+}
+
+func (v *verdict) Unwrap() error { return v.err }
+
+// Requeue returns an error that makes a handler put its message back at once,
+// without the hold of WithRequeueDelay. The message may come straight back, to
+// this consumer too: use it for "another consumer should take this". err may be
+// nil; errors.Is and errors.As see through to it.
+func Requeue(err error) error { return &verdict{outcome: Requeued, err: err} }
+
+// RequeueAfter returns an error that makes a handler put its message back after
+// d. Until then the message stays unsettled and occupies one place of the
+// prefetch, but no worker. It goes back at once when the consumer stops. Keep d
+// well below the broker's consumer timeout (30 minutes by default). A d of zero
+// or less means at once. err may be nil.
+func RequeueAfter(err error, d time.Duration) error {
+	return &verdict{outcome: Requeued, delay: max(d, 0), err: err}
+}
+
+// Discard returns an error that makes a handler drop its message, or
+// dead-letter it if the queue has a dead-letter exchange. err may be nil.
+func Discard(err error) error { return &verdict{outcome: Discarded, err: err} }
+
+// judge turns a handler's error into an outcome and how long to hold the
+// delivery before it.
+func judge(err error, requeueDelay time.Duration) (Outcome, time.Duration) {
+	if err == nil {
+		return Acked, 0
+	}
+	var v *verdict
+	if errors.As(err, &v) {
+		return v.outcome, v.delay
+	}
+	return Requeued, jitter(requeueDelay)
+}
+
+// jitter spreads d over [d/2, d*3/2), so that messages that failed together do
+// not come back together.
+func jitter(d time.Duration) time.Duration {
+	if d <= 0 {
+		return 0
+	}
+	return d/2 + rand.N(d)
+}
+
+// holds are the deliveries of a session that wait for their requeue.
+type holds struct {
+	mu       sync.Mutex
+	timers   map[*Delivery]*time.Timer
+	released bool
+}
+
+// add requeues d after delay, or at once when the session no longer holds.
+func (h *holds) add(d *Delivery, delay time.Duration) {
+	if delay > 0 && h.keep(d, delay) {
+		return
+	}
+	_ = d.Requeue()
+}
+
+func (h *holds) keep(d *Delivery, delay time.Duration) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.released {
+		return false
+	}
+	if h.timers == nil {
+		h.timers = make(map[*Delivery]*time.Timer)
+	}
+	h.timers[d] = time.AfterFunc(delay, func() {
+		if h.remove(d) {
+			_ = d.Requeue()
+		}
+	})
+	return true
+}
+
+func (h *holds) remove(d *Delivery) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	_, ok := h.timers[d]
+	delete(h.timers, d)
+	return ok
+}
+
+// release ends all holds: the deliveries are settled at once, as requeued while
+// their session lives and as stale after it.
+func (h *holds) release() {
+	h.mu.Lock()
+	held := h.timers
+	h.timers, h.released = nil, true
+	h.mu.Unlock()
+	for d, timer := range held {
+		timer.Stop()
+		_ = d.Requeue()
+	}
+}

@@ -1,0 +1,311 @@
+package steadymq
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/url"
+	"os"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// endpoint is one broker address and how to log in there.
+type endpoint struct {
+	uri       amqp.URI
+	address   string        // host:port, all that is ever shown
+	heartbeat time.Duration // of the URL's heartbeat parameter, 0 for none
+}
+
+// errBadURL never wraps the parser's error, whose text is the URL with its password.
+var errBadURL = errors.New("invalid AMQP URL (not shown, it may hold a password): want amqp:// or amqps://user:password@host:port/vhost, with special characters in user, password and vhost percent-encoded (net/url.UserPassword does it)")
+
+func parseEndpoint(text string) (endpoint, error) {
+	uri, err := amqp.ParseURI(text)
+	if err != nil {
+		return endpoint{}, errBadURL
+	}
+	e := endpoint{uri: uri, address: net.JoinHostPort(uri.Host, strconv.Itoa(uri.Port))}
+	if uri.Port < 1 || uri.Port > 65535 {
+		return endpoint{}, errBadURL
+	}
+	u, err := url.Parse(text)
+	if err != nil {
+		return endpoint{}, errBadURL
+	}
+	if v := u.Query().Get("heartbeat"); v != "" {
+		seconds, err := strconv.Atoi(v)
+		if err != nil || seconds < 1 || seconds > 600 {
+			return endpoint{}, fmt.Errorf("the heartbeat parameter of the URL of host %s must be 1 to 600 seconds; a consumer without heartbeats never notices a dead path", e.address)
+		}
+		e.heartbeat = time.Duration(seconds) * time.Second
+	}
+	return e, nil
+}
+
+// tlsConfig returns the TLS configuration of a dial to e, nil for plain amqp.
+// openSocket clones it and fills in the server's name.
+func (e endpoint) tlsConfig(given *tls.Config) (*tls.Config, error) {
+	if e.uri.Scheme != "amqps" {
+		return nil, nil
+	}
+	if given != nil {
+		return given, nil
+	}
+	c := &tls.Config{ServerName: e.uri.ServerName, MinVersion: tls.VersionTLS12}
+	if file := e.uri.CACertFile; file != "" {
+		pem, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fmt.Errorf("read the URL's cacertfile: %w", err)
+		}
+		c.RootCAs = x509.NewCertPool()
+		if !c.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("the URL's cacertfile %s holds no PEM certificate", file)
+		}
+	}
+	if e.uri.CertFile != "" && e.uri.KeyFile != "" {
+		pair, err := tls.LoadX509KeyPair(e.uri.CertFile, e.uri.KeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("load the URL's certfile and keyfile: %w", err)
+		}
+		c.Certificates = []tls.Certificate{pair}
+	}
+	return c, nil
+}
+
+// login returns the mechanisms to offer, best first.
+func (e endpoint) login(given []amqp.Authentication) []amqp.Authentication {
+	if given != nil {
+		return given
+	}
+	var auth []amqp.Authentication
+	for _, name := range e.uri.AuthMechanism {
+		switch name {
+		case "external":
+			auth = append(auth, &amqp.ExternalAuth{})
+		case "amqplain":
+			auth = append(auth, e.uri.AMQPlainAuth())
+		case "plain":
+			auth = append(auth, e.uri.PlainAuth())
+		}
+	}
+	if auth == nil {
+		auth = append(auth, e.uri.PlainAuth())
+	}
+	return auth
+}
+
+// connection is one socket with one *amqp.Connection on it. It is never
+// repaired, only replaced. One goroutine, watch, owns its end.
+type connection struct {
+	host         string
+	socket       *socket
+	amqp         *amqp.Connection
+	closeTimeout time.Duration
+
+	closed chan *amqp.Error   // the driver's NotifyClose
+	end    *notifier          // the first cause of its end
+	leave  chan time.Duration // asks for an orderly close within a limit
+	left   bool               // leave was asked; the supervisor's
+	gone   chan struct{}      // closed when nothing of it is left
+
+	channelFailures []time.Time // recent ones, for the escalation; the supervisor's
+}
+
+// openConnection dials e and opens an AMQP connection there, all within ctx.
+// The error is a *SessionError without its number.
+func openConnection(ctx context.Context, c *config, e endpoint) (*connection, error) {
+	tlsConfig, err := e.tlsConfig(c.tls)
+	if err != nil {
+		return nil, &SessionError{Op: "open", Err: err}
+	}
+	var dialed atomic.Bool
+	socket, err := openSocket(ctx, c.dialer(&dialed), e.address, tlsConfig, c.socketOptions())
+	if err != nil {
+		// A TCP connect that fails costs the broker nothing; a TLS handshake does.
+		op := "dial"
+		if dialed.Load() {
+			op = "open"
+		}
+		return nil, &SessionError{Op: op, Err: err}
+	}
+	unguard := context.AfterFunc(ctx, func() { socket.kill(context.Cause(ctx)) })
+	defer unguard()
+
+	asked := time.Now()
+	conn, err := amqp.Open(socket, c.amqpConfig(e))
+	if err != nil {
+		err = handshakeCause(err, socket, time.Since(asked))
+		socket.kill(err)
+		if conn != nil {
+			_ = conn.Close() // the socket is dead: it only frees the driver's goroutines
+		}
+		socket.wait()
+		return nil, &SessionError{Op: "open", Err: err}
+	}
+	opened := &connection{
+		host:         e.address,
+		socket:       socket,
+		amqp:         conn,
+		closeTimeout: c.closeTimeout,
+		closed:       conn.NotifyClose(make(chan *amqp.Error, 1)),
+		end:          newNotifier(),
+		leave:        make(chan time.Duration, 1),
+		gone:         make(chan struct{}),
+	}
+	go opened.watch()
+	return opened, nil
+}
+
+// dialer bounds the dial and notes that it succeeded.
+func (c *config) dialer(dialed *atomic.Bool) dialFunc {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, c.dialTimeout)
+		defer cancel()
+		conn, err := c.dial(ctx, network, address)
+		dialed.Store(err == nil)
+		return conn, err
+	}
+}
+
+func (c *config) socketOptions() socketOptions {
+	return socketOptions{
+		idleTimeout:  2 * c.heartbeat,
+		writeTimeout: c.heartbeat,
+		writeDelay:   c.writeDelay,
+		maxMessage:   c.maxMessage,
+	}
+}
+
+// amqpConfig is made anew for every dial: the driver writes into its maps.
+// Recovery stays nil, always: it reuses the channel, so that a late ack settles
+// another message.
+func (c *config) amqpConfig(e endpoint) amqp.Config {
+	properties := maps.Clone(amqp.NewConnectionProperties())
+	properties["product"] = "steadymq"
+	if c.connectionName != "" {
+		properties.SetClientConnectionName(c.connectionName)
+	}
+	return amqp.Config{
+		SASL:       e.login(c.sasl),
+		Vhost:      e.uri.Vhost,
+		Heartbeat:  c.heartbeat,
+		Locale:     "en_US",
+		Properties: properties,
+		ChannelMax: e.uri.ChannelMax,
+	}
+}
+
+// loginSilence is what a refused login looks like: RabbitMQ waits 3 s and closes
+// without a word, while a lost socket closes whenever it is lost.
+const loginSilence = 2500 * time.Millisecond
+
+// errLoginRefused is what a silent close after 3 s most probably means.
+var errLoginRefused = errors.New("the broker closed the socket after 3s of silence, which is how RabbitMQ refuses a login: check user name, password and mechanism (a cut network path can look the same)")
+
+// handshakeCause tells why Open failed. The driver reports a socket lost in the
+// handshake as "403 username or password" or "403 vhost" without having heard
+// that from the broker, so only what the broker itself said is believed.
+func handshakeCause(err error, s *socket, took time.Duration) error {
+	var said *amqp.Error
+	if errors.As(err, &said) && said.Server {
+		return said
+	}
+	lost := s.cause()
+	atLogin := errors.Is(err, amqp.ErrCredentials)
+	if atLogin && took >= loginSilence && (lost == nil || errors.Is(lost, errPeerClosed)) {
+		return errLoginRefused
+	}
+	switch {
+	case lost == nil:
+		return err
+	case atLogin:
+		return fmt.Errorf("lost while logging in: %w", lost)
+	case errors.Is(err, amqp.ErrVhost):
+		return fmt.Errorf("lost while opening the virtual host: %w", lost)
+	}
+	return fmt.Errorf("lost in the handshake: %w", lost)
+}
+
+// explain prefers what the broker said, then what the socket saw, to the
+// driver's catch-all "501".
+func (c *connection) explain(err error) error {
+	var said *amqp.Error
+	if errors.As(err, &said) && said.Server {
+		return said
+	}
+	if cause := c.socket.cause(); cause != nil {
+		return cause
+	}
+	if err == nil {
+		return errStopped
+	}
+	return err
+}
+
+// watch waits for the end of the connection and then sees to it that nothing of
+// it stays: driver, socket and goroutines.
+func (c *connection) watch() {
+	defer close(c.gone)
+	limit := c.closeTimeout
+	select {
+	case err := <-c.closed:
+		c.end.notify(c.explain(errorOrNil(err)))
+	case <-c.socket.done():
+		c.end.notify(c.endOfSocket())
+	case limit = <-c.leave:
+	}
+	c.teardown(limit)
+	c.end.notify(errStopped)
+}
+
+// endOfSocket explains a socket that ended before the driver said why. The
+// driver closes it too, right after it has reported what the broker said.
+func (c *connection) endOfSocket() error {
+	select {
+	case err := <-c.closed:
+		return c.explain(errorOrNil(err))
+	default:
+		return c.explain(nil)
+	}
+}
+
+// errorOrNil keeps a nil *amqp.Error from becoming an error that is not nil.
+func errorOrNil(err *amqp.Error) error {
+	if err == nil {
+		return nil
+	}
+	return err
+}
+
+// teardown closes in an orderly way within the close limit, then by closing the
+// socket, which frees every goroutine of the driver that waits for it.
+func (c *connection) teardown(limit time.Duration) {
+	kill := time.AfterFunc(limit, func() { c.socket.kill(errCloseTimeout) })
+	_ = c.amqp.CloseDeadline(time.Now().Add(limit))
+	kill.Stop()
+	c.socket.kill(nil)
+	drain(c.closed)
+	c.socket.wait()
+}
+
+// close asks for an orderly close within limit and returns at once; gone tells
+// the end. Only the supervisor calls it.
+func (c *connection) close(limit time.Duration) {
+	if !c.left {
+		c.left = true
+		c.leave <- limit
+	}
+}
+
+// alive tells whether a new session may be opened on it.
+func (c *connection) alive() bool {
+	return !c.left && c.end.cause() == nil && !c.amqp.IsClosed()
+}

@@ -1,0 +1,496 @@
+package steadymq
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+)
+
+// Handler handles one delivery. Its error decides the outcome: nil acks the
+// message; Discard drops or dead-letters it; Requeue and RequeueAfter put it
+// back; any other error, and a panic, puts it back after the hold of
+// WithRequeueDelay. Nothing is ever dropped unless the handler says so.
+//
+// Up to WithConcurrency handlers run at once. ctx carries the values of Run's
+// context and ends when the delivery's session is lost (context.Cause is a
+// *SessionError), after WithHandlerTimeout (ErrHandlerTimeout), or when the drain
+// limit has passed (*DrainError); it does not end with Run's context, so that
+// running handlers can finish. Work done after the session is lost is done
+// again, for the broker delivers the message once more: make it idempotent.
+type Handler func(ctx context.Context, d *Delivery) error
+
+// Consumer keeps one subscription to one queue alive. Make it with New. All
+// methods are safe for concurrent use.
+type Consumer struct {
+	config  *config
+	running atomic.Bool
+	state   atomic.Int32
+	stats   *counters
+	broken  atomic.Pointer[hookError]
+}
+
+// New checks url, queue and options and returns a Consumer. It dials nothing.
+//
+// url is amqp://user:password@host:port/vhost, or amqps for TLS; see
+// https://www.rabbitmq.com/docs/uri-spec. queue must exist when the consumer
+// subscribes (until then it keeps asking), unless WithQueue or WithTopology
+// declares it.
+//
+// The error joins one *OptionError per problem; it never holds the URL.
+func New(url, queue string, opts ...Option) (*Consumer, error) {
+	c, err := build(url, queue, opts)
+	if err != nil {
+		return nil, err
+	}
+	return &Consumer{config: c, stats: new(counters)}, nil
+}
+
+// Consume is New and Run in one call.
+func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) error {
+	c, err := New(url, queue, opts...)
+	if err != nil {
+		return err
+	}
+	return c.Run(ctx, h)
+}
+
+// Run consumes until ctx ends, and heals from everything on the way. It blocks.
+//
+// When ctx ends, Run takes no new work (basic.cancel), puts back what no handler
+// has started, waits for running handlers within the drain limit, has their acks
+// confirmed by the broker's close-ok, closes the connection and returns nil.
+//
+// It returns an error that matches
+//   - ErrDrainTimeout if handlers were still running at the drain limit (errors.As
+//     with *DrainError tells how many); the broker delivers their messages again;
+//   - *SessionError with Op "lost" if the connection was lost while draining:
+//     the last acks may not have arrived and their messages come again;
+//   - *SessionError before the first session only, when the broker says plainly
+//     that the configuration cannot work (no such virtual host, no permission,
+//     inequivalent queue, refused combination) or refuses the login three times
+//     in a row. Once there has been a session Run never gives up. WithFatal
+//     replaces this rule;
+//   - *OptionError if h is nil, or if a hook has panicked (with the *PanicError);
+//   - ErrRunning if the Consumer is running already.
+//
+// A Consumer may be run again after Run has returned.
+func (c *Consumer) Run(ctx context.Context, h Handler) error {
+	if h == nil {
+		return &OptionError{"Run", "the handler must not be nil"}
+	}
+	if ctx == nil {
+		return &OptionError{"Run", "the context must not be nil"}
+	}
+	if broken := c.broken.Load(); broken != nil {
+		return broken
+	}
+	if !c.running.CompareAndSwap(false, true) {
+		return ErrRunning
+	}
+	defer c.running.Store(false)
+	return newSupervisor(ctx, c, h).run()
+}
+
+// State returns what the Consumer is doing.
+func (c *Consumer) State() State { return State(c.state.Load()) }
+
+// Stats is a snapshot of a Consumer's counters, over all its Runs.
+type Stats struct {
+	// State is what the Consumer is doing.
+	State State
+	// Sessions counts sessions that reached consuming, Connections the
+	// connections opened, Dials the tries.
+	Sessions, Connections, Dials uint64
+	// Handling is the number of handlers running now.
+	Handling int
+	// Delivered counts deliveries given to a handler. It is the sum of Acked,
+	// Requeued, Discarded and Stale plus those not settled yet.
+	Delivered uint64
+	// Acked, Requeued and Discarded count settlements that were sent.
+	Acked, Requeued, Discarded uint64
+	// Stale counts settlements that came after the end of their session and
+	// were not sent; the broker delivers those messages again.
+	Stale uint64
+	// Failed counts handlers that returned an error or panicked.
+	Failed uint64
+	// Abandoned counts what could not be ended in time: a user's function
+	// that ignored its context, or a teardown that outlasted its limit.
+	Abandoned uint64
+	// EventsDropped counts changes of state no hook or log line told, because
+	// the hook or the logger was too slow.
+	EventsDropped uint64
+}
+
+// Stats returns the counters. They are read one after the other, not at one instant.
+func (c *Consumer) Stats() Stats {
+	n := c.stats
+	return Stats{
+		State:         c.State(),
+		Sessions:      n.sessions.Load(),
+		Connections:   n.connections.Load(),
+		Dials:         n.dials.Load(),
+		Handling:      int(n.handling.Load()),
+		Delivered:     n.delivered.Load(),
+		Acked:         n.outcomes[Acked].Load(),
+		Requeued:      n.outcomes[Requeued].Load(),
+		Discarded:     n.outcomes[Discarded].Load(),
+		Stale:         n.stale.Load(),
+		Failed:        n.failed.Load(),
+		Abandoned:     n.abandoned.Load(),
+		EventsDropped: n.eventsDropped.Load(),
+	}
+}
+
+type counters struct {
+	sessions, connections, dials atomic.Uint64
+	handling                     atomic.Int64
+	delivered, failed, stale     atomic.Uint64
+	outcomes                     [Stale]atomic.Uint64 // by Outcome
+	abandoned, eventsDropped     atomic.Uint64
+}
+
+// supervisor is one Run. Its goroutine, Run's caller, is the only one that
+// changes the state: one function per state, each returning the next.
+type supervisor struct {
+	consumer *Consumer
+	config   *config
+	stats    *counters
+	ctx      context.Context // of Run: its end asks for the stop
+	handlers context.Context // the same values, without its end
+
+	retry    *retry
+	hosts    *hosts
+	pool     *pool
+	reporter *reporter
+
+	conn    *connection
+	session *session
+	last    *link // where the workers go next
+	number  uint64
+	tag     string
+	host    string
+
+	leaving []<-chan struct{} // old sessions and connections on their way out
+	cause   error             // of the last failure
+	retryIn time.Duration
+	err     error // what Run returns
+}
+
+type stateFunc func() stateFunc
+
+func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
+	for i := len(c.config.middleware) - 1; i >= 0; i-- {
+		h = c.config.middleware[i](h)
+	}
+	random := make([]byte, 4)
+	_, _ = rand.Read(random) // never fails
+	reporter := newReporter(ctx, c.config, &c.stats.eventsDropped)
+	return &supervisor{
+		consumer: c,
+		config:   c.config,
+		stats:    c.stats,
+		ctx:      ctx,
+		handlers: context.WithoutCancel(ctx),
+		retry:    newRetry(c.config),
+		hosts:    newHosts(c.config),
+		reporter: reporter,
+		pool: &pool{
+			handler:  h,
+			config:   c.config,
+			stats:    c.stats,
+			reporter: reporter,
+			stop:     make(chan struct{}),
+			done:     make(chan struct{}),
+		},
+		last: newLink(nil),
+		tag:  c.config.tagPrefix + "-" + hex.EncodeToString(random),
+	}
+}
+
+func (s *supervisor) run() error {
+	ctx, stop := context.WithCancelCause(s.ctx)
+	defer stop(nil)
+	s.ctx = ctx
+	go func() { // ends with ctx, which ends with Run
+		select {
+		case <-s.reporter.broken.ended:
+			stop(errStopped)
+		case <-ctx.Done():
+		}
+	}()
+	s.pool.start(s.last)
+	for state := s.connecting; state != nil; {
+		state = state()
+	}
+	s.enter(Stopped, s.err)
+	s.reporter.stop()
+	return s.result()
+}
+
+// result puts a hook's panic before everything else.
+func (s *supervisor) result() error {
+	var broken *hookError
+	if errors.As(s.reporter.broken.cause(), &broken) {
+		s.consumer.broken.Store(broken)
+		return errors.Join(broken, s.err)
+	}
+	return s.err
+}
+
+// connecting tries once to get a session, on the connection there is or on a new
+// one.
+func (s *supervisor) connecting() stateFunc {
+	if s.ctx.Err() != nil {
+		return s.draining
+	}
+	s.enter(Connecting, nil)
+	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
+	defer cancel()
+	if s.conn != nil && !s.conn.alive() {
+		s.dropConnection(s.config.closeTimeout)
+	}
+	conn, number := s.conn, s.number+1
+	e := endpoint{}
+	if conn == nil && s.config.urlFunc == nil {
+		e = s.hosts.next(time.Now())
+		s.host = e.address
+	}
+	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number) }, func() { s.stats.abandoned.Add(1) })
+	if a.conn != nil {
+		s.conn, s.host = a.conn, a.conn.host
+	}
+	if a.err != nil {
+		var at *SessionError
+		if errors.As(a.err, &at) {
+			at.Session = number
+		}
+		return s.failed(a.err)
+	}
+	s.number, s.session = number, a.session
+	return s.consuming
+}
+
+// open is one try. It runs on a goroutine of its own and touches nothing of the
+// supervisor that changes.
+func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, number uint64) attempt {
+	if conn == nil {
+		var err error
+		if conn, err = s.connect(ctx, e); err != nil {
+			return attempt{err: err}
+		}
+	}
+	tag := fmt.Sprintf("%s-%d", s.tag, number)
+	session, err := conn.openSession(ctx, s.handlers, s.config, s.stats, number, tag)
+	return attempt{conn: conn, session: session, err: err}
+}
+
+func (s *supervisor) connect(ctx context.Context, e endpoint) (*connection, error) {
+	if s.config.urlFunc != nil {
+		var err error
+		if e, err = s.askURL(ctx); err != nil {
+			return nil, &SessionError{Op: "dial", Err: err}
+		}
+	}
+	s.stats.dials.Add(1)
+	conn, err := openConnection(ctx, s.config, e)
+	if err == nil {
+		s.stats.connections.Add(1)
+	}
+	return conn, err
+}
+
+func (s *supervisor) askURL(ctx context.Context) (e endpoint, err error) {
+	text, err := s.config.urlFunc(ctx)
+	if err != nil {
+		return endpoint{}, fmt.Errorf("WithURLFunc: %w", err)
+	}
+	return parseEndpoint(text)
+}
+
+// consuming waits for the end of the session or of Run's context.
+func (s *supervisor) consuming() stateFunc {
+	s.stats.sessions.Add(1)
+	s.retry.consuming()
+	s.hosts.worked(s.host)
+	s.last = s.last.follow(s.session)
+	s.enter(Consuming, nil)
+	select {
+	case <-s.session.ended.ended:
+		session := s.session
+		s.release()
+		if session.healthy(time.Now()) {
+			s.retry.healthy()
+		}
+		return s.failed(session.ended.cause())
+	case <-s.ctx.Done():
+		return s.draining
+	}
+}
+
+// release lets the session go its way out, and with it its connection if that is
+// not worth keeping.
+func (s *supervisor) release() {
+	s.leaving = append(s.leaving, s.session.gone)
+	s.session = nil
+}
+
+// failed looks at a failure: is it the end, does it take the connection with it,
+// when is the next try?
+func (s *supervisor) failed(err error) stateFunc {
+	if s.ctx.Err() != nil {
+		return s.draining
+	}
+	now := time.Now()
+	kind := classify(err)
+	s.hosts.failed(s.host, kind, now)
+	s.keepOrReplace(kind, now)
+	if s.retry.givesUp(err) {
+		s.err = err
+		return s.draining
+	}
+	another := s.conn == nil && len(s.hosts.endpoints) > 1 && !s.hosts.allTried()
+	s.cause, s.retryIn = err, s.retry.wait(err, now, another)
+	return s.backoff
+}
+
+// keepOrReplace gives the connection up unless it stands and has not failed its
+// sessions too often.
+func (s *supervisor) keepOrReplace(kind class, now time.Time) {
+	if s.conn == nil {
+		return
+	}
+	if s.conn.alive() && (kind == classLocked || !s.conn.escalates(now)) {
+		return
+	}
+	s.dropConnection(s.config.closeTimeout)
+}
+
+func (s *supervisor) dropConnection(limit time.Duration) {
+	if s.conn == nil {
+		return
+	}
+	s.conn.close(limit)
+	s.leaving = append(s.leaving, s.conn.gone)
+	s.conn = nil
+	s.sweep()
+}
+
+// sweep forgets what has gone.
+func (s *supervisor) sweep() {
+	still := s.leaving[:0]
+	for _, gone := range s.leaving {
+		select {
+		case <-gone:
+		default:
+			still = append(still, gone)
+		}
+	}
+	clear(s.leaving[len(still):])
+	s.leaving = still
+}
+
+// backoff waits for the next try.
+func (s *supervisor) backoff() stateFunc {
+	s.enter(Backoff, s.cause)
+	timer := time.NewTimer(s.retryIn)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		s.sweep()
+		return s.connecting
+	case <-s.ctx.Done():
+		return s.draining
+	}
+}
+
+// teardownGrace is what a teardown may take beyond its limits before it is
+// counted as abandoned.
+const teardownGrace = 500 * time.Millisecond
+
+// draining stops in order: the session within the drain limit, every handler
+// within the same limit, then the connection and all that is still on its way
+// out within the close limit.
+func (s *supervisor) draining() stateFunc {
+	s.enter(Draining, nil)
+	limit := time.NewTimer(s.config.drainTimeout)
+	defer limit.Stop()
+	close(s.pool.stop)
+	left := s.config.closeTimeout
+	if s.session != nil {
+		close(s.session.stop)
+		<-s.session.gone // bounded by the drain limit and the close limit
+		s.note(s.session.drained)
+		left -= s.session.closing
+	}
+	if !s.handlersDone(limit.C) {
+		s.note(&DrainError{Handlers: int(s.stats.handling.Load()), Limit: s.config.drainTimeout})
+	}
+	s.dropConnection(max(left, time.Millisecond))
+	s.awaitLeaving()
+	return nil
+}
+
+// note keeps the first error as Run's.
+func (s *supervisor) note(err error) {
+	if s.err == nil {
+		s.err = err
+	}
+}
+
+// handlersDone waits for all workers, those of dead sessions included, until the
+// drain limit; handlers whose context has just ended get a moment more.
+func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
+	var drain *DrainError
+	if !errors.As(s.err, &drain) {
+		select {
+		case <-s.pool.done:
+			return true
+		case <-limit:
+		}
+	}
+	grace := time.NewTimer(teardownGrace)
+	defer grace.Stop()
+	select {
+	case <-s.pool.done:
+		return true
+	case <-grace.C:
+		return false
+	}
+}
+
+// awaitLeaving waits until nothing of any session or connection is left, and
+// counts what outlasts its limit.
+func (s *supervisor) awaitLeaving() {
+	limit := time.NewTimer(s.config.closeTimeout + teardownGrace)
+	defer limit.Stop()
+	for i, gone := range s.leaving {
+		select {
+		case <-gone:
+		case <-limit.C:
+			s.stats.abandoned.Add(uint64(len(s.leaving) - i))
+			return
+		}
+	}
+}
+
+// enter changes the state and tells it.
+func (s *supervisor) enter(to State, cause error) {
+	from := State(s.consumer.state.Swap(int32(to)))
+	change := StateChange{
+		Time:    time.Now(),
+		From:    from,
+		To:      to,
+		Session: s.number,
+		Host:    s.host,
+		Attempt: s.retry.failures,
+		Cause:   cause,
+	}
+	if to == Backoff {
+		change.RetryIn = s.retryIn
+	}
+	s.reporter.tell(report{change: change})
+}

@@ -1,0 +1,134 @@
+package steadymq
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Errors of settling a delivery. All of them leave the wire untouched.
+var (
+	// ErrStale is returned by a settlement that comes too late: the session
+	// that delivered the message is over, the broker has put the message back
+	// and will deliver it again. Nothing was sent. A handler that sees it has
+	// done work that will be done once more; make the work idempotent.
+	ErrStale = errors.New("steadymq: stale delivery: its session is over and the broker delivers the message again; nothing was sent")
+
+	// ErrSettled is returned by the second and every later settlement of one
+	// delivery, whatever the outcomes. Nothing was sent.
+	ErrSettled = errors.New("steadymq: this delivery is already settled; nothing was sent")
+
+	// ErrMultiple is returned by a settlement with multiple=true: it would
+	// settle the deliveries of other handlers that are still at work. Nothing
+	// was sent and the delivery is still unsettled.
+	ErrMultiple = errors.New("steadymq: multiple=true is refused, it would settle deliveries that other handlers still work on; settle each delivery on its own")
+)
+
+// Errors of Run.
+var (
+	// ErrRunning is returned by a second Run of a Consumer that is running.
+	// Make another Consumer for a second subscription.
+	ErrRunning = errors.New("steadymq: this Consumer is already running; make another Consumer with New for a second subscription")
+
+	// ErrDrainTimeout is returned by Run when handlers were still running at
+	// the end of the drain limit. errors.As with *DrainError tells how many.
+	ErrDrainTimeout = errors.New("steadymq: drain limit passed")
+
+	// ErrHandlerTimeout is the cause (context.Cause) of a handler's context
+	// that ended by the limit of WithHandlerTimeout.
+	ErrHandlerTimeout = errors.New("steadymq: handler timeout")
+)
+
+// Reasons the library ends something by itself. They appear as causes inside
+// a SessionError.
+var (
+	errSetupTimeout = errors.New("setup limit passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)")
+	errCloseTimeout = errors.New("close limit passed without an answer, so the socket was closed (WithCloseTimeout)")
+	errCancelled    = errors.New("the broker cancelled the consumer (basic.cancel): the queue was deleted or moved, or a delivery was held longer than the consumer timeout")
+	errChannelEnded = errors.New("the channel ended without a reason from the broker")
+	errStopped      = errors.New("the consumer was stopped")
+	errEscalated    = errors.New("three channel failures within 30s: the connection is replaced too")
+)
+
+// SessionError says at which step a session failed and why. It is the error
+// of Run when it gives up, the cause (context.Cause) of a handler's context
+// whose session was lost, and what hooks and log lines carry.
+//
+// Unwrap gives the reason: an *amqp.Error with Server set when the broker said
+// it, else the error of the network (net.Error, io.EOF, *tls.CertificateVerificationError)
+// or one of the library's limits. It never holds a password.
+type SessionError struct {
+	// Op is the step: "dial" (TCP, DNS), "open" (TLS, login, virtual host),
+	// "channel", "qos", "topology", "consume", or "lost" for a session that
+	// was consuming.
+	Op string
+	// Session is the number of the session, counted from 1 in each Run; it
+	// is the number the session would have got when it failed before consuming.
+	Session uint64
+	// Err is the reason.
+	Err error
+}
+
+// Error tells step, session and reason in one line.
+func (e *SessionError) Error() string {
+	return fmt.Sprintf("steadymq: session %d: %s: %v", e.Session, e.Op, e.Err)
+}
+
+// Unwrap returns the reason.
+func (e *SessionError) Unwrap() error { return e.Err }
+
+// OptionError is one refused argument of New, of an option or of Run. New
+// joins all of them (errors.Join), so that one call shows every problem.
+type OptionError struct {
+	// Option is the name of the option, "New" or "Run".
+	Option string
+	// Reason says what was wrong and what is allowed.
+	Reason string
+}
+
+// Error names the option and says what is allowed.
+func (e *OptionError) Error() string {
+	return "steadymq: " + e.Option + ": " + e.Reason
+}
+
+// PanicError is a panic of a handler, a topology function or a hook, turned
+// into an error: one bad message must not end the process.
+type PanicError struct {
+	// Value is what the function panicked with. It is nil for a handler that
+	// ended its goroutine by runtime.Goexit, as testing.T.FailNow does.
+	Value any
+	// Stack is the stack of the goroutine at the panic.
+	Stack []byte
+}
+
+// Error tells the value; the stack is in Stack.
+func (e *PanicError) Error() string {
+	if e.Value == nil {
+		return "steadymq: panic: runtime.Goexit was called"
+	}
+	return fmt.Sprintf("steadymq: panic: %v", e.Value)
+}
+
+// Unwrap returns the value if it was an error.
+func (e *PanicError) Unwrap() error {
+	err, _ := e.Value.(error)
+	return err
+}
+
+// DrainError tells how many handlers were still running when the drain limit
+// passed. errors.Is(err, ErrDrainTimeout) holds for it.
+type DrainError struct {
+	// Handlers is the number of handlers left. Their contexts are cancelled
+	// and their deliveries unsettled: the broker delivers them again.
+	Handlers int
+	// Limit is the drain limit that passed.
+	Limit time.Duration
+}
+
+// Error tells the number, the limit and what to do.
+func (e *DrainError) Error() string {
+	return fmt.Sprintf("%v: %d handlers still running after %v; their messages go back to the queue (let handlers end when their context does, or raise WithDrainTimeout)", ErrDrainTimeout, e.Handlers, e.Limit)
+}
+
+// Unwrap returns ErrDrainTimeout.
+func (e *DrainError) Unwrap() error { return ErrDrainTimeout }

@@ -1,0 +1,560 @@
+package steadymq
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// Option configures a Consumer. Options are checked by New; a later option
+// overrides an earlier one of the same name.
+type Option func(*config)
+
+// Middleware wraps a handler. The first one given is the outermost. It may look
+// at and replace the error, and with it the outcome.
+type Middleware func(next Handler) Handler
+
+// TopologyFunc declares what a session needs on the session's own channel and
+// returns the queue to consume from; "" means the queue given to New. It runs
+// for every session, on its fresh channel, so everything in it must be
+// idempotent. ctx ends with the setup limit, which also closes the socket under
+// the channel. An error is retried like any failure of the setup; wrap the
+// *amqp.Error of the channel with %w so that it can be classified. The channel
+// must not be used after the function has returned, nor be consumed from.
+type TopologyFunc func(ctx context.Context, ch *amqp.Channel) (queue string, err error)
+
+// Queue is the common declare, for WithQueue. The zero value is a durable quorum
+// queue, RabbitMQ's default for messages that must not get lost.
+type Queue struct {
+	// Type is "quorum" (default), "classic" or "stream".
+	Type string
+	// Transient makes the queue not survive a broker restart. Only for
+	// exclusive classic queues: RabbitMQ 4.3 refuses shared transient queues.
+	Transient bool
+	// Exclusive limits the queue to this connection; it is gone with it. Only
+	// for classic queues.
+	Exclusive bool
+	// AutoDelete deletes the queue when its last consumer leaves. Only for
+	// classic queues.
+	AutoDelete bool
+	// Bindings are made after the declare.
+	Bindings []Binding
+	// Args are further arguments of the declare, such as "x-delivery-limit"
+	// or "x-dead-letter-exchange".
+	Args amqp.Table
+}
+
+// Binding binds the queue to an exchange that exists already.
+type Binding struct {
+	// Exchange is the exchange's name.
+	Exchange string
+	// Key is the routing key, or pattern on a topic exchange.
+	Key string
+	// Args are the arguments of the binding, for headers exchanges.
+	Args amqp.Table
+}
+
+const (
+	minDuration = time.Millisecond // below it a unit was forgotten
+	maxDuration = 24 * time.Hour
+
+	maxWriteDelay = 100 * time.Millisecond
+	maxTagPrefix  = 200 // a consumer tag holds 255 bytes, the rest makes it unique
+)
+
+// config is everything New was told, checked and completed. It is behind a
+// pointer wherever it is kept, so that no %+v prints its URLs.
+type config struct {
+	urls  []string
+	queue string
+
+	concurrency int
+	prefetch    int
+
+	retryInitial, retryCap time.Duration
+	fatal                  func(error) bool
+
+	heartbeat      time.Duration
+	dialTimeout    time.Duration
+	setupTimeout   time.Duration
+	closeTimeout   time.Duration
+	drainTimeout   time.Duration
+	handlerTimeout time.Duration
+	requeueDelay   time.Duration
+	writeDelay     time.Duration
+	maxMessage     uint64
+
+	topology    TopologyFunc
+	declare     *Queue
+	consumeArgs amqp.Table
+	exclusive   bool
+	tagPrefix   string
+
+	connectionName string
+	urlFunc        func(context.Context) (string, error)
+	tls            *tls.Config
+	sasl           []amqp.Authentication
+	dial           dialFunc
+
+	middleware []Middleware
+	logger     *slog.Logger
+	hooks      Hooks
+
+	set      map[string]bool // options given, where a default depends on it
+	problems []error
+}
+
+func defaults(url, queue string) *config {
+	return &config{
+		urls:         []string{url},
+		queue:        queue,
+		concurrency:  1,
+		prefetch:     32,
+		retryInitial: 250 * time.Millisecond,
+		retryCap:     10 * time.Second,
+		heartbeat:    10 * time.Second,
+		dialTimeout:  5 * time.Second,
+		setupTimeout: 15 * time.Second,
+		closeTimeout: 5 * time.Second,
+		drainTimeout: 30 * time.Second,
+		requeueDelay: time.Second,
+		writeDelay:   500 * time.Microsecond,
+		tagPrefix:    "steadymq",
+		logger:       slog.Default(),
+		set:          make(map[string]bool),
+	}
+}
+
+func (c *config) refuse(option, format string, args ...any) {
+	c.problems = append(c.problems, &OptionError{Option: option, Reason: fmt.Sprintf(format, args...)})
+}
+
+// duration checks that d lies in [minDuration, maxDuration].
+func (c *config) duration(option string, d time.Duration) {
+	if d < minDuration || d > maxDuration {
+		c.refuse(option, "must be between %v and %v, got %v (a bare number counts nanoseconds: write 30*time.Second)", minDuration, maxDuration, d)
+	}
+}
+
+func (c *config) count(option string, n int) {
+	if n < 1 || n > 65535 {
+		c.refuse(option, "must be between 1 and 65535, got %d", n)
+	}
+}
+
+// WithConcurrency sets how many handlers run at once, across reconnects too.
+// Default 1, which also keeps the order of a session's messages. Range 1 to 65535.
+func WithConcurrency(n int) Option {
+	return func(c *config) { c.concurrency = n; c.count("WithConcurrency", n) }
+}
+
+// WithPrefetch sets how many unsettled messages the broker may send ahead
+// (basic.qos, per consumer). Default 32, or the concurrency where that is
+// higher. Range: from the concurrency to 65535. 0 would mean "no limit" to a
+// broker and the whole queue in memory here, and is refused.
+//
+// It is also the most messages that can be delivered twice when a session is
+// lost, and each of them counts towards a quorum queue's delivery limit (20
+// since RabbitMQ 4.0): keep it small. The last prefetched message waits
+// prefetch/concurrency handlers long; keep that below half the broker's
+// consumer timeout (https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout).
+func WithPrefetch(n int) Option {
+	return func(c *config) { c.prefetch = n; c.set["WithPrefetch"] = true; c.count("WithPrefetch", n) }
+}
+
+// WithBackoff sets the pace of retries: the wait before try n of a row of
+// failures is drawn from [0, min(limit, initial*2^n)]. Default 250 ms and 10 s.
+// The first retry of a healthy session is always at once (within 20 ms); while
+// dials are refused, which costs the broker nothing, the limit is at most 1 s.
+// initial: 1 ms to limit; limit: up to 24 h. For fleets choose a limit of at
+// least (number of consumers)/100 seconds.
+func WithBackoff(initial, limit time.Duration) Option {
+	return func(c *config) {
+		c.retryInitial, c.retryCap = initial, limit
+		c.duration("WithBackoff", initial)
+		c.duration("WithBackoff", limit)
+		if limit < initial {
+			c.refuse("WithBackoff", "the limit must not be below the initial wait, got %v and %v", initial, limit)
+		}
+	}
+}
+
+// WithFatal lets Run give up: it ends with the error for which fatal returns
+// true, and with no other. fatal sees every *SessionError, the first connection
+// included, and is called on Run's goroutine. Without it Run gives up only
+// before the first session, see Run.
+func WithFatal(fatal func(error) bool) Option {
+	return func(c *config) {
+		c.fatal = fatal
+		if fatal == nil {
+			c.refuse("WithFatal", "must not be nil; leave it out to retry for ever")
+		}
+	}
+}
+
+// WithHeartbeat sets the heartbeat interval asked of the broker, in whole
+// seconds from 1 s to 10 min; the lower of the broker's and this one is used.
+// Default 10 s, or the heartbeat parameter of the URL. A silent peer is noticed
+// within 1.5 intervals. Below 5 s a busy network raises false alarms
+// (https://www.rabbitmq.com/docs/heartbeats#false-positives).
+func WithHeartbeat(d time.Duration) Option {
+	return func(c *config) {
+		c.heartbeat = d
+		c.set["WithHeartbeat"] = true
+		if d < time.Second || d > 10*time.Minute || d%time.Second != 0 {
+			c.refuse("WithHeartbeat", "must be whole seconds between 1s and 10m, got %v", d)
+		}
+	}
+}
+
+// WithDialTimeout bounds one TCP connect, name resolution included. Default 5 s,
+// range 1 ms to 24 h. WithSetupTimeout bounds it as well.
+func WithDialTimeout(d time.Duration) Option {
+	return func(c *config) { c.dialTimeout = d; c.duration("WithDialTimeout", d) }
+}
+
+// WithSetupTimeout bounds a whole try, from dial to the broker's consume-ok,
+// topology included. Past it the socket is closed. Default 15 s, which leaves a
+// broker its own 10 s of handshake and 3 s of silence after a wrong password;
+// range 1 ms to 24 h.
+func WithSetupTimeout(d time.Duration) Option {
+	return func(c *config) { c.setupTimeout = d; c.duration("WithSetupTimeout", d) }
+}
+
+// WithCloseTimeout bounds the orderly end of a connection; past it the socket is
+// closed under it. Default 5 s, range 1 ms to 24 h.
+func WithCloseTimeout(d time.Duration) Option {
+	return func(c *config) { c.closeTimeout = d; c.duration("WithCloseTimeout", d) }
+}
+
+// WithDrainTimeout bounds how long running handlers may take to finish once the
+// consumer stops, or once the broker has cancelled it and handlers still hold
+// deliveries of the old channel. Default 30 s, range 1 ms to 24 h.
+func WithDrainTimeout(d time.Duration) Option {
+	return func(c *config) { c.drainTimeout = d; c.duration("WithDrainTimeout", d) }
+}
+
+// WithHandlerTimeout ends a handler's context after d with the cause
+// ErrHandlerTimeout; what the handler then returns decides the outcome as ever.
+// Off by default; range 1 ms to 24 h. Keep it below half the broker's consumer
+// timeout (30 minutes by default), which would otherwise end the session.
+func WithHandlerTimeout(d time.Duration) Option {
+	return func(c *config) { c.handlerTimeout = d; c.duration("WithHandlerTimeout", d) }
+}
+
+// WithRequeueDelay sets how long a message whose handler returned a plain error
+// is held, unsettled, before it goes back to the queue; each hold is drawn from
+// [d/2, 3d/2). It keeps a failing message from spinning between broker and
+// consumer. Default 1 s, range 1 ms to 24 h. A held message occupies one place
+// of the prefetch but no worker.
+func WithRequeueDelay(d time.Duration) Option {
+	return func(c *config) { c.requeueDelay = d; c.duration("WithRequeueDelay", d) }
+}
+
+// WithWriteDelay is the upper bound on how long an ack may wait for others to
+// share its system call with. It waits only while more deliveries are at hand
+// whose acks will follow; a lone ack leaves at once. Default 500 µs, range 0 to
+// 100 ms; 0 shares only what piles up during another write.
+func WithWriteDelay(d time.Duration) Option {
+	return func(c *config) {
+		c.writeDelay = d
+		if d < 0 || d > maxWriteDelay {
+			c.refuse("WithWriteDelay", "must be between 0 and %v, got %v", maxWriteDelay, d)
+		}
+	}
+}
+
+// WithMaxMessageSize refuses messages with a larger body, in bytes, at their
+// header and before any of the body is buffered: the session ends with an error
+// that names the size. The message stays in the queue and will come again, so
+// set it well above what publishers may send and treat the error as an alarm.
+// Off by default (the broker's own max_message_size, 16 MiB since RabbitMQ 4.0,
+// applies to publishers). Range: 1 and up.
+func WithMaxMessageSize(bytes int64) Option {
+	return func(c *config) {
+		if bytes < 1 {
+			c.refuse("WithMaxMessageSize", "must be at least 1 byte, got %d; leave it out for no limit", bytes)
+			return
+		}
+		c.maxMessage = uint64(bytes)
+	}
+}
+
+// WithTopology sets the function that declares what a session needs; see
+// TopologyFunc. It takes the place of WithQueue.
+func WithTopology(declare TopologyFunc) Option {
+	return func(c *config) {
+		c.topology = declare
+		if declare == nil {
+			c.refuse("WithTopology", "must not be nil; leave it out when the queue exists already")
+		}
+	}
+}
+
+// WithQueue declares the queue given to New, and its bindings, before every
+// session. Without WithQueue or WithTopology the queue must exist, and is waited
+// for while it does not.
+func WithQueue(q Queue) Option {
+	return func(c *config) { c.declare = &q }
+}
+
+// WithConsumeArgs sets arguments of basic.consume, such as "x-priority",
+// "x-consumer-timeout" or "x-stream-offset". The table is copied.
+func WithConsumeArgs(args amqp.Table) Option {
+	return func(c *config) {
+		c.consumeArgs = cloneTable(args)
+		if err := args.Validate(); err != nil {
+			c.refuse("WithConsumeArgs", "holds a value AMQP cannot carry: %v", err)
+		}
+	}
+}
+
+// WithExclusive asks to be the queue's only consumer. While another one is
+// there the broker refuses (403 "in exclusive use") and the library keeps trying.
+func WithExclusive() Option {
+	return func(c *config) { c.exclusive = true }
+}
+
+// WithConsumerTag sets the prefix of the consumer tags, which are what the
+// broker's management page lists. Every subscription gets a tag of its own: the
+// prefix, a random part and the session's number. Default "steadymq"; 1 to 200
+// bytes.
+func WithConsumerTag(prefix string) Option {
+	return func(c *config) {
+		c.tagPrefix = prefix
+		if prefix == "" || len(prefix) > maxTagPrefix {
+			c.refuse("WithConsumerTag", "must have 1 to %d bytes, got %d", maxTagPrefix, len(prefix))
+		}
+	}
+}
+
+// WithConnectionName sets the name the broker's management page and logs show
+// for the connection. Default: none. 1 to 255 bytes.
+func WithConnectionName(name string) Option {
+	return func(c *config) {
+		c.connectionName = name
+		if name == "" || len(name) > 255 {
+			c.refuse("WithConnectionName", "must have 1 to 255 bytes, got %d", len(name))
+		}
+	}
+}
+
+// WithURLs adds hosts of the same cluster to the URL given to New. The last good
+// one is tried first, then the others in random order; one that refused or said
+// that it shuts down goes last for a minute.
+func WithURLs(urls ...string) Option {
+	return func(c *config) {
+		c.urls = append(c.urls[:1:1], urls...)
+		if len(urls) == 0 {
+			c.refuse("WithURLs", "needs at least one URL")
+		}
+	}
+}
+
+// WithURLFunc asks f for the URL before every dial, for credentials that rotate
+// or hosts that move. It takes the place of the URL given to New, which may then
+// be "". ctx ends with the setup limit; an error is retried like a failed dial
+// and must not hold a secret, for it is logged.
+func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
+	return func(c *config) {
+		c.urlFunc = f
+		if f == nil {
+			c.refuse("WithURLFunc", "must not be nil")
+		}
+	}
+}
+
+// WithTLSConfig sets the TLS configuration of amqps URLs. It is cloned for every
+// dial, and its ServerName filled per host if empty. TLS below 1.2 is refused.
+// Without it the system's roots and the URL's own parameters (cacertfile,
+// certfile, keyfile, server_name_indication) are used.
+func WithTLSConfig(t *tls.Config) Option {
+	return func(c *config) {
+		c.tls = t
+		switch {
+		case t == nil:
+			c.refuse("WithTLSConfig", "must not be nil; leave it out for the system's roots")
+		case t.MinVersion != 0 && t.MinVersion < tls.VersionTLS12,
+			t.MaxVersion != 0 && t.MaxVersion < tls.VersionTLS12:
+			c.refuse("WithTLSConfig", "TLS below 1.2 is refused; raise MinVersion and MaxVersion")
+		}
+	}
+}
+
+// WithSASL sets the login mechanisms, best first, in place of the URL's user and
+// password: for example &amqp.ExternalAuth{} with client certificates.
+func WithSASL(mechanisms ...amqp.Authentication) Option {
+	return func(c *config) {
+		c.sasl = mechanisms
+		if len(mechanisms) == 0 {
+			c.refuse("WithSASL", "needs at least one mechanism")
+		}
+		for _, m := range mechanisms {
+			if m == nil {
+				c.refuse("WithSASL", "a mechanism is nil")
+			}
+		}
+	}
+}
+
+// WithDialer replaces the TCP dial, with net.Dialer.DialContext's signature: for
+// proxies, tunnels and tests (steadymqtest.Broker.Dialer). TLS is done on top of
+// what it returns. The default dialer sets keep-alive and, on Linux,
+// TCP_USER_TIMEOUT; a dialer of your own should too.
+func WithDialer(dial func(ctx context.Context, network, address string) (net.Conn, error)) Option {
+	return func(c *config) {
+		c.dial = dial
+		if dial == nil {
+			c.refuse("WithDialer", "must not be nil")
+		}
+	}
+}
+
+// WithMiddleware wraps the handler; given several times they add up.
+func WithMiddleware(m ...Middleware) Option {
+	return func(c *config) {
+		for _, f := range m {
+			if f == nil {
+				c.refuse("WithMiddleware", "must not be nil")
+			}
+		}
+		c.middleware = append(c.middleware, m...)
+	}
+}
+
+// WithLogger sets where the library logs its state transitions. Default
+// slog.Default(). For silence give slog.New(slog.DiscardHandler).
+func WithLogger(logger *slog.Logger) Option {
+	return func(c *config) {
+		c.logger = logger
+		if logger == nil {
+			c.refuse("WithLogger", "must not be nil; use slog.New(slog.DiscardHandler) for silence")
+		}
+	}
+}
+
+// WithHooks sets the functions that are told what happens; see Hooks.
+func WithHooks(hooks Hooks) Option {
+	return func(c *config) {
+		c.hooks = hooks
+		if hooks.StateChanged == nil && hooks.HandlerFailed == nil {
+			c.refuse("WithHooks", "all hooks are nil; set at least one or leave the option out")
+		}
+	}
+}
+
+// build applies the options and checks what they say together.
+func build(url, queue string, opts []Option) (*config, error) {
+	c := defaults(url, queue)
+	for i, opt := range opts {
+		if opt == nil {
+			c.refuse("New", "option %d is nil", i+1)
+			continue
+		}
+		opt(c)
+	}
+	c.checkURLs()
+	c.checkQueue()
+	c.checkTogether()
+	return c, errors.Join(c.problems...)
+}
+
+func (c *config) checkURLs() {
+	if c.urlFunc != nil {
+		if len(c.urls) > 1 {
+			c.refuse("WithURLFunc", "cannot be combined with WithURLs; let the function choose the host")
+		}
+		return
+	}
+	for i, u := range c.urls {
+		option := "New"
+		if i > 0 {
+			option = "WithURLs"
+		}
+		e, err := parseEndpoint(u)
+		if err != nil {
+			c.refuse(option, "%v", err)
+			continue
+		}
+		if e.uri.Scheme == "amqp" && c.tls != nil {
+			c.refuse("WithTLSConfig", "the URL of host %s has the scheme amqp, which is not encrypted; use amqps", e.address)
+		}
+		if e.heartbeat != 0 && !c.set["WithHeartbeat"] {
+			c.heartbeat = e.heartbeat
+		}
+	}
+}
+
+func (c *config) checkQueue() {
+	if c.topology != nil && c.declare != nil {
+		c.refuse("WithQueue", "cannot be combined with WithTopology; declare the queue in the function")
+	}
+	q := c.declare
+	if c.queue == "" && c.topology == nil && (q == nil || q.Type != "classic" || !q.Exclusive) {
+		c.refuse("New", "the queue name is empty; give it, or WithTopology, or WithQueue with an exclusive classic queue, whose name the broker may choose")
+	}
+	if len(c.queue) > 255 {
+		c.refuse("New", "the queue name has %d bytes, AMQP allows 255", len(c.queue))
+	}
+	if q == nil {
+		return
+	}
+	switch q.Type {
+	case "":
+		q.Type = "quorum"
+	case "quorum", "classic", "stream":
+	default:
+		c.refuse("WithQueue", `Type must be "quorum", "classic" or "stream", got %q`, q.Type)
+	}
+	if q.Type != "classic" && (q.Exclusive || q.AutoDelete || q.Transient) {
+		c.refuse("WithQueue", "a %s queue can be neither exclusive, auto-delete nor transient; use a classic queue", q.Type)
+	}
+	if q.Transient && !q.Exclusive {
+		c.refuse("WithQueue", "a transient queue must be exclusive: RabbitMQ 4.3 refuses shared transient queues (541)")
+	}
+	if err := q.Args.Validate(); err != nil {
+		c.refuse("WithQueue", "Args holds a value AMQP cannot carry: %v", err)
+	}
+	q.Args = cloneTable(q.Args)
+	if t, ok := q.Args["x-queue-type"]; ok && t != q.Type {
+		c.refuse("WithQueue", "Args has x-queue-type %v, Type says %q", t, q.Type)
+	}
+}
+
+func (c *config) checkTogether() {
+	if !c.set["WithPrefetch"] {
+		c.prefetch = max(c.prefetch, c.concurrency)
+	} else if c.prefetch < c.concurrency && c.prefetch > 0 {
+		c.refuse("WithPrefetch", "must be at least the concurrency (%d), got %d: workers would wait for nothing", c.concurrency, c.prefetch)
+	}
+	if c.dial == nil {
+		c.dial = defaultDial(c.dialTimeout, c.heartbeat*3/2)
+	}
+}
+
+func cloneTable(t amqp.Table) amqp.Table {
+	if t == nil {
+		return nil
+	}
+	clone := make(amqp.Table, len(t))
+	for k, v := range t {
+		if inner, ok := v.(amqp.Table); ok {
+			v = cloneTable(inner)
+		}
+		clone[k] = v
+	}
+	return clone
+}
+
+// isLoopback tells whether a password sent in the clear stays on the machine.
+func isLoopback(host string) bool {
+	ip := net.ParseIP(host)
+	return strings.EqualFold(host, "localhost") || ip != nil && ip.IsLoopback()
+}

@@ -1,0 +1,437 @@
+package steadymq
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// session is one *amqp.Channel with one consumer on it. It is never repaired,
+// only replaced, and a fresh channel per session is what fences late acks: the
+// channel of a dead session answers ErrClosed, and its delivery tags mean
+// nothing on any other.
+//
+// One goroutine, run, owns its life:
+//
+//	consuming -> lost                    channel or connection gone
+//	          -> retired, then over      basic.cancel: running handlers may still settle
+//	          -> drained, then over      stop was asked
+type session struct {
+	id     uint64
+	config *config
+	stats  *counters
+	conn   *connection
+
+	channel    *amqp.Channel
+	tag        string
+	deliveries <-chan amqp.Delivery
+	closes     chan *amqp.Error // the driver's NotifyClose
+	cancels    chan string      // the driver's NotifyCancel
+
+	ctx    context.Context // of the handlers
+	cancel context.CancelCauseFunc
+
+	gate    *gate         // handlers of this session at work
+	holds   holds         // deliveries that wait for their requeue
+	starved *notifier     // a worker saw the deliveries end
+	stop    chan struct{} // closed to ask for the drain
+	ended   *notifier     // no more deliveries, and why
+	over    atomic.Bool   // no more settlements
+	settled atomic.Bool   // one settlement at least: the session proved itself
+	gone    chan struct{} // closed when nothing of it is left
+	since   time.Time     // consume-ok
+
+	drained error         // of the drain; read after gone
+	closing time.Duration // what the close took of the close limit; read after gone
+}
+
+// openSession opens a channel on c, sets it up and subscribes, all within ctx:
+// the driver's calls take no context, so the end of ctx closes the socket under
+// them. handlers is the context handlers' contexts are made from.
+func (c *connection) openSession(ctx, handlers context.Context, cfg *config, stats *counters, id uint64, tag string) (*session, error) {
+	unguard := context.AfterFunc(ctx, func() { c.socket.kill(context.Cause(ctx)) })
+	defer unguard()
+
+	channel, err := c.amqp.Channel()
+	if err != nil {
+		return nil, &SessionError{Op: "channel", Session: id, Err: c.explain(err)}
+	}
+	s := &session{
+		id:      id,
+		config:  cfg,
+		stats:   stats,
+		conn:    c,
+		channel: channel,
+		tag:     tag,
+		closes:  channel.NotifyClose(make(chan *amqp.Error, 1)),
+		cancels: channel.NotifyCancel(make(chan string, 1)),
+		gate:    newGate(),
+		starved: newNotifier(),
+		stop:    make(chan struct{}),
+		ended:   newNotifier(),
+		gone:    make(chan struct{}),
+	}
+	if op, err := s.subscribe(ctx); err != nil {
+		_ = channel.Close() // also bounded by ctx, through the socket
+		return nil, &SessionError{Op: op, Session: id, Err: c.explain(s.said(err))}
+	}
+	s.since = time.Now()
+	s.ctx, s.cancel = context.WithCancelCause(handlers)
+	go s.run()
+	return s, nil
+}
+
+// subscribe returns the step that failed, and why.
+func (s *session) subscribe(ctx context.Context) (op string, err error) {
+	queue, err := s.topology(ctx)
+	if err != nil {
+		return "topology", err
+	}
+	// Per consumer (global=false): RabbitMQ refuses or ignores the other form.
+	if err := s.channel.Qos(s.config.prefetch, 0, false); err != nil {
+		return "qos", err
+	}
+	s.deliveries, err = s.channel.Consume(queue, s.tag, false, s.config.exclusive, false, false, cloneTable(s.config.consumeArgs))
+	return "consume", err
+}
+
+// said replaces the driver's ErrClosed by what the broker said when it closed
+// the channel, if that has arrived.
+func (s *session) said(err error) error {
+	if !errors.Is(err, amqp.ErrClosed) {
+		return err
+	}
+	select {
+	case e := <-s.closes:
+		if e != nil {
+			return e
+		}
+	default:
+	}
+	return err
+}
+
+// topology declares what the session needs and returns the queue to consume.
+func (s *session) topology(ctx context.Context) (queue string, err error) {
+	switch {
+	case s.config.topology != nil:
+		queue, err = s.callTopology(ctx)
+	case s.config.declare != nil:
+		queue, err = declareQueue(s.channel, s.config.queue, s.config.declare)
+	}
+	if queue == "" && err == nil {
+		queue = s.config.queue
+	}
+	if queue == "" && err == nil {
+		err = errors.New("no queue: the topology function returned none and New was given none")
+	}
+	return queue, err
+}
+
+func (s *session) callTopology(ctx context.Context) (queue string, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = &PanicError{Value: v, Stack: debug.Stack()}
+		}
+	}()
+	return s.config.topology(ctx, s.channel)
+}
+
+func declareQueue(ch *amqp.Channel, name string, q *Queue) (string, error) {
+	args := cloneTable(q.Args)
+	if args == nil {
+		args = amqp.Table{}
+	}
+	args["x-queue-type"] = q.Type
+	declared, err := ch.QueueDeclare(name, !q.Transient, q.AutoDelete, q.Exclusive, false, args)
+	if err != nil {
+		return "", err
+	}
+	for _, b := range q.Bindings {
+		if err := ch.QueueBind(declared.Name, b.Key, b.Exchange, false, b.Args); err != nil {
+			return "", fmt.Errorf("bind to exchange %q: %w", b.Exchange, err)
+		}
+	}
+	return declared.Name, nil
+}
+
+// run is the session's life after consume-ok.
+func (s *session) run() {
+	defer close(s.gone)
+	cause := s.consume()
+	switch {
+	case cause == nil:
+		s.drain()
+	case errors.Is(cause, errCancelled):
+		s.retire(cause)
+	default:
+		s.lose(cause)
+	}
+	s.closeChannel()
+}
+
+// consume waits for the first sign of the session's end. The driver promises no
+// order among its signs, so what ended is decided on the state after any of
+// them. It returns nil when the drain was asked for.
+func (s *session) consume() error {
+	var err error
+	select {
+	case e := <-s.closes:
+		err = errorOrNil(e)
+	case _, cancelled := <-s.cancels:
+		if cancelled {
+			return s.lost(errCancelled)
+		}
+	case <-s.conn.end.ended:
+	case <-s.starved.ended:
+	case <-s.stop:
+		return nil
+	}
+	return s.lost(s.diagnose(err))
+}
+
+func (s *session) lost(err error) error {
+	return &SessionError{Op: "lost", Session: s.id, Err: err}
+}
+
+// diagnose finds the one cause. err is what the channel's NotifyClose said, nil
+// if another sign came first.
+func (s *session) diagnose(err error) error {
+	if s.conn.amqp.IsClosed() || s.conn.end.cause() != nil {
+		<-s.conn.end.ended // bounded: the connection is on its way down
+		return s.conn.end.cause()
+	}
+	if err != nil {
+		return err
+	}
+	// A deliveries chan or NotifyCancel that ended without a value: a cancel
+	// or a close is right behind it, or we see a connection on its way down.
+	select {
+	case _, cancelled := <-s.cancels:
+		if cancelled {
+			return errCancelled
+		}
+	default:
+	}
+	select {
+	case e := <-s.closes:
+		if e != nil {
+			return e
+		}
+	case <-s.conn.end.ended:
+		return s.conn.end.cause()
+	case <-time.After(s.config.closeTimeout):
+	}
+	if cause := s.conn.end.cause(); cause != nil {
+		return cause
+	}
+	return errChannelEnded
+}
+
+// lose ends a session whose channel is gone: running handlers are told, and
+// nothing they settle from now on reaches the wire.
+func (s *session) lose(cause error) {
+	s.over.Store(true)
+	s.gate.shut()
+	s.cancel(cause)
+	s.ended.notify(cause)
+	s.holds.release()
+}
+
+// retire ends a session that the broker cancelled. Its channel lives, so running
+// handlers may settle, which saves needless duplicates; the successor consumes
+// meanwhile. What no handler has started goes back at once.
+func (s *session) retire(cause error) {
+	s.gate.shut()
+	s.ended.notify(cause)
+	s.handBackRest()
+	s.holds.release()
+	limit := time.NewTimer(s.config.drainTimeout)
+	defer limit.Stop()
+	select {
+	case <-s.gate.empty:
+	case <-s.closes:
+	case <-s.conn.end.ended:
+	case <-limit.C:
+	}
+	s.lose(cause)
+}
+
+// drain ends a session in order: no new deliveries, the unstarted ones back to
+// the queue, running handlers within the limit. closeChannel then proves their
+// acks by its close-ok.
+func (s *session) drain() {
+	limit := time.NewTimer(s.config.drainTimeout)
+	defer limit.Stop()
+	s.gate.shut()
+	s.ended.notify(errStopped)
+	s.holds.release()
+	if err := s.unsubscribe(); err != nil {
+		s.drained = err
+		s.lose(err)
+		return
+	}
+	select {
+	case <-s.gate.empty:
+		return
+	case e := <-s.closes:
+		s.drained = s.lost(s.diagnose(errorOrNil(e)))
+	case <-s.conn.end.ended:
+		s.drained = s.lost(s.conn.end.cause())
+	case <-limit.C:
+		s.drained = &DrainError{Handlers: int(s.stats.handling.Load()), Limit: s.config.drainTimeout}
+	}
+	s.lose(s.drained)
+}
+
+// unsubscribe sends basic.cancel and hands back what no worker took.
+func (s *session) unsubscribe() error {
+	limit := time.AfterFunc(s.config.closeTimeout, func() { s.conn.socket.kill(errCloseTimeout) })
+	defer limit.Stop()
+	if err := s.channel.Cancel(s.tag, false); err != nil {
+		return s.lost(s.diagnose(nil))
+	}
+	s.handBackRest()
+	return nil
+}
+
+// handBackRest returns to the queue what the driver still had for the workers.
+// basic.nack says "never started": it does not count towards a delivery limit.
+func (s *session) handBackRest() {
+	for {
+		select {
+		case m, ok := <-s.deliveries:
+			if !ok {
+				return
+			}
+			s.handBack(m.DeliveryTag)
+		case <-s.conn.end.ended:
+			return
+		}
+	}
+}
+
+// handBack returns a delivery that no handler saw. Of a session that is over the
+// broker has taken back everything itself.
+func (s *session) handBack(tag uint64) {
+	if s.over.Load() || s.stream() {
+		return
+	}
+	_ = s.channel.Nack(tag, false, true)
+}
+
+// closeChannel waits for close-ok, the only proof AMQP 0-9-1 has that the acks
+// before it arrived, within the close limit.
+func (s *session) closeChannel() {
+	limit := time.AfterFunc(s.config.closeTimeout, func() { s.conn.socket.kill(errCloseTimeout) })
+	defer limit.Stop()
+	since := time.Now()
+	err := s.channel.Close()
+	s.closing = time.Since(since)
+	if err != nil && !s.over.Load() {
+		s.drained = s.lost(s.diagnose(s.said(err)))
+	}
+	s.lose(errStopped)
+	drain(s.closes)
+	drain(s.cancels)
+}
+
+// number implements settler.
+func (s *session) number() uint64 { return s.id }
+
+// settle implements settler: it puts one settlement on the wire of this
+// session's channel, or none. A failed handler is a reject, which counts towards
+// a quorum queue's delivery limit.
+func (s *session) settle(tag uint64, o Outcome) error {
+	if s.over.Load() {
+		s.stats.stale.Add(1)
+		return ErrStale
+	}
+	var err error
+	if o == Acked {
+		err = s.channel.Ack(tag, false)
+	} else {
+		err = s.channel.Reject(tag, o == Requeued)
+	}
+	if err != nil {
+		s.stats.stale.Add(1)
+		return fmt.Errorf("%w (%w)", ErrStale, err)
+	}
+	s.stats.outcomes[o].Add(1)
+	if !s.settled.Load() {
+		s.settled.Store(true)
+	}
+	return nil
+}
+
+// conclude settles a delivery by its handler's error, unless the handler has
+// settled it by itself.
+func (s *session) conclude(d *Delivery, err error) {
+	if d.Outcome() != Unsettled {
+		return
+	}
+	o, delay := judge(err, s.config.requeueDelay)
+	if delay > 0 {
+		s.holds.add(d, delay)
+		return
+	}
+	_ = d.settle(o)
+}
+
+// stream tells whether the consumer reads a stream, which has no requeue.
+func (s *session) stream() bool {
+	_, ok := s.config.consumeArgs["x-stream-offset"]
+	return ok || s.config.declare != nil && s.config.declare.Type == "stream"
+}
+
+// healthy tells whether the session has proved that a broker works: consume-ok
+// proves nothing, for a quorum queue without a leader answers it and fails 65 s
+// later.
+func (s *session) healthy(now time.Time) bool {
+	up := now.Sub(s.since)
+	return up >= 70*time.Second || up >= 10*time.Second && s.settled.Load()
+}
+
+// gate counts the handlers at work. Once shut nothing enters any more, and empty
+// closes when the last one has left.
+type gate struct {
+	count  atomic.Int64 // twice the number inside, plus one when shut
+	closed chan struct{}
+	empty  chan struct{}
+	once   sync.Once
+}
+
+func newGate() *gate {
+	return &gate{closed: make(chan struct{}), empty: make(chan struct{})}
+}
+
+func (g *gate) enter() bool {
+	if g.count.Add(2)&1 == 1 {
+		g.leave()
+		return false
+	}
+	return true
+}
+
+func (g *gate) leave() {
+	if g.count.Add(-2) == 1 {
+		g.once.Do(func() { close(g.empty) })
+	}
+}
+
+// shut may be called more than once, by the session's own goroutine only.
+func (g *gate) shut() {
+	if g.count.Load()&1 == 1 {
+		return
+	}
+	close(g.closed)
+	if g.count.Add(1) == 1 {
+		g.once.Do(func() { close(g.empty) })
+	}
+}
