@@ -2,9 +2,28 @@ package main
 
 import (
 	"context"
-	"errors"
+	"log/slog"
+
+	"github.com/steadymq/steadymq"
 )
 
-func steady(context.Context, target, func([]byte)) error {
-	return errors.New("not there yet")
+// steady is the library with its defaults; only what the workload varies is
+// set, and the log goes nowhere.
+func steady(ctx context.Context, t target, each func([]byte)) error {
+	opts := []steadymq.Option{
+		steadymq.WithConcurrency(t.Workers),
+		steadymq.WithPrefetch(t.Prefetch),
+		steadymq.WithLogger(slog.New(slog.DiscardHandler)),
+	}
+	if t.TLS != nil {
+		opts = append(opts, steadymq.WithTLSConfig(t.TLS))
+	}
+	c, err := steadymq.New(t.URL, t.Queue, opts...)
+	if err != nil {
+		return err
+	}
+	return c.Run(ctx, func(_ context.Context, d *steadymq.Delivery) error {
+		each(d.Body)
+		return nil
+	})
 }
