@@ -1,0 +1,236 @@
+package steadymqtest
+
+import (
+	"fmt"
+	"slices"
+	"time"
+)
+
+// Fate says what has become of a message in a queue.
+type Fate int
+
+const (
+	Ready        Fate = iota // waits in the queue
+	Unacked                  // delivered, not settled
+	Acked                    // acknowledged, or delivered to a consumer that does not acknowledge
+	Discarded                // rejected without requeue, and the queue has no dead-letter exchange
+	DeadLettered             // sent to the dead-letter exchange
+	Dropped                  // gone with its queue, a purge, a restart, a time or a length limit
+)
+
+func (f Fate) String() string {
+	names := [...]string{"ready", "unacked", "acked", "discarded", "dead-lettered", "dropped"}
+	if f < 0 || int(f) >= len(names) {
+		return fmt.Sprintf("Fate(%d)", int(f))
+	}
+	return names[f]
+}
+
+// Kind is the method that settled a delivery.
+type Kind int
+
+const (
+	Ack    Kind = iota // basic.ack
+	Nack               // basic.nack
+	Reject             // basic.reject
+)
+
+func (k Kind) String() string {
+	names := [...]string{"ack", "nack", "reject"}
+	if k < 0 || int(k) >= len(names) {
+		return fmt.Sprintf("Kind(%d)", int(k))
+	}
+	return names[k]
+}
+
+// Verdict is what the broker thought of a settlement.
+type Verdict int
+
+const (
+	Valid   Verdict = iota // the tag was outstanding
+	Late                   // the broker had taken the message back already, by a consumer timeout or with its queue; no effect, no error
+	Double                 // the tag had been settled before: 406, the channel is closed
+	Unknown                // the tag had never been delivered on that channel: 406, the channel is closed
+)
+
+func (v Verdict) String() string {
+	names := [...]string{"valid", "late", "double", "unknown"}
+	if v < 0 || int(v) >= len(names) {
+		return fmt.Sprintf("Verdict(%d)", int(v))
+	}
+	return names[v]
+}
+
+// MessageRecord is one message in one queue. A message that is routed to two queues has two records, one that is dead-lettered has
+// a new one in the queue it comes to.
+type MessageRecord struct {
+	ID         string // the message-id property; "#n" for a message published without one
+	Queue      string
+	Exchange   string
+	RoutingKey string
+	Published  time.Time
+	Deliveries int // how often it was delivered
+	Fate       Fate
+}
+
+// DeliveryRecord is one basic.deliver or basic.get-ok.
+type DeliveryRecord struct {
+	ID          string // of the message
+	Message     int    // index of its record in [Ledger.Messages]
+	Queue       string
+	Connection  uint64
+	Channel     uint16
+	Session     uint64 // counts every channel that was ever opened: (Session, Tag) is unique
+	ConsumerTag string // empty for basic.get
+	Tag         uint64
+	Redelivered bool
+	Time        time.Time
+	Settled     time.Time // zero: not settled by the client
+	Kind        Kind      // how, if settled
+	Requeue     bool      // whether the settlement put it back
+}
+
+// SettlementRecord is one basic.ack, basic.nack or basic.reject as it came.
+type SettlementRecord struct {
+	ID         string // of the message; empty for an unknown tag
+	Delivery   int    // index in [Ledger.Deliveries], or -1
+	Connection uint64
+	Channel    uint16
+	Session    uint64
+	Tag        uint64
+	Kind       Kind
+	Multiple   bool
+	Requeue    bool
+	Verdict    Verdict
+	Time       time.Time
+}
+
+// ConsumerRecord is one basic.consume that was answered by consume-ok.
+type ConsumerRecord struct {
+	Tag        string
+	Queue      string
+	Host       string
+	Connection uint64
+	Channel    uint16
+	Session    uint64
+	Started    time.Time
+	Ended      time.Time // zero: still there
+	Cause      string    // why it ended
+}
+
+// ConnectionRecord is one connection whose TCP handshake was completed.
+type ConnectionRecord struct {
+	ID     uint64
+	Name   string // the client's connection_name property
+	Host   string
+	Dialed time.Time
+	Opened time.Time // when open-ok was sent; zero: never
+	Ended  time.Time // when the broker knew that it was over; zero: still there
+	Cause  string    // why it ended
+}
+
+// Dial is one call of the dial function.
+type Dial struct {
+	Addr string
+	Time time.Time // when it returned
+	Err  error
+}
+
+// Ledger is a copy of all that the broker has seen: the judge of a test. Records are in the order of their events.
+type Ledger struct {
+	Messages    []MessageRecord
+	Deliveries  []DeliveryRecord
+	Settlements []SettlementRecord
+	Consumers   []ConsumerRecord
+	Connections []ConnectionRecord
+	Dials       []Dial
+}
+
+// ledger is the broker's own; the broker's mutex guards it.
+type ledger struct {
+	off         bool // dials are kept all the same
+	messages    []MessageRecord
+	deliveries  []DeliveryRecord
+	settlements []SettlementRecord
+	consumers   []ConsumerRecord
+	connections []ConnectionRecord
+	dials       []Dial
+	violations  []string
+}
+
+// Ledger returns a copy of everything seen so far. With [WithoutLedger] only Dials is kept.
+func (b *Broker) Ledger() Ledger {
+	b.lock()
+	defer b.unlock()
+	l := &b.ledger
+	return Ledger{
+		Messages:    slices.Clone(l.messages),
+		Deliveries:  slices.Clone(l.deliveries),
+		Settlements: slices.Clone(l.settlements),
+		Consumers:   slices.Clone(l.consumers),
+		Connections: slices.Clone(l.connections),
+		Dials:       slices.Clone(l.dials),
+	}
+}
+
+// Violations returns a line for every settlement that a correct consumer never sends: a tag settled twice, a tag that was never
+// delivered on that channel, and multiple=true. It works with [WithoutLedger] too.
+func (b *Broker) Violations() []string {
+	b.lock()
+	defer b.unlock()
+	return slices.Clone(b.ledger.violations)
+}
+
+// With returns the records of one message, by its ID, in all queues.
+func (l Ledger) With(id string) []MessageRecord {
+	var found []MessageRecord
+	for _, m := range l.Messages {
+		if m.ID == id {
+			found = append(found, m)
+		}
+	}
+	return found
+}
+
+// Count returns how many messages of a queue have met a fate.
+func (l Ledger) Count(queue string, fate Fate) int {
+	n := 0
+	for i := range l.Messages {
+		if l.Messages[i].Queue == queue && l.Messages[i].Fate == fate {
+			n++
+		}
+	}
+	return n
+}
+
+// Redelivered returns how many deliveries from a queue had the redelivered flag.
+func (l Ledger) Redelivered(queue string) int {
+	n := 0
+	for i := range l.Deliveries {
+		if l.Deliveries[i].Queue == queue && l.Deliveries[i].Redelivered {
+			n++
+		}
+	}
+	return n
+}
+
+// addMessage starts the record of a message in a queue and returns its index, -1 when no ledger is kept.
+func (l *ledger) addMessage(m *message, queue string, now time.Time) int {
+	if l.off {
+		return -1
+	}
+	l.messages = append(l.messages, MessageRecord{ID: m.id, Queue: queue, Exchange: m.exchange, RoutingKey: m.key, Published: now})
+	return len(l.messages) - 1
+}
+
+func (l *ledger) setFate(record int, fate Fate) {
+	if record >= 0 {
+		l.messages[record].Fate = fate
+	}
+}
+
+func (l *ledger) endConsumer(record int, now time.Time, cause string) {
+	if record >= 0 {
+		l.consumers[record].Ended, l.consumers[record].Cause = now, cause
+	}
+}

@@ -1,0 +1,87 @@
+package steadymqtest
+
+import "time"
+
+// Option changes how [NewBroker] makes a broker.
+type Option func(*config)
+
+type config struct {
+	hosts           int
+	latency         time.Duration
+	tls             bool
+	users           map[string]string
+	heartbeat       int
+	consumerTimeout time.Duration
+	timeoutForm     TimeoutForm
+	noLedger        bool
+	hooks           Hooks
+	major, minor    int
+}
+
+// WithHosts gives the broker n addresses, mq1.test:5672 to mqN.test:5672: a cluster as its clients see it. Queues and messages are
+// common to all; connections and faults belong to one, see [Broker.Host]. The default is 1.
+func WithHosts(n int) Option { return func(c *config) { c.hosts = n } }
+
+// WithLatency makes every byte take d from one end to the other, so a round trip takes 2d. The default is 0.
+// [Faults.SetLatency] changes it later.
+func WithLatency(d time.Duration) Option { return func(c *config) { c.latency = d } }
+
+// WithTLS makes the broker speak TLS: URLs begin with amqps, port 5671, and clients need [Broker.TLSConfig].
+func WithTLS() Option { return func(c *config) { c.tls = true } }
+
+// WithUser adds a user; the first one replaces guest in the URLs. The default is the user guest with the password guest.
+func WithUser(name, password string) Option {
+	return func(c *config) { c.users[name] = password }
+}
+
+// WithHeartbeat sets the heartbeat in seconds that the broker suggests in connection.tune; a client may ask for a shorter one. The
+// default is 60, as RabbitMQ's; 0 suggests none.
+func WithHeartbeat(seconds int) Option { return func(c *config) { c.heartbeat = seconds } }
+
+// TimeoutForm is what the broker does to a consumer that does not settle a delivery in time.
+type TimeoutForm int
+
+const (
+	// Form406 is that of RabbitMQ up to 4.2: the channel is closed by 406 and everything unacked on it is requeued.
+	Form406 TimeoutForm = iota
+	// FormCancel is that of RabbitMQ 4.3 for quorum queues: the consumer is cancelled by basic.cancel and its messages are
+	// requeued; the channel stays open and late settlements have no effect. Classic queues and streams have no timeout.
+	FormCancel
+)
+
+// WithConsumerTimeout bounds how long a delivery may stay unsettled. The default is none (RabbitMQ: 30 minutes). A consumer or a
+// queue may carry its own in the argument x-consumer-timeout, in milliseconds; it is then used with the form given here.
+//
+// RabbitMQ looks for overdue deliveries once a minute in the 406 form; this broker acts on time in both.
+func WithConsumerTimeout(d time.Duration, form TimeoutForm) Option {
+	return func(c *config) { c.consumerTimeout, c.timeoutForm = d, form }
+}
+
+// WithVersion makes the broker behave as an older RabbitMQ where the generations differ, and say so in its server properties.
+// The default is 4.3. Before 4.3 a nack counts towards x-delivery-limit as a reject does, and global qos is honoured; before 4.0
+// quorum queues have no delivery limit unless one is set, and a nack from a stream consumer ends the connection by 540.
+func WithVersion(major, minor int) Option {
+	return func(c *config) { c.major, c.minor = major, minor }
+}
+
+// WithoutLedger keeps no records, so that a broker that runs for hours does not grow.
+func WithoutLedger() Option { return func(c *config) { c.noLedger = true } }
+
+// WithHooks tells the test what happens as it happens, see [Hooks].
+func WithHooks(h Hooks) Option { return func(c *config) { c.hooks = h } }
+
+// Hooks are called after each event, in the order of the events, never two at a time and never while the broker is locked: a
+// hook may call any method of the broker but Close. Any of them may be nil. A hook that blocks holds up the connection that
+// caused the event.
+type Hooks struct {
+	Opened    func(ConnectionRecord) // open-ok was sent
+	Closed    func(ConnectionRecord) // the broker has given up a connection that it had accepted
+	Consuming func(ConsumerRecord)   // consume-ok was sent
+	Cancelled func(ConsumerRecord)   // a consumer is gone, for whatever reason
+	Delivered func(DeliveryRecord)
+	Settled   func(SettlementRecord)
+}
+
+func (h *Hooks) any() bool {
+	return h.Opened != nil || h.Closed != nil || h.Consuming != nil || h.Cancelled != nil || h.Delivered != nil || h.Settled != nil
+}

@@ -1,0 +1,62 @@
+package steadymqtest
+
+import "time"
+
+// A stream keeps its messages: consumers read it from an offset on, settling gives them credit and removes nothing.
+
+// seek finds the offset that x-stream-offset asks for. Without one a consumer begins with the next message to be published.
+func (c *consumer) seek(spec any) *refusal {
+	end := len(c.q.log)
+	switch at := spec.(type) {
+	case nil:
+		c.offset = end
+		return nil
+	case string:
+		switch at {
+		case "first":
+			c.offset = 0
+			return nil
+		case "last": // RabbitMQ begins with the last chunk; here every chunk is one message
+			c.offset = max(0, end-1)
+			return nil
+		case "next":
+			c.offset = end
+			return nil
+		}
+	case time.Time:
+		c.offset = end
+		for i, e := range c.q.log {
+			if !e.at.Before(at) {
+				c.offset = i
+				break
+			}
+		}
+		return nil
+	default:
+		if n, ok := integer(spec); ok && n >= 0 {
+			c.offset = n
+			return nil
+		}
+	}
+	return refuse(406, "invalid arg 'x-stream-offset' for queue '%s' in vhost '/'", c.q.name)
+}
+
+// pumpStream gives every consumer what it has credit for.
+func (q *queue) pumpStream() {
+	for _, c := range q.consumers {
+		for c.offset < len(q.log) && c.room() {
+			e := q.log[c.offset]
+			c.offset++
+			c.deliver(e)
+		}
+	}
+}
+
+// settleStream takes the credit back. Before 4.0 a nack was an error of the whole connection.
+func (q *queue) settleStream(e *entry, kind Kind) *refusal {
+	q.b.ledger.setFate(e.record, Acked)
+	if kind != Ack && !q.b.since(4, 0) {
+		return refuse(540, "basic.nack not supported by stream queues queue '%s' in vhost '/'", q.name)
+	}
+	return nil
+}
