@@ -100,44 +100,44 @@ func subscribe(conn *amqp.Connection, t target, autoAck bool) (<-chan amqp.Deliv
 
 // work handles deliveries until their channel is closed. An ack that fails is
 // not looked at: the channel of deliveries then closes.
-func work(deliveries <-chan amqp.Delivery, workers int, ack func(*amqp.Delivery), each func([]byte)) {
+func work(deliveries <-chan amqp.Delivery, workers int, ack func(amqp.Delivery), each func([]byte)) {
 	var wg sync.WaitGroup
 	for range workers {
 		wg.Go(func() {
 			for d := range deliveries {
 				each(d.Body)
-				ack(&d)
+				ack(d)
 			}
 		})
 	}
 	wg.Wait()
 }
 
-func acknowledge(mode ackMode, prefetch int) func(*amqp.Delivery) {
+func acknowledge(mode ackMode, prefetch int) func(amqp.Delivery) {
 	switch mode {
 	case ackMultiple:
 		return ackEvery(min(100, max(1, prefetch/2)))
 	case ackAuto:
-		return func(*amqp.Delivery) {}
+		return func(amqp.Delivery) {}
 	default:
-		return func(d *amqp.Delivery) { _ = d.Ack(false) }
+		return func(d amqp.Delivery) { _ = d.Ack(false) }
 	}
 }
 
 // ackEvery acknowledges n messages at a time. With more than one worker it
 // also acknowledges what another worker still has in hand: no program should,
 // but it is the upper bound of what sharing acks can bring.
-func ackEvery(n int) func(*amqp.Delivery) {
+func ackEvery(n int) func(amqp.Delivery) {
 	var (
 		mu     sync.Mutex
 		count  int
 		newest amqp.Delivery
 	)
-	return func(d *amqp.Delivery) {
+	return func(d amqp.Delivery) {
 		mu.Lock()
 		defer mu.Unlock()
 		if d.DeliveryTag > newest.DeliveryTag {
-			newest = *d
+			newest = d
 		}
 		if count++; count%n == 0 {
 			_ = newest.Ack(true)

@@ -10,11 +10,15 @@ import (
 // steady is the library with its defaults; only what the workload varies is
 // set, and the log goes nowhere.
 func steady(ctx context.Context, t target, each func([]byte)) error {
-	opts := []steadymq.Option{
+	return steadyWith(ctx, t, each)
+}
+
+func steadyWith(ctx context.Context, t target, each func([]byte), opts ...steadymq.Option) error {
+	opts = append(opts,
 		steadymq.WithConcurrency(t.Workers),
 		steadymq.WithPrefetch(t.Prefetch),
 		steadymq.WithLogger(slog.New(slog.DiscardHandler)),
-	}
+	)
 	if t.TLS != nil {
 		opts = append(opts, steadymq.WithTLSConfig(t.TLS))
 	}
