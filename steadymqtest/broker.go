@@ -131,8 +131,10 @@ func (b *Broker) hostNames() []string {
 	return names
 }
 
-// URLs returns the AMQP URL of every host, in order. See the field URL.
+// URLs returns the AMQP URL of every host, in order, with the password that is valid now. See the field URL.
 func (b *Broker) URLs() []string {
+	b.lock()
+	defer b.unlock()
 	var urls []string
 	for _, h := range b.all {
 		urls = append(urls, b.urlOf(h.address))

@@ -1,6 +1,7 @@
 package steadymqtest
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -95,7 +96,7 @@ func (l *relayListener) relay(nc net.Conn) {
 		}
 		inner.Close() // also ends the other direction: a client that closes its side is done
 	}()
-	if _, err = io.Copy(nc, inner); isReset(err) {
+	if _, err = io.Copy(nc, inner); errors.Is(err, syscall.ECONNRESET) {
 		abort(nc)
 	}
 	nc.Close()
@@ -109,11 +110,6 @@ func abort(nc net.Conn) {
 		tcp.SetLinger(0)
 	}
 	nc.Close()
-}
-
-func isReset(err error) bool {
-	op, ok := err.(*net.OpError)
-	return ok && op.Err != nil && op.Err.Error() == "read: "+syscall.ECONNRESET.Error()
 }
 
 // close stops accepting and ends every relay.

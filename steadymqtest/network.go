@@ -88,7 +88,7 @@ func (e *end) Write(p []byte) (int, error) {
 func (s *stream) abandoned() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.readClosed && !s.hole && !s.writeClosed
+	return s.readClosed && !s.hole && !s.writeClosed && s.writeErr == nil
 }
 
 // Close ends both directions. Closing twice is fine.
