@@ -36,7 +36,8 @@ const (
 var (
 	errPeerClosed   = fmt.Errorf("the peer closed the connection: %w", io.EOF)
 	errPeerReset    = errors.New("the peer reset the connection")
-	errReadTimeout  = errors.New("the peer went silent: no frame within 1.5 heartbeats")
+	errUnconfirmed  = errors.New("the path to the peer is dead: nothing sent is confirmed")
+	errReadTimeout  = errors.New("the peer went silent: read deadline passed")
 	errWatchdog     = errors.New("no byte from the broker")
 	errWriteTimeout = errors.New("the peer takes no more data: write deadline passed")
 )
@@ -279,10 +280,9 @@ func (s *socket) err() error {
 // watch ends the socket when Read has handed out nothing for too long. That
 // covers a silent peer and a driver that stopped reading alike.
 func (s *socket) watch() {
-	idle := s.opts.idleTimeout
-	timer := time.NewTimer(idle)
+	dog := watchdog{idle: s.opts.idleTimeout, due: s.opts.idleTimeout}
+	timer := time.NewTimer(dog.due)
 	defer timer.Stop()
-	due := idle
 	for {
 		select {
 		case <-s.ended:
@@ -290,19 +290,35 @@ func (s *socket) watch() {
 		case <-timer.C:
 		}
 		now := time.Since(s.start)
-		next := time.Duration(s.heard.Load()) + idle
-		if next <= now {
-			// A timer this late means that the machine stood still, not the
-			// peer: what it sent meanwhile may lie unread.
-			if now-due < idle/2 {
-				s.kill(fmt.Errorf("%w for %v: the peer or the path to it is dead, or the driver stopped reading", errWatchdog, idle))
-				return
-			}
-			next = now + idle/2
+		if dog.bites(now, time.Duration(s.heard.Load())) {
+			s.kill(fmt.Errorf("%w for %v: the peer or the path to it is dead, or the driver stopped reading", errWatchdog, dog.idle))
+			return
 		}
-		due = next
-		timer.Reset(next - now)
+		timer.Reset(dog.due - now)
 	}
+}
+
+// watchdog decides what a fired timer means; all its times count from the
+// start of the socket.
+type watchdog struct {
+	idle time.Duration
+	due  time.Duration // when to look again
+}
+
+// bites reports whether the peer was silent for too long, heard being its last
+// sign of life.
+func (d *watchdog) bites(now, heard time.Duration) bool {
+	if next := heard + d.idle; next > now {
+		d.due = next
+		return false
+	}
+	// A timer this late means that the machine stood still, not the peer: what
+	// it sent meanwhile may lie unread.
+	if now-d.due >= d.idle/2 {
+		d.due = now + d.idle/2
+		return false
+	}
+	return true
 }
 
 // Read hands out what came from the broker, up to the header of a message
@@ -350,6 +366,8 @@ func readCause(err error) error {
 		return errPeerClosed
 	case errors.Is(err, syscall.ECONNRESET):
 		return fmt.Errorf("%w: %w", errPeerReset, err)
+	case errors.Is(err, syscall.ETIMEDOUT):
+		return fmt.Errorf("%w: %w", errUnconfirmed, err)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return fmt.Errorf("%w: %w", errReadTimeout, err)
 	}
@@ -443,6 +461,7 @@ func (s *socket) writeLoop() {
 			continue
 		}
 		if closing {
+			s.farewell()
 			return
 		}
 		select {
@@ -452,6 +471,13 @@ func (s *socket) writeLoop() {
 		case <-s.ended:
 			return
 		}
+	}
+}
+
+// farewell tells a TLS peer that nothing was cut off. Close bounds it.
+func (s *socket) farewell() {
+	if c, ok := s.conn.(*tls.Conn); ok {
+		_ = c.CloseWrite()
 	}
 }
 
@@ -536,6 +562,8 @@ func (s *socket) writeCause(err error) error {
 		return fmt.Errorf("%w after %v: %w", errWriteTimeout, s.opts.writeTimeout, err)
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		return fmt.Errorf("%w: %w", errPeerReset, err)
+	case errors.Is(err, syscall.ETIMEDOUT):
+		return fmt.Errorf("%w: %w", errUnconfirmed, err)
 	}
 	return err
 }
