@@ -1,0 +1,1138 @@
+package steadymq
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	mathrand "math/rand/v2"
+	"net"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+var socketLimits = socketOptions{
+	idleTimeout:  20 * time.Second,
+	writeTimeout: 10 * time.Second,
+	writeDelay:   time.Millisecond,
+}
+
+// wire is the connection under a socket: it counts writes and can fail, cut
+// and stop them.
+type wire struct {
+	net.Conn
+	mu     sync.Mutex
+	sizes  []int
+	broken error           // what the next writes return
+	cut    *mathrand.Rand  // takes random parts of each write
+	linger bool            // SetLinger(0) was called
+	gate   <-chan struct{} // writes wait for it
+}
+
+func (w *wire) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	broken, gate := w.broken, w.gate
+	w.sizes = append(w.sizes, len(p))
+	if w.cut != nil && len(p) > 0 {
+		p = p[:1+w.cut.IntN(len(p))]
+	}
+	w.mu.Unlock()
+	if gate != nil {
+		<-gate
+	}
+	if broken != nil {
+		return 0, broken
+	}
+	return w.Conn.Write(p)
+}
+
+func (w *wire) SetLinger(int) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.linger = true
+	return nil
+}
+
+func (w *wire) writes() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.sizes)
+}
+
+// pipe returns a socket on an in-memory connection without buffers, and its
+// peer's end: a peer that does not read is a zero window.
+func pipe(t *testing.T, o socketOptions) (*socket, *wire, net.Conn) {
+	t.Helper()
+	near, far := net.Pipe()
+	w := &wire{Conn: near}
+	s := newSocket(w, o)
+	t.Cleanup(func() {
+		s.kill(nil)
+		s.wait()
+		_ = far.Close()
+	})
+	return s, w, far
+}
+
+// inBubble runs test in virtual time. The bubble fails if a goroutine stays.
+func inBubble(t *testing.T, test func(t *testing.T)) {
+	t.Helper()
+	synctest.Test(t, test)
+}
+
+func frameOf(typ byte, channel uint16, payload ...byte) []byte {
+	b := binary.BigEndian.AppendUint16([]byte{typ}, channel)
+	b = binary.BigEndian.AppendUint32(b, uint32(len(payload)))
+	return append(append(b, payload...), frameEnd)
+}
+
+func methodOf(channel, class, method uint16, args ...byte) []byte {
+	id := binary.BigEndian.AppendUint16(nil, class)
+	id = binary.BigEndian.AppendUint16(id, method)
+	return frameOf(frameMethod, channel, append(id, args...)...)
+}
+
+func ackOf(tag uint64) []byte {
+	return methodOf(1, 60, 80, append(binary.BigEndian.AppendUint64(nil, tag), 0)...)
+}
+
+func headerOf(size uint64) []byte {
+	p := binary.BigEndian.AppendUint64([]byte{0, 60, 0, 0}, size)
+	return frameOf(frameHeader, 1, append(p, 0, 0)...)
+}
+
+func deliveryOf(tag uint64, body []byte) []byte {
+	args := binary.BigEndian.AppendUint64([]byte{1, 't'}, tag)
+	b := methodOf(1, 60, 60, append(args, 0, 0, 1, 'q')...)
+	b = append(b, headerOf(uint64(len(body)))...)
+	if len(body) > 0 {
+		b = append(b, frameOf(frameBody, 1, body...)...)
+	}
+	return b
+}
+
+var heartbeatFrame = frameOf(frameBeat, 0)
+
+// deliver makes the driver's side of s take n deliveries.
+func deliver(t *testing.T, s *socket, far net.Conn, n int) {
+	t.Helper()
+	var b []byte
+	for tag := range n {
+		b = append(b, deliveryOf(uint64(tag+1), []byte("body"))...)
+	}
+	go func() { _, _ = far.Write(b) }()
+	_, err := io.ReadFull(s, make([]byte, len(b)))
+	require.NoError(t, err)
+}
+
+// collect reads all that arrives at far.
+func collect(far net.Conn) *sink {
+	k := &sink{ended: make(chan struct{})}
+	go func() {
+		defer close(k.ended)
+		buf := make([]byte, 4096)
+		for {
+			n, err := far.Read(buf)
+			k.mu.Lock()
+			k.b = append(k.b, buf[:n]...)
+			k.mu.Unlock()
+			if err != nil {
+				return
+			}
+		}
+	}()
+	return k
+}
+
+type sink struct {
+	mu    sync.Mutex
+	b     []byte
+	ended chan struct{}
+}
+
+func (k *sink) bytes() []byte {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return bytes.Clone(k.b)
+}
+
+// broker plays the broker's half of the driver's handshake on far, answers
+// what a consumer asks, and hands over the stream then.
+func broker(far net.Conn) error {
+	if _, err := io.ReadFull(far, make([]byte, 8)); err != nil {
+		return err
+	}
+	long := func(s string) []byte { return append(binary.BigEndian.AppendUint32(nil, uint32(len(s))), s...) }
+	start := append([]byte{0, 9, 0, 0, 0, 0}, append(long("PLAIN"), long("en_US")...)...)
+	if _, err := far.Write(methodOf(0, 10, 10, start...)); err != nil {
+		return err
+	}
+	replies := map[uint32][]byte{
+		10<<16 | 11: methodOf(0, 10, 30, 0x07, 0xff, 0, 2, 0, 0, 0, 60),
+		10<<16 | 40: methodOf(0, 10, 41, 0),
+		20<<16 | 10: methodOf(1, 20, 11, 0, 0, 0, 0),
+	}
+	for {
+		id, err := readMethod(far)
+		if err != nil {
+			return err
+		}
+		if _, err := far.Write(replies[id]); err != nil {
+			return err
+		}
+		if id == 10<<16|40 {
+			return nil
+		}
+	}
+}
+
+// readMethod returns the class and method of the next frame, 0 of a heartbeat.
+func readMethod(r io.Reader) (uint32, error) {
+	head := make([]byte, frameHead)
+	if _, err := io.ReadFull(r, head); err != nil {
+		return 0, err
+	}
+	payload := make([]byte, binary.BigEndian.Uint32(head[3:])+1)
+	if _, err := io.ReadFull(r, payload); err != nil || head[0] != frameMethod {
+		return 0, err
+	}
+	return binary.BigEndian.Uint32(payload), nil
+}
+
+// open opens the driver on s against broker.
+func open(t *testing.T, s *socket, far net.Conn) *amqp.Connection {
+	t.Helper()
+	played := make(chan error, 1)
+	go func() { played <- broker(far) }()
+	conn, err := amqp.Open(s, amqp.Config{
+		SASL:      []amqp.Authentication{&amqp.PlainAuth{Username: "guest", Password: "guest"}},
+		Vhost:     "/",
+		Heartbeat: 10 * time.Second,
+	})
+	require.NoError(t, err)
+	require.NoError(t, <-played)
+	return conn
+}
+
+func TestPeerThatDiesRightAfterOpenIsNoticed(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		conn := open(t, s, far)
+		collect(far) // reads, and never says a word again
+		synctest.Wait()
+		// The driver clears its deadline after open-ok, and arms it with the
+		// next frame only, if its heartbeater did not come late by chance.
+		require.NoError(t, s.SetReadDeadline(time.Time{}))
+		began := time.Now()
+
+		_, err := conn.Channel()
+
+		require.Error(t, err)
+		assert.Equal(t, 20*time.Second, time.Since(began))
+		assert.ErrorIs(t, s.cause(), errWatchdog)
+		assert.ErrorContains(t, s.cause(), "20s")
+	})
+}
+
+func TestParkedReaderIsNoticed(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		conn := open(t, s, far)
+		collect(far)
+		began := time.Now()
+		go func() { // a stray reply, and heartbeats as if nothing had happened
+			_, _ = far.Write(methodOf(0, 10, 41, 0))
+			beat(s, far)
+		}()
+
+		<-s.done()
+
+		assert.Equal(t, 20*time.Second, time.Since(began))
+		assert.ErrorIs(t, s.cause(), errWatchdog)
+		_ = conn.Close()
+		assert.LessOrEqual(t, time.Since(began), 25*time.Second)
+		s.wait()
+	})
+}
+
+func TestWatchdogIsFedByWhatTheDriverReads(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		go func() { _, _ = io.Copy(io.Discard, s) }()
+		for range 100 {
+			time.Sleep(19 * time.Second)
+			_, err := far.Write(heartbeatFrame)
+			require.NoError(t, err)
+		}
+		require.NoError(t, s.cause())
+		began := time.Now()
+		<-s.done()
+		assert.Equal(t, 20*time.Second, time.Since(began))
+	})
+}
+
+func TestWatchdogForgivesAMachineThatStoodStill(t *testing.T) {
+	dog := watchdog{idle: 20 * time.Second, due: 20 * time.Second}
+	assert.False(t, dog.bites(20*time.Second, 7*time.Second), "fed meanwhile")
+	assert.Equal(t, 27*time.Second, dog.due)
+	assert.False(t, dog.bites(300*time.Second, 7*time.Second), "timer far too late")
+	assert.Equal(t, 310*time.Second, dog.due, "half an interval more")
+	assert.True(t, dog.bites(310*time.Second, 7*time.Second), "still nothing")
+
+	dog = watchdog{idle: 20 * time.Second, due: 20 * time.Second}
+	assert.True(t, dog.bites(21*time.Second, 0), "a timer a little late is not forgiven")
+}
+
+func TestBlackHole(t *testing.T) {
+	for name, hole := range map[string]struct {
+		hears, speaks bool // the peer
+		after         time.Duration
+		cause         error
+	}{
+		"both ways":       {after: 15 * time.Second, cause: errWriteTimeout},
+		"to the broker":   {speaks: true, after: 15 * time.Second, cause: errWriteTimeout},
+		"from the broker": {hears: true, after: 20 * time.Second, cause: errWatchdog},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				s, _, far := pipe(t, socketLimits)
+				if hole.hears {
+					collect(far)
+				}
+				go beat(s, s)
+				if hole.speaks {
+					go beat(s, far)
+				}
+				go func() { _, _ = io.Copy(io.Discard, s) }()
+				began := time.Now()
+
+				<-s.done()
+
+				assert.Equal(t, hole.after, time.Since(began))
+				assert.ErrorIs(t, s.cause(), hole.cause)
+			})
+		})
+	}
+}
+
+// beat writes a heartbeat to w every 5 s until s ends.
+func beat(s *socket, w io.Writer) {
+	ticker := time.NewTicker(5 * time.Second)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-s.done():
+			return
+		case <-ticker.C:
+			_, _ = w.Write(heartbeatFrame)
+		}
+	}
+}
+
+// settleInto writes acks until the socket takes no more; the peer must not read.
+func settleInto(s *socket, acks int) <-chan error {
+	result := make(chan error, 1)
+	go func() {
+		for tag := range acks {
+			if _, err := s.Write(ackOf(uint64(tag + 1))); err != nil {
+				result <- err
+				return
+			}
+		}
+		result <- nil
+	}()
+	return result
+}
+
+func TestZeroWindowUnderAHundredThousandAcks(t *testing.T) {
+	t.Run("memory is bounded and the write deadline ends it", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			s, _, _ := pipe(t, socketLimits)
+			began := time.Now()
+			written := settleInto(s, 100_000)
+			synctest.Wait()
+			s.mu.Lock()
+			assert.LessOrEqual(t, len(s.pending), maxPending)
+			s.mu.Unlock()
+			assert.ErrorIs(t, <-written, errWriteTimeout)
+			assert.Equal(t, 10*time.Second, time.Since(began))
+		})
+	})
+	t.Run("kill ends it at once", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			s, w, _ := pipe(t, socketLimits)
+			written := settleInto(s, 100_000)
+			time.Sleep(time.Second)
+			began, reason := time.Now(), errors.New("setup limit")
+			s.kill(reason)
+			assert.ErrorIs(t, <-written, reason)
+			s.wait()
+			assert.Zero(t, time.Since(began))
+			assert.True(t, w.linger, "a FIN would wait behind what the peer does not take")
+		})
+	})
+	t.Run("Close is bounded", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			s, _, _ := pipe(t, socketLimits)
+			written := settleInto(s, 100_000)
+			time.Sleep(3 * time.Second)
+			began := time.Now()
+			assert.ErrorIs(t, s.Close(), errWriteTimeout)
+			assert.Error(t, <-written)
+			s.wait()
+			assert.LessOrEqual(t, time.Since(began), 10*time.Second)
+		})
+	})
+	t.Run("kill ends a Close that waits", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			s, _, _ := pipe(t, socketLimits)
+			settleInto(s, 100_000)
+			synctest.Wait()
+			reason := errors.New("close limit")
+			time.AfterFunc(2*time.Second, func() { s.kill(reason) })
+			began := time.Now()
+			assert.ErrorIs(t, s.Close(), reason)
+			assert.Equal(t, 2*time.Second, time.Since(began))
+		})
+	})
+}
+
+func TestZeroWindowUnderTheDriverOnARealSocket(t *testing.T) {
+	near, far := tcpPair(t)
+	s := newSocket(near, socketLimits)
+	conn := open(t, s, far)
+	go func() { _, _ = far.Write(methodOf(1, 20, 11, 0, 0, 0, 0)) }()
+	channel, err := conn.Channel()
+	require.NoError(t, err)
+
+	settled := make(chan error, 1)
+	go func() {
+		for tag := uint64(1); ; tag++ { // until kernel and socket take no more
+			if err := channel.Ack(tag, false); err != nil {
+				settled <- err
+				return
+			}
+		}
+	}()
+	require.Eventually(t, func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.room != nil
+	}, 30*time.Second, time.Millisecond, "Ack blocks")
+
+	began := time.Now()
+	s.kill(errors.New("stop"))
+	assert.Error(t, <-settled)
+	_ = conn.Close()
+	s.wait()
+	assert.Less(t, time.Since(began), 2*time.Second)
+}
+
+func TestSlowReaderStaysAlive(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		o := socketLimits
+		o.idleTimeout = 0
+		s, _, far := pipe(t, o)
+		sent := make([]byte, maxPending)
+		_, _ = mathrand.NewChaCha8([32]byte{1}).Read(sent)
+		written, err := s.Write(sent)
+		require.NoError(t, err)
+		require.Equal(t, len(sent), written)
+
+		var got bytes.Buffer
+		for got.Len() < len(sent) { // each takes a chunk in just less than the deadline
+			_, err := io.CopyN(&got, far, writeChunk)
+			require.NoError(t, err)
+			time.Sleep(9 * time.Second)
+		}
+		assert.Equal(t, sent, got.Bytes())
+		assert.NoError(t, s.cause())
+	})
+}
+
+func TestLoneSettlementLeavesAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, w, far := pipe(t, socketLimits)
+		arrived := collect(far)
+		began := time.Now()
+		for tag := range uint64(10) { // prefetch 1
+			deliver(t, s, far, 1)
+			_, err := s.Write(ackOf(tag + 1))
+			require.NoError(t, err)
+			synctest.Wait()
+			assert.Len(t, arrived.bytes(), int(tag+1)*settlementSize)
+		}
+		assert.Zero(t, time.Since(began))
+		assert.Equal(t, 10, w.writes())
+	})
+}
+
+func TestSettlementOfASlowHandlerLeavesAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		arrived := collect(far)
+		deliver(t, s, far, 32)
+		for tag := range uint64(10) {
+			time.Sleep(2 * time.Millisecond)
+			_, err := s.Write(ackOf(tag + 1))
+			require.NoError(t, err)
+			synctest.Wait()
+			assert.Len(t, arrived.bytes(), int(tag+1)*settlementSize, "no company comes within the write delay")
+		}
+	})
+}
+
+func TestBurstOfSettlementsSharesWrites(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, w, far := pipe(t, socketLimits)
+		arrived := collect(far)
+		deliver(t, s, far, 256)
+		began := time.Now()
+		for tag := range uint64(256) {
+			_, err := s.Write(ackOf(tag + 1))
+			require.NoError(t, err)
+			synctest.Wait() // the writer is never behind
+		}
+		assert.Len(t, arrived.bytes(), 256*settlementSize, "the last one waits for nobody")
+		assert.Zero(t, time.Since(began))
+		assert.LessOrEqual(t, w.writes(), 12, "half of what the broker waits for each time")
+	})
+}
+
+func TestSettlementWaitsNoLongerThanTheWriteDelay(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		arrived := collect(far)
+		deliver(t, s, far, 100)
+		began := time.Now()
+		for tag := range uint64(10) {
+			_, err := s.Write(ackOf(tag + 1))
+			require.NoError(t, err)
+		}
+		synctest.Wait()
+		require.Less(t, len(arrived.bytes()), 10*settlementSize)
+		time.Sleep(time.Millisecond)
+		synctest.Wait()
+		assert.Len(t, arrived.bytes(), 10*settlementSize)
+		assert.Equal(t, time.Millisecond, time.Since(began))
+	})
+}
+
+func TestOtherFramesTakeHeldSettlementsAlong(t *testing.T) {
+	for name, frame := range map[string][]byte{
+		"heartbeat":        heartbeatFrame,
+		"channel.close":    methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0),
+		"connection.close": methodOf(0, 10, 50, 0, 200, 0, 0, 0, 0, 0),
+		"half a frame":     frameOf(frameBody, 1, make([]byte, 100)...)[:50],
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				s, _, far := pipe(t, socketLimits)
+				arrived := collect(far)
+				deliver(t, s, far, 100)
+				want := slicesOf(ackOf(1), ackOf(2), ackOf(3), frame)
+				began := time.Now()
+				for _, b := range [][]byte{ackOf(1), ackOf(2), ackOf(3), frame} {
+					_, err := s.Write(b)
+					require.NoError(t, err)
+				}
+				synctest.Wait()
+				assert.Equal(t, want, arrived.bytes(), "in order")
+				assert.Zero(t, time.Since(began))
+			})
+		})
+	}
+}
+
+func slicesOf(parts ...[]byte) []byte { return bytes.Join(parts, nil) }
+
+func TestWriteDelayZeroNeverWaits(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		o := socketLimits
+		o.writeDelay = 0
+		s, _, far := pipe(t, o)
+		arrived := collect(far)
+		deliver(t, s, far, 100)
+		for tag := range uint64(5) {
+			_, err := s.Write(ackOf(tag + 1))
+			require.NoError(t, err)
+			synctest.Wait()
+			assert.Len(t, arrived.bytes(), int(tag+1)*settlementSize)
+		}
+	})
+}
+
+func TestFramesWrittenDuringAWriteShareTheNext(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, w, far := pipe(t, socketLimits)
+		gate := make(chan struct{})
+		w.gate = gate
+		arrived := collect(far)
+		for range 1000 {
+			_, err := s.Write(heartbeatFrame)
+			require.NoError(t, err)
+			synctest.Wait()
+		}
+		close(gate)
+		synctest.Wait()
+		assert.Equal(t, bytes.Repeat(heartbeatFrame, 1000), arrived.bytes())
+		assert.Equal(t, 2, w.writes())
+	})
+}
+
+func TestCloseFlushesWhatIsHeld(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, w, far := pipe(t, socketLimits)
+		arrived := collect(far)
+		deliver(t, s, far, 100)
+		var want []byte
+		for tag := range uint64(20) {
+			want = append(want, ackOf(tag+1)...)
+			_, err := s.Write(ackOf(tag + 1))
+			require.NoError(t, err)
+		}
+		require.NoError(t, s.Close())
+		<-arrived.ended
+		assert.Equal(t, want, arrived.bytes())
+		assert.NoError(t, s.cause())
+		assert.False(t, w.linger, "a plain close is no reset")
+		_, err := s.Read(make([]byte, 1))
+		assert.ErrorIs(t, err, net.ErrClosed)
+		_, err = s.Write(heartbeatFrame)
+		assert.ErrorIs(t, err, net.ErrClosed)
+		require.NoError(t, s.Close(), "again")
+		s.wait()
+	})
+}
+
+func TestFirstCauseWins(t *testing.T) {
+	first, second := errors.New("first"), errors.New("second")
+	t.Run("kill after kill", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			s, _, _ := pipe(t, socketLimits)
+			s.kill(first)
+			s.kill(second)
+			assert.Equal(t, first, s.cause())
+		})
+	})
+	t.Run("end of file after kill", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			s, _, far := pipe(t, socketLimits)
+			s.kill(first)
+			_ = far.Close()
+			_, err := s.Read(make([]byte, 1))
+			assert.Equal(t, first, err, "the driver is told the cause too")
+			assert.Equal(t, first, s.cause())
+		})
+	})
+	t.Run("kill after end of file", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			s, _, far := pipe(t, socketLimits)
+			_ = far.Close()
+			_, err := s.Read(make([]byte, 1))
+			assert.ErrorIs(t, err, io.EOF)
+			s.kill(second)
+			assert.ErrorIs(t, s.cause(), errPeerClosed)
+			assert.ErrorContains(t, s.cause(), "the peer closed the connection")
+		})
+	})
+	t.Run("kill after a plain close", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			s, _, _ := pipe(t, socketLimits)
+			require.NoError(t, s.Close())
+			s.kill(second)
+			assert.NoError(t, s.cause())
+		})
+	})
+	t.Run("the driver's read deadline", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			s, _, _ := pipe(t, socketLimits)
+			require.NoError(t, s.SetReadDeadline(time.Now().Add(15*time.Second)))
+			began := time.Now()
+			_, err := s.Read(make([]byte, 1))
+			assert.ErrorIs(t, err, errReadTimeout)
+			assert.Equal(t, 15*time.Second, time.Since(began))
+		})
+	})
+	t.Run("the driver's write deadline", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			s, _, _ := pipe(t, socketLimits)
+			require.NoError(t, s.SetDeadline(time.Now().Add(2*time.Second)))
+			_, err := s.Write(heartbeatFrame)
+			require.NoError(t, err)
+			began := time.Now()
+			<-s.done()
+			assert.ErrorIs(t, s.cause(), errWriteTimeout)
+			assert.Equal(t, 2*time.Second, time.Since(began))
+		})
+	})
+	t.Run("a reset", func(t *testing.T) {
+		assert.ErrorIs(t, readCause(&net.OpError{Op: "read", Err: syscall.ECONNRESET}), errPeerReset)
+		assert.ErrorIs(t, readCause(&net.OpError{Op: "read", Err: syscall.ETIMEDOUT}), errUnconfirmed)
+	})
+}
+
+func TestManyCallersAgreeOnOneCause(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, _ := pipe(t, socketLimits)
+		var killers sync.WaitGroup
+		for i := range 50 {
+			killers.Go(func() { s.kill(fmt.Errorf("cause %d", i)) })
+		}
+		killers.Go(func() { _ = s.Close() })
+		<-s.done()
+		cause := s.cause()
+		killers.Wait()
+		assert.Equal(t, cause, s.cause())
+	})
+}
+
+// A broker that closes says why and hangs up: the write that runs into that
+// must not keep the driver from reading it.
+func TestFailedWriteLeavesTheBrokersLastWords(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, w, far := pipe(t, socketLimits)
+		conn := open(t, s, far)
+		closed := conn.NotifyClose(make(chan *amqp.Error, 1))
+
+		w.mu.Lock()
+		w.broken = syscall.EPIPE
+		w.mu.Unlock()
+		_, err := s.Write(heartbeatFrame)
+		require.NoError(t, err)
+		synctest.Wait()
+		words := "CONNECTION_FORCED - shutdown"
+		goodbye := append([]byte{1, 64, byte(len(words))}, words...)
+		go func() { _, _ = far.Write(methodOf(0, 10, 50, append(goodbye, 0, 0, 0, 0)...)) }()
+
+		told := <-closed
+		require.NotNil(t, told)
+		assert.Equal(t, 320, told.Code)
+		assert.True(t, told.Server)
+		<-s.done()
+		assert.ErrorIs(t, s.cause(), errPeerReset)
+	})
+}
+
+func TestFailedWriteEndsTheSocketWithinTheGrace(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, w, _ := pipe(t, socketLimits)
+		w.broken = syscall.ECONNRESET
+		began := time.Now()
+		_, err := s.Write(heartbeatFrame)
+		require.NoError(t, err)
+		<-s.done()
+		assert.Equal(t, drainGrace, time.Since(began))
+		assert.ErrorIs(t, s.cause(), errPeerReset)
+		_, err = s.Write(heartbeatFrame)
+		assert.ErrorIs(t, err, errPeerReset)
+	})
+}
+
+func TestMessageTooLargeNeverReachesTheDriver(t *testing.T) {
+	o := socketLimits
+	o.maxMessage = 1000
+	good := deliveryOf(1, make([]byte, 1000))
+	bad := slicesOf(methodOf(1, 60, 60, 1, 't', 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 1, 'q'), headerOf(1<<63))
+	stream := slicesOf(good, heartbeatFrame, bad)
+	allowed := len(stream) - len(headerOf(0))
+
+	for cut := 1; cut < len(stream); cut++ {
+		inBubble(t, func(t *testing.T) {
+			s, _, far := pipe(t, o)
+			go func() {
+				_, _ = far.Write(stream[:cut])
+				_, _ = far.Write(stream[cut:])
+			}()
+			got, err := io.ReadAll(s)
+
+			var tooLarge *errMessageTooLarge
+			require.ErrorAs(t, err, &tooLarge)
+			assert.Equal(t, errMessageTooLarge{size: 1 << 63, limit: 1000}, *tooLarge)
+			require.GreaterOrEqual(t, len(got), allowed, "what came before is not lost")
+			require.Less(t, len(got), allowed+headerHead, "the header is not complete")
+			require.Equal(t, stream[:len(got)], got)
+			assert.ErrorIs(t, s.cause(), err)
+		})
+	}
+}
+
+func TestSizeLimitOffLetsEverythingPass(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		b := headerOf(1 << 63)
+		go func() { _, _ = far.Write(b) }()
+		_, err := io.ReadFull(s, make([]byte, len(b)))
+		require.NoError(t, err)
+	})
+}
+
+func TestScannerLeavesWhatIsNoFrameToTheDriver(t *testing.T) {
+	for name, stream := range map[string][]byte{
+		"another protocol": []byte("AMQP\x00\x00\x09\x01 and whatever follows, however long it is"),
+		"no frame end":     append(heartbeatFrame[:7:7], 0x00, 2, 0, 1, 0, 0, 0, 14, 0, 60, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255, 0, 0, frameEnd),
+		"short method":     slicesOf(frameOf(frameMethod, 1, 1), headerOf(1<<62)),
+		"short header":     slicesOf(frameOf(frameHeader, 1, 1, 2, 3), headerOf(1<<62)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := scanner{maxMessage: 10}
+			for i := range stream {
+				n, _, size := c.next(stream[i : i+1])
+				assert.Equal(t, 1, n)
+				assert.Zero(t, size)
+			}
+		})
+	}
+}
+
+// FuzzScanner checks that where reads cut the stream changes nothing.
+func FuzzScanner(f *testing.F) {
+	f.Add(deliveryOf(1, []byte("body")), uint64(1))
+	f.Add(slicesOf(deliveryOf(1, nil), heartbeatFrame, deliveryOf(2, make([]byte, 300))), uint64(2))
+	f.Add(slicesOf(headerOf(101), ackOf(1)), uint64(3))
+	f.Add([]byte("AMQP\x00\x00\x09\x01"), uint64(4))
+	f.Fuzz(func(t *testing.T, stream []byte, seed uint64) {
+		whole := scanner{maxMessage: 100}
+		n, deliveries, size := whole.next(stream)
+
+		r := mathrand.New(mathrand.NewPCG(seed, seed))
+		cut := scanner{maxMessage: 100}
+		var total int
+		var seen int64
+		var refused uint64
+		for total < len(stream) && refused == 0 {
+			part := stream[total : total+1+r.IntN(len(stream)-total)]
+			n, d, s := cut.next(part)
+			total, seen, refused = total+n, seen+d, s
+		}
+		require.Equal(t, size, refused)
+		require.Equal(t, deliveries, seen)
+		require.GreaterOrEqual(t, total, n)
+		require.Less(t, total, n+headerHead+1)
+	})
+}
+
+// FuzzWrites checks order and integrity under random frames, delays and
+// partial writes.
+func FuzzWrites(f *testing.F) {
+	f.Add([]byte{0, 0, 0, 0, 1, 2, 3}, uint64(1))
+	f.Add(bytes.Repeat([]byte{0}, 300), uint64(2))
+	f.Add([]byte{5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 7, 0, 0, 6, 0}, uint64(3))
+	f.Add([]byte{4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0}, uint64(4))
+	f.Fuzz(func(t *testing.T, script []byte, seed uint64) {
+		if len(script) > 400 {
+			script = script[:400]
+		}
+		inBubble(t, func(t *testing.T) { playWrites(t, script, mathrand.New(mathrand.NewPCG(seed, 0))) })
+	})
+}
+
+func playWrites(t *testing.T, script []byte, r *mathrand.Rand) {
+	near, far := net.Pipe()
+	s := newSocket(&wire{Conn: near, cut: mathrand.New(mathrand.NewPCG(r.Uint64(), 0))}, socketLimits)
+	var got bytes.Buffer
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		buf := make([]byte, 1+r.IntN(5000))
+		for {
+			n, err := far.Read(buf)
+			got.Write(buf[:n])
+			if err != nil {
+				return
+			}
+		}
+	}()
+
+	var want []byte
+	for i, op := range script {
+		frame := ackOf(uint64(i + 1))
+		switch op % 8 {
+		case 0, 1, 2:
+		case 3:
+			frame = heartbeatFrame
+		case 4:
+			frame = frameOf(frameBody, 1, bytes.Repeat([]byte{op}, 1+i*257)...)
+		case 5:
+			deliver(t, s, far, 1+int(op))
+		case 6:
+			time.Sleep(time.Duration(op) * 10 * time.Microsecond)
+		case 7:
+			synctest.Wait()
+		}
+		want = append(want, frame...)
+		n, err := s.Write(frame)
+		require.NoError(t, err)
+		require.Equal(t, len(frame), n)
+	}
+	require.NoError(t, s.Close())
+	<-ended
+	require.True(t, bytes.Equal(want, got.Bytes()), "every byte once and in order")
+	s.wait()
+}
+
+func TestOpenSocketEndsWithItsContext(t *testing.T) {
+	reason := errors.New("setup limit")
+	limited := func(t *testing.T) context.Context {
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 15*time.Second, reason)
+		t.Cleanup(cancel)
+		return ctx
+	}
+	t.Run("TLS peer that stops in its handshake", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			near, far := net.Pipe()
+			collect(far)
+			began := time.Now()
+			_, err := openSocket(limited(t), dialTo(near), "mq.example:5671", &tls.Config{}, socketLimits)
+			assert.ErrorIs(t, err, reason)
+			assert.Equal(t, 15*time.Second, time.Since(began))
+			_, err = near.Write([]byte{0})
+			assert.ErrorIs(t, err, io.ErrClosedPipe, "nothing stays open")
+		})
+	})
+	t.Run("dial that hangs", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			began := time.Now()
+			_, err := openSocket(limited(t), dial, "mq.example:5672", nil, socketLimits)
+			assert.ErrorIs(t, err, reason)
+			assert.Equal(t, 15*time.Second, time.Since(began))
+		})
+	})
+	t.Run("dial that does not look at its context", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			near, far := net.Pipe()
+			dial := func(context.Context, string, string) (net.Conn, error) {
+				time.Sleep(time.Minute)
+				return near, nil
+			}
+			began := time.Now()
+			_, err := openSocket(limited(t), dial, "mq.example:5672", nil, socketLimits)
+			assert.ErrorIs(t, err, reason)
+			assert.Equal(t, 16*time.Second, time.Since(began))
+			_, err = far.Read(make([]byte, 1))
+			assert.ErrorIs(t, err, io.EOF, "the connection that came too late is closed")
+		})
+	})
+	t.Run("dial that fails", func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
+			refused := errors.New("connection refused")
+			dial := func(context.Context, string, string) (net.Conn, error) { return nil, refused }
+			_, err := openSocket(limited(t), dial, "mq.example:5672", nil, socketLimits)
+			assert.Equal(t, refused, err, "ctx has nothing to do with it")
+		})
+	})
+}
+
+func dialTo(conn net.Conn) dialFunc {
+	return func(context.Context, string, string) (net.Conn, error) { return conn, nil }
+}
+
+func TestTLSOnARealSocket(t *testing.T) {
+	server, client := certificates(t)
+	listener, err := tls.Listen("tcp", "127.0.0.1:0", server)
+	require.NoError(t, err)
+	defer listener.Close()
+	echoed := make(chan error, 1)
+	go func() {
+		conn, err := listener.Accept()
+		if err != nil {
+			echoed <- err
+			return
+		}
+		defer conn.Close()
+		_, err = io.Copy(conn, conn) // nil only if the client says goodbye
+		echoed <- err
+	}()
+
+	s, err := openSocket(t.Context(), defaultDial(5*time.Second, 15*time.Second), listener.Addr().String(), client, socketLimits)
+	require.NoError(t, err)
+	assert.Empty(t, client.ServerName, "the caller's config is not touched")
+	sent := bytes.Repeat(heartbeatFrame, 20_000)
+	go func() { _, _ = s.Write(sent) }()
+	got := make([]byte, len(sent))
+	_, err = io.ReadFull(s, got)
+	require.NoError(t, err)
+	assert.True(t, bytes.Equal(sent, got))
+	require.NoError(t, s.Close())
+	require.NoError(t, <-echoed)
+	s.wait()
+}
+
+func TestTLSRefusedSaysWhy(t *testing.T) {
+	server, client := certificates(t)
+	listener, err := tls.Listen("tcp", "127.0.0.1:0", server)
+	require.NoError(t, err)
+	defer listener.Close()
+	refused := make(chan struct{})
+	go func() {
+		defer close(refused)
+		if conn, err := listener.Accept(); err == nil {
+			_, _ = io.Copy(io.Discard, conn)
+			_ = conn.Close()
+		}
+	}()
+	client.ServerName = "another.example"
+	_, err = openSocket(t.Context(), defaultDial(5*time.Second, 0), listener.Addr().String(), client, socketLimits)
+	var invalid *tls.CertificateVerificationError
+	assert.ErrorAs(t, err, &invalid)
+	<-refused
+}
+
+func TestKillOverTLSDoesNotWaitForThePeer(t *testing.T) {
+	near, far := tcpPair(t)
+	server, client := certificates(t)
+	shaken := make(chan error, 1)
+	go func() { shaken <- tls.Server(far, server).HandshakeContext(t.Context()) }()
+	s, err := openSocket(t.Context(), dialTo(near), "127.0.0.1:1", client, socketLimits)
+	require.NoError(t, err)
+	require.NoError(t, <-shaken)
+	written := make(chan error, 1)
+	go func() {
+		for {
+			if _, err := s.Write(make([]byte, 1<<16)); err != nil {
+				written <- err
+				return
+			}
+		}
+	}()
+	require.Eventually(t, func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.room != nil
+	}, 30*time.Second, time.Millisecond, "the peer takes no more")
+
+	began, reason := time.Now(), errors.New("stop")
+	s.kill(reason)
+	s.wait()
+	assert.ErrorIs(t, <-written, reason)
+	assert.Less(t, time.Since(began), 2*time.Second)
+}
+
+// tcpPair returns both ends of a real connection.
+func tcpPair(t *testing.T) (near, far net.Conn) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer listener.Close()
+	near, err = defaultDial(5*time.Second, 0)(t.Context(), "tcp", listener.Addr().String())
+	require.NoError(t, err)
+	far, err = listener.Accept()
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		_ = near.Close()
+		_ = far.Close()
+	})
+	return near, far
+}
+
+// certificates returns the configs of a server at 127.0.0.1 and of its client.
+func certificates(t *testing.T) (server, client *tls.Config) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1),
+		NotBefore:    time.Now().Add(-time.Hour),
+		NotAfter:     time.Now().Add(time.Hour),
+		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1)},
+		IsCA:         true, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	require.NoError(t, err)
+	cert, err := x509.ParseCertificate(der)
+	require.NoError(t, err)
+	roots := x509.NewCertPool()
+	roots.AddCert(cert)
+	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}},
+		&tls.Config{RootCAs: roots}
+}
+
+// swallow is a connection that takes everything and costs nothing.
+type swallow struct{ net.Conn }
+
+func (swallow) Write(p []byte) (int, error)      { return len(p), nil }
+func (swallow) SetWriteDeadline(time.Time) error { return nil }
+
+// BenchmarkSocketWriteSettlement is what the socket itself adds to one ack.
+func BenchmarkSocketWriteSettlement(b *testing.B) {
+	near, far := net.Pipe()
+	defer far.Close()
+	s := newSocket(swallow{near}, socketLimits)
+	defer s.wait()
+	defer s.kill(nil)
+	ack := ackOf(1)
+	s.delivered.Store(1 << 40)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := s.Write(ack); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkSocketWriteHeartbeat is a frame that never waits.
+func BenchmarkSocketWriteHeartbeat(b *testing.B) {
+	near, far := net.Pipe()
+	defer far.Close()
+	s := newSocket(swallow{near}, socketLimits)
+	defer s.wait()
+	defer s.kill(nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := s.Write(heartbeatFrame); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// replay is a connection that repeats the same bytes for ever.
+type replay struct {
+	net.Conn
+	stream []byte
+}
+
+func (r replay) Read(p []byte) (int, error) { return copy(p, r.stream), nil }
+
+// BenchmarkSocketReadDelivery is what the socket itself adds to one delivery.
+func BenchmarkSocketReadDelivery(b *testing.B) {
+	near, far := net.Pipe()
+	defer far.Close()
+	delivery := deliveryOf(1, make([]byte, 100))
+	o := socketLimits
+	o.maxMessage = 16 << 20
+	s := newSocket(replay{near, bytes.Repeat(delivery, readBuffer/len(delivery))}, o)
+	defer s.wait()
+	defer s.kill(nil)
+	buf := make([]byte, 4096) // as the driver reads
+	b.ReportAllocs()
+	left := 0
+	for b.Loop() {
+		for left < len(delivery) {
+			n, err := s.Read(buf)
+			if err != nil {
+				b.Fatal(err)
+			}
+			left += n
+		}
+		left -= len(delivery)
+	}
+}
