@@ -413,14 +413,21 @@ func (s *socket) pace(p []byte) (now bool) {
 }
 
 func (s *socket) mustGo(p []byte) bool {
-	if s.opts.writeDelay <= 0 || !isSettlement(p) {
+	if s.opts.writeDelay <= 0 {
+		return true
+	}
+	id := methodID(p)
+	if !isSettlement(id, p) {
+		if id == channelOpen {
+			s.settled = s.delivered.Load() // what a lost channel left will never be settled
+		}
 		return true
 	}
 	at := time.Since(s.start)
 	alone := at-s.lastHeld > s.opts.writeDelay
 	s.lastHeld = at
 	s.held++
-	s.settled++
+	s.settled = min(s.settled+1, s.delivered.Load())
 	if alone || s.held >= s.delivered.Load()-s.settled {
 		return true
 	}
@@ -619,6 +626,7 @@ const (
 	frameEnd    = 0xCE
 
 	// class and method in one, as on the wire
+	channelOpen  = 20<<16 | 10
 	basicDeliver = 60<<16 | 60
 	basicAck     = 60<<16 | 80
 	basicReject  = 60<<16 | 90
@@ -631,15 +639,22 @@ const (
 	settlementSize = 21 // of ack, nack and reject alike
 )
 
-// isSettlement reports whether p is one basic.ack, basic.nack or basic.reject
-// frame: the frames that nobody waits for an answer to.
-func isSettlement(p []byte) bool {
-	if len(p) != settlementSize || p[0] != frameMethod || p[settlementSize-1] != frameEnd {
-		return false
+// methodID returns class and method of the frame that p begins with; 0 if it
+// is no method frame.
+func methodID(p []byte) uint32 {
+	if len(p) < methodHead || p[0] != frameMethod {
+		return 0
 	}
-	switch binary.BigEndian.Uint32(p[frameHead:]) {
+	return binary.BigEndian.Uint32(p[frameHead:])
+}
+
+// isSettlement reports whether p, a method frame by its id, is one basic.ack,
+// basic.nack or basic.reject and no more: the frames that nobody waits for an
+// answer to.
+func isSettlement(id uint32, p []byte) bool {
+	switch id {
 	case basicAck, basicNack, basicReject:
-		return true
+		return len(p) == settlementSize && p[settlementSize-1] == frameEnd
 	}
 	return false
 }

@@ -533,6 +533,24 @@ func TestSettlementWaitsNoLongerThanTheWriteDelay(t *testing.T) {
 	})
 }
 
+func TestLostChannelDoesNotMakeTheNextOneWait(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		arrived := collect(far)
+		deliver(t, s, far, 100) // on a channel that is lost before they are settled
+		opened := methodOf(2, 20, 10, 0)
+		_, err := s.Write(opened)
+		require.NoError(t, err)
+		deliver(t, s, far, 2)
+		for tag := range uint64(2) {
+			_, err := s.Write(ackOf(tag + 1))
+			require.NoError(t, err)
+		}
+		synctest.Wait()
+		assert.Len(t, arrived.bytes(), len(opened)+2*settlementSize)
+	})
+}
+
 func TestOtherFramesTakeHeldSettlementsAlong(t *testing.T) {
 	for name, frame := range map[string][]byte{
 		"heartbeat":        heartbeatFrame,
