@@ -66,7 +66,7 @@ type Delivery struct {
 
 // settler puts one settlement on the wire. It is called once per delivery.
 type settler interface {
-	settle(tag uint64, o Outcome) error
+	settle(d *Delivery, o Outcome) error
 	number() uint64
 }
 
@@ -168,7 +168,7 @@ func (d *Delivery) settle(o Outcome) error {
 	if d.settler == nil {
 		return nil
 	}
-	err := d.settler.settle(d.tag, o)
+	err := d.settler.settle(d, o)
 	if errors.Is(err, ErrStale) {
 		d.outcome.Store(uint32(Stale))
 	}
@@ -216,14 +216,14 @@ type loose struct{ to amqp.Acknowledger }
 
 func (l loose) number() uint64 { return 0 }
 
-func (l loose) settle(tag uint64, o Outcome) error {
+func (l loose) settle(d *Delivery, o Outcome) error {
 	if l.to == nil {
 		return nil
 	}
 	if o == Acked {
-		return l.to.Ack(tag, false)
+		return l.to.Ack(d.tag, false)
 	}
-	return l.to.Reject(tag, o == Requeued)
+	return l.to.Reject(d.tag, o == Requeued)
 }
 
 // verdict is an outcome that travels in a handler's error.

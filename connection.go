@@ -80,7 +80,7 @@ func (e endpoint) tlsConfig(given *tls.Config) (*tls.Config, error) {
 	return c, nil
 }
 
-// login returns the mechanisms to offer, best first.
+// login returns the mechanisms the URL asks for, best first.
 func (e endpoint) login(given []amqp.Authentication) []amqp.Authentication {
 	if given != nil {
 		return given
@@ -102,6 +102,21 @@ func (e endpoint) login(given []amqp.Authentication) []amqp.Authentication {
 	return auth
 }
 
+// Credentials log in to the broker; see WithCredentials. They print without the
+// password.
+type Credentials struct {
+	// Username and Password are for the mechanism PLAIN. For OAuth 2 the
+	// password is the token and the user name is not looked at.
+	Username, Password string
+	// Expires is when the password stops being valid; zero for never.
+	Expires time.Time
+}
+
+// Format implements fmt.Formatter: no verb prints the password.
+func (c Credentials) Format(f fmt.State, _ rune) {
+	fmt.Fprintf(f, "{%s (password not shown) expires %v}", c.Username, c.Expires)
+}
+
 // connection is one socket with one *amqp.Connection on it. It is never
 // repaired, only replaced. One goroutine, watch, owns its end.
 type connection struct {
@@ -117,12 +132,19 @@ type connection struct {
 	gone   chan struct{}      // closed when nothing of it is left
 
 	channelFailures []time.Time // recent ones, for the escalation; the supervisor's
+
+	stopRefresh context.CancelFunc
+	refreshed   chan struct{} // closed when the credentials are no longer refreshed
 }
 
 // openConnection dials e and opens an AMQP connection there, all within ctx.
 // The error is a *SessionError without its number.
 func openConnection(ctx context.Context, c *config, e endpoint) (*connection, error) {
 	tlsConfig, err := e.tlsConfig(c.tls)
+	if err != nil {
+		return nil, &SessionError{Op: "open", Err: err}
+	}
+	login, expires, err := c.login(ctx, e)
 	if err != nil {
 		return nil, &SessionError{Op: "open", Err: err}
 	}
@@ -140,7 +162,7 @@ func openConnection(ctx context.Context, c *config, e endpoint) (*connection, er
 	defer unguard()
 
 	asked := time.Now()
-	conn, err := amqp.Open(socket, c.amqpConfig(e))
+	conn, err := amqp.Open(socket, c.amqpConfig(e, login))
 	if err != nil {
 		err = handshakeCause(err, socket, time.Since(asked))
 		socket.kill(err)
@@ -159,9 +181,84 @@ func openConnection(ctx context.Context, c *config, e endpoint) (*connection, er
 		end:          newNotifier(),
 		leave:        make(chan time.Duration, 1),
 		gone:         make(chan struct{}),
+		refreshed:    make(chan struct{}),
 	}
+	// The refresh lives as long as the connection, not as this try.
+	life, stop := context.WithCancel(context.WithoutCancel(ctx))
+	opened.stopRefresh = stop
+	go opened.refresh(life, c, expires)
 	go opened.watch()
 	return opened, nil
+}
+
+// login returns the mechanisms for this dial and, if they expire, when.
+func (c *config) login(ctx context.Context, e endpoint) ([]amqp.Authentication, time.Time, error) {
+	if c.credentials == nil {
+		return e.login(c.sasl), time.Time{}, nil
+	}
+	fresh, err := c.askCredentials(ctx)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	return []amqp.Authentication{&amqp.PlainAuth{Username: fresh.Username, Password: fresh.Password}}, fresh.Expires, nil
+}
+
+// askCredentials returns when ctx ends, even if the user's function does not.
+func (c *config) askCredentials(ctx context.Context) (Credentials, error) {
+	type answer struct {
+		fresh Credentials
+		err   error
+	}
+	asked := make(chan answer, 1)
+	go func() {
+		fresh, err := c.credentials(ctx)
+		asked <- answer{fresh, err}
+	}()
+	select {
+	case a := <-asked:
+		if a.err != nil {
+			return Credentials{}, fmt.Errorf("WithCredentials: %w", a.err)
+		}
+		return a.fresh, nil
+	case <-ctx.Done():
+		return Credentials{}, fmt.Errorf("WithCredentials: %w", context.Cause(ctx))
+	}
+}
+
+const minRefresh = time.Second
+
+// refresh hands the broker fresh credentials before the old ones expire, at 70 %
+// of their life (connection.update-secret). Where it fails it tries again in 70 %
+// of what is left; in the end the broker closes the connection and the next dial
+// asks afresh.
+func (c *connection) refresh(life context.Context, cfg *config, expires time.Time) {
+	defer close(c.refreshed)
+	for !expires.IsZero() {
+		timer := time.NewTimer(max(time.Until(expires)*7/10, minRefresh))
+		select {
+		case <-timer.C:
+		case <-life.Done():
+			timer.Stop()
+			return
+		}
+		ctx, cancel := context.WithTimeoutCause(life, cfg.setupTimeout, errSetupTimeout)
+		if fresh, err := cfg.askCredentials(ctx); err == nil && c.updateSecret(ctx, fresh.Password) == nil {
+			expires = fresh.Expires
+		}
+		cancel()
+	}
+}
+
+// updateSecret is an RPC, so its limit closes the socket. The end of the
+// connection does not: the answer is on its way, and close-ok after it.
+func (c *connection) updateSecret(ctx context.Context, secret string) error {
+	limit, ok := ctx.Deadline()
+	if !ok {
+		return nil
+	}
+	kill := time.AfterFunc(time.Until(limit), func() { c.socket.kill(errSetupTimeout) })
+	defer kill.Stop()
+	return c.amqp.UpdateSecret(secret, "the old one expires")
 }
 
 // dialer bounds the dial and notes that it succeeded.
@@ -187,14 +284,14 @@ func (c *config) socketOptions() socketOptions {
 // amqpConfig is made anew for every dial: the driver writes into its maps.
 // Recovery stays nil, always: it reuses the channel, so that a late ack settles
 // another message.
-func (c *config) amqpConfig(e endpoint) amqp.Config {
+func (c *config) amqpConfig(e endpoint, login []amqp.Authentication) amqp.Config {
 	properties := maps.Clone(amqp.NewConnectionProperties())
 	properties["product"] = "steadymq"
 	if c.connectionName != "" {
 		properties.SetClientConnectionName(c.connectionName)
 	}
 	return amqp.Config{
-		SASL:       e.login(c.sasl),
+		SASL:       login,
 		Vhost:      e.uri.Vhost,
 		Heartbeat:  c.heartbeat,
 		Locale:     "en_US",
@@ -289,6 +386,8 @@ func errorOrNil(err *amqp.Error) error {
 // socket, which frees every goroutine of the driver that waits for it.
 func (c *connection) teardown(limit time.Duration) {
 	kill := time.AfterFunc(limit, func() { c.socket.kill(errCloseTimeout) })
+	c.stopRefresh()
+	<-c.refreshed // its RPC and the close would take each other's answer
 	_ = c.amqp.CloseDeadline(time.Now().Add(limit))
 	kill.Stop()
 	c.socket.kill(nil)

@@ -171,6 +171,7 @@ type supervisor struct {
 	session *session
 	last    *link // where the workers go next
 	number  uint64
+	stream  *position
 	tag     string
 	host    string
 
@@ -206,8 +207,9 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 			stop:     make(chan struct{}),
 			done:     make(chan struct{}),
 		},
-		last: newLink(nil),
-		tag:  c.config.tagPrefix + "-" + hex.EncodeToString(random),
+		last:   newLink(nil),
+		stream: newPosition(c.config),
+		tag:    c.config.tagPrefix + "-" + hex.EncodeToString(random),
 	}
 }
 
@@ -284,7 +286,7 @@ func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, num
 		}
 	}
 	tag := fmt.Sprintf("%s-%d", s.tag, number)
-	session, err := conn.openSession(ctx, s.handlers, s.config, s.stats, number, tag)
+	session, err := conn.openSession(ctx, s.handlers, s.config, s.stats, number, tag, s.stream)
 	return attempt{conn: conn, session: session, err: err}
 }
 

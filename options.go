@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"strings"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -90,6 +89,8 @@ type config struct {
 	requeueDelay   time.Duration
 	writeDelay     time.Duration
 	maxMessage     uint64
+	stallAfter     time.Duration
+	insecure       bool
 
 	topology    TopologyFunc
 	declare     *Queue
@@ -101,6 +102,7 @@ type config struct {
 	urlFunc        func(context.Context) (string, error)
 	tls            *tls.Config
 	sasl           []amqp.Authentication
+	credentials    func(context.Context) (Credentials, error)
 	dial           dialFunc
 
 	middleware []Middleware
@@ -307,6 +309,12 @@ func WithQueue(q Queue) Option {
 
 // WithConsumeArgs sets arguments of basic.consume, such as "x-priority",
 // "x-consumer-timeout" or "x-stream-offset". The table is copied.
+//
+// A stream is consumed like any queue, but must be named as one, by
+// "x-stream-offset" here (first, last, next, a number or a time) or by WithQueue:
+// later sessions of the same Run then resume at the first message not yet
+// settled, instead of skipping what was published while away. A stream has no
+// requeue: a message put back ends the session, which resumes at that message.
 func WithConsumeArgs(args amqp.Table) Option {
 	return func(c *config) {
 		c.consumeArgs = cloneTable(args)
@@ -402,6 +410,48 @@ func WithSASL(mechanisms ...amqp.Authentication) Option {
 			}
 		}
 	}
+}
+
+// WithCredentials asks f for user name and password before every dial, in place
+// of those in the URL: for passwords that rotate and tokens that expire. If they
+// expire, f is asked again at 70 % of their life and the broker is told
+// (connection.update-secret, https://www.rabbitmq.com/docs/oauth2#token-expiration),
+// so the connection stays up. ctx ends with the setup limit; an error is retried
+// like a failed login and must not hold a secret, for it is logged. f is called by
+// one goroutine at a time per connection.
+func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
+	return func(c *config) {
+		c.credentials = f
+		if f == nil {
+			c.refuse("WithCredentials", "must not be nil")
+		}
+	}
+}
+
+// WithStallDetector looks for a consumer that is alive on paper only: nothing has
+// been delivered for the given time although the prefetch is not full. It then
+// asks the queue (a passive declare on a channel of its own, which needs the
+// configure permission on RabbitMQ 4.3). If the queue has messages and this
+// consumer is its only one, or if it knows of no consumer at all, or if the queue
+// does not answer within the setup limit, the session is lost with a cause that
+// says so, and replaced. With other consumers on the queue silence is normal
+// (single active consumer, priorities) and nothing is done.
+//
+// Off by default; a good value is 1 minute, range 1 s to 24 h. Not for streams,
+// which keep their messages.
+func WithStallDetector(after time.Duration) Option {
+	return func(c *config) {
+		c.stallAfter = after
+		if after < time.Second || after > maxDuration {
+			c.refuse("WithStallDetector", "must be between 1s and %v, got %v", maxDuration, after)
+		}
+	}
+}
+
+// WithInsecureSkipVerify allows a TLS configuration with InsecureSkipVerify, which
+// New refuses otherwise: anyone on the path can then read the password. For tests.
+func WithInsecureSkipVerify() Option {
+	return func(c *config) { c.insecure = true }
 }
 
 // WithDialer replaces the TCP dial, with net.Dialer.DialContext's signature: for
@@ -534,9 +584,24 @@ func (c *config) checkTogether() {
 	} else if c.prefetch < c.concurrency && c.prefetch > 0 {
 		c.refuse("WithPrefetch", "must be at least the concurrency (%d), got %d: workers would wait for nothing", c.concurrency, c.prefetch)
 	}
+	if c.credentials != nil && c.sasl != nil {
+		c.refuse("WithCredentials", "cannot be combined with WithSASL, which has credentials of its own")
+	}
+	if c.stallAfter > 0 && c.stream() {
+		c.refuse("WithStallDetector", "is not for streams: they keep their messages, so silence means nothing")
+	}
+	if c.tls != nil && c.tls.InsecureSkipVerify && c.tls.VerifyConnection == nil && c.tls.VerifyPeerCertificate == nil && !c.insecure {
+		c.refuse("WithTLSConfig", "InsecureSkipVerify lets anyone on the path read the password; set RootCAs instead, or add WithInsecureSkipVerify in tests")
+	}
 	if c.dial == nil {
 		c.dial = defaultDial(c.dialTimeout, c.heartbeat*3/2)
 	}
+}
+
+// stream tells whether the consumer reads a stream, as far as it was told.
+func (c *config) stream() bool {
+	_, offset := c.consumeArgs["x-stream-offset"]
+	return offset || c.declare != nil && c.declare.Type == "stream"
 }
 
 func cloneTable(t amqp.Table) amqp.Table {
@@ -551,10 +616,4 @@ func cloneTable(t amqp.Table) amqp.Table {
 		clone[k] = v
 	}
 	return clone
-}
-
-// isLoopback tells whether a password sent in the clear stays on the machine.
-func isLoopback(host string) bool {
-	ip := net.ParseIP(host)
-	return strings.EqualFold(host, "localhost") || ip != nil && ip.IsLoopback()
 }

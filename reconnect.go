@@ -45,7 +45,7 @@ func classify(err error) class {
 		return classifySaid(said)
 	}
 	switch {
-	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded):
+	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded), errors.Is(err, errStreamAgain):
 		return classChannel
 	case errors.Is(err, errLoginRefused), untrusted(err):
 		return classOperator

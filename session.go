@@ -29,6 +29,7 @@ type session struct {
 	conn   *connection
 
 	channel    *amqp.Channel
+	queue      string
 	tag        string
 	deliveries <-chan amqp.Delivery
 	closes     chan *amqp.Error // the driver's NotifyClose
@@ -40,12 +41,17 @@ type session struct {
 	gate    *gate         // handlers of this session at work
 	holds   holds         // deliveries that wait for their requeue
 	starved *notifier     // a worker saw the deliveries end
+	broken  *notifier     // we ourselves want another session, and why
+	stream  *position     // where to resume, nil unless it is a stream
 	stop    chan struct{} // closed to ask for the drain
 	ended   *notifier     // no more deliveries, and why
 	over    atomic.Bool   // no more settlements
 	settled atomic.Bool   // one settlement at least: the session proved itself
 	gone    chan struct{} // closed when nothing of it is left
 	since   time.Time     // consume-ok
+	probed  chan struct{} // closed when the stall detector has returned
+
+	received atomic.Uint64 // deliveries given to handlers, for the stall detector
 
 	drained error         // of the drain; read after gone
 	closing time.Duration // what the close took of the close limit; read after gone
@@ -54,7 +60,7 @@ type session struct {
 // openSession opens a channel on c, sets it up and subscribes, all within ctx:
 // the driver's calls take no context, so the end of ctx closes the socket under
 // them. handlers is the context handlers' contexts are made from.
-func (c *connection) openSession(ctx, handlers context.Context, cfg *config, stats *counters, id uint64, tag string) (*session, error) {
+func (c *connection) openSession(ctx, handlers context.Context, cfg *config, stats *counters, id uint64, tag string, stream *position) (*session, error) {
 	unguard := context.AfterFunc(ctx, func() { c.socket.kill(context.Cause(ctx)) })
 	defer unguard()
 
@@ -73,9 +79,12 @@ func (c *connection) openSession(ctx, handlers context.Context, cfg *config, sta
 		cancels: channel.NotifyCancel(make(chan string, 1)),
 		gate:    newGate(),
 		starved: newNotifier(),
+		broken:  newNotifier(),
+		stream:  stream,
 		stop:    make(chan struct{}),
 		ended:   newNotifier(),
 		gone:    make(chan struct{}),
+		probed:  make(chan struct{}),
 	}
 	if op, err := s.subscribe(ctx); err != nil {
 		_ = channel.Close() // also bounded by ctx, through the socket
@@ -89,7 +98,7 @@ func (c *connection) openSession(ctx, handlers context.Context, cfg *config, sta
 
 // subscribe returns the step that failed, and why.
 func (s *session) subscribe(ctx context.Context) (op string, err error) {
-	queue, err := s.topology(ctx)
+	s.queue, err = s.topology(ctx)
 	if err != nil {
 		return "topology", err
 	}
@@ -97,7 +106,7 @@ func (s *session) subscribe(ctx context.Context) (op string, err error) {
 	if err := s.channel.Qos(s.config.prefetch, 0, false); err != nil {
 		return "qos", err
 	}
-	s.deliveries, err = s.channel.Consume(queue, s.tag, false, s.config.exclusive, false, false, cloneTable(s.config.consumeArgs))
+	s.deliveries, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.config.consumeArgs))
 	return "consume", err
 }
 
@@ -164,6 +173,11 @@ func declareQueue(ch *amqp.Channel, name string, q *Queue) (string, error) {
 // run is the session's life after consume-ok.
 func (s *session) run() {
 	defer close(s.gone)
+	if s.config.stallAfter > 0 {
+		go s.probe()
+	} else {
+		close(s.probed)
+	}
 	cause := s.consume()
 	switch {
 	case cause == nil:
@@ -174,6 +188,7 @@ func (s *session) run() {
 		s.lose(cause)
 	}
 	s.closeChannel()
+	<-s.probed
 }
 
 // consume waits for the first sign of the session's end. The driver promises no
@@ -190,6 +205,8 @@ func (s *session) consume() error {
 		}
 	case <-s.conn.end.ended:
 	case <-s.starved.ended:
+	case <-s.broken.ended:
+		return s.lost(s.broken.cause())
 	case <-s.stop:
 		return nil
 	}
@@ -320,7 +337,7 @@ func (s *session) handBackRest() {
 // handBack returns a delivery that no handler saw. Of a session that is over the
 // broker has taken back everything itself.
 func (s *session) handBack(tag uint64) {
-	if s.over.Load() || s.stream() {
+	if s.over.Load() || s.stream != nil {
 		return
 	}
 	_ = s.channel.Nack(tag, false, true)
@@ -342,24 +359,26 @@ func (s *session) closeChannel() {
 	drain(s.cancels)
 }
 
+// began notes that a handler is given d, where that matters.
+func (s *session) began(d *Delivery) {
+	if s.config.stallAfter > 0 {
+		s.received.Add(1)
+	}
+	s.stream.began(s.id, &d.Delivery)
+}
+
 // number implements settler.
 func (s *session) number() uint64 { return s.id }
 
 // settle implements settler: it puts one settlement on the wire of this
 // session's channel, or none. A failed handler is a reject, which counts towards
 // a quorum queue's delivery limit.
-func (s *session) settle(tag uint64, o Outcome) error {
+func (s *session) settle(d *Delivery, o Outcome) error {
 	if s.over.Load() {
 		s.stats.stale.Add(1)
 		return ErrStale
 	}
-	var err error
-	if o == Acked {
-		err = s.channel.Ack(tag, false)
-	} else {
-		err = s.channel.Reject(tag, o == Requeued)
-	}
-	if err != nil {
+	if err := s.send(d.tag, o); err != nil {
 		s.stats.stale.Add(1)
 		return fmt.Errorf("%w (%w)", ErrStale, err)
 	}
@@ -367,7 +386,23 @@ func (s *session) settle(tag uint64, o Outcome) error {
 	if !s.settled.Load() {
 		s.settled.Store(true)
 	}
+	if o != Requeued {
+		s.stream.settled(s.id, d)
+	}
 	return nil
+}
+
+func (s *session) send(tag uint64, o Outcome) error {
+	switch {
+	case o == Acked:
+		return s.channel.Ack(tag, false)
+	case s.stream == nil:
+		return s.channel.Reject(tag, o == Requeued)
+	case o == Requeued: // a stream would take it as done
+		s.broken.notify(errStreamAgain)
+		return nil
+	}
+	return s.channel.Ack(tag, false)
 }
 
 // conclude settles a delivery by its handler's error, unless the handler has
@@ -382,12 +417,6 @@ func (s *session) conclude(d *Delivery, err error) {
 		return
 	}
 	_ = d.settle(o)
-}
-
-// stream tells whether the consumer reads a stream, which has no requeue.
-func (s *session) stream() bool {
-	_, ok := s.config.consumeArgs["x-stream-offset"]
-	return ok || s.config.declare != nil && s.config.declare.Type == "stream"
 }
 
 // healthy tells whether the session has proved that a broker works: consume-ok
@@ -424,6 +453,9 @@ func (g *gate) leave() {
 		g.once.Do(func() { close(g.empty) })
 	}
 }
+
+// inside returns how many are at work.
+func (g *gate) inside() int { return int(g.count.Load() / 2) }
 
 // shut may be called more than once, by the session's own goroutine only.
 func (g *gate) shut() {

@@ -97,6 +97,7 @@ func (p *pool) serve(s *session) {
 			return
 		}
 		d.init(s)
+		s.began(d)
 		p.handle(s, d)
 	}
 }

@@ -1,0 +1,54 @@
+# Two commands to know: `make demo` and `make test`. Both do all set-up themselves.
+
+SEEDS    ?= 10000
+DURATION ?= 30m
+GO       ?= go
+
+# The versions of the linters are fixed, so that a new release breaks nobody's build.
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.7.0
+GOFUMPT     = mvdan.cc/gofumpt@v0.9.2
+
+.PHONY: help
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+.PHONY: demo
+demo: ## watch a consumer heal, on a broker inside the process or on AMQP_URL's
+	$(GO) run ./examples/demo
+
+.PHONY: test
+test: ## every test with -race, those on a real RabbitMQ included and required
+	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -race -timeout 25m ./...
+	$(GO) test -run '^TestSimulation$$' -timeout 10m . -seeds 500
+
+.PHONY: quick
+quick: ## what runs without a broker, within a minute
+	$(GO) test -short ./...
+
+.PHONY: sim
+sim: ## the simulation over many seeds: make sim SEEDS=10000
+	$(GO) test -run '^TestSimulation$$' -timeout 0 -v . -seeds $(SEEDS)
+
+.PHONY: mutants
+mutants: ## plant bugs one by one; the simulation must catch them
+	$(GO) test -run '^TestMutants$$' -timeout 0 -v . -mutants
+
+.PHONY: bench
+bench: ## throughput, CPU and recovery against the plain driver, into bench/RESULTS.md
+	$(GO) run ./bench -write
+
+.PHONY: matrix
+matrix: ## every fault on every broker generation and a cluster
+	STEADYMQ_REQUIRE_BROKER=1 STEADYMQ_MATRIX=full $(GO) test -run '^TestMatrix' -timeout 0 -v .
+
+.PHONY: soak
+soak: ## random faults on a cluster: make soak DURATION=30m
+	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -run '^TestSoak$$' -timeout 0 -v . -soak $(DURATION)
+
+.PHONY: lint
+lint: ## vet, staticcheck, gofumpt and the team's rules
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+	@files=$$($(GO) run $(GOFUMPT) -l .); if [ -n "$$files" ]; then echo "gofumpt would change:"; echo "$$files"; exit 1; fi
+	$(GO) mod tidy -diff
+	sh scripts/rules.sh

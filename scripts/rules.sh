@@ -1,0 +1,31 @@
+#!/bin/sh
+# The team's rules that no linter has. Each says why.
+set -u
+bad=0
+
+# rule WHY PATTERN FILES...: no line of the files may match.
+rule() {
+	why=$1 pattern=$2
+	shift 2
+	if git grep -n -I -E "$pattern" -- "$@"; then
+		echo "^ $why" >&2
+		bad=1
+	fi
+}
+
+library="*.go :!*_test.go :!examples :!bench :!internal"
+
+# shellcheck disable=SC2086
+rule "a library logs through slog, it does not print" 'fmt\.Print' $library
+# shellcheck disable=SC2086
+rule "a library takes its context from its caller" 'context\.(Background|TODO)\(' $library
+# shellcheck disable=SC2086
+rule "wait on a timer in a select, so that a stop ends the wait" 'time\.Sleep\(' $library
+rule "the runtime dependencies are the driver and nothing else" '"(github\.com/stretchr|github\.com/testcontainers|go\.uber\.org)' '*.go' ':!*_test.go' ':!internal'
+rule "the kit must not import the root: the root's tests import the kit" '"github\.com/steadymq/steadymq"' 'steadymqtest/*.go' ':!*_test.go'
+
+# A sleep in a test is virtual time inside a synctest bubble, or a test that hopes.
+for file in $(git grep -l -E 'time\.Sleep\(' -- '*_test.go'); do
+	grep -q 'testing/synctest' "$file" || { echo "$file: time.Sleep outside a synctest bubble" >&2; bad=1; }
+done
+exit $bad

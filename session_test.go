@@ -1,0 +1,221 @@
+package steadymq_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/steadymqtest"
+)
+
+// Streams.
+
+func streamOptions(offset any) []steadymq.Option {
+	return opts(
+		steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": offset}),
+		steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) { return "log", nil }),
+	)
+}
+
+func TestStreamResumesAtTheFirstUnsettledMessage(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.broker.DeclareQueue("log", steadymqtest.QueueOptions{Type: "stream"})
+		finished := make(map[string]int)
+		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "m5" && d.Session() == 1 {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			finished[string(d.Body)]++
+			return nil
+		}, streamOptions("next")...)
+		for i := range 10 {
+			b.broker.Publish("log", fmt.Sprint("m", i))
+		}
+		b.wait(time.Second)
+		require.Len(b, finished, 5)
+		b.broker.Reset()
+		b.broker.Publish("log", "m10") // while away: "next" would skip it
+		b.wait(time.Second)
+		assert.Len(b, finished, 11)
+		for body, n := range finished {
+			assert.Equal(b, 1, n, body)
+		}
+	})
+}
+
+func TestStreamMessageThatFailsIsDeliveredAgainNotSkipped(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.broker.DeclareQueue("log", steadymqtest.QueueOptions{Type: "stream"})
+		var order []string
+		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			order = append(order, string(d.Body))
+			switch {
+			case string(d.Body) == "b" && d.Session() == 1:
+				return errors.New("not yet")
+			case string(d.Body) == "c":
+				return steadymq.Discard(nil)
+			}
+			return nil
+		}, append(streamOptions("first"), steadymq.WithPrefetch(1))...)
+		b.broker.Publish("log", "a", "b", "c", "d")
+		b.wait(10 * time.Second)
+		assert.Equal(b, []string{"a", "b", "b", "c", "d"}, order)
+		assert.ErrorContains(b, b.causes()[0], "put back")
+	})
+}
+
+// Stall detector.
+
+func TestStalledConsumerIsReplaced(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithStallDetector(time.Minute))
+		b.wait(10 * time.Minute)
+		require.Empty(b, b.causes(), "an empty queue is no stall")
+		b.broker.QuorumStall(queue, true)
+		b.broker.Publish(queue, "stuck")
+		b.wait(3 * time.Minute)
+		require.NotEmpty(b, b.causes())
+		assert.ErrorContains(b, b.causes()[0], "stalled")
+		assert.ErrorContains(b, b.causes()[0], "1 messages")
+		b.broker.QuorumStall(queue, false)
+		b.wait(3 * time.Minute)
+		assert.Zero(b, b.broker.QueueLen(queue)+b.broker.Unsettled(queue))
+	})
+}
+
+func TestIdleConsumerBehindASingleActiveOneIsLeftInPeace(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.broker.DeleteQueue(queue)
+		b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Args: map[string]any{"x-single-active-consumer": true}})
+		block := make(chan struct{})
+		first := b.make(steadymq.WithPrefetch(1))
+		ctx, stop := context.WithCancel(b.Context())
+		done := make(chan error, 1)
+		go func() {
+			done <- first.Run(ctx, func(context.Context, *steadymq.Delivery) error { <-block; return nil })
+		}()
+		b.wait(time.Second)
+		b.broker.Publish(queue, "1", "2", "3")
+		b.consuming(ack, steadymq.WithStallDetector(10*time.Second))
+		b.wait(10 * time.Minute)
+		assert.EqualValues(b, 1, b.consumer.Stats().Sessions)
+		close(block)
+		stop()
+		require.NoError(b, <-done)
+	})
+}
+
+func TestBusyConsumerIsNoStall(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(func(context.Context, *steadymq.Delivery) error { time.Sleep(5 * time.Minute); return nil },
+			steadymq.WithPrefetch(1), steadymq.WithStallDetector(10*time.Second))
+		b.broker.Publish(queue, "1", "2")
+		b.wait(11 * time.Minute)
+		assert.EqualValues(b, 1, b.consumer.Stats().Sessions)
+		assert.Zero(b, b.broker.QueueLen(queue)+b.broker.Unsettled(queue))
+	})
+}
+
+// Credentials.
+
+func TestCredentialsAreFreshForEveryDial(t *testing.T) {
+	bubble(t, func(b *bench) {
+		current := atomic.Pointer[string]{}
+		set := func(p string) { current.Store(&p); b.broker.SetPassword("app", p) }
+		set("one")
+		b.consuming(ack, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+			return steadymq.Credentials{Username: "app", Password: *current.Load()}, nil
+		}))
+		set("two")
+		b.broker.Reset()
+		b.wait(time.Second)
+		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		assert.NotContains(b, fmt.Sprintf("%v %+v %#v", steadymq.Credentials{Password: "two"}, &steadymq.Credentials{Password: "two"}, steadymq.Credentials{Password: "two"}), "two")
+	})
+}
+
+func TestExpiringCredentialsAreRenewedOnTheStandingConnection(t *testing.T) {
+	bubble(t, func(b *bench) {
+		var asked atomic.Int32
+		b.consuming(ack, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+			if n := asked.Add(1); n%3 == 2 {
+				return steadymq.Credentials{}, errors.New("token service is down")
+			}
+			return steadymq.Credentials{Username: "app", Password: password, Expires: time.Now().Add(time.Hour)}, nil
+		}))
+		b.wait(5 * time.Hour)
+		assert.EqualValues(b, 1, b.consumer.Stats().Connections, "never out of date")
+		assert.Greater(b, asked.Load(), int32(6))
+		assert.Less(b, asked.Load(), int32(30))
+	})
+}
+
+func TestWrongPasswordIsToldFromACutHandshake(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.broker.DropAt(steadymqtest.StageTune, true)
+		b.run(ack)
+		b.wait(time.Minute)
+		require.Empty(b, b.result, "a lost socket is no refusal: keep trying")
+		assert.ErrorContains(b, b.causes()[0], "lost while logging in")
+		b.broker.DropAt(steadymqtest.StageTune, false)
+		b.wait(11 * time.Second)
+		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+	})
+}
+
+// TLS.
+
+func TestTLSIsVerifiedPerHost(t *testing.T) {
+	bubble(t, func(b *bench) {
+		config := b.broker.TLSConfig()
+		b.consuming(ack, steadymq.WithTLSConfig(config))
+		for i := range 2 {
+			b.wait(time.Minute)
+			b.broker.Host(i).Kill()
+			b.wait(5 * time.Second)
+			assert.Equal(b, steadymq.Consuming, b.consumer.State())
+			b.broker.Host(i).Restart()
+		}
+		assert.Empty(b, config.ServerName, "the caller's config is untouched")
+		for _, cause := range b.causes() {
+			assert.NotContains(b, cause.Error(), "certificate")
+		}
+	}, steadymqtest.WithTLS(), steadymqtest.WithHosts(2))
+}
+
+func TestUntrustedCertificateIsNamedAndRetried(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.run(ack)
+		b.wait(10 * time.Second)
+		require.Empty(b, b.result)
+		require.NotEmpty(b, b.causes())
+		assert.ErrorContains(b, b.causes()[0], "certificate")
+		assert.LessOrEqual(b, len(b.causes()), 10, "slowly")
+	}, steadymqtest.WithTLS())
+}
+
+// Limits.
+
+func TestMessageOverTheSizeLimitEndsTheSessionWithAClearError(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithMaxMessageSize(1000))
+		b.broker.Publish(queue, strings.Repeat("x", 1000))
+		b.wait(time.Second)
+		assert.EqualValues(b, 1, b.consumer.Stats().Acked)
+		b.broker.Publish(queue, strings.Repeat("x", 1001))
+		b.wait(time.Second)
+		require.NotEmpty(b, b.causes())
+		assert.ErrorContains(b, b.causes()[0], "message of 1001 bytes is larger than the limit of 1000 bytes")
+		assert.EqualValues(b, 1, b.consumer.Stats().Delivered)
+	})
+}
