@@ -1,0 +1,235 @@
+package steadymq
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+	"testing"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+)
+
+func said(code int, text string) error {
+	return &amqp.Error{Code: code, Reason: text, Server: true}
+}
+
+func at(op string, err error) error { return &SessionError{Op: op, Session: 1, Err: err} }
+
+// One row per row of the table of faults that a consumer can meet; the number is
+// that row's.
+func TestEveryFailureHasItsClass(t *testing.T) {
+	rows := []struct {
+		row  string
+		err  error
+		want class
+	}{
+		{"1 node stop", at("lost", said(320, "CONNECTION_FORCED - broker forced connection closure with reason 'shutdown'")), classForced},
+		{"2 operator closes", at("lost", said(320, "CONNECTION_FORCED - closed")), classForced},
+		{"3 maintenance", at("lost", said(320, "CONNECTION_FORCED - Node was put into maintenance mode")), classForced},
+		{"3 refused dial", at("dial", &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}), classRefused},
+		{"4 kill -9", at("lost", fmt.Errorf("%w: %w", errPeerReset, syscall.ECONNRESET)), classNetwork},
+		{"5 wrong password", at("open", errLoginRefused), classOperator},
+		{"6 no vhost", at("open", said(530, "NOT_ALLOWED - vhost x not found")), classOperator},
+		{"6 no permission on vhost", at("open", said(530, "NOT_ALLOWED - access to vhost '/' refused for user 'u'")), classOperator},
+		{"7 vhost limit", at("open", said(530, "NOT_ALLOWED - access to vhost '/' refused for user 'u': connection limit (3) is reached")), classLocked},
+		{"7 user limit", at("open", said(530, "NOT_ALLOWED - connection refused for user 'u': user connection limit (1) is reached")), classLocked},
+		{"8 vhost down", at("open", said(541, "INTERNAL_ERROR - access to vhost '/' refused: vhost '/' is down")), classOperator},
+		{"9 frame size", at("open", said(530, "NOT_ALLOWED - negotiated frame_max = 4096 is lower than the minimum allowed value (8192)")), classOperator},
+		{"10 slow handshake", at("open", errSetupTimeout), classNetwork},
+		{"11 lost at login", at("open", fmt.Errorf("lost while logging in: %w", errPeerClosed)), classNetwork},
+		{"11 the driver's made-up 403", at("open", amqp.ErrCredentials), classNetwork},
+		{"11 the driver's made-up vhost", at("open", amqp.ErrVhost), classNetwork},
+		{"12 black hole", at("lost", errReadTimeout), classNetwork},
+		{"15, 16 watchdog", at("lost", errWatchdog), classNetwork},
+		{"18 zero window", at("lost", errWriteTimeout), classNetwork},
+		{"20 frame error", at("lost", said(501, "FRAME_ERROR - cannot decode")), classNetwork},
+		{"20 unexpected frame", at("lost", said(505, "UNEXPECTED_FRAME - expected content header")), classNetwork},
+		{"21 stream coordinator", at("lost", said(506, "RESOURCE_ERROR")), classNetwork},
+		{"22 not implemented", at("consume", said(540, "NOT_IMPLEMENTED - consume mode auto-ack")), classOperator},
+		{"23 no leader", at("lost", said(541, "INTERNAL_ERROR - timed out consuming from quorum queue")), classOperator},
+		{"24 token expired", at("lost", said(320, "CONNECTION_FORCED - credential expired")), classForced},
+		{"26 unknown authority", at("open", &tls.CertificateVerificationError{Err: x509.UnknownAuthorityError{}}), classOperator},
+		{"27 TLS on a plain port", at("open", tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}), classOperator},
+		{"28 proxy cuts", at("lost", errPeerClosed), classNetwork},
+		{"30 no such host", at("dial", &net.DNSError{Err: "no such host", IsNotFound: true}), classRefused},
+		{"30 SYN dropped", at("dial", errors.New("i/o timeout")), classRefused},
+		{"31 channel_max, local", at("channel", amqp.ErrChannelMax), classNetwork},
+		{"32 no queue", at("consume", said(404, "NOT_FOUND - no queue 'q' in vhost '/'")), classOperator},
+		{"33 queue's node down", at("consume", said(404, "NOT_FOUND - home node 'x' of durable queue 'q' in vhost '/' is down or inaccessible")), classOperator},
+		{"34, 40 cancelled", at("lost", errCancelled), classChannel},
+		{"39 consumer timeout", at("lost", said(406, "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out. Timeout value used: 1800000 ms")), classChannel},
+		{"41 unknown tag", at("lost", said(406, "PRECONDITION_FAILED - unknown delivery tag 5")), classChannel},
+		{"43 no read permission", at("consume", said(403, "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u'")), classOperator},
+		{"44 exclusive consumer", at("consume", said(403, "ACCESS_REFUSED - queue 'q' in vhost '/' in exclusive use")), classLocked},
+		{"45 exclusive queue", at("topology", said(405, "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue 'q'")), classLocked},
+		{"47 inequivalent", at("topology", fmt.Errorf("declare: %w", said(406, "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'q'"))), classOperator},
+		{"48 transient queue on 4.3", at("topology", said(541, "INTERNAL_ERROR - deprecated feature transient_nonexcl_queues")), classOperator},
+		{"51 consumers per channel", at("consume", said(530, "NOT_ALLOWED - reached maximum (1) of consumers per channel")), classOperator},
+		{"59 stream needs qos", at("consume", said(406, "PRECONDITION_FAILED - consumer prefetch count is not set for stream queue")), classOperator},
+		{"60 no local replica", at("consume", said(406, "PRECONDITION_FAILED - queue 'q' does not have a running replica on the local node")), classOperator},
+		{"stream message put back", at("lost", errStreamAgain), classChannel},
+	}
+	for _, r := range rows {
+		t.Run(r.row, func(t *testing.T) { assert.Equal(t, r.want, classify(r.err)) })
+	}
+}
+
+func newTestRetry() *retry { return newRetry(defaults("amqp://h/", "q")) }
+
+// longest returns the longest of many waits for the nth failure in a row.
+func longest(err error, n int) (least, most time.Duration) {
+	least = time.Hour
+	for range 2000 {
+		r := newTestRetry()
+		var wait time.Duration
+		for range n {
+			wait = r.wait(err, time.Time{}, false)
+		}
+		least, most = min(least, wait), max(most, wait)
+	}
+	return least, most
+}
+
+func TestPaceFollowsWhatAFailedTryCosts(t *testing.T) {
+	refused := at("dial", syscall.ECONNREFUSED)
+	lost := at("lost", errPeerReset)
+	handshake := at("open", errPeerClosed)
+	missing := at("consume", said(404, "NOT_FOUND"))
+	cases := []struct {
+		name        string
+		err         error
+		n           int
+		least, most time.Duration
+	}{
+		{"first retry of a healthy session", lost, 1, 0, 20 * time.Millisecond},
+		{"first retry of a cancelled one", at("lost", errCancelled), 1, 0, 20 * time.Millisecond},
+		{"second", lost, 2, 0, 250 * time.Millisecond},
+		{"third", lost, 3, 0, 500 * time.Millisecond},
+		{"lost again and again", lost, 30, 0, 10 * time.Second},
+		{"dials refused", refused, 30, 0, time.Second},
+		{"handshakes fail", handshake, 30, 0, 10 * time.Second},
+		{"operator, first", missing, 1, time.Second, time.Second},
+		{"operator, later", missing, 30, time.Second, 30 * time.Second},
+		{"locked", at("consume", said(405, "RESOURCE_LOCKED")), 5, 500 * time.Millisecond, time.Second},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			least, most := longest(c.err, c.n)
+			assert.GreaterOrEqual(t, least, c.least)
+			assert.LessOrEqual(t, most, c.most)
+			assert.Greater(t, most, c.most*9/10-time.Nanosecond, "the whole range is used")
+		})
+	}
+}
+
+func TestLockIsWaitedForAsLongAsABrokerNeedsToBuryAConnection(t *testing.T) {
+	r := newTestRetry()
+	locked := at("consume", said(405, "RESOURCE_LOCKED"))
+	now := time.Now()
+	for end := now.Add(35 * time.Second); now.Before(end); {
+		wait := r.wait(locked, now, false)
+		assert.LessOrEqual(t, wait, time.Second)
+		now = now.Add(wait)
+	}
+	var most time.Duration
+	for range 100 {
+		most = max(most, r.wait(locked, now, false))
+	}
+	assert.Greater(t, most, 10*time.Second, "then it is the operator's")
+}
+
+func TestOnlyAHealthySessionResetsTheBackoff(t *testing.T) {
+	r := newTestRetry()
+	lost := at("lost", errPeerReset)
+	for range 20 {
+		r.wait(lost, time.Now(), false)
+		r.consuming()
+	}
+	assert.Equal(t, 20, r.failures, "consume-ok proves nothing")
+	r.healthy()
+	assert.LessOrEqual(t, r.wait(lost, time.Now(), false), atOnce)
+
+	s := &session{since: time.Now()}
+	assert.False(t, s.healthy(s.since.Add(69*time.Second)))
+	assert.True(t, s.healthy(s.since.Add(70*time.Second)))
+	s.settled.Store(true)
+	assert.False(t, s.healthy(s.since.Add(9*time.Second)))
+	assert.True(t, s.healthy(s.since.Add(10*time.Second)))
+}
+
+func TestAnUntriedHostIsTriedAtOnceButNotWhenTheBrokerRefuses(t *testing.T) {
+	r := newTestRetry()
+	for range 100 {
+		assert.LessOrEqual(t, r.wait(at("dial", syscall.ECONNREFUSED), time.Now(), true), atOnce)
+	}
+	assert.GreaterOrEqual(t, r.wait(at("open", said(530, "vhost")), time.Now(), true), time.Second)
+}
+
+func threeHosts() *hosts {
+	c := defaults("amqp://a/", "q")
+	c.urls = append(c.urls, "amqp://b/", "amqp://c/")
+	return newHosts(c)
+}
+
+func TestHostsAreTriedLastGoodFirstThenShuffledThenThoseThatRefused(t *testing.T) {
+	now := time.Now()
+	second := make(map[string]bool)
+	for range 200 {
+		h := threeHosts()
+		h.worked("b:5672")
+		assert.Equal(t, "b:5672", h.next(now).address)
+		h.failed("b:5672", classNetwork, now)
+		second[h.next(now).address] = true
+		h.next(now)
+		assert.Equal(t, "b:5672", h.next(now).address, "a new round starts with the last good one")
+	}
+	assert.Len(t, second, 2, "the others in random order")
+
+	h := threeHosts()
+	h.worked("b:5672")
+	h.failed("b:5672", classForced, now)
+	assert.NotEqual(t, "b:5672", h.next(now).address)
+	assert.NotEqual(t, "b:5672", h.next(now).address)
+	assert.Equal(t, "b:5672", h.next(now).address, "one that drains goes last")
+	assert.Equal(t, "b:5672", h.next(now.Add(lastFor)).address, "for a minute")
+}
+
+func TestEscalationCountsChannelFailuresOfHalfAMinute(t *testing.T) {
+	c, now := new(connection), time.Now()
+	assert.False(t, c.escalates(now))
+	assert.False(t, c.escalates(now.Add(29*time.Second)))
+	assert.False(t, c.escalates(now.Add(31*time.Second)))
+	assert.True(t, c.escalates(now.Add(32*time.Second)))
+}
+
+func FuzzURLErrorsNeverShowTheURL(f *testing.F) {
+	f.Add("amqp://user:canary@host:5672/vhost")
+	f.Add("amqp://user:canary%zz@host")
+	f.Add("amqp://user:canary@host:port/?heartbeat=canary")
+	f.Add("amqps://canary")
+	f.Fuzz(func(t *testing.T, tail string) {
+		const secret = "Xq9canaryZ7"
+		for _, text := range []string{"amqp://u:" + secret + tail, tail + secret + "@h/", "amqps://u:" + secret + "@" + tail} {
+			if e, err := parseEndpoint(text); err != nil && e.uri.Password != "" {
+				assert.NotContains(t, err.Error(), secret)
+			} else if errors.Is(err, errBadURL) {
+				assert.NotContains(t, err.Error(), secret)
+			}
+		}
+	})
+}
+
+func FuzzHeaderIntTakesAnyHeader(f *testing.F) {
+	f.Add(int64(3), "x")
+	f.Fuzz(func(t *testing.T, n int64, s string) {
+		for _, v := range []any{n, int32(n), int16(n), int8(n), int(n), uint8(n), uint16(n), uint32(n), s, nil, []byte(s), amqp.Table{s: n}} {
+			d := NewDelivery(amqp.Delivery{Headers: amqp.Table{"x-delivery-count": v}})
+			assert.GreaterOrEqual(t, d.Attempt(), 1)
+		}
+	})
+}
