@@ -202,12 +202,7 @@ func (b *Broker) lock() {
 
 // unlock delivers what can be delivered, sends what is to be sent, wakes who waited, lets the mutex go and calls the hooks.
 func (b *Broker) unlock() {
-	for len(b.pumps) > 0 {
-		q := b.pumps[len(b.pumps)-1]
-		b.pumps = b.pumps[:len(b.pumps)-1]
-		q.pending = false
-		q.pump()
-	}
+	b.deliver()
 	for _, c := range b.flushes {
 		c.flush()
 	}
@@ -218,6 +213,17 @@ func (b *Broker) unlock() {
 		return
 	}
 	b.dispatch()
+}
+
+// deliver gives the consumers what the queues have for them.
+func (b *Broker) deliver() {
+	for len(b.pumps) > 0 {
+		q := b.pumps[0]
+		b.pumps = b.pumps[1:]
+		q.pending = false
+		q.pump()
+	}
+	b.pumps = nil
 }
 
 // dispatch calls the hooks; whoever comes meanwhile leaves its own for this loop, which keeps them in order.

@@ -177,9 +177,13 @@ func (ch *channel) takeBack(match func(*outstanding) bool) {
 
 // free takes a delivery off the counts of its channel, its consumer and its queue.
 func (ch *channel) free(o *outstanding) {
+	full := o.by != nil && !o.by.room()
 	ch.held--
 	if o.by != nil {
 		o.by.unacked--
+	}
+	if full && o.by.room() { // it waits again, behind those that have waited longer
+		o.by.queueUp()
 	}
 	o.e.q.unacked--
 	o.e.q.touch()
@@ -296,23 +300,21 @@ func (ch *channel) settle(tag uint64, multiple bool, kind Kind, requeue bool) *r
 // settleUpTo settles everything up to a tag, or everything for tag 0.
 func (ch *channel) settleUpTo(record *SettlementRecord) *refusal {
 	defer func() { ch.c.b.settled(*record) }()
-	found := record.Tag == 0
+	if o := ch.outstanding(record.Tag); record.Tag != 0 && (o == nil || o.settled) {
+		record.Verdict = Unknown
+		return refuse(406, "unknown delivery tag %d", record.Tag)
+	}
 	for i := range ch.unacked {
 		if record.Tag != 0 && ch.firstTag+uint64(i) > record.Tag {
 			break
 		}
 		if o := &ch.unacked[i]; !o.settled {
-			found = true
 			if r := ch.settleOne(o, record); r != nil {
 				return r
 			}
 		}
 	}
 	ch.trim()
-	if !found {
-		record.Verdict = Unknown
-		return refuse(406, "unknown delivery tag %d", record.Tag)
-	}
 	return nil
 }
 

@@ -239,6 +239,7 @@ func (c *conn) receive(buf []byte) (done int, resume chan struct{}) {
 		}
 		done += n
 		c.frame(f)
+		c.b.deliver() // one frame at a time, so that the way the frames came in makes no difference
 	}
 	return done, c.resume
 }
@@ -326,10 +327,9 @@ func (c *conn) control(m method, d *decoder) {
 func (c *conn) goodbye() {
 	c.release("closed by the client")
 	c.state = stateClosing
-	c.closeOk(func() {
-		c.method(0, connectionCloseOk)
-		c.hangUp("closed by the client")
-	})
+	c.guard.Stop()
+	c.guard = c.b.after(closingTimeout, func() { c.hangUp("closed by the client") }) // the client closes its socket first
+	c.closeOk(func() { c.method(0, connectionCloseOk) })
 }
 
 // closeOk runs answer at once, late or never, as the host's faults say.

@@ -97,7 +97,7 @@ func (b *Broker) timeoutOf(q *queue, args map[string]any) time.Duration {
 func (c *consumer) fit(args map[string]any) *refusal {
 	q := c.q
 	if q.kind != kindClassic && c.ch.total > 0 {
-		return refuse(540, "queue '%s' in vhost '/' of type 'rabbit_%s_queue' does not support global qos", q.name, q.kind)
+		return refuse(540, "queue '%s' in vhost '/' does not support global qos", q.name)
 	}
 	if q.kind == kindQuorum && c.prefetch == 0 {
 		c.prefetch = quorumPrefetch
@@ -109,7 +109,7 @@ func (c *consumer) fit(args map[string]any) *refusal {
 		return refuse(540, "automatic acknowledgement not supported by stream queues queue '%s' in vhost '/'", q.name)
 	}
 	if c.prefetch == 0 {
-		return refuse(406, "consumer prefetch count is not set for stream queue '%s' in vhost '/'", q.name)
+		return refuse(406, "consumer prefetch count is not set for 'queue '%s' in vhost '/''", q.name)
 	}
 	return c.seek(args["x-stream-offset"])
 }
@@ -118,7 +118,7 @@ func (c *consumer) add() {
 	b := c.ch.c.b
 	c.ch.consumers = append(c.ch.consumers, c)
 	c.q.consumers = append(c.q.consumers, c)
-	c.q.consumedBy = true
+	c.queueUp()
 	c.q.touch()
 	c.started = b.now
 	r := c.describe()
@@ -129,6 +129,12 @@ func (c *consumer) add() {
 	if call := b.cfg.hooks.Consuming; call != nil {
 		b.events = append(b.events, func() { call(r) })
 	}
+}
+
+// queueUp puts the consumer behind all others that wait for a message.
+func (c *consumer) queueUp() {
+	c.q.served++
+	c.turn = c.q.served
 }
 
 func (c *consumer) describe() ConsumerRecord {
@@ -150,8 +156,7 @@ func (c *consumer) room() bool {
 }
 
 func (c *consumer) deliver(e *entry) {
-	c.q.served++
-	c.turn = c.q.served
+	c.queueUp()
 	redelivered, props := e.redelivered, e.properties()
 	tag := c.ch.deliver(e, c, c.noAck)
 	conn := c.ch.c

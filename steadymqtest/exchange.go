@@ -39,9 +39,17 @@ func (x *exchange) matches(bound, key string) bool {
 	case "fanout":
 		return true
 	case "topic":
-		return topicMatches(strings.Split(bound, "."), strings.Split(key, "."))
+		return topicMatches(topicWords(bound), topicWords(key))
 	}
 	return bound == key
+}
+
+// topicWords cuts a key at its dots; the empty key has no word at all.
+func topicWords(key string) []string {
+	if key == "" {
+		return nil
+	}
+	return strings.Split(key, ".")
 }
 
 // topicMatches: * is one word, # is any number of words.
@@ -114,7 +122,8 @@ func (b *Broker) routeKey(name, key string, found []*queue, seen []*exchange) []
 // ever having been rejected is dropped: RabbitMQ breaks such cycles.
 func (b *Broker) publishDead(e *entry, reason string) {
 	q := e.q
-	props, _ := decodeProperties(e.properties())
+	props, _ := decodeProperties(e.msg.props)
+	props.Body = e.msg.body
 	props.Headers = deathHeaders(props.Headers, e, reason, b.now)
 	if reason == "expired" {
 		props.Expiration = ""
@@ -232,8 +241,10 @@ func (ch *channel) exchangeDelete(d *decoder) *refusal {
 	name, bits := d.shortstr(), d.octet()
 	x := ch.c.b.exchanges[name]
 	switch {
-	case name == "" || strings.HasPrefix(name, "amq."):
-		return refuse(403, "operation not permitted on exchange '%s' in vhost '/'", name)
+	case name == "":
+		return refuse(403, "operation not permitted on the default exchange")
+	case strings.HasPrefix(name, "amq."):
+		return refuse(403, "deletion of system exchange '%s' in vhost '/' not allowed", name)
 	case x != nil && bits&1 != 0 && len(x.bindings) > 0:
 		return refuse(406, "exchange '%s' in vhost '/' in use", name)
 	case x != nil:

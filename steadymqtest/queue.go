@@ -39,10 +39,9 @@ type queue struct {
 	unacked  int
 	expiry   *time.Timer
 
-	consumers  []*consumer // in the order they came
-	served     uint64
-	consumedBy bool // had a consumer once, for auto-delete
-	single     bool // x-single-active-consumer
+	consumers []*consumer // in the order they came
+	served    uint64
+	single    bool // x-single-active-consumer
 
 	deadExchange   string
 	deadKey        string
@@ -481,7 +480,7 @@ func (b *Broker) declarable(name string, flags queueFlags, args map[string]any) 
 	if v, ok := args["x-queue-type"]; ok {
 		s, _ := v.(string)
 		if kind = queueKind(s); kind != kindClassic && kind != kindQuorum && kind != kindStream {
-			return refuse(406, "invalid arg 'x-queue-type' for queue '%s' in vhost '/': unsupported queue type '%v'", name, v)
+			return refuse(406, "invalid arg 'x-queue-type' for queue '%s' in vhost '/': \"unsupported queue type '%v'\"", name, v)
 		}
 	}
 	switch {
@@ -515,7 +514,8 @@ func (q *queue) equivalent(c *conn, flags queueFlags, args map[string]any) *refu
 		return q.inequivalent("auto_delete", flags.autoDelete, q.autoDelete)
 	}
 	for _, key := range checkedArguments {
-		if was, is := describe(q.args[key]), describe(args[key]); was != is {
+		was, is := describe(q.args[key], args[key] == nil), describe(args[key], q.args[key] == nil)
+		if was != is {
 			return refuse(406, "inequivalent arg '%s' for queue '%s' in vhost '/': received %s but current is %s", key, q.name, is, was)
 		}
 	}
@@ -532,8 +532,11 @@ func (q *queue) inequivalent(what string, is, was bool) *refusal {
 	return refuse(406, "inequivalent arg '%s' for queue '%s' in vhost '/': received '%t' but current is '%t'", what, q.name, is, was)
 }
 
-// describe names a value as RabbitMQ's texts do.
-func describe(v any) string {
+// describe names a value as RabbitMQ's texts do: with its type only if the other side has none.
+func describe(v any, typed bool) string {
+	if v != nil && !typed {
+		return fmt.Sprintf("'%v'", v)
+	}
 	kind := "signedint"
 	switch v.(type) {
 	case nil:
@@ -580,7 +583,7 @@ func (ch *channel) queueDelete(d *decoder) *refusal {
 			return refuse(406, "queue '%s' in vhost '/' in use", q.name)
 		}
 		if n = q.length(); ifEmpty && n > 0 {
-			return refuse(406, "queue '%s' in vhost '/' is not empty", q.name)
+			return refuse(406, "queue '%s' in vhost '/' not empty", q.name)
 		}
 		q.delete("queue deleted")
 	}

@@ -23,7 +23,7 @@ func TestExchangesRoute(t *testing.T) {
 			{"direct", "a", "a", true}, {"direct", "a", "b", false},
 			{"fanout", "", "anything", true},
 			{"topic", "a.*", "a.b", true}, {"topic", "a.*", "a.b.c", false}, {"topic", "a.#", "a", true}, {"topic", "a.#", "a.b.c", true},
-			{"topic", "#.c", "a.b.c", true}, {"topic", "*", "", true}, {"topic", "#", "", true}, {"topic", "a.#.c", "a.c", true}, {"topic", "a.#.c", "a.b", false},
+			{"topic", "#.c", "a.b.c", true}, {"topic", "*", "", false}, {"topic", "#", "", true}, {"topic", "a.#.c", "a.c", true}, {"topic", "a.#.c", "a.b", false},
 		}
 		for i, c := range cases {
 			x := fmt.Sprintf("x%d", i)

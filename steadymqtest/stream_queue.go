@@ -56,7 +56,7 @@ func (q *queue) pumpStream() {
 func (q *queue) settleStream(e *entry, kind Kind) *refusal {
 	q.b.ledger.setFate(e.record, Acked)
 	if kind != Ack && !q.b.since(4, 0) {
-		return refuse(540, "basic.nack not supported by stream queues queue '%s' in vhost '/'", q.name)
+		return refuse(540, "basic.nack and basic.reject not supported by stream queues queue '%s' in vhost '/'", q.name)
 	}
 	return nil
 }
