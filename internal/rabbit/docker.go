@@ -41,7 +41,7 @@ type containerNode struct {
 type nodeSpec struct {
 	cfg      Config
 	image    string
-	hostname string
+	name     string // the host part of the node's name
 	networks []string
 	aliases  map[string][]string
 }
@@ -55,7 +55,7 @@ func findDocker(ctx context.Context, cfg Config) (*Broker, error) {
 	if err != nil {
 		return nil, err
 	}
-	return runNode(ctx, nodeSpec{cfg: cfg, image: image, hostname: "steadymq"})
+	return runNode(ctx, nodeSpec{cfg: cfg, image: image, name: "steadymq"})
 }
 
 // runNode starts a container and waits for its broker. A port can be lost to another process between choosing and using it: try again.
@@ -106,7 +106,7 @@ func (s nodeSpec) request(bind netip.Addr, port int) testcontainers.ContainerReq
 	return testcontainers.ContainerRequest{
 		Image:          s.image,
 		Labels:         map[string]string{ownerLabel: owner()},
-		Env:            map[string]string{"RABBITMQ_NODENAME": "rabbit@" + s.hostname},
+		Env:            map[string]string{"RABBITMQ_NODENAME": "rabbit@" + s.name},
 		ExposedPorts:   []string{fmt.Sprintf("%d/tcp", amqpPort)},
 		Networks:       s.networks,
 		NetworkAliases: s.aliases,
@@ -115,8 +115,11 @@ func (s nodeSpec) request(bind netip.Addr, port int) testcontainers.ContainerReq
 			file("/etc/rabbitmq/advanced.config", s.cfg.advancedConf(), 0o644),
 			file("/var/lib/rabbitmq/.erlang.cookie", cookie, 0o400),
 		},
-		ConfigModifier: func(c *container.Config) { c.Hostname = s.hostname },
+		// The engine makes the host name known on every network of the container. The node's name must be known on the network of
+		// the nodes only, where it is an alias, or a cut one would be reached by the other way; its own commands find it on loopback.
+		ConfigModifier: func(c *container.Config) { c.Hostname = s.name + "-host" },
 		HostConfigModifier: func(h *container.HostConfig) {
+			h.ExtraHosts = []string{s.name + ":127.0.0.1"}
 			h.PortBindings = network.PortMap{network.MustParsePort(fmt.Sprintf("%d/tcp", amqpPort)): {
 				{HostIP: bind, HostPort: strconv.Itoa(port)},
 			}}
