@@ -40,10 +40,12 @@ func TestConformance(t *testing.T) {
 			if c.until != 0 && major*100+minor >= c.until || major*100+minor < c.from {
 				t.Skipf("does not apply to RabbitMQ %d.%d", major, minor)
 			}
-			b := steadymqtest.NewBroker(t, steadymqtest.WithVersion(major, minor))
-			got := transcript(t, c.script, b.Listen())
-			want := expected(t, c, target)
-			require.Equal(t, want, got)
+			var got []string
+			bubble(t, func(t *testing.T) {
+				b := steadymqtest.NewBroker(t, steadymqtest.WithVersion(major, minor))
+				got = transcript(t, c.script, b.URL, b.Dial)
+			})
+			require.Equal(t, expected(t, c, target), got)
 		})
 	}
 }
@@ -67,7 +69,7 @@ func expected(t *testing.T, c scenario, target string) []string {
 		require.NoError(t, err)
 		return strings.Split(strings.TrimSuffix(string(text), "\n"), "\n")
 	}
-	lines := transcript(t, c.script, target)
+	lines := transcript(t, c.script, target, net.Dial)
 	if *record {
 		require.NoError(t, os.MkdirAll(filepath.Dir(file), 0o755))
 		require.NoError(t, os.WriteFile(file, []byte(strings.Join(lines, "\n")+"\n"), 0o644))
@@ -79,6 +81,7 @@ func expected(t *testing.T, c scenario, target string) []string {
 type script struct {
 	t      *testing.T
 	url    string
+	net    func(network, addr string) (net.Conn, error)
 	prefix string
 	lines  []string
 	conns  []*amqp.Connection
@@ -86,9 +89,9 @@ type script struct {
 
 var scripts atomic.Int64
 
-func transcript(t *testing.T, run func(*script), target string) []string {
+func transcript(t *testing.T, run func(*script), target string, dial func(network, addr string) (net.Conn, error)) []string {
 	t.Helper()
-	s := &script{t: t, url: target, prefix: fmt.Sprintf("kit-%d-%d-", os.Getpid(), scripts.Add(1))}
+	s := &script{t: t, url: target, net: dial, prefix: fmt.Sprintf("kit-%d-%d-", os.Getpid(), scripts.Add(1))}
 	defer s.clean()
 	run(s)
 	return s.lines
@@ -114,7 +117,7 @@ func (s *script) fails(what string, err error) {
 }
 
 func (s *script) dial() *amqp.Connection {
-	conn, err := amqp.DialConfig(s.url, amqp.Config{Heartbeat: 10 * time.Second})
+	conn, err := amqp.DialConfig(s.url, amqp.Config{Heartbeat: 10 * time.Second, Dial: s.net})
 	require.NoError(s.t, err)
 	s.conns = append(s.conns, conn)
 	return conn
@@ -223,7 +226,7 @@ func (s *script) clean() {
 	for _, conn := range s.conns {
 		conn.Close()
 	}
-	conn, err := amqp.Dial(s.url)
+	conn, err := amqp.DialConfig(s.url, amqp.Config{Dial: s.net})
 	if err != nil {
 		return
 	}
@@ -292,7 +295,7 @@ var conformance = []scenario{
 	{name: "connection loss requeues", script: func(s *script) {
 		var sock net.Conn
 		conn, err := amqp.DialConfig(s.url, amqp.Config{Dial: func(network, addr string) (net.Conn, error) {
-			nc, err := net.Dial(network, addr)
+			nc, err := s.net(network, addr)
 			sock = nc
 			return nc, err
 		}})
@@ -798,17 +801,17 @@ var conformance = []scenario{
 		good := u.User
 		u.User = url.UserPassword("guest", "wrong")
 		start := time.Now()
-		_, err = amqp.Dial(u.String())
+		_, err = amqp.DialConfig(u.String(), amqp.Config{Dial: s.net})
 		s.fails("wrong password", err)
 		s.note("after %.0f s", time.Since(start).Seconds())
 		u.User, u.Path = good, "/nowhere"
-		_, err = amqp.Dial(u.String())
+		_, err = amqp.DialConfig(u.String(), amqp.Config{Dial: s.net})
 		s.fails("no such vhost", err)
 	}},
 	{name: "silent client", script: func(s *script) {
 		var quiet atomic.Bool
 		conn, err := amqp.DialConfig(s.url, amqp.Config{Heartbeat: time.Second, Dial: func(network, addr string) (net.Conn, error) {
-			nc, err := net.Dial(network, addr)
+			nc, err := s.net(network, addr)
 			return &mutedConn{Conn: nc, quiet: &quiet}, err
 		}})
 		require.NoError(s.t, err)
