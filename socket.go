@@ -178,6 +178,7 @@ type socket struct {
 	urgent   bool          // pending goes out now
 	held     int64         // settlements in pending
 	settled  int64         // settlements written by the driver
+	window   int64         // the prefetch that the driver asked for; 0 is no limit
 	lastHeld time.Duration // when the last one was, since start
 	due      time.Duration // when pending goes out at the latest, since start
 	armed    bool          // delay is running
@@ -404,23 +405,19 @@ func (s *socket) Write(p []byte) (int, error) {
 }
 
 // pace decides whether p goes out now, and with it all before it, or waits for
-// company. Only settlements may wait, and only while the broker is not waiting
-// for them.
+// company.
 func (s *socket) pace(p []byte) (now bool) {
 	now = s.mustGo(p) && !s.urgent // once urgent, the writer knows
 	s.urgent = s.urgent || now
 	return now
 }
 
+// mustGo lets settlements wait, and nothing else: nobody waits for an answer
+// to them. They wait while more are to come and the broker has window left.
 func (s *socket) mustGo(p []byte) bool {
-	if s.opts.writeDelay <= 0 {
-		return true
-	}
 	id := methodID(p)
-	if !isSettlement(id, p) {
-		if id == channelOpen {
-			s.settled = s.delivered.Load() // what a lost channel left will never be settled
-		}
+	if s.opts.writeDelay <= 0 || !isSettlement(id, p) {
+		s.learn(id, p)
 		return true
 	}
 	at := time.Since(s.start)
@@ -428,7 +425,9 @@ func (s *socket) mustGo(p []byte) bool {
 	s.lastHeld = at
 	s.held++
 	s.settled = min(s.settled+1, s.delivered.Load())
-	if alone || s.held >= s.delivered.Load()-s.settled {
+	last := s.settled == s.delivered.Load()
+	starving := s.window > 0 && 2*s.held >= s.window
+	if alone || last || starving {
 		return true
 	}
 	if s.held == 1 {
@@ -439,6 +438,16 @@ func (s *socket) mustGo(p []byte) bool {
 		s.delay.Reset(s.due - at)
 	}
 	return false
+}
+
+// learn takes from the driver's other frames what pacing needs to know.
+func (s *socket) learn(id uint32, p []byte) {
+	switch {
+	case id == basicQos && len(p) >= methodHead+6:
+		s.window = int64(binary.BigEndian.Uint16(p[methodHead+4:]))
+	case id == channelOpen:
+		s.settled = s.delivered.Load() // what a lost channel left will never be settled
+	}
 }
 
 func (s *socket) full(n int) bool {
@@ -627,6 +636,7 @@ const (
 
 	// class and method in one, as on the wire
 	channelOpen  = 20<<16 | 10
+	basicQos     = 60<<16 | 10
 	basicDeliver = 60<<16 | 60
 	basicAck     = 60<<16 | 80
 	basicReject  = 60<<16 | 90
