@@ -282,6 +282,30 @@ func (f *Faults) StrayReply(onConnection bool) {
 	})
 }
 
+// StrayDelivery closes every open channel by channel.close 406 and then sends one more delivery on it; it returns how many
+// channels that were. The driver answers a delivery on a closed channel by closing the connection, with its own 504.
+//
+// Real: RabbitMQ does that when a delivery is on its way inside the broker while the channel fails (seen on 3.10).
+func (f *Faults) StrayDelivery() int {
+	n := 0
+	f.eachConn(func(c *conn) {
+		for _, ch := range slices.Clone(c.channels) {
+			if ch.closing || ch.ended {
+				continue
+			}
+			ch.fail(refuse(406, "unknown delivery tag 0"), basicAck)
+			c.send(func(out []byte) []byte {
+				out, mark := openMethod(out, ch.id, basicDeliver)
+				out = append(appendShortstr(out, "stray"), 0, 0, 0, 0, 0, 0, 0, 1, 0)
+				out = closeFrame(appendShortstr(appendShortstr(out, ""), ""), mark)
+				return appendContent(out, ch.id, []byte{0, 0}, nil, c.frameMax)
+			})
+			n++
+		}
+	})
+	return n
+}
+
 // Garbage sends bytes that are no frame on every open connection; without p it sends some of its own.
 //
 // Real: a proxy that corrupts, an HTTP server or a TLS listener on the port.

@@ -396,6 +396,18 @@ func TestAStrayReplyParksTheDriver(t *testing.T) {
 	})
 }
 
+func TestAStrayDeliveryEndsTheDriversConnection(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t)
+		conn := dial(t, b)
+		open(t, conn, 1)
+		closed := conn.NotifyClose(make(chan *amqp.Error, 1))
+		require.Equal(t, 1, b.StrayDelivery())
+		require.Equal(t, 504, (<-closed).Code)
+		require.NoError(t, b.WaitConnections(soon(t), 0))
+	})
+}
+
 func TestGarbageEndsTheConnection(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		b := steadymqtest.NewBroker(t)
