@@ -142,7 +142,9 @@ func (c *conversation) method(dir Direction, f frame, swallowed bool) {
 	r := reader{b: f.payload}
 	class, method := r.short(), r.short()
 	now := time.Now()
-	delete(c.open, f.channel)
+	if dir == ToClient {
+		delete(c.open, f.channel)
+	}
 	if class == classBasic && dir == ToClient && (method == basicDeliver || method == basicGetOK) {
 		c.delivery(&r, f.channel, method, now, swallowed)
 		return

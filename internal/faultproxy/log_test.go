@@ -80,6 +80,19 @@ func TestADeliveryIsReadWhole(t *testing.T) {
 	assert.True(t, d.Redelivered)
 }
 
+func TestASettlementInTheMiddleOfADeliveryChangesNothing(t *testing.T) {
+	log := newLog()
+	conv := log.converse(1)
+	whole := deliver(1, 2, false, "id-2", "body")
+	method := 7 + 4 + len(shortstr("ctag")) + 8 + 1 + len(shortstr("ex")) + len(shortstr("key")) + 1
+	feedAll(conv, ToClient, whole[:method])
+	feedAll(conv, ToBroker, settle(1, basicAck, 1, 0))
+	feedAll(conv, ToClient, whole[method:])
+	require.Len(t, log.Deliveries(), 1)
+	assert.Equal(t, "id-2", log.Deliveries()[0].MessageID)
+	assert.Equal(t, "body", string(log.Deliveries()[0].Body))
+}
+
 func TestAChannelNumberUsedAgainIsAnotherChannel(t *testing.T) {
 	log := newLog()
 	conv := log.converse(1)
