@@ -45,6 +45,7 @@ type measurement struct {
 	User, System   time.Duration
 	Mallocs, Bytes uint64
 	Server         time.Duration // CPU of the replay server in the window
+	Reads          uint64        // of the replay server in the window
 }
 
 func (m measurement) rate() float64 { return float64(m.Messages) / m.Elapsed.Seconds() }
@@ -133,7 +134,7 @@ func (c *clientConfig) window(ctx context.Context, v variant, meter *meter, ende
 	if err != nil {
 		return m, err
 	}
-	m.Server = after.CPU - before.CPU
+	m.Server, m.Reads = after.CPU-before.CPU, after.Reads-before.Reads
 	return m, errors.Join(drain(ctx, control, c.Addr, v.settles, ended), stop())
 }
 

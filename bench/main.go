@@ -83,9 +83,9 @@ func parseOptions(args []string) (o options, err error) {
 	transport := f.String("tls", "", "transports, as plain,tls")
 	full := f.Bool("full", false, "every combination of prefetch, body, workers and transport")
 	short := f.Bool("quick", false, "few workloads, short rounds")
-	f.IntVar(&o.rounds, "rounds", 5, "alternating rounds per workload")
-	f.DurationVar(&o.warmup, "warmup", 300*time.Millisecond, "time before the measurement")
-	f.DurationVar(&o.window, "window", time.Second, "time measured on the replay server")
+	f.IntVar(&o.rounds, "rounds", 9, "alternating rounds per workload")
+	f.DurationVar(&o.warmup, "warmup", 200*time.Millisecond, "time before the measurement")
+	f.DurationVar(&o.window, "window", 600*time.Millisecond, "time measured on the replay server")
 	f.IntVar(&o.samples, "samples", 50, "samples per fault and variant of the recovery benchmark")
 	f.StringVar(&o.amqp, "amqp", "", "URL of a broker to measure throughput on instead of the replay server")
 	f.StringVar(&o.queueType, "queue-type", "classic", "type of the broker's queue: classic or quorum")
@@ -95,7 +95,7 @@ func parseOptions(args []string) (o options, err error) {
 	_ = f.Parse(args) // ExitOnError
 	o.command = strings.Join(append([]string{"go run ./bench"}, args...), " ")
 	if *short {
-		o.rounds, o.window, o.samples = min(o.rounds, 3), min(o.window, 500*time.Millisecond), min(o.samples, 10)
+		o.rounds, o.window, o.samples = min(o.rounds, 3), min(o.window, 400*time.Millisecond), min(o.samples, 10)
 	}
 	if strings.Contains(*only, "throughput") {
 		if o.throughput, err = pick(throughputVariants, *variants); err != nil {

@@ -82,6 +82,7 @@ type outcome struct {
 	rateRatio, cpuRatio float64 // against the first variant
 	rateMin, rateMax    float64 // of rateRatio
 	server              float64 // the server's CPU, microseconds per message
+	reads               float64 // the server's, per message
 }
 
 type comparison struct {
@@ -195,6 +196,7 @@ func summarize(v variant, ms, base []measurement) outcome {
 	o.mallocs = of(func(_ int, m measurement) float64 { return m.per(float64(m.Mallocs)) })
 	o.bytes = of(func(_ int, m measurement) float64 { return m.per(float64(m.Bytes)) })
 	o.server = of(func(_ int, m measurement) float64 { return m.per(micros(m.Server)) })
+	o.reads = of(func(_ int, m measurement) float64 { return m.per(float64(m.Reads)) })
 	o.cpuRatio = of(func(i int, m measurement) float64 { return cpu(m) / cpu(base[i]) })
 	ratio := func(i int, m measurement) float64 { return m.rate() / base[i].rate() }
 	o.rateRatio = of(ratio)

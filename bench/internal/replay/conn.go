@@ -79,6 +79,7 @@ func (c *conn) read() error {
 			return err
 		}
 		held += n
+		c.stats.reads.Add(1)
 		used, err := c.batch(buf[:held])
 		if err != nil {
 			return err

@@ -21,11 +21,13 @@ import (
 type Stats struct {
 	Delivered, Settled, Wrong, Multiple, Subscriptions uint64
 
+	Reads uint64 // of the clients' sockets: how many writes the acks came in
+
 	CPU time.Duration
 }
 
 type counters struct {
-	delivered, settled, wrong, multiple, subscriptions atomic.Uint64
+	delivered, settled, wrong, multiple, subscriptions, reads atomic.Uint64
 
 	stopped atomic.Bool
 }
@@ -34,7 +36,7 @@ func (c *counters) snapshot() Stats {
 	user, system := CPUTime()
 	return Stats{
 		CPU: user + system, Delivered: c.delivered.Load(), Settled: c.settled.Load(), Wrong: c.wrong.Load(),
-		Multiple: c.multiple.Load(), Subscriptions: c.subscriptions.Load(),
+		Multiple: c.multiple.Load(), Subscriptions: c.subscriptions.Load(), Reads: c.reads.Load(),
 	}
 }
 
