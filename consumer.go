@@ -327,6 +327,9 @@ func (s *supervisor) consuming() stateFunc {
 		if session.healthy(time.Now()) {
 			s.retry.healthy()
 		}
+		if time.Since(session.since) >= hostLasts {
+			s.hosts.lasted()
+		}
 		return s.failed(session.ended.cause())
 	case <-s.ctx.Done():
 		return s.draining

@@ -243,7 +243,10 @@ func (c *connection) escalates(now time.Time) bool {
 	return len(c.channelFailures) >= escalateAfter
 }
 
-const lastFor = time.Minute
+const (
+	lastFor   = time.Minute
+	hostLasts = 10 * time.Second // a session this long makes all hosts untried
+)
 
 // hosts is the order in which hosts are tried: the last good one, then the others
 // at random, and last those that refused or said they close, for a minute.
@@ -307,10 +310,16 @@ func (h *hosts) allTried() bool {
 	return true
 }
 
-// worked notes that a session was set up on address.
+// worked notes that a session was set up on address. It does not make the hosts
+// untried again: an untried one is dialled at once, so sessions that are lost
+// right after their consume-ok would go round in a hot loop.
 func (h *hosts) worked(address string) {
 	h.good = address
 	delete(h.avoid, address)
+}
+
+// lasted notes that the session that just ended was up for a while.
+func (h *hosts) lasted() {
 	clear(h.tried)
 }
 
