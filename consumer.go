@@ -431,7 +431,7 @@ func (s *supervisor) draining() stateFunc {
 		s.note(s.session.drained)
 		left -= s.session.closing
 	}
-	if !s.handlersDone(limit.C) {
+	if !s.handlersDone(limit.C) && !errors.Is(s.err, ErrDrainTimeout) {
 		s.note(&DrainError{Handlers: int(s.stats.handling.Load()), Limit: s.config.drainTimeout})
 	}
 	s.dropConnection(max(left, time.Millisecond))
@@ -439,10 +439,14 @@ func (s *supervisor) draining() stateFunc {
 	return nil
 }
 
-// note keeps the first error as Run's.
+// note adds err to Run's error: a connection lost while draining does not hide
+// that handlers were left behind.
 func (s *supervisor) note(err error) {
-	if s.err == nil {
+	switch {
+	case s.err == nil:
 		s.err = err
+	case err != nil:
+		s.err = errors.Join(s.err, err)
 	}
 }
 

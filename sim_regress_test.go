@@ -32,3 +32,45 @@ func TestSessionsLostRightAfterConsumeOkBackOffOnSeveralHostsToo(t *testing.T) {
 		assert.Less(t, len(b.Ledger().Dials), 60, "no hot loop")
 	})
 }
+
+// leftBehind runs a consumer whose only handler outlasts the drain limit, does
+// something to the broker while it drains, and returns Run's error and how often
+// HandlerFailed was called by the end of the handler.
+func leftBehind(t *testing.T, meanwhile func(*steadymqtest.Broker)) (err error, failed int) {
+	b := steadymqtest.NewBroker(t)
+	b.DeclareQueue(queue, steadymqtest.QueueOptions{})
+	b.Publish(queue, "work")
+	done := make(chan struct{})
+	c, err := steadymq.New(b.URL, queue, steadymq.WithDialer(b.Dialer()), steadymq.WithDrainTimeout(2*time.Second),
+		steadymq.WithHooks(steadymq.Hooks{HandlerFailed: func(*steadymq.Delivery, error) { failed++ }}))
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(10*time.Second, cancel)
+	time.AfterFunc(11*time.Second, func() { meanwhile(b) })
+	err = c.Run(ctx, func(context.Context, *steadymq.Delivery) error {
+		defer close(done)
+		time.Sleep(time.Minute)
+		return assert.AnError
+	})
+	<-done
+	synctest.Wait()
+	return err, failed
+}
+
+func TestHandlerLeftBehindAtTheDrainLimitCallsNoHookAfterRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		err, failed := leftBehind(t, func(*steadymqtest.Broker) {})
+		require.ErrorIs(t, err, steadymq.ErrDrainTimeout)
+		assert.Zero(t, failed)
+	})
+}
+
+func TestConnectionLostWhileDrainingDoesNotHideHandlersLeftBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		err, _ := leftBehind(t, func(b *steadymqtest.Broker) { b.Reset() })
+		require.ErrorIs(t, err, steadymq.ErrDrainTimeout)
+		var lost *steadymq.SessionError
+		require.ErrorAs(t, err, &lost)
+		assert.Equal(t, "lost", lost.Op)
+	})
+}

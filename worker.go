@@ -147,8 +147,8 @@ func (p *pool) failed(d *Delivery, err error) {
 	if errors.As(err, &panicked) {
 		p.reporter.tell(report{panicked: panicked})
 	}
-	if p.config.hooks.HandlerFailed == nil {
-		return
+	if p.config.hooks.HandlerFailed == nil || p.reporter.muted.Load() {
+		return // nothing is told once Run has returned
 	}
 	defer p.reporter.guard()
 	p.config.hooks.HandlerFailed(d, err)
