@@ -87,16 +87,17 @@ func (b *Broker) CloseConnectionsNamed(ctx context.Context, prefix, reason strin
 }
 
 // closeNamed asks each connection process for its client properties: the connection table does not hold the name on 3.x. A connection
-// that ends while it is asked is nobody's error.
+// that has not said its name yet, or ends while it is asked, is not meant.
 const closeNamed = `
 Prefix = <<%s>>, Reason = %s,
 Named = fun(Pid) ->
   try rabbit_reader:info(Pid, [client_properties]) of
-    [{client_properties, Props}] ->
+    [{client_properties, Props}] when is_list(Props) ->
       case lists:keyfind(<<"connection_name">>, 1, Props) of
         {_, _, Name} -> binary:longest_common_prefix([Name, Prefix]) =:= byte_size(Prefix);
         false -> false
-      end
+      end;
+    _ -> false
   catch _:_ -> false
   end
 end,

@@ -64,19 +64,37 @@ func external(ctx context.Context, raw string) (*Broker, error) {
 // Start gives the test a fresh broker of its own, ended with the test. The broker of STEADYMQ_AMQP_URL is the exception: it is shared.
 func Start(t testing.TB, cfg Config) *Broker {
 	t.Helper()
-	b, err := Find(t.Context(), cfg)
-	if err != nil {
+	return StartAll(t, cfg)[0]
+}
+
+// StartAll is Start for several brokers, side by side.
+func StartAll(t testing.TB, cfgs ...Config) []*Broker {
+	t.Helper()
+	brokers, errs := make([]*Broker, len(cfgs)), make([]error, len(cfgs))
+	var all sync.WaitGroup
+	for i, cfg := range cfgs {
+		all.Go(func() { brokers[i], errs[i] = Find(t.Context(), cfg) })
+	}
+	all.Wait()
+	for _, b := range brokers {
+		if b != nil {
+			t.Cleanup(func() { finish(t, b) })
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
 		missing(t, err)
 	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			dumpLogs(t, b)
-		}
-		if err := b.Close(); err != nil {
-			t.Errorf("broker %s: %v", b.Addr(), err)
-		}
-	})
-	return b
+	return brokers
+}
+
+// finish ends a test's broker, with its last words if the test has failed.
+func finish(t testing.TB, b *Broker) {
+	if t.Failed() {
+		dumpLogs(t, b)
+	}
+	if err := b.Close(); err != nil {
+		t.Errorf("broker %s: %v", b.Addr(), err)
+	}
 }
 
 // missing ends a test that has no broker.
