@@ -65,7 +65,7 @@ var simKinds = []simKind{
 	{name: "channel.close 406 timeout", common: true, on: func(s *sim, f simFault, at faultsOf) {
 		at.CloseChannels(406, "delivery acknowledgement on channel 1 timed out. Timeout value used: 1 ms")
 	}},
-	{name: "channel.close 4xx", refuses: true, on: func(s *sim, f simFault, at faultsOf) {
+	{name: "channel.close 4xx", refuses: true, pace: paceLocked, on: func(s *sim, f simFault, at faultsOf) {
 		at.CloseChannels([]int{403, 404, 405, 406}[f.dice%4], "a fault")
 	}},
 	{name: "cancel", common: true, on: func(s *sim, f simFault, at faultsOf) { at.CancelConsumers(s.queue(f)) }},

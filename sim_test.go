@@ -683,7 +683,7 @@ func (c *simConsumer) dial(ctx context.Context, network, address string) (net.Co
 	faults := 10 * c.s.strikes.recent(c.s.now(), time.Minute)
 	if n := all.add(c.s.now(), time.Minute); n > 180+faults {
 		c.s.judge.violate("I7", "%s dialled %s %d times within a minute", c.plan.name, address, n)
-		time.Sleep(time.Second) // lets time go on
+		pause(ctx)
 	}
 	conn, err := c.s.broker.Dialer()(ctx, network, address)
 	if err != nil {
@@ -691,10 +691,17 @@ func (c *simConsumer) dial(ctx context.Context, network, address string) (net.Co
 	}
 	if n := made.add(c.s.now(), time.Minute); n > 40+faults {
 		c.s.judge.violate("I7", "%s connected to %s %d times within a minute", c.plan.name, address, n)
-		time.Sleep(time.Second)
+		pause(ctx)
 	}
 	c.sockets.Add(1)
 	return &simConn{Conn: conn, c: c}, nil
+}
+
+// pause lets time go on for one who dials in a hot loop.
+func pause(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	<-ctx.Done()
 }
 
 type simConn struct {
