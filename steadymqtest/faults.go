@@ -322,7 +322,8 @@ func (f *Faults) Garbage(p ...byte) {
 // Real: kill -9, or the out-of-memory killer. For a machine that loses its power see [Faults.PowerOff].
 func (f *Faults) Kill() { f.die(false) }
 
-// PowerOff is [Faults.Kill] without a word: no RST, no FIN, and dials are not answered.
+// PowerOff is [Faults.Kill] without a word: no RST, no FIN, and dials are not answered. (In a real cluster the surviving nodes
+// requeue only when they have noticed, after a minute or so.)
 func (f *Faults) PowerOff() { f.die(true) }
 
 func (f *Faults) die(silent bool) {

@@ -428,6 +428,10 @@ func TestZeroWindowBlocksTheWriter(t *testing.T) {
 		within(t, 5*time.Second, 0, func() { n, err = nc.Write(make([]byte, 1<<20)) })
 		require.ErrorIs(t, err, os.ErrDeadlineExceeded)
 		require.Equal(t, 64<<10, n)
+		require.NoError(t, nc.SetWriteDeadline(time.Time{}))
+		time.AfterFunc(time.Second, func() { b.FIN() })
+		within(t, time.Second, 0, func() { _, err = nc.Write(make([]byte, 10)) })
+		require.ErrorIs(t, err, syscall.ECONNRESET, "the broker has closed with bytes unread")
 		nc.Close()
 	})
 }

@@ -91,6 +91,12 @@ func (s *stream) abandoned() bool {
 	return s.readClosed && !s.hole && !s.writeClosed && s.writeErr == nil
 }
 
+// CloseWrite sends a FIN and leaves the other direction open, as that of net.TCPConn does.
+func (e *end) CloseWrite() error {
+	e.out.closeWrite()
+	return nil
+}
+
 // Close ends both directions. Closing twice is fine.
 func (e *end) Close() error {
 	err := e.opError("close", net.ErrClosed)
@@ -176,20 +182,18 @@ func (b *Broker) tryDial(ctx context.Context, address string) (net.Conn, error) 
 	}
 	for retry := 0; ; retry++ {
 		l, wait, err := h.syn()
-		if err != nil || l != nil && wait == 0 {
-			return connOf(l), err
+		lost := l == nil && err == nil
+		if lost {
+			wait = time.Second << retry
 		}
-		if l == nil && wait == 0 {
-			wait = time.Second << retry // the SYN was lost
-		}
-		if err := b.pause(ctx, wait); err != nil {
+		if stop := b.pause(ctx, wait); stop != nil {
 			if l != nil {
 				l.client.Close()
 			}
-			return nil, dialError(err)
+			return nil, dialError(stop)
 		}
-		if l != nil {
-			return l.client, nil
+		if !lost {
+			return connOf(l), err
 		}
 		if retry == synRetries {
 			return nil, os.NewSyscallError("connect", syscall.ETIMEDOUT)
@@ -214,7 +218,7 @@ func (b *Broker) lookup(address string) *Host {
 	return nil
 }
 
-// syn is one try to connect: a link and the time until the client knows of it, or an error, or nothing when the SYN was lost.
+// syn is one try to connect: a link or an error, with the time until the client knows of it; neither when the SYN was lost.
 func (h *Host) syn() (*link, time.Duration, error) {
 	b := h.b
 	b.lock()
@@ -223,7 +227,7 @@ func (h *Host) syn() (*link, time.Duration, error) {
 	case h.net.dns:
 		return nil, 0, &net.DNSError{Err: "server misbehaving", Name: h.name, IsTemporary: true}
 	case b.closed || h.net.refuse && !h.net.dropSYN:
-		return nil, 0, os.NewSyscallError("connect", syscall.ECONNREFUSED)
+		return nil, 2 * h.net.latency, os.NewSyscallError("connect", syscall.ECONNREFUSED)
 	case h.net.dropSYN || h.net.holeToBroker || h.net.holeToClient || h.net.stalled:
 		return nil, 0, nil
 	}
@@ -235,6 +239,9 @@ func (h *Host) syn() (*link, time.Duration, error) {
 
 // pause waits, unless ctx or the broker ends first.
 func (b *Broker) pause(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return nil
+	}
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {

@@ -81,7 +81,3 @@ type Hooks struct {
 	Delivered func(DeliveryRecord)
 	Settled   func(SettlementRecord)
 }
-
-func (h *Hooks) any() bool {
-	return h.Opened != nil || h.Closed != nil || h.Consuming != nil || h.Cancelled != nil || h.Delivered != nil || h.Settled != nil
-}

@@ -108,6 +108,9 @@ func (s *stream) write(p []byte) (int, error) {
 		case s.writeLimit.passed():
 			s.mu.Unlock()
 			return done, os.ErrDeadlineExceeded
+		case s.readClosed && s.zero && !s.hole && !s.lost: // closed with bytes unread: an RST
+			s.mu.Unlock()
+			return done, os.NewSyscallError("write", syscall.ECONNRESET)
 		}
 		n := len(p)
 		if s.zero {
