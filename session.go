@@ -29,6 +29,7 @@ type session struct {
 	conn   *connection
 
 	channel    *amqp.Channel
+	lane       *lane // the way of the settlements, nil for the driver's
 	queue      string
 	tag        string
 	deliveries <-chan amqp.Delivery
@@ -90,6 +91,7 @@ func (c *connection) openSession(ctx, handlers context.Context, cfg *config, sta
 		_ = channel.Close() // also bounded by ctx, through the socket
 		return nil, &SessionError{Op: op, Session: id, Err: c.explain(s.said(err))}
 	}
+	s.lane = c.socket.lane(tag)
 	s.since = time.Now()
 	s.ctx, s.cancel = context.WithCancelCause(handlers)
 	go s.run()
@@ -340,7 +342,14 @@ func (s *session) handBack(tag uint64) {
 	if s.over.Load() || s.stream != nil {
 		return
 	}
-	_ = s.channel.Nack(tag, false, true)
+	_ = s.nack(tag)
+}
+
+func (s *session) nack(tag uint64) error {
+	if s.lane != nil {
+		return s.lane.settle(basicNack, tag, nackRequeue)
+	}
+	return s.channel.Nack(tag, false, true)
 }
 
 // closeChannel waits for close-ok, the only proof AMQP 0-9-1 has that the acks
@@ -395,14 +404,32 @@ func (s *session) settle(d *Delivery, o Outcome) error {
 func (s *session) send(tag uint64, o Outcome) error {
 	switch {
 	case o == Acked:
-		return s.channel.Ack(tag, false)
+		return s.ack(tag)
 	case s.stream == nil:
-		return s.channel.Reject(tag, o == Requeued)
+		return s.reject(tag, o == Requeued)
 	case o == Requeued: // a stream would take it as done
 		s.broken.notify(errStreamAgain)
 		return nil
 	}
+	return s.ack(tag)
+}
+
+func (s *session) ack(tag uint64) error {
+	if s.lane != nil {
+		return s.lane.settle(basicAck, tag, 0)
+	}
 	return s.channel.Ack(tag, false)
+}
+
+func (s *session) reject(tag uint64, requeue bool) error {
+	if s.lane == nil {
+		return s.channel.Reject(tag, requeue)
+	}
+	var bits byte
+	if requeue {
+		bits = rejectRequeue
+	}
+	return s.lane.settle(basicReject, tag, bits)
 }
 
 // conclude settles a delivery by its handler's error, unless the handler has

@@ -183,6 +183,7 @@ type socket struct {
 	due      time.Duration // when pending goes out at the latest, since start
 	armed    bool          // delay is running
 	room     chan struct{} // closed when pending has room again; nil if nobody waits
+	lanes    lanes
 	closing  bool
 	deadline time.Time // the driver's own write deadline
 }
@@ -212,6 +213,7 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 		in:     inbound{buf: make([]byte, readBuffer), scan: scanner{maxMessage: o.maxMessage}},
 	}
 	s.delay.Stop()
+	s.lanes.open = make(map[uint16]*lane)
 	if c, ok := conn.(*tls.Conn); ok {
 		s.raw = c.NetConn()
 	}
@@ -379,18 +381,7 @@ func readCause(err error) error {
 // driver holds its locks meanwhile, so the wire must not.
 func (s *socket) Write(p []byte) (int, error) {
 	s.mu.Lock()
-	for s.full(len(p)) {
-		if s.room == nil {
-			s.room = make(chan struct{})
-		}
-		room := s.room
-		s.mu.Unlock()
-		select {
-		case <-room:
-		case <-s.ended:
-		}
-		s.mu.Lock()
-	}
+	s.awaitRoom(len(p))
 	if s.closing || s.over.Load() {
 		s.mu.Unlock()
 		return 0, s.err()
@@ -402,6 +393,23 @@ func (s *socket) Write(p []byte) (int, error) {
 		s.nudge()
 	}
 	return len(p), nil
+}
+
+// awaitRoom returns when n bytes have room, or never will. It is called with mu
+// held and gives it back while it waits.
+func (s *socket) awaitRoom(n int) {
+	for s.full(n) {
+		if s.room == nil {
+			s.room = make(chan struct{})
+		}
+		room := s.room
+		s.mu.Unlock()
+		select {
+		case <-room:
+		case <-s.ended:
+		}
+		s.mu.Lock()
+	}
 }
 
 // pace decides whether p goes out now, and with it all before it, or waits for
@@ -416,8 +424,11 @@ func (s *socket) pace(p []byte) (now bool) {
 // to them. They wait while more are to come and the broker has window left.
 func (s *socket) mustGo(p []byte) bool {
 	id := methodID(p)
-	if s.opts.writeDelay <= 0 || !isSettlement(id, p) {
+	if !isSettlement(id, p) {
 		s.learn(id, p)
+		return true
+	}
+	if s.opts.writeDelay <= 0 {
 		return true
 	}
 	at := time.Since(s.start)
@@ -442,6 +453,7 @@ func (s *socket) mustGo(p []byte) bool {
 
 // learn takes from the driver's other frames what pacing needs to know.
 func (s *socket) learn(id uint32, p []byte) {
+	s.lanes.learn(s, id, p)
 	switch {
 	case id == basicQos && len(p) >= methodHead+6:
 		s.window = int64(binary.BigEndian.Uint16(p[methodHead+4:]))
@@ -635,12 +647,17 @@ const (
 	frameEnd    = 0xCE
 
 	// class and method in one, as on the wire
-	channelOpen  = 20<<16 | 10
-	basicQos     = 60<<16 | 10
-	basicDeliver = 60<<16 | 60
-	basicAck     = 60<<16 | 80
-	basicReject  = 60<<16 | 90
-	basicNack    = 60<<16 | 120
+	connectionClose   = 10<<16 | 50
+	connectionCloseOk = 10<<16 | 51
+	channelOpen       = 20<<16 | 10
+	channelClose      = 20<<16 | 40
+	channelCloseOk    = 20<<16 | 41
+	basicQos          = 60<<16 | 10
+	basicConsume      = 60<<16 | 20
+	basicDeliver      = 60<<16 | 60
+	basicAck          = 60<<16 | 80
+	basicReject       = 60<<16 | 90
+	basicNack         = 60<<16 | 120
 
 	frameHead  = 7              // type, channel, size
 	methodHead = frameHead + 4  // and class, method
