@@ -1,0 +1,164 @@
+package rabbit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"strings"
+)
+
+// As is the same broker seen by another user in another virtual host. The node has one owner still: end it with the first Broker.
+func (b *Broker) As(user, password, vhost string) *Broker {
+	view := *b
+	u, err := url.Parse(b.URLFor(user, password, vhost))
+	if err != nil {
+		panic("rabbit: an address made here does not parse") // without err: it may hold the password
+	}
+	view.base = *u
+	return &view
+}
+
+// Call is Eval for hundreds of commands: rabbitmqctl needs a second or two of processor time each, erl_call, which comes with Erlang, a
+// few milliseconds. Where there is no erl_call it is Eval.
+func (b *Broker) Call(ctx context.Context, expr string) (string, error) {
+	node, ok := b.node.(*containerNode)
+	if !ok {
+		return b.Eval(ctx, expr)
+	}
+	ctx, cancel := context.WithTimeout(ctx, commandLimit)
+	defer cancel()
+	const script = `command -v erl_call >/dev/null || exit 127
+printf '%s\n' "$1" | erl_call -c ` + cookie + ` -sname "$RABBITMQ_NODENAME" -e`
+	out, err := node.exec(ctx, "sh", "-c", script, "sh", guarded(expr))
+	if err != nil && strings.Contains(err.Error(), "127") {
+		return b.Eval(ctx, expr)
+	}
+	result, found := strings.CutPrefix(strings.TrimSpace(out), "{ok, ")
+	if err != nil || !found {
+		return out, fmt.Errorf("rabbit: call %s: %w: %s", expr, errors.Join(err, errors.New("no answer")), out)
+	}
+	result = strings.TrimSuffix(result, "}")
+	if strings.HasPrefix(result, "{error,") || strings.HasPrefix(result, "{failed,") || strings.HasPrefix(result, "{error_string,") {
+		return result, fmt.Errorf("rabbit: call %s: %s", expr, result)
+	}
+	return result, nil
+}
+
+// guarded turns an exception into a value.
+func guarded(expr string) string {
+	return "try " + strings.TrimSuffix(strings.TrimSpace(expr), ".") + " catch C:R -> {failed, C, R} end."
+}
+
+// Do is Call where the answer does not matter.
+func (b *Broker) Do(ctx context.Context, format string, args ...any) error {
+	_, err := b.Call(ctx, fmt.Sprintf(format, args...))
+	return err
+}
+
+const actor = `<<"test">>`
+
+func binary(s string) string { return "<<" + quoteErlang(s) + ">>" }
+
+// The following are rabbitmqctl commands of the same names, by the functions those call on the node.
+
+// NewVhost makes a virtual host that guest may use.
+func (b *Broker) NewVhost(ctx context.Context, vhost string) error {
+	err := b.Do(ctx, "rabbit_vhost:add(%s, %s)", binary(vhost), actor)
+	if err != nil {
+		return err
+	}
+	return b.Permit(ctx, "guest", vhost, ".*", ".*", ".*")
+}
+
+// DropVhost removes it with all that is in it.
+func (b *Broker) DropVhost(ctx context.Context, vhost string) error {
+	return b.Do(ctx, "rabbit_vhost:delete(%s, %s)", binary(vhost), actor)
+}
+
+// NewUser makes a user without permissions.
+func (b *Broker) NewUser(ctx context.Context, user, password string) error {
+	return b.Do(ctx, "rabbit_auth_backend_internal:add_user(%s, %s, %s)", binary(user), binary(password), actor)
+}
+
+// DropUser removes it.
+func (b *Broker) DropUser(ctx context.Context, user string) error {
+	return b.Do(ctx, "rabbit_auth_backend_internal:delete_user(%s, %s)", binary(user), actor)
+}
+
+// NewPassword changes a user's password.
+func (b *Broker) NewPassword(ctx context.Context, user, password string) error {
+	return b.Do(ctx, "rabbit_auth_backend_internal:change_password(%s, %s, %s)", binary(user), binary(password), actor)
+}
+
+// Permit sets permissions by regular expressions.
+func (b *Broker) Permit(ctx context.Context, user, vhost, configure, write, read string) error {
+	return b.Do(ctx, "rabbit_auth_backend_internal:set_permissions(%s, %s, %s, %s, %s, %s)",
+		binary(user), binary(vhost), binary(configure), binary(write), binary(read), actor)
+}
+
+// Forbid takes the virtual host away from the user.
+func (b *Broker) Forbid(ctx context.Context, user, vhost string) error {
+	return b.Do(ctx, "rabbit_auth_backend_internal:clear_permissions(%s, %s, %s)", binary(user), binary(vhost), actor)
+}
+
+// LimitVhost sets the number of connections a virtual host may have; -1 lifts the limit.
+func (b *Broker) LimitVhost(ctx context.Context, vhost string, connections int) error {
+	return b.Do(ctx, "rabbit_vhost_limit:parse_set(%s, %s, %s)", binary(vhost), binary(maxConnections(connections)), actor)
+}
+
+// LimitUser sets the number of connections a user may have; -1 lifts the limit.
+func (b *Broker) LimitUser(ctx context.Context, user string, connections int) error {
+	return b.Do(ctx, "rabbit_auth_backend_internal:set_user_limits(%s, %s, %s)", binary(user), binary(maxConnections(connections)), actor)
+}
+
+func maxConnections(n int) string { return fmt.Sprintf(`{"max-connections": %d}`, n) }
+
+// PolicyOn sets a policy on the queues whose name matches.
+func (b *Broker) PolicyOn(ctx context.Context, vhost, name, pattern, json string) error {
+	return b.Do(ctx, "rabbit_policy:parse_set(%s, %s, %s, %s, 0, %s, %s)",
+		binary(vhost), binary(name), binary(pattern), binary(json), binary("queues"), actor)
+}
+
+// PolicyOff removes it.
+func (b *Broker) PolicyOff(ctx context.Context, vhost, name string) error {
+	return b.Do(ctx, "rabbit_policy:delete(%s, %s, %s)", binary(vhost), binary(name), actor)
+}
+
+// DefaultTimeout changes the consumer timeout for the channels that are opened from now on.
+func (b *Broker) DefaultTimeout(ctx context.Context, ms int) error {
+	return b.Do(ctx, "application:set_env(rabbit, consumer_timeout, %d)", ms)
+}
+
+// CloseNamed closes the connections whose client-provided name begins with prefix, as an operator does, and returns how many.
+func (b *Broker) CloseNamed(ctx context.Context, prefix, reason string) (string, error) {
+	return b.Call(ctx, fmt.Sprintf(closeNamed, quoteErlang(prefix), quoteErlang(reason), 1, 0))
+}
+
+// CrashChannels ends the channel processes of the connections whose client-provided name begins with prefix, as a bug of the broker would.
+func (b *Broker) CrashChannels(ctx context.Context, prefix string) (string, error) {
+	return b.Call(ctx, fmt.Sprintf(crashChannels, binary(prefix)))
+}
+
+const crashChannels = `
+Prefix = %s,
+Named = fun(Pid) ->
+  try rabbit_reader:info(Pid, [client_properties]) of
+    [{client_properties, Props}] ->
+      case lists:keyfind(<<"connection_name">>, 1, Props) of
+        {_, _, Name} -> binary:longest_common_prefix([Name, Prefix]) =:= byte_size(Prefix);
+        false -> false
+      end
+  catch _:_ -> false
+  end
+end,
+Mine = [P || P <- rabbit_networking:local_connections(), Named(P)],
+Channels = [C || C <- rabbit_channel:list_local(), {connection, P} <- rabbit_channel:info(C, [connection]), lists:member(P, Mine)],
+[exit(C, a_bug_of_the_broker) || C <- Channels],
+length(Channels)`
+
+// StreamConsumers counts the consumers of any queue, streams included, which a passive declare does not.
+func (b *Broker) StreamConsumers(ctx context.Context, vhost, queue string) (string, error) {
+	return b.Call(ctx, fmt.Sprintf(`length([C || C <- rabbit_amqqueue:consumers_all(%s), lists:keyfind(queue_name, 1, C) =:= {queue_name, rabbit_misc:r(%s, queue, %s)}])`,
+		binary(vhost), binary(vhost), binary(queue)))
+}
