@@ -30,6 +30,7 @@ type simJudge struct {
 	discarded  map[string]bool              // messages that a handler has discarded
 	cancelled  map[string]time.Time         // when the handlers' context of a consumer tag ended
 	watched    map[string]bool              // consumer tags of which that is looked for
+	used       map[string]bool              // consumer tags that handlers have seen
 	deliveries map[uint64]map[uint64]string // session -> tag -> message
 }
 
@@ -59,6 +60,7 @@ func newSimJudge(s *sim) *simJudge {
 		discarded:  make(map[string]bool),
 		cancelled:  make(map[string]time.Time),
 		watched:    make(map[string]bool),
+		used:       make(map[string]bool),
 		deliveries: make(map[uint64]map[uint64]string),
 	}
 }
@@ -97,7 +99,7 @@ func (j *simJudge) consuming(r steadymqtest.ConsumerRecord) {
 		j.note("I1", "a consumer with a tag of nobody: %s", r.Tag)
 		return
 	}
-	if j.byTag[r.Tag] != nil {
+	if j.byTag[r.Tag] != nil && j.used[r.Tag] { // one of a setup that failed may come again
 		j.note("I1", "the consumer tag %s is used a second time", r.Tag)
 	}
 	x := &simSession{record: r, consumer: c, run: c.run}
@@ -106,7 +108,8 @@ func (j *simJudge) consuming(r steadymqtest.ConsumerRecord) {
 	c.latest = x
 	c.live++
 	c.run.sessions++
-	if c.consumes.add(j.s.now(), time.Minute) > 40+10*j.s.strikes.recent(j.s.now(), time.Minute) {
+	faults := j.s.strikes.recent(j.s.now(), time.Minute)
+	if c.consumes.add(j.s.now(), time.Minute) > j.s.plan.hosts*(40+10*faults) {
 		j.note("I7", "%s subscribed %d times within a minute", c.plan.name, c.consumes.count())
 	}
 	j.s.flap()
@@ -194,6 +197,7 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 		j.note("I3", "the delivery %v was handled twice", h.key)
 	}
 	j.notLate(h, ctx)
+	j.used[h.key.consumer] = true
 	j.handled[h.key] = &simHandled{id: h.d.MessageId}
 	j.tries[h.d.MessageId]++
 	return j.tries[h.d.MessageId]

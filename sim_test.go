@@ -37,28 +37,40 @@ var (
 	simVirtual = flag.Duration("virtual", 10*time.Minute, "how long a seed lasts, in virtual time")
 	simKeep    = flag.String("keep", "", "numbers of the faults to keep, of a failure that was shrunk; with -seed")
 	simStuck   = flag.Duration("stuck", 30*time.Second, "how long time may stand still before the simulation gives up")
+	simMax     = flag.Int("failures", 5, "stop after so many seeds that fail")
+	simTrace   = flag.Bool("trace", false, "print the number of each seed before it runs, to see which one crashes")
 	simShrink  = flag.Bool("shrink", true, "look for fewer faults that make a seed fail")
 )
 
 func TestSim(t *testing.T) {
-	first, last := *simFirst, *simFirst+uint64(*simSeeds)-1
+	next, last := new(atomic.Uint64), *simFirst+uint64(*simSeeds)-1
+	next.Store(*simFirst - 1)
 	if *simSeed != 0 {
-		first, last = *simSeed, *simSeed
+		next.Store(*simSeed - 1)
+		last = *simSeed
 	}
-	for seed := first; seed <= last; seed++ {
-		t.Run("seed="+strconv.FormatUint(seed, 10), func(t *testing.T) {
+	failed := new(atomic.Int64)
+	for i := range runtime.GOMAXPROCS(0) {
+		t.Run("worker="+strconv.Itoa(i), func(t *testing.T) {
 			t.Parallel()
-			simulate(t, seed)
+			for seed := next.Add(1); seed <= last && failed.Load() < int64(*simMax); seed = next.Add(1) {
+				if *simTrace {
+					fmt.Fprintln(os.Stderr, "sim: seed", seed)
+				}
+				if !simulate(t, seed) {
+					failed.Add(1)
+				}
+			}
 		})
 	}
 }
 
 // simulate runs one seed and, if it fails, finds out how.
-func simulate(t *testing.T, seed uint64) {
+func simulate(t *testing.T, seed uint64) bool {
 	keep := parseKeep(t)
 	violations := simOnce(t, seed, keep)
 	if len(violations) == 0 {
-		return
+		return true
 	}
 	if keep == nil {
 		for _, f := range newSimPlan(seed, *simVirtual).faults() {
@@ -78,6 +90,7 @@ func simulate(t *testing.T, seed uint64) {
 	plan.keep(contains(keep))
 	t.Errorf("seed %d violates:\n  %s\nfails again in %d of 10 reruns; replay it with\n  go test -run 'TestSim$' -seed %d -virtual %v -keep %s .\n%v",
 		seed, strings.Join(violations, "\n  "), again, seed, *simVirtual, formatKeep(keep), plan)
+	return false
 }
 
 func parseKeep(t *testing.T) []int {
@@ -857,7 +870,7 @@ func (c *simConsumer) ask(run *simRun) {
 	now := c.s.now()
 	run.asked, c.stopping = now, true
 	run.marks, run.troubles = c.s.disturbed.Load(), c.troubles
-	run.healthy = now >= c.resumeBy && now >= run.start+c.s.plan.fast() && c.s.active.Load() == 0 && c.live > 0
+	run.healthy = c.s.plan.hold == 0 && now >= c.resumeBy && now >= run.start+c.s.plan.fast() && c.s.active.Load() == 0 && c.live > 0
 	if run.healthy {
 		run.session = c.latest
 	}
