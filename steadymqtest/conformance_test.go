@@ -337,7 +337,7 @@ var conformance = []scenario{
 			s.fails("get", err)
 			s.note("%t %q redelivered %t left %d tag %d", ok, d.Body, d.Redelivered, d.MessageCount, d.DeliveryTag)
 		}
-		s.fails("recover", ch.Recover(true))
+		s.fails("recover", ch.Recover(true)) //nolint:staticcheck // deprecated, and still part of the protocol
 		d, ok, _ := ch.Get(q, true)
 		s.note("%t %q redelivered %t left %d", ok, d.Body, d.Redelivered, d.MessageCount)
 	}},

@@ -499,3 +499,116 @@ func TestListenServesRealTCP(t *testing.T) {
 	b.FIN()
 	require.Contains(t, (<-closed).Reason, "EOF")
 }
+
+func TestReleasedConsumersLoseWhatTheyHold(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t)
+		b.DeclareQueue("q", steadymqtest.QueueOptions{Type: "quorum"})
+		b.Publish("q", "1")
+		ch := open(t, dial(t, b), 5)
+		d := next(t, consume(t, ch, "q", "c"))
+		consumers := b.Consumers("q")
+		require.Len(t, consumers, 1)
+		require.Equal(t, "c", consumers[0].Tag)
+		require.Equal(t, 1, b.ReleaseConsumers(""))
+		require.Empty(t, b.Consumers("q"))
+		require.Equal(t, 1, b.QueueLen("q"))
+		require.NoError(t, d.Ack(false))
+		require.NoError(t, ch.Qos(1, 0, false))
+		require.Equal(t, 1, b.PurgeQueue("q"), "the late ack took nothing")
+		require.Zero(t, b.QueueLen("q"))
+	})
+}
+
+func TestASilentBrokerIsNoticedByTheClientOnly(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t)
+		b.DeclareQueue("q", steadymqtest.QueueOptions{})
+		b.Publish("q", "1")
+		conn := dial(t, b)
+		closed := conn.NotifyClose(make(chan *amqp.Error, 1))
+		next(t, consume(t, open(t, conn, 1), "q", ""))
+		time.Sleep(20 * time.Second)
+		b.Silence()
+		within(t, 12500*time.Millisecond, 2600*time.Millisecond, func() { <-closed })
+		time.Sleep(31 * time.Second)
+		require.Equal(t, 1, b.QueueLen("q"))
+		require.Empty(t, b.Connections())
+	})
+}
+
+func TestSilenceAfterOpen(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t)
+		b.SilentAfterOpen(true)
+		conn := dial(t, b) // the driver has its open-ok; whether it ever notices the rest is a race inside it
+		done := make(chan error, 1)
+		go func() {
+			_, err := conn.Channel()
+			done <- err
+		}()
+		time.Sleep(10 * time.Second)
+		require.Empty(t, done)
+		b.Heal()
+		b.Reset()
+		require.Error(t, <-done)
+	})
+}
+
+func TestTheServersHeartbeatIsASuggestion(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t, steadymqtest.WithHeartbeat(5))
+		conn, err := tryDial(b, 0, 10*time.Second)
+		require.NoError(t, err)
+		require.Equal(t, 5*time.Second, conn.Config.Heartbeat)
+		time.Sleep(time.Hour)
+		require.Len(t, b.Connections(), 1)
+		require.Equal(t, "mq1.test:5672", b.Connections()[0].Host)
+		require.NoError(t, conn.Close())
+	})
+}
+
+func TestLatencyChangesForOpenConnections(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t)
+		ch := open(t, dial(t, b), 1)
+		b.SetLatency(time.Second)
+		within(t, 2*time.Second, 0, func() { require.NoError(t, ch.Qos(1, 0, false)) })
+		b.SetLatency(0)
+		within(t, 0, 0, func() { require.NoError(t, ch.Qos(1, 0, false)) })
+		b.Refuse(true)
+		b.SetLatency(time.Second)
+		within(t, 2*time.Second, 0, func() {
+			_, err := b.Dial("tcp", b.Host(0).Addr())
+			require.ErrorIs(t, err, syscall.ECONNREFUSED)
+		})
+	})
+}
+
+func TestTLSHandshakesHang(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t, steadymqtest.WithTLS())
+		b.HangAt(steadymqtest.StageTLS, true)
+		done := make(chan error, 1)
+		go func() {
+			_, err := tryDial(b, 0, time.Second)
+			done <- err
+		}()
+		time.Sleep(time.Minute)
+		require.Empty(t, done)
+		b.Reset()
+		require.Error(t, <-done)
+	})
+}
+
+func TestAClientThatIsTooSlowInTheHandshakeIsHungUpOn(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t)
+		nc, err := b.Dial("tcp", b.Host(0).Addr())
+		require.NoError(t, err)
+		within(t, 10*time.Second, 0, func() {
+			_, err := nc.Read(make([]byte, 1))
+			require.Equal(t, io.EOF, err)
+		})
+	})
+}

@@ -72,8 +72,6 @@ const (
 
 	confirmSelect   method = 85<<16 | 10
 	confirmSelectOk method = 85<<16 | 11
-
-	txSelect method = 90<<16 | 10
 )
 
 func (m method) class() uint16 { return uint16(m >> 16) }

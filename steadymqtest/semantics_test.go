@@ -391,7 +391,7 @@ func TestGetPurgeAndRecover(t *testing.T) {
 		require.NoError(t, err)
 		require.True(t, ok)
 		require.Equal(t, uint32(2), d.MessageCount)
-		require.NoError(t, ch.Recover(true))
+		require.NoError(t, ch.Recover(true)) //nolint:staticcheck // deprecated, and still part of the protocol
 		d, _, err = ch.Get("q", true)
 		require.NoError(t, err)
 		require.Equal(t, "1", string(d.Body))
