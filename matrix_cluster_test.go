@@ -1,0 +1,5 @@
+package steadymq_test
+
+import "testing"
+
+func (m *matrix) runCluster(t *testing.T) { t.Skip("not yet") }

@@ -1,0 +1,197 @@
+package steadymq_test
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rabbit"
+)
+
+// event is a fault of a whole broker: it happens once, to a few trials together.
+type event struct {
+	fault, rows string
+	not         func(rabbit.Generation, kind) string
+	before      func(context.Context) error // before the trials begin
+	prepare     func(*trial)
+	apply       func(context.Context) (times, error)
+	check       func(*trial, times)
+}
+
+// times are when a fault began and when it was over.
+type times struct{ at, healed time.Time }
+
+// party is one of the trials an event happens to.
+type party struct {
+	name string
+	kind kind
+	make func(*testing.T) *trial
+}
+
+// happens begins the trials, lets the fault happen to all of them, and judges each.
+func (m *matrix) happens(t *testing.T, label string, e event, parties []party) {
+	ctx := t.Context()
+	if e.before != nil {
+		require.NoError(t, e.before(ctx))
+	}
+	var ready, all sync.WaitGroup
+	over := make(chan struct{})
+	var when times
+	var failed error
+	for _, p := range parties {
+		ready.Add(1)
+		all.Go(func() {
+			begun := sync.OnceFunc(ready.Done)
+			defer begun()
+			t.Run(p.name, func(t *testing.T) {
+				var r *trial
+				defer func() { m.record(r, t, e.fault, e.rows, label, p.kind) }()
+				defer begun()
+				r = p.make(t)
+				if e.prepare != nil {
+					e.prepare(r)
+				}
+				r.begin()
+				begun()
+				<-over
+				require.NoError(t, failed, "the fault")
+				e.check(r, when)
+			})
+		})
+	}
+	ready.Wait()
+	when, failed = e.apply(ctx)
+	close(over)
+	all.Wait()
+}
+
+// back is the check of faults after which a broker accepts again.
+func back(limit time.Duration) func(*trial, times) {
+	return func(r *trial, when times) {
+		r.resumedSince(when.at, when.healed, limit)
+		r.judge()
+	}
+}
+
+// unimpressed is the check of faults that are none to a consumer.
+func unimpressed(r *trial, _ times) {
+	r.judge()
+	assert.Zero(r, r.lostSessions())
+}
+
+// during runs what begins a fault, waits, and runs what ends it.
+func during(begin func(context.Context) error, d time.Duration, end func(context.Context) error) func(context.Context) (times, error) {
+	return func(ctx context.Context) (times, error) {
+		when := times{at: time.Now()}
+		if err := begin(ctx); err != nil {
+			return when, err
+		}
+		rest(ctx, d)
+		err := end(ctx)
+		when.healed = time.Now()
+		return when, err
+	}
+}
+
+// wholeNode are the faults that hit everything on a node.
+func wholeNode(b *rabbit.Broker) []event {
+	watermark := func(fraction string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			return b.Do(ctx, "vm_memory_monitor:set_vm_memory_high_watermark(%s)", fraction)
+		}
+	}
+	return []event{
+		{
+			fault: "rabbitmqctl stop_app, start_app", rows: "1",
+			apply: during(b.StopApp, 2*time.Second, b.StartApp), check: back(afterRefusals),
+		},
+		{
+			fault: "rabbitmq-upgrade drain, revive", rows: "3",
+			apply: during(b.Drain, 2*time.Second, b.Revive), check: back(afterRefusals),
+		},
+		{
+			fault: "rabbitmqctl close_all_connections", rows: "2",
+			apply: func(ctx context.Context) (times, error) {
+				err := b.CloseAllConnections(ctx, "maintenance")
+				return times{at: time.Now()}, err
+			},
+			check: func(r *trial, when times) {
+				change := r.awaitLost(0, when.at, atOnce)
+				assert.ErrorContains(r, change.Cause, "maintenance")
+				r.resumed(change.Time, atOnce)
+				r.judge()
+			},
+		},
+		{
+			fault: "memory alarm", rows: "19",
+			apply: during(watermark("0.00001"), 3*time.Second, watermark("0.6")), check: unimpressed,
+		},
+		{
+			fault: "consumer timeout of the broker", rows: "39", not: timeoutClosesNothing,
+			before:  func(ctx context.Context) error { return b.DefaultTimeout(ctx, 2000) },
+			prepare: func(r *trial) { r.dawdler(6 * time.Second) },
+			apply: func(ctx context.Context) (times, error) {
+				return times{at: time.Now()}, b.DefaultTimeout(ctx, 1_800_000) // of channels opened from now on
+			},
+			check: timedOut,
+		},
+		{
+			fault: "frozen (SIGSTOP) and thawed", rows: "17",
+			apply: during(b.Pause, 8*time.Second, b.Unpause), check: back(setupPace),
+		},
+		{
+			fault: "killed (SIGKILL) and started", rows: "4",
+			apply: during(b.Kill, time.Second, b.Start), check: back(afterRefusals),
+		},
+		{
+			fault: "stopped (SIGTERM) and started", rows: "1",
+			apply: during(b.Stop, time.Second, b.Start), check: back(afterRefusals),
+		},
+	}
+}
+
+func timeoutClosesNothing(g rabbit.Generation, _ kind) string {
+	if g == rabbit.Gen43 {
+		return "since 4.3 only consumers of quorum queues have a timeout, and it cancels: see the row of x-consumer-timeout"
+	}
+	return ""
+}
+
+func timedOut(r *trial, when times) {
+	change := r.awaitLost(0, when.at, 5*time.Second)
+	var said *amqp.Error
+	require.ErrorAs(r, change.Cause, &said)
+	assert.Equal(r, amqp.PreconditionFailed, said.Code)
+	r.resumed(change.Time, atOnce)
+	assert.EqualValues(r, 1, r.consumer.Stats().Connections, "a channel's failure does not cost the connection")
+	r.pause(time.Second) // the late handler's ack is not sent
+	r.judge()
+	assert.EqualValues(r, 1, r.consumer.Stats().Stale)
+}
+
+func (m *matrix) runEvents(t *testing.T, g rabbit.Generation) {
+	b := rabbit.Start(t, rabbit.Config{Generation: g, ChannelTick: time.Second})
+	rabbit.NeedCommands(t, b)
+	for n, e := range wholeNode(b) {
+		var parties []party
+		for _, k := range m.kindsOf(cell{fault: e.fault, rows: e.rows, not: e.not}, g, n) {
+			parties = append(parties, party{
+				name: fmt.Sprintf("%s %s", g, k), kind: k,
+				make: func(t *testing.T) *trial { return m.newTrial(t, g, k, b, cell{}) },
+			})
+		}
+		if len(parties) > 0 {
+			t.Run(e.fault, func(t *testing.T) { m.happens(t, string(g), e, parties) })
+		}
+	}
+}
+
+// stalls makes a trial look for silence.
+func stalls(r *trial) { r.opts = append(r.opts, steadymq.WithStallDetector(2*time.Second)) }

@@ -1,0 +1,693 @@
+package steadymq_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/faultproxy"
+	"github.com/steadymq/steadymq/internal/rabbit"
+)
+
+const (
+	// lockStep bounds the next try while something is locked, and a little of the machine.
+	lockStep = time.Second + atOnce
+	// buried bounds the broker noticing that a client is dead: three heartbeats after the last byte.
+	buried = 3*realHeartbeat + time.Second
+	// setupPace bounds resuming once a path is back that swallowed the tries of a few seconds.
+	setupPace = realSetup + 2*time.Second
+)
+
+// nodeCells are the faults of one node that leave others' queues on it in peace.
+func nodeCells() []cell {
+	notStream := func(reason string) func(rabbit.Generation, kind) string { return only(reason, classic, quorum) }
+	return []cell{
+		{fault: "connection reset", rows: "4, 28", test: func(r *trial) { r.suffers(r.proxy.Reset) }},
+		{fault: "connection ended politely (FIN)", rows: "11, 28", test: func(r *trial) { r.suffers(r.proxy.FIN) }},
+		{fault: "path swallows both ways", rows: "12", test: func(r *trial) { r.silenced(faultproxy.Both, silentPeer) }},
+		{fault: "path swallows what the broker sends", rows: "13", test: func(r *trial) { r.silenced(faultproxy.ToClient, silentPeer) }},
+		{fault: "path swallows what we send", rows: "14", test: func(r *trial) { r.silenced(faultproxy.ToBroker, halfOpen) }},
+		{fault: "50 ms of latency each way, then a reset", rows: "29", test: func(r *trial) {
+			r.weather(func() { r.proxy.Latency(faultproxy.Both, 50*time.Millisecond) }, time.Second+atOnce)
+		}},
+		{fault: "20 kB/s, then a reset", rows: "29", test: func(r *trial) {
+			r.weather(func() { r.proxy.Bandwidth(faultproxy.Both, 20_000) }, time.Second+atOnce)
+		}},
+		{fault: "slices of 7 bytes, then a reset", rows: "29", test: func(r *trial) {
+			r.weather(func() { r.proxy.Slice(faultproxy.Both, 7, 100*time.Microsecond) }, time.Second+atOnce)
+		}},
+		{fault: "stall of one heartbeat that heals", rows: "29", test: stallThatHeals},
+		{fault: "handshake cut after n bytes", rows: "11", test: handshakeCut},
+		{fault: "operator closes the connection", rows: "2", test: operatorClosesIt},
+		{fault: "channel's process crashes", rows: "23", test: channelCrashes},
+		{fault: "ack sent twice behind our back", rows: "41", test: ackedBehindOurBack},
+		{fault: "queue absent at the start", rows: "32", test: absentAtStart},
+		{fault: "queue deleted, declared by us", rows: "34", test: deletedAndOurs},
+		{fault: "queue deleted, declared by another", rows: "34", test: deletedAndTheirs},
+		{fault: "read permission taken and given back", rows: "43", test: readForbidden},
+		{fault: "vhost permission taken and given back", rows: "6", test: vhostForbidden},
+		{fault: "password changed, new one per dial", rows: "5", test: passwordChanged},
+		{fault: "password changed, URL known 2 s later", rows: "5", test: urlRotatesLate},
+		{fault: "user's connection limit reached and lifted", rows: "7", test: userLimited},
+		{fault: "vhost's connection limit reached and lifted", rows: "7", vhost: true, test: vhostLimited},
+		{fault: "vhost deleted and made again", rows: "6, 8", vhost: true, test: vhostDeleted},
+		{fault: "policy set and removed", rows: "38", vhost: true, test: policyChanged},
+		{
+			fault: "exclusive consumer of another", rows: "44", test: exclusiveConflict,
+			not: notStream("a stream has no exclusive consumer"),
+		},
+		{
+			fault: "exclusive consumer, our own ghost", rows: "44", test: exclusiveGhost,
+			not: notStream("a stream has no exclusive consumer"),
+		},
+		{
+			fault: "exclusive queue, our own ghost", rows: "45", test: exclusiveQueueGhost,
+			not: only("only a classic queue can be exclusive", classic),
+		},
+		{
+			fault: "server-named queue", rows: "46", test: serverNamed,
+			not: only("only a classic queue can be named by the server", classic),
+		},
+		{fault: "declared with other arguments", rows: "47", test: inequivalent},
+		{
+			fault: "consumer timeout per consumer", rows: "40", test: consumerTimeoutCancels,
+			not: func(g rabbit.Generation, k kind) string {
+				if g == rabbit.Gen43 && k == quorum {
+					return ""
+				}
+				return "x-consumer-timeout of a consumer is for quorum queues since 4.3"
+			},
+		},
+		{
+			fault: "delivery limit", rows: "55", args: amqp.Table{"x-delivery-limit": 3}, test: deliveryLimit,
+			not: only("only quorum queues count deliveries", quorum),
+		},
+		{
+			fault: "message that fails again and again", rows: "58", test: requeuePace,
+			not: notStream("a stream has no requeue"),
+		},
+		{fault: "reset between messages resumes exactly", rows: "59", test: resumesExactly},
+		{
+			fault: "stream message put back", rows: "59", test: streamPutBack,
+			not: only("requeue of a queue is the row above", stream),
+		},
+		{
+			fault: "single active consumer waits its turn", rows: "53", args: amqp.Table{"x-single-active-consumer": true}, test: singleActive,
+			not: notStream("a stream has no single active consumer over AMQP 0-9-1"),
+		},
+	}
+}
+
+// runCells runs them on one node per generation, many at a time.
+func (m *matrix) runCells(t *testing.T, gens []rabbit.Generation) {
+	var cfgs []rabbit.Config
+	for _, g := range gens {
+		cfgs = append(cfgs, rabbit.Config{Generation: g, ChannelTick: time.Second})
+	}
+	brokers := rabbit.StartAll(t, cfgs...)
+	for _, b := range brokers {
+		rabbit.NeedCommands(t, b)
+	}
+	var all sync.WaitGroup
+	for n, c := range nodeCells() {
+		for i, g := range gens {
+			for _, k := range m.kindsOf(c, g, n) {
+				all.Go(func() {
+					m.slots <- struct{}{}
+					defer func() { <-m.slots }()
+					t.Run(fmt.Sprintf("%s/%s %s", c.fault, g, k), func(t *testing.T) { m.runCell(t, g, k, brokers[i], c) })
+				})
+			}
+		}
+	}
+	all.Wait()
+}
+
+// kindsOf are the kinds a cell runs on: all that exist, or one of them when the matrix is not run whole.
+func (m *matrix) kindsOf(c cell, g rabbit.Generation, n int) []kind {
+	var possible []kind
+	for _, k := range kinds() {
+		if reason := c.impossible(g, k); reason != "" {
+			m.set(c.fault, c.rows, string(g), k, entry{note: reason})
+			continue
+		}
+		possible = append(possible, k)
+	}
+	if m.parts != "" || len(possible) == 0 {
+		return possible
+	}
+	return possible[n%len(possible) : n%len(possible)+1]
+}
+
+func (m *matrix) runCell(t *testing.T, g rabbit.Generation, k kind, b *rabbit.Broker, c cell) {
+	var r *trial
+	defer func() { m.record(r, t, c.fault, c.rows, string(g), k) }()
+	r = m.newTrial(t, g, k, b, c)
+	c.test(r)
+}
+
+// ---- the path ----
+
+// suffers is a fault that both sides hear of at once.
+func (r *trial) suffers(fault func()) {
+	r.begin()
+	at := time.Now()
+	fault()
+	r.resumed(at, atOnce)
+	r.judge()
+}
+
+// silenced swallows until two seconds after it was noticed.
+func (r *trial) silenced(d faultproxy.Direction, limit time.Duration) {
+	r.begin()
+	at := time.Now()
+	r.proxy.BlackHole(d)
+	change := r.awaitLost(0, at, limit)
+	r.note("noticed after %s", inWords(change.Time.Sub(at)))
+	r.pause(2 * time.Second)
+	healed := time.Now()
+	r.proxy.Heal()
+	r.resumed(healed, setupPace)
+	r.judge()
+}
+
+// weather is a slow path that nobody may take for a dead one; a reset must heal over it, too.
+func (r *trial) weather(begin func(), limit time.Duration) {
+	r.begin()
+	begin()
+	r.pause(2 * realHeartbeat)
+	assert.Zero(r, r.lostSessions(), "slow is not dead")
+	at := time.Now()
+	r.proxy.Reset()
+	r.resumed(at, limit)
+	r.judge()
+}
+
+func stallThatHeals(r *trial) {
+	r.begin()
+	r.proxy.Pause(faultproxy.Both)
+	r.pause(realHeartbeat)
+	r.proxy.Heal()
+	r.judge()
+	assert.Zero(r, r.lostSessions(), "bytes were late, none were lost")
+}
+
+// handshakeCut cuts the first dials at every stage, from the greeting to consume-ok, which the driver reports as wrong passwords and virtual
+// hosts: Run must not give up.
+func handshakeCut(r *trial) {
+	r.proxy.CutAfter(faultproxy.ToClient, 8)
+	r.start()
+	for _, n := range []int64{200, 480, 510, 530, 545, 560} {
+		r.pause(300 * time.Millisecond)
+		r.proxy.Heal()
+		r.proxy.CutAfter(faultproxy.ToClient, n)
+		r.proxy.Reset()
+	}
+	r.pause(300 * time.Millisecond)
+	at := time.Now()
+	r.proxy.Heal()
+	r.resumed(at, 11*time.Second) // the cap of the backoff and a second
+	assert.Greater(r, r.consumer.Stats().Dials, uint64(3), "dials that were cut")
+	r.feed()
+	r.judge()
+}
+
+// ---- the broker's own doing ----
+
+func operatorClosesIt(r *trial) {
+	r.begin()
+	n, err := r.broker.CloseNamed(r.Context(), r.queue, "an operator's reason")
+	r.ok(err)
+	require.Equal(r, "1", n)
+	change := r.awaitLost(0, time.Now(), atOnce)
+	assert.ErrorContains(r, change.Cause, "an operator's reason")
+	r.resumed(change.Time, atOnce)
+	r.judge()
+}
+
+func channelCrashes(r *trial) {
+	r.begin()
+	n, err := r.broker.CrashChannels(r.Context(), r.queue)
+	r.ok(err)
+	require.Equal(r, "1", n)
+	change := r.awaitLost(0, time.Now(), atOnce)
+	var said *amqp.Error
+	require.ErrorAs(r, change.Cause, &said)
+	assert.Equal(r, amqp.InternalError, said.Code)
+	r.resumed(change.Time, atOnce)
+	r.judge()
+}
+
+func ackedBehindOurBack(r *trial) {
+	r.begin()
+	r.must(10*time.Second, "ten acks", func() bool { return len(r.proxy.Log().Settlements()) > 10 })
+	done := r.proxy.Log().Settlements()[5]
+	at := time.Now()
+	require.Equal(r, 1, r.proxy.Inject(faultproxy.ToBroker, faultproxy.AckFrame(done.Channel, done.Tag, false)))
+	change := r.awaitLost(0, at, atOnce)
+	assert.ErrorContains(r, change.Cause, "unknown delivery tag")
+	r.resumed(at, atOnce)
+	assert.EqualValues(r, 1, r.consumer.Stats().Connections, "a channel's failure does not cost the connection")
+	r.judge()
+}
+
+// ---- the queue ----
+
+func (r *trial) declareArgs() amqp.Table { return amqp.Table{"x-queue-type": string(r.kind)} }
+
+func absentAtStart(r *trial) {
+	r.ok(r.broker.DeleteQueue(r.queue))
+	r.start()
+	r.told("no queue", 5*time.Second)
+	r.pause(2 * time.Second)
+	at := time.Now()
+	r.ok(r.broker.DeclareQueue(r.queue, r.declareArgs()))
+	r.resumedSince(at, time.Now(), operatorPace)
+	r.feed()
+	r.judge()
+}
+
+func deletedAndOurs(r *trial) {
+	r.opts = append(r.opts, steadymq.WithQueue(steadymq.Queue{Type: string(r.kind)}))
+	r.begin()
+	r.feeder.stop()
+	r.settledAll()
+	at := time.Now()
+	r.ok(r.broker.DeleteQueue(r.queue))
+	r.resumedSince(at, time.Now(), atOnce)
+	r.feed()
+	r.judge()
+}
+
+func deletedAndTheirs(r *trial) {
+	r.begin()
+	r.feeder.stop()
+	r.settledAll()
+	r.ok(r.broker.DeleteQueue(r.queue))
+	r.awaitLost(0, time.Now(), atOnce)
+	r.pause(2 * time.Second)
+	at := time.Now()
+	r.ok(r.broker.DeclareQueue(r.queue, r.declareArgs()))
+	r.resumedSince(at, time.Now(), operatorPace)
+	r.feed()
+	r.judge()
+}
+
+func resumesExactly(r *trial) {
+	r.start()
+	r.consuming()
+	r.publish(30)
+	r.settledAll()
+	r.pause(100 * time.Millisecond) // the broker has them, too
+	at := time.Now()
+	r.proxy.Reset()
+	r.publish(30)
+	r.resumed(at, atOnce)
+	r.settledAll()
+	r.judge()
+	assert.Len(r, r.proxy.Log().Deliveries(), 60, "every message once, none skipped")
+}
+
+func streamPutBack(r *trial) {
+	var failed atomic.Bool
+	r.opts = append(r.opts, steadymq.WithRequeueDelay(50*time.Millisecond))
+	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+		if n == 15 && failed.CompareAndSwap(false, true) {
+			return errors.New("not now")
+		}
+		return nil
+	}
+	r.begin()
+	change := r.awaitLost(0, time.Now(), 2*time.Second)
+	assert.ErrorContains(r, change.Cause, "put back")
+	r.resumed(change.Time, atOnce)
+	r.judge()
+}
+
+func requeuePace(r *trial) {
+	var again atomic.Int64
+	var well atomic.Bool
+	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+		if n == 0 && !well.Load() {
+			again.Add(1)
+			return errors.New("not yet")
+		}
+		return nil
+	}
+	r.begin()
+	r.pause(4 * time.Second)
+	well.Store(true)
+	assert.Zero(r, r.lostSessions())
+	assert.GreaterOrEqual(r, again.Load(), int64(3), "it is tried again")
+	assert.LessOrEqual(r, again.Load(), int64(10), "held for half a second at least each time")
+	r.judge()
+}
+
+func deliveryLimit(r *trial) {
+	var mu sync.Mutex
+	var attempts, dropped []int
+	r.opts = append(r.opts, steadymq.WithRequeueDelay(20*time.Millisecond))
+	r.handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
+		mu.Lock()
+		defer mu.Unlock()
+		switch n {
+		case 0: // succeeds at its last chance
+			if attempts = append(attempts, d.Attempt()); len(attempts) == 4 {
+				return nil
+			}
+			return errors.New("fails three times")
+		case 1: // never does
+			dropped = append(dropped, d.Attempt())
+			return errors.New("fails for ever")
+		}
+		return nil
+	}
+	r.begin()
+	r.pause(2 * time.Second)
+	mu.Lock()
+	defer mu.Unlock()
+	assert.Equal(r, []int{1, 2, 3, 4}, attempts)
+	assert.Equal(r, []int{1, 2, 3, 4}, dropped, "and then the broker drops it")
+	r.ledger.mu.Lock()
+	delete(r.ledger.confirmed, 1) // it was the broker's to drop
+	r.ledger.mu.Unlock()
+	r.judge()
+}
+
+func inequivalent(r *trial) {
+	other := quorum
+	if r.kind == quorum {
+		other = classic
+	}
+	r.opts = append([]steadymq.Option{steadymq.WithQueue(steadymq.Queue{Type: string(other)})}, r.opts...)
+	r.start()
+	select {
+	case err := <-r.result:
+		var said *amqp.Error
+		require.ErrorAs(r, err, &said)
+		assert.Equal(r, amqp.PreconditionFailed, said.Code)
+	case <-time.After(5 * time.Second):
+		require.FailNow(r, "Run does not give up")
+	}
+	r.nothingLeft()
+	r.note("Run returns the broker's 406")
+	r.row(0)
+}
+
+// policyChanged: what a policy changes is no reason to lose a session. Up to 3.13 mirroring is one of the things it changes.
+func policyChanged(r *trial) {
+	r.begin()
+	lower := `{"max-length-bytes": 100000000}`
+	if r.gen == rabbit.Gen310 && r.kind == classic {
+		lower = `{"ha-mode": "all"}`
+	}
+	r.ok(r.broker.PolicyOn(r.Context(), r.vhost, "test", ".*", lower))
+	r.pause(time.Second)
+	r.ok(r.broker.PolicyOff(r.Context(), r.vhost, "test"))
+	r.pause(time.Second)
+	r.judge()
+	assert.Zero(r, r.lostSessions())
+}
+
+// ---- who may ----
+
+// userOf makes a user for the consumer; the publisher stays guest.
+func (r *trial) userOf() (user string) {
+	r.Helper()
+	user = "user-of-" + r.queue
+	r.ok(r.broker.NewUser(r.Context(), user, "first"))
+	r.Cleanup(func() { _ = r.broker.DropUser(context.Background(), user) })
+	r.ok(r.broker.Permit(r.Context(), user, r.vhost, ".*", ".*", ".*"))
+	return user
+}
+
+func (r *trial) asUser(user string, password func() string) {
+	r.opts = append(r.opts, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+		return steadymq.Credentials{Username: user, Password: password()}, nil
+	}))
+}
+
+func firstPassword() string { return "first" }
+
+// refused takes something away, makes the consumer dial again, and gives it back after it was refused for three seconds.
+func (r *trial) refused(take, giveBack func() error, reason string, limit time.Duration) {
+	r.Helper()
+	r.begin()
+	r.ok(take())
+	r.proxy.Reset()
+	r.told(reason, 5*time.Second)
+	r.pause(2 * time.Second)
+	assert.NotEqual(r, steadymq.Consuming, r.consumer.State())
+	at := time.Now()
+	r.ok(giveBack())
+	r.resumedSince(at, time.Now(), limit)
+	r.judge()
+}
+
+func readForbidden(r *trial) {
+	user := r.userOf()
+	r.asUser(user, firstPassword)
+	r.refused(
+		func() error { return r.broker.Permit(r.Context(), user, r.vhost, ".*", ".*", "^$") },
+		func() error { return r.broker.Permit(r.Context(), user, r.vhost, ".*", ".*", ".*") },
+		"refused for user", operatorPace)
+}
+
+func vhostForbidden(r *trial) {
+	user := r.userOf()
+	r.asUser(user, firstPassword)
+	r.refused(
+		func() error { return r.broker.Forbid(r.Context(), user, r.vhost) },
+		func() error { return r.broker.Permit(r.Context(), user, r.vhost, ".*", ".*", ".*") },
+		"access to vhost", operatorPace)
+}
+
+func userLimited(r *trial) {
+	user := r.userOf()
+	r.asUser(user, firstPassword)
+	r.refused(
+		func() error { return r.broker.LimitUser(r.Context(), user, 0) },
+		func() error { return r.broker.LimitUser(r.Context(), user, -1) },
+		"limit", lockStep)
+}
+
+func vhostLimited(r *trial) {
+	r.refused(
+		func() error { return r.broker.LimitVhost(r.Context(), r.vhost, 0) },
+		func() error { return r.broker.LimitVhost(r.Context(), r.vhost, -1) },
+		"limit", lockStep)
+}
+
+func passwordChanged(r *trial) {
+	user := r.userOf()
+	var password atomic.Value
+	password.Store("first")
+	r.asUser(user, func() string { return password.Load().(string) })
+	r.begin()
+	r.ok(r.broker.NewPassword(r.Context(), user, "second"))
+	password.Store("second")
+	at := time.Now()
+	r.proxy.Reset()
+	r.resumed(at, atOnce)
+	r.judge()
+}
+
+// urlRotatesLate: the new password reaches the application two seconds after the broker has it, so the first try is refused, in silence.
+func urlRotatesLate(r *trial) {
+	user := r.userOf()
+	var password atomic.Value
+	password.Store("first")
+	r.opts = append(r.opts, steadymq.WithSetupTimeout(8*time.Second), steadymq.WithURLFunc(func(context.Context) (string, error) {
+		return r.proxy.URL(r.broker.URLFor(user, password.Load().(string), strings.TrimPrefix(r.vhost, "/"))), nil
+	}))
+	r.begin()
+	r.ok(r.broker.NewPassword(r.Context(), user, "second"))
+	r.proxy.Reset()
+	r.pause(2 * time.Second)
+	at := time.Now()
+	password.Store("second")
+	r.resumed(at, 4*time.Second+operatorPace) // the refusal takes three seconds
+	r.told("refuses a login", time.Second)
+	r.judge()
+}
+
+func vhostDeleted(r *trial) {
+	r.opts = append(r.opts, steadymq.WithQueue(steadymq.Queue{Type: string(r.kind)}))
+	r.begin()
+	r.feeder.stop()
+	r.settledAll()
+	r.ok(r.broker.DropVhost(r.Context(), r.vhost))
+	r.told("not found", 10*time.Second)
+	r.pause(2 * time.Second)
+	at := time.Now()
+	r.ok(r.broker.NewVhost(r.Context(), r.vhost))
+	r.resumedSince(at, time.Now(), operatorPace)
+	r.feed()
+	r.judge()
+}
+
+// ---- whose it is ----
+
+// another is a plain consumer beside ours.
+func (r *trial) another(exclusive bool) *amqp.Connection {
+	r.Helper()
+	conn, err := amqp.DialConfig(r.broker.URL(), amqp.Config{Heartbeat: realHeartbeat})
+	r.ok(err)
+	r.Cleanup(func() { closeWithin(conn, time.Second) })
+	ch, err := conn.Channel()
+	r.ok(err)
+	r.ok(ch.Qos(1, 0, false))
+	deliveries, err := ch.Consume(r.queue, "another", false, exclusive, false, false, nil)
+	r.ok(err)
+	go func() {
+		for range deliveries { // never settled: it goes back when the connection ends
+		}
+	}()
+	return conn
+}
+
+func exclusiveConflict(r *trial) {
+	r.opts = append(r.opts, steadymq.WithExclusive())
+	other := r.another(true)
+	r.start()
+	r.told("in exclusive use", 5*time.Second)
+	r.pause(2 * time.Second)
+	at := time.Now()
+	closeWithin(other, time.Second)
+	r.resumed(at, lockStep)
+	r.feed()
+	r.judge()
+}
+
+func singleActive(r *trial) {
+	r.opts = append(r.opts, steadymq.WithStallDetector(time.Second))
+	other := r.another(false)
+	r.start()
+	r.consuming()
+	r.feed()
+	r.pause(4 * time.Second)
+	assert.Zero(r, r.lostSessions(), "waiting its turn is no stall")
+	assert.Zero(r, r.ledger.counts().finished)
+	closeWithin(other, time.Second)
+	r.judge()
+	assert.Zero(r, r.lostSessions())
+}
+
+// detour sends the next dials past the proxy that holds a dead connection. Both write to one log.
+func (r *trial) detour() (turn func()) {
+	r.Helper()
+	other, err := r.proxy.Beside(r.broker.Addr())
+	r.ok(err)
+	r.Cleanup(func() { assert.NoError(r, other.Close()) })
+	var turned atomic.Bool
+	r.opts = append(r.opts, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+		if turned.Load() {
+			address = other.Addr()
+		}
+		return r.sockets.dial(ctx, network, address)
+	}))
+	return func() { turned.Store(true) }
+}
+
+// haunted leaves a connection behind that the broker takes for alive.
+func (r *trial) haunted(turn func(), reason string) {
+	r.Helper()
+	at := time.Now()
+	turn()
+	r.proxy.BlackHole(faultproxy.Both)
+	r.awaitLost(0, at, silentPeer)
+	r.told(reason, atOnce+time.Second)
+	r.resumed(at, buried+lockStep)
+	r.note("from the fault on: the broker buries the old connection after 2 to 3 heartbeats")
+}
+
+func exclusiveGhost(r *trial) {
+	turn := r.detour()
+	r.opts = append(r.opts, steadymq.WithExclusive())
+	r.begin()
+	r.haunted(turn, "in exclusive use")
+	r.judge()
+}
+
+// exclusiveQueueGhost: the queue, and what is in it, ends with its connection; so does everybody else's view of it.
+func exclusiveQueueGhost(r *trial) {
+	turn := r.detour()
+	r.ok(r.broker.DeleteQueue(r.queue))
+	r.opts = append(r.opts, steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true}))
+	r.start()
+	r.consuming()
+	r.publish(30)
+	r.settledAll()
+	r.haunted(turn, "RESOURCE_LOCKED")
+	r.publishAndFinish()
+}
+
+// publishAndFinish judges a consumer whose queue ends with it.
+func (r *trial) publishAndFinish() {
+	r.Helper()
+	r.publish(30)
+	r.settledAll()
+	r.cancel()
+	r.stopped(realDrain + realClose + time.Second)
+	r.nothingLeft()
+	r.acksAreRight()
+	r.statsAddUp()
+	r.row(r.duplicates())
+}
+
+func serverNamed(r *trial) {
+	var name atomic.Value
+	r.opts = append(r.opts, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+		q, err := ch.QueueDeclare("", false, true, true, false, nil)
+		name.Store(q.Name)
+		return q.Name, err
+	}))
+	r.start()
+	r.consuming()
+	first := name.Load().(string)
+	r.feeder.queue = first
+	r.publish(30)
+	r.settledAll()
+	at := time.Now()
+	r.proxy.Reset()
+	r.resumed(at, atOnce)
+	r.feeder.queue = name.Load().(string)
+	assert.NotEqual(r, first, r.feeder.queue, "a new queue has a new name")
+	r.publishAndFinish()
+}
+
+// ---- consumer timeouts ----
+
+// dawdler holds message 0 for long the first time, without a look at its context.
+func (r *trial) dawdler(d time.Duration) {
+	var first atomic.Bool
+	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+		if n == 0 && first.CompareAndSwap(false, true) {
+			r.pause(d)
+		}
+		return nil
+	}
+}
+
+func consumerTimeoutCancels(r *trial) {
+	r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-consumer-timeout": 2000}))
+	r.dawdler(6 * time.Second)
+	r.begin()
+	change := r.awaitLost(0, time.Now(), 4*time.Second)
+	assert.ErrorContains(r, change.Cause, "cancelled")
+	r.resumed(change.Time, atOnce)
+	assert.EqualValues(r, 1, r.consumer.Stats().Connections, "a cancel does not cost the connection")
+	r.pause(time.Second)
+	r.judge()
+}

@@ -1,0 +1,390 @@
+package steadymq_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rabbit"
+)
+
+// TestMatrix runs every fault that concerns a consumer and has a command or a path to break, on every generation of RabbitMQ and every kind
+// of queue: on one node here, on a cluster in matrix_cluster_test.go. STEADYMQ_MATRIX=full runs all of it and writes docs/MATRIX.md; without,
+// it is one cell per fault, on the newest generation. To look at a part of it,
+// name the parts: STEADYMQ_MATRIX="node whole cluster herd 3.10 4.0 4.3".
+func TestMatrix(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes minutes")
+	}
+	m := newMatrix(os.Getenv("STEADYMQ_MATRIX"))
+	t.Cleanup(func() { m.report(t) })
+	gens := slices.DeleteFunc(rabbit.Generations(), func(g rabbit.Generation) bool { return !m.wants(string(g), g == rabbit.Gen43) })
+	// The cells that wait for nothing but their own fault come first: starting brokers takes all processors.
+	if m.wants("node", true) {
+		t.Run("a node", func(t *testing.T) { m.runCells(t, gens) })
+	}
+	var heavy sync.WaitGroup
+	if m.wants("whole", true) {
+		for _, g := range gens {
+			heavy.Go(func() { t.Run("a whole node "+string(g), func(t *testing.T) { m.runEvents(t, g) }) })
+		}
+	}
+	if m.wants("cluster", true) {
+		heavy.Go(func() { t.Run("a cluster", m.runCluster) })
+	}
+	heavy.Wait()
+	if m.wants("herd", false) {
+		t.Run("a herd", func(t *testing.T) { m.add("%s", herd(t)) })
+	}
+}
+
+// kind is a kind of queue.
+type kind string
+
+const (
+	classic kind = "classic"
+	quorum  kind = "quorum"
+	stream  kind = "stream"
+)
+
+func kinds() []kind { return []kind{classic, quorum, stream} }
+
+// cell is one fault on one kind of queue of one broker. Those of a fault differ in nothing but that.
+type cell struct {
+	fault string
+	rows  string // of the fault table
+	// not says why the fault cannot be had there, "" if it can.
+	not func(rabbit.Generation, kind) string
+	// vhost asks for a virtual host of its own, args for a queue that is not the default one.
+	vhost bool
+	args  amqp.Table
+	test  func(*trial)
+}
+
+func (c cell) impossible(g rabbit.Generation, k kind) string {
+	if c.not == nil {
+		return ""
+	}
+	return c.not(g, k)
+}
+
+func only(reason string, possible ...kind) func(rabbit.Generation, kind) string {
+	return func(_ rabbit.Generation, k kind) string {
+		if slices.Contains(possible, k) {
+			return ""
+		}
+		return reason
+	}
+}
+
+// trial is the scenario of a cell.
+type trial struct {
+	*scenario
+	gen     rabbit.Generation
+	kind    kind
+	vhost   string
+	own     results
+	prepare []func() // before the consumer starts
+}
+
+var trials atomic.Int64
+
+// newTrial makes the queue and what the scenario needs.
+func (m *matrix) newTrial(t *testing.T, g rabbit.Generation, k kind, b *rabbit.Broker, c cell) *trial {
+	t.Helper()
+	r := &trial{gen: g, kind: k, vhost: "/"}
+	if c.vhost {
+		r.vhost = fmt.Sprintf("matrix-%d", trials.Add(1))
+		require.NoError(t, b.NewVhost(t.Context(), r.vhost))
+		b = b.As("guest", "guest", r.vhost)
+		t.Cleanup(func() { _ = b.DropVhost(context.Background(), r.vhost) })
+	}
+	r.scenario = newScenario(t, b, &r.own)
+	if k != classic || c.args != nil {
+		args := amqp.Table{"x-queue-type": string(k)}
+		for key, value := range c.args {
+			args[key] = value
+		}
+		require.NoError(t, b.DeleteQueue(r.queue))
+		require.NoError(t, b.DeclareQueue(r.queue, args))
+	}
+	if k == stream {
+		r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
+	}
+	return r
+}
+
+func rest(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// begin is a consumer at work, and messages on their way.
+func (r *trial) begin() {
+	r.Helper()
+	r.start()
+	r.consuming()
+	r.feed()
+}
+
+func (r *trial) consuming() {
+	r.Helper()
+	r.must(20*time.Second, "consuming", func() bool { return r.consumer.State() == steadymq.Consuming })
+}
+
+// told waits until a failure was reported whose text holds reason.
+func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
+	r.Helper()
+	var found steadymq.StateChange
+	r.must(limit, fmt.Sprintf("a failure that says %q", reason), func() bool {
+		for _, c := range r.history() {
+			if c.Cause != nil && strings.Contains(c.Cause.Error(), reason) {
+				found = c
+				return true
+			}
+		}
+		return false
+	})
+	return found
+}
+
+// judge ends the trial with the verifier of the scenarios. A stream keeps its messages and a passive declare does not know its consumers.
+func (r *trial) judge() {
+	r.Helper()
+	if r.kind != stream {
+		r.verify()
+		return
+	}
+	r.feeder.stop()
+	r.awaitFinished()
+	r.oneStreamConsumer()
+	r.cancel()
+	r.stopped(realDrain + realClose + time.Second)
+	r.nothingLeft()
+	r.acksAreRight()
+	r.statsAddUp()
+	r.row(r.duplicates())
+}
+
+func (r *trial) oneStreamConsumer() {
+	r.Helper()
+	var n string
+	var err error
+	r.holds(halfOpen+realClose+5*time.Second, func() bool {
+		n, err = r.broker.StreamConsumers(r.Context(), r.vhost, r.queue)
+		return err == nil && n == "1" && r.sockets.open() == 1
+	})
+	assert.NoError(r, err)
+	assert.Equal(r, "1", n, "consumers on the stream")
+	assert.Equal(r, 1, r.sockets.open(), "open sockets")
+}
+
+// ok ends the trial where a command fails.
+func (r *trial) ok(err error) {
+	r.Helper()
+	require.NoError(r, err)
+}
+
+// ---- the table ----
+
+// matrix collects what every cell showed.
+type matrix struct {
+	parts string // of STEADYMQ_MATRIX
+	full  bool
+	begun time.Time
+	slots chan struct{}
+
+	mu      sync.Mutex
+	order   []string // faults as they are told
+	rows    map[string]string
+	results map[string]map[string]map[kind]entry // fault, broker, kind
+	brokers []string
+	extra   []string
+}
+
+type entry struct {
+	text string
+	note string
+	bad  bool
+}
+
+// atOnceTrials bounds how many trials share the machine: their bounds are a second.
+const atOnceTrials = 20
+
+func newMatrix(parts string) *matrix {
+	return &matrix{
+		parts: parts, full: parts == "full", begun: time.Now(), slots: make(chan struct{}, atOnceTrials),
+		rows: map[string]string{}, results: map[string]map[string]map[kind]entry{},
+	}
+}
+
+// wants says whether a part is to be run: the whole, the short form, or the words of STEADYMQ_MATRIX, such as "node whole cluster 3.10".
+func (m *matrix) wants(part string, short bool) bool {
+	switch m.parts {
+	case "full":
+		return true
+	case "":
+		return short
+	}
+	return slices.Contains(strings.Fields(m.parts), part)
+}
+
+func (m *matrix) set(fault, rows, broker string, k kind, e entry) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.results[fault] == nil {
+		m.results[fault] = map[string]map[kind]entry{}
+		m.order = append(m.order, fault)
+		m.rows[fault] = rows
+	}
+	if m.results[fault][broker] == nil {
+		m.results[fault][broker] = map[kind]entry{}
+	}
+	if !slices.Contains(m.brokers, broker) {
+		m.brokers = append(m.brokers, broker)
+	}
+	m.results[fault][broker][k] = e
+}
+
+// record notes how a trial went; it runs after the trial, failed or not.
+func (m *matrix) record(r *trial, t *testing.T, fault, rows, broker string, k kind) {
+	e := entry{bad: t.Failed()}
+	if r != nil && len(r.own.rows) > 0 {
+		row := r.own.rows[0]
+		e.note = row.note
+		e.text = "nothing to heal"
+		if row.resumed > 0 || row.lost > 0 {
+			e.text = fmt.Sprintf("%s, %d", inWords(row.resumed), row.duplicates)
+		}
+	}
+	if e.bad {
+		e.text = "FAILED " + e.text
+	}
+	m.set(fault, rows, broker, k, e)
+}
+
+func inWords(d time.Duration) string {
+	switch {
+	case d <= 0:
+		return "at once"
+	case d < time.Second:
+		return fmt.Sprintf("%d ms", d.Milliseconds())
+	}
+	return fmt.Sprintf("%.1f s", d.Seconds())
+}
+
+func (m *matrix) add(format string, args ...any) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.extra = append(m.extra, fmt.Sprintf(format, args...))
+}
+
+// report prints the table, and writes it down when it is whole.
+func (m *matrix) report(t *testing.T) {
+	text := m.String()
+	t.Log("\n" + text)
+	if !m.full || t.Failed() {
+		return
+	}
+	assert.NoError(t, os.MkdirAll("docs", 0o755)) //nolint:gosec // documentation
+	assert.NoError(t, os.WriteFile("docs/MATRIX.md", []byte(text), 0o644))
+}
+
+func (m *matrix) String() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var b strings.Builder
+	cells, failed, reasons := 0, 0, map[string][]string{}
+	var table strings.Builder
+	table.WriteString("| fault | rows | RabbitMQ | classic | quorum | stream | notes |\n|---|---|---|---|---|---|---|\n")
+	slices.Sort(m.brokers)
+	slices.Sort(m.order)
+	for _, fault := range m.order {
+		for _, broker := range m.brokers {
+			byKind, ok := m.results[fault][broker]
+			if !ok {
+				continue
+			}
+			fmt.Fprintf(&table, "| %s | %s | %s |", fault, m.rows[fault], broker)
+			var notes []string
+			for _, k := range kinds() {
+				e := byKind[k]
+				switch {
+				case e.text == "" && e.note != "":
+					reasons[e.note] = append(reasons[e.note], fmt.Sprintf("%s (%s, %s)", fault, broker, k))
+					table.WriteString(" – |")
+					continue
+				case e.text == "":
+					table.WriteString("  |")
+					continue
+				}
+				cells++
+				if e.bad {
+					failed++
+				}
+				if e.note != "" && !slices.Contains(notes, e.note) {
+					notes = append(notes, e.note)
+				}
+				fmt.Fprintf(&table, " %s |", e.text)
+			}
+			fmt.Fprintf(&table, " %s |\n", strings.Join(notes, "; "))
+		}
+	}
+	fmt.Fprintf(&b, matrixHead, cells, failed, time.Since(m.begun).Round(time.Second), runtime.NumCPU())
+	b.WriteString(table.String())
+	if len(m.extra) > 0 {
+		b.WriteString("\n" + strings.Join(m.extra, "\n") + "\n")
+	}
+	b.WriteString("\n## Cells that do not exist\n\n")
+	for _, reason := range slices.Sorted(mapKeys(reasons)) {
+		fmt.Fprintf(&b, "- %s: %d cells, such as %s.\n", reason, len(reasons[reason]), reasons[reason][0])
+	}
+	b.WriteString(matrixTail)
+	return b.String()
+}
+
+func mapKeys[V any](m map[string]V) func(func(string) bool) {
+	return func(yield func(string) bool) {
+		for k := range m {
+			if !yield(k) {
+				return
+			}
+		}
+	}
+}
+
+const matrixHead = `# The matrix
+
+Written by ` + "`make matrix`" + `: %d cells, %d failed, in %v on %d processors. Each cell is one consumer on one queue behind one
+proxy that reads every ack, with messages published and confirmed over another connection. Every cell was held to this: no confirmed
+message lost, no ack that no handler had earned, none twice, at most prefetch (16) messages delivered again per lost session, one consumer
+and one socket at the end, an empty queue, no goroutine or socket left after the stop, and consuming again within the bound of the fault.
+
+A field holds the time until the consumer was consuming again and the number of messages that were handled twice. The time counts from the
+fault where nothing has to be restored first, else from the moment the path, the broker or the permission was back. Heartbeats are 2 s,
+the setup limit 3 s, the prefetch 16, with 4 workers. "Nothing to heal" means that the session lived through it, as it should. Rows are
+those of the table of faults.
+
+`
+
+const matrixTail = `
+Not run here, because the machine has nothing to produce them with: an OAuth 2 provider (expiring tokens), hosts to power off, packet
+filters between the broker and us (SYN drops; the proxy swallows bytes instead), alarms of a full disk. They are tested in virtual time over
+steadymqtest.
+`
