@@ -38,7 +38,7 @@ var (
 	simKeep    = flag.String("keep", "", "numbers of the faults to keep, of a failure that was shrunk; with -seed")
 	simStuck   = flag.Duration("stuck", 30*time.Second, "how long time may stand still before the simulation gives up")
 	simMax     = flag.Int("failures", 5, "stop after so many seeds that fail")
-	simTrace   = flag.Bool("trace", false, "print the number of each seed before it runs, to see which one crashes")
+	simShow    = flag.Bool("show", false, "print seeds before they run, to see which one crashes, and log lines")
 	simShrink  = flag.Bool("shrink", true, "look for fewer faults that make a seed fail")
 )
 
@@ -54,7 +54,7 @@ func TestSim(t *testing.T) {
 		t.Run("worker="+strconv.Itoa(i), func(t *testing.T) {
 			t.Parallel()
 			for seed := next.Add(1); seed <= last && failed.Load() < int64(*simMax); seed = next.Add(1) {
-				if *simTrace {
+				if *simShow {
 					fmt.Fprintln(os.Stderr, "sim: seed", seed)
 				}
 				if !simulate(t, seed) {
@@ -370,7 +370,7 @@ func (s *sim) flap() {
 	time.AfterFunc(time.Duration(kind)*7*time.Millisecond, func() {
 		switch kind {
 		case 1:
-			s.broker.CloseChannels(406, "a fault")
+			s.broker.CloseChannels(406, "delivery acknowledgement on channel 1 timed out")
 		case 2:
 			s.broker.CloseConnections(320, "a fault")
 		case 3:
@@ -737,11 +737,26 @@ func (l *simLog) WithGroup(string) slog.Handler            { return l }
 
 func (l *simLog) Handle(_ context.Context, r slog.Record) error {
 	l.c.callback("a log line: " + r.Message)
+	if *simShow {
+		l.print(r)
+	}
 	r.Attrs(func(a slog.Attr) bool {
 		l.c.s.judge.canary("a log line", a)
 		return true
 	})
 	return nil
+}
+
+// print shows what happens when a seed is replayed.
+func (l *simLog) print(r slog.Record) {
+	line := fmt.Sprintf("%v %s %s", l.c.s.now(), l.c.plan.name, r.Message)
+	r.Attrs(func(a slog.Attr) bool {
+		if a.Key != "stack" {
+			line += " " + a.String()
+		}
+		return true
+	})
+	fmt.Fprintln(os.Stderr, line)
 }
 
 // callback is I9: nothing is told after Run.
