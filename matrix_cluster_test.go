@@ -1,5 +1,257 @@
 package steadymq_test
 
-import "testing"
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"testing"
+	"time"
 
-func (m *matrix) runCluster(t *testing.T) { t.Skip("not yet") }
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/faultproxy"
+	"github.com/steadymq/steadymq/internal/rabbit"
+)
+
+const (
+	// elected bounds finding a quorum queue's or a stream's new leader, which is the broker's to do and takes up to 10 s.
+	elected = 10 * time.Second
+	// homeless bounds the next try for a classic queue whose node was away for half a minute: the pace of what an operator has to mend.
+	homeless = 31 * time.Second
+	// stallBound bounds leaving a host that is alive on paper: two looks two seconds apart, an answer that does not come, and a setup.
+	stallBound = 2*2*time.Second + 2*realSetup + elected
+)
+
+// place is where a trial on a cluster has its queue, its consumer and its publisher.
+type place struct {
+	kind             kind
+	home, at, feed   int
+	elsewhere, stall bool
+	check            func(*trial, times)
+}
+
+// onCluster is an event and whom it happens to.
+type onCluster struct {
+	event
+	quick  bool // part of the short matrix
+	places []place
+}
+
+func (m *matrix) runCluster(t *testing.T) {
+	c := rabbit.NewCluster(t, 3, rabbit.Config{Generation: rabbit.Gen43, ChannelTick: time.Second, NetTick: 8 * time.Second})
+	for _, e := range clusterEvents(c) {
+		if m.parts == "" && !e.quick {
+			continue
+		}
+		t.Run(e.fault, func(t *testing.T) {
+			var parties []party
+			for _, p := range e.places {
+				parties = append(parties, party{
+					name: p.name(), kind: p.kind, label: p.label(), check: p.check,
+					make: func(t *testing.T) *trial { return m.newClusterTrial(t, c, p) },
+				})
+			}
+			m.happens(t, "", e.event, parties)
+		})
+	}
+}
+
+func (p place) name() string { return p.label() + " " + string(p.kind) }
+
+func (p place) label() string {
+	if p.elsewhere {
+		return "4.3 x 3, another node than the consumer's"
+	}
+	return "4.3 x 3, the consumer's node"
+}
+
+// newClusterTrial gives the consumer three hosts, each behind its own proxy. Which of the addresses leads to which node is decided by the
+// first dial, so that the consumer's first host is the one asked for, whatever it chooses.
+func (m *matrix) newClusterTrial(t *testing.T, c *rabbit.Cluster, p place) *trial {
+	t.Helper()
+	r := m.newTrial(t, rabbit.Gen43, p.kind, c.Nodes[p.home], cell{})
+	r.feeder.url = c.Nodes[p.feed].URL()
+	r.proxies = make([]*faultproxy.Proxy, len(c.Nodes))
+	var others []string
+	for i, node := range c.Nodes {
+		if i == p.home {
+			r.proxies[i] = r.proxy
+			continue
+		}
+		other, err := r.proxy.Beside(node.Addr())
+		require.NoError(t, err)
+		t.Cleanup(func() { assert.NoError(t, other.Close()) })
+		r.proxies[i] = other
+		others = append(others, other.URL(node.URL()))
+	}
+	r.opts = append(r.opts, steadymq.WithURLs(others...), steadymq.WithDialer(r.firstTo(p.at)))
+	if p.stall {
+		r.opts = append(r.opts, steadymq.WithStallDetector(2*time.Second))
+	}
+	return r
+}
+
+func (r *trial) firstTo(at int) func(ctx context.Context, network, address string) (net.Conn, error) {
+	var mu sync.Mutex
+	swap := map[string]string{}
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		mu.Lock()
+		if len(swap) == 0 {
+			want := r.proxies[at].Addr()
+			swap[address], swap[want] = want, address
+		}
+		if to, ok := swap[address]; ok {
+			address = to
+		}
+		mu.Unlock()
+		return r.sockets.dial(ctx, network, address)
+	}
+}
+
+// ---- checks ----
+
+// movesOn is the check of a host that says it goes, or is gone: the consumer is consuming on another.
+func movesOn(limit time.Duration) func(*trial, times) {
+	return func(r *trial, when times) {
+		change := r.awaitLost(0, when.healed, 0) // it was over long ago
+		r.resumed(change.Time, limit)
+		r.judge()
+	}
+}
+
+// settles is the check of a time of troubles: at its end, or within limit, the consumer is consuming for good.
+func settles(limit time.Duration) func(*trial, times) {
+	return func(r *trial, when times) {
+		r.must(limit+5*time.Second, "consuming", func() bool { return r.consumer.State() == steadymq.Consuming })
+		r.flows(when.healed, limit)
+		r.judge()
+	}
+}
+
+// flows waits for a message that was handled after since, and notes how long that took.
+func (r *trial) flows(since time.Time, limit time.Duration) {
+	r.Helper()
+	var first time.Time
+	r.must(limit+5*time.Second, "messages are handled", func() bool {
+		first = r.ledger.firstAfter(since)
+		return !first.IsZero()
+	})
+	r.inTime(first.Sub(since), limit, "time to the first message")
+	r.resume = max(first.Sub(since), time.Nanosecond)
+}
+
+func (l *ledger) firstAfter(since time.Time) time.Time {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var first time.Time
+	for _, at := range l.work {
+		if at.After(since) && (first.IsZero() || at.Before(first)) {
+			first = at
+		}
+	}
+	return first
+}
+
+// ---- the faults ----
+
+func clusterEvents(c *rabbit.Cluster) []onCluster {
+	n := c.Nodes
+	leader := func(k kind, check func(*trial, times)) place { return place{kind: k, feed: 1, check: check} }
+	bystander := place{kind: quorum, at: 1, feed: 2, elsewhere: true, check: unimpressed}
+	return []onCluster{
+		{
+			event:  event{fault: "leader's node stopped and started", rows: "1, 33, 35", apply: during(n[0].Stop, 2*time.Second, n[0].Start)},
+			places: []place{leader(quorum, movesOn(elected)), bystander, leader(stream, movesOn(elected)), leader(classic, back(homeless))},
+		},
+		{
+			event:  event{fault: "node cut off from its clients", rows: "12, 30", apply: func(context.Context) (times, error) { return times{}, nil }},
+			quick:  true,
+			places: []place{leader(quorum, cutFromClients), leader(stream, cutFromClients), leader(classic, cutFromClients)},
+		},
+		{
+			event:  event{fault: "node drained and revived", rows: "3, 35", apply: during(n[0].Drain, 3*time.Second, n[0].Revive)},
+			places: []place{leader(quorum, movesOn(elected)), bystander, leader(stream, movesOn(elected)), leader(classic, movesOn(elected))},
+		},
+		{
+			event: event{
+				fault: "node cut off from its peers for 30 s", rows: "36, 37, 64",
+				apply: during(
+					func(ctx context.Context) error { return c.CutPeers(ctx, 0) }, 30*time.Second,
+					func(ctx context.Context) error { return c.JoinPeers(ctx, 0) }),
+			},
+			places: []place{
+				{kind: quorum, feed: 1, stall: true, check: leavesMinority}, bystander,
+				{kind: stream, feed: 1, check: settles(homeless)},
+				{kind: classic, home: 1, feed: 1, check: settles(homeless)},
+			},
+		},
+		{
+			event: event{fault: "two of three nodes stopped and started", rows: "36", apply: during(
+				both(n[0].Stop, n[1].Stop), 8*time.Second, both(n[0].Start, n[1].Start))},
+			places: []place{
+				{kind: quorum, home: 2, at: 2, feed: 2, stall: true, check: settles(stallBound + elected)},
+				{kind: stream, home: 2, at: 2, feed: 2, check: settles(homeless)},
+				{kind: classic, home: 2, at: 2, feed: 2, check: settles(homeless)},
+			},
+		},
+		{
+			event:  event{fault: "leader's node frozen for 12 s", rows: "17", apply: during(n[0].Pause, 12*time.Second, n[0].Unpause)},
+			places: []place{leader(quorum, movesOn(elected)), bystander, leader(stream, settles(homeless)), leader(classic, settles(homeless))},
+		},
+		{
+			event:  event{fault: "leader's node killed and started", rows: "4, 33, 35", apply: during(n[0].Kill, 2*time.Second, n[0].Start)},
+			quick:  true,
+			places: []place{leader(quorum, movesOn(elected)), bystander, leader(stream, movesOn(elected)), leader(classic, back(homeless))},
+		},
+		{
+			event:  event{fault: "rolling restart of all nodes", rows: "1, 3", apply: rolling(n)},
+			places: []place{leader(quorum, settles(elected)), leader(stream, settles(homeless)), leader(classic, settles(homeless))},
+		},
+	}
+}
+
+func both(a, b func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		var errA, errB error
+		var all sync.WaitGroup
+		all.Go(func() { errA = a(ctx) })
+		all.Go(func() { errB = b(ctx) })
+		all.Wait()
+		return errors.Join(errA, errB)
+	}
+}
+
+func rolling(nodes []*rabbit.Broker) func(context.Context) (times, error) {
+	return func(ctx context.Context) (times, error) {
+		when := times{at: time.Now()}
+		for i, n := range nodes {
+			if err := n.Restart(ctx, 500*time.Millisecond); err != nil {
+				return when, fmt.Errorf("node %d: %w", i, err)
+			}
+		}
+		when.healed = time.Now()
+		return when, nil
+	}
+}
+
+// cutFromClients: the host is there, but nothing comes of it and dials hang. The consumer goes to another.
+func cutFromClients(r *trial, _ times) {
+	at := time.Now()
+	r.proxies[0].BlackHole(faultproxy.Both)
+	r.awaitLost(0, at, silentPeer)
+	r.resumed(at, silentPeer+atOnce)
+	r.pause(2 * time.Second)
+	r.proxies[0].Heal()
+	r.judge()
+}
+
+// leavesMinority: the node lives and answers, and has no majority. Only the stall detector can tell, and the next host has to be another.
+func leavesMinority(r *trial, when times) {
+	r.flows(when.at.Add(4*time.Second), stallBound) // until the cut was noticed by anybody, messages may have been on their way
+	r.judge()
+	r.note("from the cut on, by the stall detector, while it lasted")
+}

@@ -1,6 +1,7 @@
 package steadymq_test
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"sync"
@@ -11,7 +12,6 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rabbit"
 )
 
@@ -30,9 +30,10 @@ type times struct{ at, healed time.Time }
 
 // party is one of the trials an event happens to.
 type party struct {
-	name string
-	kind kind
-	make func(*testing.T) *trial
+	name, label string
+	kind        kind
+	make        func(*testing.T) *trial
+	check       func(*trial, times)
 }
 
 // happens begins the trials, lets the fault happen to all of them, and judges each.
@@ -52,7 +53,7 @@ func (m *matrix) happens(t *testing.T, label string, e event, parties []party) {
 			defer begun()
 			t.Run(p.name, func(t *testing.T) {
 				var r *trial
-				defer func() { m.record(r, t, e.fault, e.rows, label, p.kind) }()
+				defer func() { m.record(r, t, e.fault, e.rows, cmp.Or(p.label, label), p.kind) }()
 				defer begun()
 				r = p.make(t)
 				if e.prepare != nil {
@@ -62,6 +63,10 @@ func (m *matrix) happens(t *testing.T, label string, e event, parties []party) {
 				begun()
 				<-over
 				require.NoError(t, failed, "the fault")
+				if p.check != nil {
+					p.check(r, when)
+					return
+				}
 				e.check(r, when)
 			})
 		})
@@ -192,6 +197,3 @@ func (m *matrix) runEvents(t *testing.T, g rabbit.Generation) {
 		}
 	}
 }
-
-// stalls makes a trial look for silence.
-func stalls(r *trial) { r.opts = append(r.opts, steadymq.WithStallDetector(2*time.Second)) }

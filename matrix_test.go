@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
 )
 
@@ -96,7 +97,7 @@ type trial struct {
 	kind    kind
 	vhost   string
 	own     results
-	prepare []func() // before the consumer starts
+	proxies []*faultproxy.Proxy // by node, of a cluster
 }
 
 var trials atomic.Int64
@@ -187,7 +188,7 @@ func (r *trial) oneStreamConsumer() {
 	var n string
 	var err error
 	r.holds(halfOpen+realClose+5*time.Second, func() bool {
-		n, err = r.broker.StreamConsumers(r.Context(), r.vhost, r.queue)
+		n, err = r.broker.ConsumersOf(r.Context(), r.queue)
 		return err == nil && n == "1" && r.sockets.open() == 1
 	})
 	assert.NoError(r, err)
@@ -225,7 +226,7 @@ type entry struct {
 }
 
 // atOnceTrials bounds how many trials share the machine: their bounds are a second.
-const atOnceTrials = 20
+const atOnceTrials = 16
 
 func newMatrix(parts string) *matrix {
 	return &matrix{
@@ -281,7 +282,7 @@ func (m *matrix) record(r *trial, t *testing.T, fault, rows, broker string, k ki
 
 func inWords(d time.Duration) string {
 	switch {
-	case d <= 0:
+	case d < time.Millisecond:
 		return "at once"
 	case d < time.Second:
 		return fmt.Sprintf("%d ms", d.Milliseconds())

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/url"
 	"strings"
+	"time"
 )
 
 // As is the same broker seen by another user in another virtual host. The node has one owner still: end it with the first Broker.
@@ -28,9 +29,7 @@ func (b *Broker) Call(ctx context.Context, expr string) (string, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, commandLimit)
 	defer cancel()
-	const script = `command -v erl_call >/dev/null || exit 127
-printf '%s\n' "$1" | erl_call -c ` + cookie + ` -sname "$RABBITMQ_NODENAME" -e`
-	out, err := node.exec(ctx, "sh", "-c", script, "sh", guarded(expr))
+	out, err := node.erlCall(ctx, guarded(expr))
 	if err != nil && strings.Contains(err.Error(), "127") {
 		return b.Eval(ctx, expr)
 	}
@@ -43,6 +42,19 @@ printf '%s\n' "$1" | erl_call -c ` + cookie + ` -sname "$RABBITMQ_NODENAME" -e`
 		return result, fmt.Errorf("rabbit: call %s: %s", expr, result)
 	}
 	return result, nil
+}
+
+// erlCall gives every call a node name of its own, and tries again: a node refuses a name that another call had a moment ago.
+func (n *containerNode) erlCall(ctx context.Context, expr string) (out string, err error) {
+	const script = `command -v erl_call >/dev/null || exit 127
+printf '%s\n' "$1" | erl_call -h "call$$" -c ` + cookie + ` -sname "$RABBITMQ_NODENAME" -e 2>&1`
+	for range 5 {
+		out, err = n.exec(ctx, "sh", "-c", script, "sh", expr)
+		if !strings.Contains(out, "failed to connect") || sleep(ctx, 200*time.Millisecond) != nil {
+			break
+		}
+	}
+	return out, err
 }
 
 // guarded turns an exception into a value.
@@ -140,7 +152,19 @@ func (b *Broker) CrashChannels(ctx context.Context, prefix string) (string, erro
 	return b.Call(ctx, fmt.Sprintf(crashChannels, binary(prefix)))
 }
 
-const crashChannels = `
+const crashChannels = ofConnections + `
+[exit(C, a_bug_of_the_broker) || C <- Channels],
+length(Channels)`
+
+// ConsumersOf counts the consumers on the connections whose client-provided name begins with prefix, on all nodes and of any queue: a
+// passive declare knows no consumers of streams.
+func (b *Broker) ConsumersOf(ctx context.Context, prefix string) (string, error) {
+	return b.Call(ctx, fmt.Sprintf(ofConnections+`
+lists:sum([try [{consumer_count, N}] = rabbit_channel:info(C, [consumer_count]), N catch _:_ -> 0 end || C <- Channels])`, binary(prefix)))
+}
+
+// ofConnections finds the channels of connections by name; what ends while it is asked is not there.
+const ofConnections = `
 Prefix = %s,
 Named = fun(Pid) ->
   try rabbit_reader:info(Pid, [client_properties]) of
@@ -152,13 +176,8 @@ Named = fun(Pid) ->
   catch _:_ -> false
   end
 end,
-Mine = [P || P <- rabbit_networking:local_connections(), Named(P)],
-Channels = [C || C <- rabbit_channel:list_local(), {connection, P} <- rabbit_channel:info(C, [connection]), lists:member(P, Mine)],
-[exit(C, a_bug_of_the_broker) || C <- Channels],
-length(Channels)`
-
-// StreamConsumers counts the consumers of any queue, streams included, which a passive declare does not.
-func (b *Broker) StreamConsumers(ctx context.Context, vhost, queue string) (string, error) {
-	return b.Call(ctx, fmt.Sprintf(`length([C || C <- rabbit_amqqueue:consumers_all(%s), lists:keyfind(queue_name, 1, C) =:= {queue_name, rabbit_misc:r(%s, queue, %s)}])`,
-		binary(vhost), binary(vhost), binary(queue)))
-}
+Mine = [P || P <- rabbit_networking:connections(), Named(P)],
+IsMine = fun(C) ->
+  try [{connection, P}] = rabbit_channel:info(C, [connection]), lists:member(P, Mine) catch _:_ -> false end
+end,
+Channels = [C || C <- rabbit_channel:list(), IsMine(C)],`

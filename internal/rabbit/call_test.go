@@ -47,7 +47,7 @@ func TestShortCommandsWorkOnEveryGeneration(t *testing.T) {
 
 			guest := b.As("guest", "guest", "v")
 			require.NoError(t, guest.DeclareQueue("stream", amqp.Table{"x-queue-type": "stream"}))
-			n, err := b.StreamConsumers(ctx, "v", "stream")
+			n, err := b.ConsumersOf(ctx, "nobody's")
 			require.NoError(t, err)
 			assert.Equal(t, "0", n)
 			n, err = b.CrashChannels(ctx, "nobody's")
