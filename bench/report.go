@@ -106,7 +106,7 @@ func (r report) throughputMarkdown(w io.Writer) {
 	}
 	fmt.Fprintf(w, "; a ratio compares neighbours in one round with the first line. CPU, allocations and bytes are the client process's, per message. "+
 		"steadymq and *ack each* send one acknowledgement per message; *ack multiple* sends one with `multiple=true` per 100 messages (half the prefetch, if that is less). "+
-		"The server's own CPU and reads of the socket per message show that it is not what is measured, and how many acknowledgements share a write.\n")
+		"The server's own CPU and reads (over TLS: records) per message show that it is not what is measured, and how many acknowledgements share a write.\n")
 	for _, c := range r.throughput {
 		fmt.Fprintf(w, "\n### %s\n\n", c.workload)
 		table(w, throughputHead, func(yield func([]string)) {
