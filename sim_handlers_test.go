@@ -141,7 +141,7 @@ func (h *simHandling) wait(ctx context.Context, d time.Duration) error {
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-		h.s.judge.outlived(h)
+		h.s.judge.outlived(h, d)
 		return nil
 	case <-ctx.Done():
 		h.s.judge.ended(h, ctx)

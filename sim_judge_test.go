@@ -41,12 +41,15 @@ type simSession struct {
 	run         *simRun
 	outstanding int
 	settled     time.Time // first settlement
+	marks       int64     // sim.disturbed when it ended
 }
 
 // simHandled is one delivery that a handler got.
 type simHandled struct {
 	id      string
 	allowed uint8 // bit set of outcomes
+	settled bool
+	held    time.Time // not to be requeued before, while all is well
 }
 
 func newSimJudge(s *sim) *simJudge {
@@ -122,7 +125,10 @@ func (j *simJudge) gone(r steadymqtest.ConsumerRecord) {
 	if x == nil {
 		return
 	}
-	x.record.Ended, x.record.Cause = r.Ended, r.Cause
+	x.record.Ended, x.record.Cause, x.marks = r.Ended, r.Cause, -1
+	if x.consumer.lone && j.s.strikes.recent(j.s.now(), time.Minute) < 3 { // else the connection is replaced too
+		x.marks = j.s.disturbed.Load()
+	}
 	x.consumer.live--
 	if strings.Contains(r.Cause, "timed out. Timeout value used: "+fmt.Sprint(j.s.plan.hold.Milliseconds())) || r.Cause == "consumer timeout" {
 		x.consumer.trouble(j.s.now())
@@ -176,6 +182,11 @@ func (j *simJudge) settled(r steadymqtest.SettlementRecord) {
 		j.note("I3", "handed back as never started, but a handler had it: %+v", r)
 	case h.allowed&(1<<o) == 0:
 		j.note("I3", "%v of a message whose handler has not decided so (%b): %+v", o, h.allowed, r)
+	case r.Time.Before(h.held) && x.record.Ended.IsZero() && !x.consumer.stopping:
+		j.note("hold", "a failed message went back %v too early: %+v", h.held.Sub(r.Time), r)
+	}
+	if h != nil {
+		h.settled = true
 	}
 }
 
@@ -252,7 +263,29 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 		j.decide(x, steadymq.Discarded)
 	default:
 		j.decide(x, steadymq.Requeued)
+		if act == actFail || act == actPanic || act == actGoexit {
+			x.held = time.Now().Add(h.c.plan.hold / 2)
+		}
 	}
+	j.notNeedless(h, x)
+}
+
+// notNeedless sees to it that a handler whose consumer the broker has cancelled,
+// and nothing else has happened, may still settle.
+func (j *simJudge) notNeedless(h *simHandling, x *simHandled) {
+	session := j.byTag[h.key.consumer]
+	if session == nil || session.record.Cause != "cancelled by the broker" || h.c.stopping ||
+		time.Since(session.record.Ended) > h.c.plan.drain-time.Second {
+		return
+	}
+	marks := session.marks
+	time.AfterFunc(j.s.plan.fast(), func() {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		if !x.settled && !h.c.stopping && h.c.run == h.run && j.s.disturbed.Load() == marks {
+			j.note("I5", "a needless duplicate: %v was not settled on its cancelled consumer's channel", h.key)
+		}
+	})
 }
 
 // ended is called when a handler sees the end of its context.
@@ -271,9 +304,12 @@ func (j *simJudge) ended(h *simHandling, ctx context.Context) {
 
 // outlived is called when a handler's context did not end while it waited. The
 // session may then not have been lost long before.
-func (j *simJudge) outlived(h *simHandling) {
+func (j *simJudge) outlived(h *simHandling, waited time.Duration) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if limit := h.c.plan.handlerTimeout; limit > 0 && waited > limit+time.Second {
+		j.note("ctx", "the context of handler %v goes on after the handler timeout", h.key)
+	}
 	x := j.byTag[h.key.consumer]
 	if x == nil || x.record.Ended.IsZero() {
 		return
@@ -333,6 +369,7 @@ func (j *simJudge) expectOf(c *simConsumer, b *simBurst, now time.Duration) {
 	loose := b.healed(p, c.plan, true)
 	quiet := now >= c.resumeBy
 	c.looseBy = max(c.looseBy, loose)
+	c.lone = quiet && len(b.faults) == 1 && b.faults[0].last == 0
 	switch {
 	case !c.running || c.stopping:
 	case quiet && c.healthy(now):

@@ -521,6 +521,7 @@ type simConsumer struct {
 	looseBy           time.Duration // the same, if it were started in the middle of everything
 	keep              *simSession   // the session that must last until keepUntil
 	keepUntil         time.Duration
+	lone              bool // the last fault came alone
 	consumes          simRate
 	troubles          int
 	state             steadymq.State // as the hook says
