@@ -31,15 +31,16 @@ import (
 //	go test -run 'TestSim$' -seeds 500 .
 //	go test -run 'TestSim$' -seed 17 -v .
 var (
-	simSeed    = flag.Uint64("seed", 0, "simulate this seed only")
-	simSeeds   = flag.Int("seeds", 20, "how many seeds to simulate")
-	simFirst   = flag.Uint64("first", 1, "the first of the seeds to simulate")
-	simVirtual = flag.Duration("virtual", 10*time.Minute, "how long a seed lasts, in virtual time")
-	simKeep    = flag.String("keep", "", "numbers of the faults to keep, of a failure that was shrunk; with -seed")
-	simStuck   = flag.Duration("stuck", 30*time.Second, "how long time may stand still before the simulation gives up")
-	simMax     = flag.Int("failures", 5, "stop after so many seeds that fail")
-	simShow    = flag.Bool("show", false, "print seeds before they run, to see which one crashes, and log lines")
-	simShrink  = flag.Bool("shrink", true, "look for fewer faults that make a seed fail")
+	simSeed     = flag.Uint64("seed", 0, "simulate this seed only")
+	simSeeds    = flag.Int("seeds", 20, "how many seeds to simulate")
+	simFirst    = flag.Uint64("first", 1, "the first of the seeds to simulate")
+	simVirtual  = flag.Duration("virtual", 10*time.Minute, "how long a seed lasts, in virtual time")
+	simKeep     = flag.String("keep", "", "numbers of the faults to keep, of a failure that was shrunk; with -seed")
+	simStuck    = flag.Duration("stuck", 30*time.Second, "how long time may stand still before the simulation gives up")
+	simMax      = flag.Int("failures", 5, "stop after so many seeds that fail")
+	simShow     = flag.Bool("show", false, "print the log lines")
+	simProgress = flag.Bool("progress", false, "print each seed before it runs, to see which one crashes")
+	simShrink   = flag.Bool("shrink", true, "look for fewer faults that make a seed fail")
 )
 
 func TestSim(t *testing.T) {
@@ -54,7 +55,7 @@ func TestSim(t *testing.T) {
 		t.Run("worker="+strconv.Itoa(i), func(t *testing.T) {
 			t.Parallel()
 			for seed := next.Add(1); seed <= last && failed.Load() < int64(*simMax); seed = next.Add(1) {
-				if *simShow {
+				if *simProgress {
 					fmt.Fprintln(os.Stderr, "sim: seed", seed)
 				}
 				if !simulate(t, seed) {

@@ -1,0 +1,255 @@
+package steadymq_test
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// The planted bugs show that the simulation can fail. Each is a change of the
+// library's source that exists in a temporary overlay only.
+//
+//	go test -run 'TestMutants$' -mutants -timeout 60m -v .
+var (
+	mutantsRun   = flag.Bool("mutants", false, "plant each bug and see whether the simulation catches it")
+	mutantsSeeds = flag.Int("mutantseeds", 200, "how many seeds may be needed to catch a planted bug")
+	mutantsOnly  = flag.String("mutant", "", "plant only the bugs whose name contains this")
+)
+
+// mutant is a planted bug: texts that stand in the source exactly once, and what
+// stands there instead.
+type mutant struct {
+	name  string
+	edits []edit
+}
+
+type edit struct{ file, old, new string }
+
+func change(name, file, before, after string) mutant {
+	return mutant{name, []edit{{file, before, after}}}
+}
+
+var mutants = []mutant{
+	// Settling.
+	change("every ack is sent twice", "session.go",
+		"\t\treturn s.lane.settle(basicAck, tag, 0)",
+		"\t\t_ = s.lane.settle(basicAck, tag, 0)\n\t\treturn s.lane.settle(basicAck, tag, 0)"),
+	change("acks are multiple", "session.go",
+		"s.lane.settle(basicAck, tag, 0)", "s.lane.settle(basicAck, tag, 1)"),
+	change("a delivery may be settled twice", "ack.go",
+		"if !d.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {",
+		"if d.outcome.Store(uint32(o)); false {"),
+	{"late acks go to the newest session", []edit{
+		{"session.go", "func (s *session) settle(d *Delivery, o Outcome) error {",
+			"var newest sync.Map\n\nfunc (s *session) settle(d *Delivery, o Outcome) error {\n\tif n, ok := newest.Load(s.config); ok && s.over.Load() {\n\t\treturn n.(*session).send(d.tag, o)\n\t}"},
+		{"session.go", "\ts.since = time.Now()\n", "\ts.since = time.Now()\n\tnewest.Store(s.config, s)\n"},
+	}},
+	{"late acks are sent", []edit{
+		{"session.go", "\tif s.over.Load() {\n\t\ts.stats.stale.Add(1)\n\t\treturn ErrStale", "\tif false {\n\t\treturn ErrStale"},
+		{"lane.go", "l.closed || s.closing", "s.closing"},
+	}},
+	change("settlements go to channel 1", "lane.go",
+		"binary.BigEndian.PutUint16(frame[1:], l.channel)", "binary.BigEndian.PutUint16(frame[1:], 1)"),
+	change("acks before the handler has returned", "worker.go",
+		"\terr = p.invoke(s.ctx, d, &err)", "\t_ = d.Ack()\n\terr = p.invoke(s.ctx, d, &err)"),
+	change("a failed message is acked", "ack.go",
+		"return Requeued, jitter(requeueDelay)", "return Acked, 0"),
+	change("a failed message goes back at once", "ack.go",
+		"return Requeued, jitter(requeueDelay)", "return Requeued, 0"),
+	change("discard requeues", "ack.go",
+		"func Discard(err error) error { return &verdict{outcome: Discarded,", "func Discard(err error) error { return &verdict{outcome: Requeued,"),
+	change("forgets to settle after a panic", "worker.go",
+		"\t\ts.conclude(d, err)\n", "\t\tif !errors.As(err, new(*PanicError)) {\n\t\t\ts.conclude(d, err)\n\t\t}\n"),
+	change("a dead session's deliveries are handled", "worker.go",
+		"if !s.gate.enter() {", "if s.gate.count.Add(2); false {"),
+
+	// Workers and contexts.
+	change("a worker is lost after Goexit", "worker.go",
+		"\t\t\tgo p.work(at)\n\t\t\treturn\n", "\t\t\treturn\n"),
+	change("one worker too many", "worker.go", "for range n {", "for range n + 1 {"),
+	change("handlers never learn of a lost session", "session.go",
+		"\ts.gate.shut()\n\ts.cancel(cause)\n", "\ts.gate.shut()\n"),
+	change("a stop cancels running handlers", "consumer.go",
+		"handlers: context.WithoutCancel(ctx)", "handlers: ctx"),
+	change("no handler timeout", "worker.go",
+		"if p.config.handlerTimeout > 0 {", "if p.config.handlerTimeout < 0 {"),
+
+	// Sessions.
+	change("ignores basic.cancel", "session.go",
+		"\t\tif cancelled {\n\t\t\treturn s.lost(errCancelled)\n\t\t}\n\tcase <-s.conn.end.ended:\n\tcase <-s.starved.ended:\n",
+		"\t\tif cancelled {\n\t\t\tselect {\n\t\t\tcase e := <-s.closes:\n\t\t\t\treturn s.lost(s.diagnose(errorOrNil(e)))\n\t\t\tcase <-s.conn.end.ended:\n\t\t\t\treturn s.lost(s.diagnose(nil))\n\t\t\tcase <-s.stop:\n\t\t\t\treturn nil\n\t\t\t}\n\t\t}\n\tcase <-s.conn.end.ended:\n"),
+	change("ignores the end of its channel", "session.go",
+		"\tcase e := <-s.closes:\n\t\terr = errorOrNil(e)\n\tcase _, cancelled := <-s.cancels:\n\t\tif cancelled {\n\t\t\treturn s.lost(errCancelled)\n\t\t}\n\tcase <-s.conn.end.ended:\n\tcase <-s.starved.ended:\n",
+		"\tcase <-s.conn.end.ended:\n"),
+	change("a cancelled session gives its handlers no time", "session.go",
+		"\t\ts.retire(cause)\n", "\t\ts.lose(cause)\n"),
+	change("no prefetch", "session.go", "s.channel.Qos(s.config.prefetch, 0, false)", "s.channel.Qos(0, 0, false)"),
+	change("the consumer tag is used again", "consumer.go",
+		`tag := fmt.Sprintf("%s-%d", s.tag, number)`, `tag := s.tag + "-1"`),
+
+	// Reconnecting.
+	change("no setup limit", "consumer.go",
+		"context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)", "context.WithCancel(s.ctx)"),
+	change("the setup limit does not close the socket", "session.go",
+		"unguard := context.AfterFunc(ctx, func() { c.socket.kill(context.Cause(ctx)) })", "unguard := context.AfterFunc(ctx, func() {})"),
+	change("gives up on a refusal after the first session", "reconnect.go",
+		"if r.proven {", "if r.proven && false {"),
+	change("gives up on 404", "reconnect.go",
+		"case amqp.NotAllowed, amqp.AccessRefused, amqp.PreconditionFailed,", "case amqp.NotFound, amqp.NotAllowed, amqp.AccessRefused, amqp.PreconditionFailed,"),
+	change("retries in a hot loop", "reconnect.go",
+		"\tr.failures++\n", "\tif r.failures++; r.failures > 0 {\n\t\treturn time.Millisecond\n\t}\n"),
+	change("the backoff has no cap", "reconnect.go",
+		"return floor + rand.N(min(top, limit)-floor+1)", "return floor + initial<<min(r.failures, 12)"),
+	change("no cap while dials are refused", "reconnect.go",
+		"min(r.config.retryCap, refusedCap)", "r.config.retryCap"),
+	change("consume-ok resets the backoff", "reconnect.go",
+		"\tr.proven = true\n", "\tr.proven, r.failures = true, 0\n"),
+	change("consume-ok makes all hosts untried", "reconnect.go",
+		"\tdelete(h.avoid, address)\n}", "\tdelete(h.avoid, address)\n\tclear(h.tried)\n}"),
+	change("hosts are not rotated", "reconnect.go",
+		"range rand.Perm(len(h.endpoints))", "range 1"),
+
+	// Sockets and connections.
+	change("no inbound watchdog", "connection.go", "idleTimeout:  2 * c.heartbeat,", "idleTimeout:  0,"),
+	change("the old connection is not closed", "connection.go", "\t\tc.leave <- limit\n", ""),
+	change("the password is in an error", "connection.go",
+		"return nil, &SessionError{Op: op, Err: err}", `return nil, &SessionError{Op: op, Err: fmt.Errorf("%s: %w", e.uri, err)}`),
+
+	// Stopping.
+	change("a stop drops the session instead of draining it", "session.go",
+		"\t\ts.drain()\n", "\t\ts.lose(errStopped)\n"),
+	change("the drain does not wait for handlers", "session.go",
+		"\tselect {\n\tcase <-s.gate.empty:\n\t\treturn\n", "\tselect {\n\tdefault:\n\t\treturn\n\tcase <-s.gate.empty:\n\t\treturn\n"),
+	change("no drain limit", "session.go",
+		"func (s *session) drain() {\n\tlimit := time.NewTimer(s.config.drainTimeout)", "func (s *session) drain() {\n\tlimit := time.NewTimer(24 * time.Hour)"),
+	change("held messages are not released by the drain", "session.go",
+		"\ts.ended.notify(errStopped)\n\ts.holds.release()\n", "\ts.ended.notify(errStopped)\n"),
+	change("messages that were not started are not handed back", "session.go",
+		"\t\treturn s.lost(s.diagnose(nil))\n\t}\n\ts.handBackRest()\n", "\t\treturn s.lost(s.diagnose(nil))\n\t}\n"),
+	{"close-ok is not awaited", []edit{
+		{"session.go", "\terr := s.channel.Close()\n", "\tvar err error\n"},
+		{"connection.go", "\t_ = c.amqp.CloseDeadline(time.Now().Add(limit))\n", "\tgo func() { _ = c.amqp.CloseDeadline(time.Now().Add(limit)) }()\n"},
+	}},
+	change("a lost connection hides handlers left behind", "consumer.go", "\tcase err != nil:\n\t\ts.err = errors.Join(s.err, err)\n", ""),
+	change("a hook is called after Run", "worker.go", " || p.reporter.muted.Load() {", " {"),
+}
+
+// TestMutantsMatchTheSource keeps the table from rotting.
+func TestMutantsMatchTheSource(t *testing.T) {
+	for _, m := range mutants {
+		for _, e := range m.edits {
+			source, err := os.ReadFile(e.file)
+			require.NoError(t, err)
+			assert.Equal(t, 1, strings.Count(string(source), e.old),
+				"planted bug %q: this text must be in %s exactly once, change the table:\n%s", m.name, e.file, e.old)
+		}
+	}
+}
+
+// TestMutants prints a table: which invariant caught which planted bug, and how
+// many seeds that took.
+func TestMutants(t *testing.T) {
+	if !*mutantsRun {
+		t.Skip("takes minutes; ask for it by -mutants")
+	}
+	caught, all := 0, 0
+	for _, m := range mutants {
+		if !strings.Contains(m.name, *mutantsOnly) {
+			continue
+		}
+		all++
+		r := m.try(t)
+		if r.by != "" {
+			caught++
+		}
+		fmt.Printf("| %-55s | %-28s | %5d | %4.0fs |\n", m.name, cmp.Or(r.by, "NOT CAUGHT"), r.seeds, r.took.Seconds())
+	}
+	fmt.Printf("%d of %d planted bugs caught within %d seeds\n", caught, all, *mutantsSeeds)
+	assert.GreaterOrEqual(t, float64(caught), 0.95*float64(all))
+}
+
+type mutantResult struct {
+	by    string // the invariant, empty if it was not caught
+	seeds int
+	took  time.Duration
+}
+
+// try plants the bug, builds the tests and lets the simulation run.
+func (m *mutant) try(t *testing.T) mutantResult {
+	start := time.Now()
+	dir := t.TempDir()
+	program := filepath.Join(dir, "mutant.test")
+	build := exec.Command("go", "test", "-vet=off", "-overlay", m.overlay(t, dir), "-c", "-o", program, ".")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("planted bug %q does not compile: %v\n%s", m.name, err, out)
+	}
+	run := exec.Command(program, "-test.run", "TestSim$", "-test.timeout", "10m", "-seeds", strconv.Itoa(*mutantsSeeds),
+		"-failures", "1", "-shrink=false", "-stuck", "20s", "-progress")
+	var out bytes.Buffer
+	run.Stdout, run.Stderr = &out, &out
+	err := run.Run()
+	r := mutantResult{seeds: strings.Count(out.String(), "sim: seed "), took: time.Since(start)}
+	if err != nil {
+		r.by = invariantOf(out.String())
+	}
+	return r
+}
+
+// overlay writes the changed files and the list of them for the compiler.
+func (m *mutant) overlay(t *testing.T, dir string) string {
+	files := make(map[string]string)
+	for _, e := range m.edits {
+		if files[e.file] == "" {
+			source, err := os.ReadFile(e.file)
+			require.NoError(t, err)
+			files[e.file] = string(source)
+		}
+		require.Equal(t, 1, strings.Count(files[e.file], e.old), "%s: %s", m.name, e.old)
+		files[e.file] = strings.Replace(files[e.file], e.old, e.new, 1)
+	}
+	replace := make(map[string]string)
+	for name, text := range files {
+		original, err := filepath.Abs(name)
+		require.NoError(t, err)
+		replace[original] = filepath.Join(dir, name)
+		require.NoError(t, os.WriteFile(replace[original], []byte(text), 0o600))
+	}
+	list, err := json.Marshal(map[string]any{"Replace": replace})
+	require.NoError(t, err)
+	path := filepath.Join(dir, "overlay.json")
+	require.NoError(t, os.WriteFile(path, list, 0o600))
+	return path
+}
+
+var invariantLine = regexp.MustCompile(`(?m)^\s*([A-Za-z0-9]+) at [0-9a-z.]+: `)
+
+// invariantOf finds out what the simulation complained about.
+func invariantOf(out string) string {
+	if found := invariantLine.FindStringSubmatch(out); found != nil {
+		return found[1]
+	}
+	switch {
+	case strings.Contains(out, "time stands still"):
+		return "I8 (time stands still)"
+	case strings.Contains(out, "blocked goroutines remain"):
+		return "I8 (goroutines left)"
+	case strings.Contains(out, "panic: "):
+		_, text, _ := strings.Cut(out, "panic: ")
+		text, _, _ = strings.Cut(text, "\n")
+		return "panic: " + text[:min(len(text), 20)]
+	}
+	return "failed"
+}
