@@ -89,7 +89,10 @@ func (c *connection) openSession(ctx, handlers context.Context, cfg *config, sta
 	}
 	if op, err := s.subscribe(ctx); err != nil {
 		_ = channel.Close() // also bounded by ctx, through the socket
-		return nil, &SessionError{Op: op, Session: id, Err: c.explain(s.said(err))}
+		if err = s.said(err); noQueue(err) {
+			stream.startOver()
+		}
+		return nil, &SessionError{Op: op, Session: id, Err: c.explain(err)}
 	}
 	s.lane = c.socket.lane(tag)
 	s.since = time.Now()
@@ -108,7 +111,7 @@ func (s *session) subscribe(ctx context.Context) (op string, err error) {
 	if err := s.channel.Qos(s.config.prefetch, 0, false); err != nil {
 		return "qos", err
 	}
-	s.deliveries, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.config.consumeArgs))
+	s.deliveries, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.queue, s.config.consumeArgs))
 	return "consume", err
 }
 
@@ -130,6 +133,11 @@ func (s *session) said(err error) error {
 
 // topology declares what the session needs and returns the queue to consume.
 func (s *session) topology(ctx context.Context) (queue string, err error) {
+	if s.config.topology != nil || s.config.declare != nil {
+		if err := s.checkStream(); err != nil {
+			return "", err
+		}
+	}
 	switch {
 	case s.config.topology != nil:
 		queue, err = s.callTopology(ctx)

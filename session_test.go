@@ -74,6 +74,40 @@ func TestStreamMessageThatFailsIsDeliveredAgainNotSkipped(t *testing.T) {
 	})
 }
 
+func TestStreamMadeAnewIsReadFromItsBeginning(t *testing.T) {
+	for name, options := range map[string][]steadymq.Option{
+		"declared by us":      opts(steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}), steadymq.WithQueue(steadymq.Queue{Type: "stream"})),
+		"declared by another": opts(steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"})),
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(b *bench) {
+				b.broker.DeleteQueue(queue)
+				b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: "stream"})
+				var finished []string
+				b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+					finished = append(finished, string(d.Body))
+					return nil
+				}, options...)
+				b.broker.Publish(queue, "old 0", "old 1", "old 2")
+				b.wait(time.Second)
+				b.broker.DeleteQueue(queue)
+				if name == "declared by another" {
+					b.wait(2 * time.Second)
+					b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: "stream"})
+				}
+				b.wait(10 * time.Second)
+				b.broker.Publish(queue, "new 0", "new 1")
+				b.wait(10 * time.Second)
+				assert.Equal(b, []string{"old 0", "old 1", "old 2", "new 0", "new 1"}, finished)
+				b.broker.Reset() // and resumes at its place in the new one
+				b.broker.Publish(queue, "new 2")
+				b.wait(10 * time.Second)
+				assert.Equal(b, []string{"old 0", "old 1", "old 2", "new 0", "new 1", "new 2"}, finished)
+			})
+		})
+	}
+}
+
 // Stall detector.
 
 func TestStalledConsumerIsReplaced(t *testing.T) {
