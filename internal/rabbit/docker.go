@@ -228,13 +228,13 @@ func prepareDocker(ctx context.Context) (err error) {
 	}()
 	tclog.SetDefault(tclog.NewNoopLogger())
 	disableReaper()
-	hostIsHere()
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	err = withDocker(ctx, func(cli *client.Client) error {
 		if _, err := cli.Ping(ctx, client.PingOptions{NegotiateAPIVersion: true}); err != nil {
 			return err
 		}
+		hostIsHere(cli.DaemonHost())
 		removeOrphans(ctx, cli)
 		return nil
 	})
@@ -254,8 +254,8 @@ func disableReaper() {
 
 // hostIsHere corrects testcontainers-go where it takes a sandbox with an engine of its own for a container beside the engine. The
 // engine's bridge in our own network namespace tells them apart: then published ports are on loopback.
-func hostIsHere() {
-	if os.Getenv("TESTCONTAINERS_HOST_OVERRIDE") != "" || os.Getenv("DOCKER_HOST") != "" {
+func hostIsHere(engine string) {
+	if os.Getenv("TESTCONTAINERS_HOST_OVERRIDE") != "" || !strings.HasPrefix(engine, "unix:") {
 		return
 	}
 	if _, err := os.Stat("/.dockerenv"); err != nil {
