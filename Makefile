@@ -19,7 +19,7 @@ demo: ## watch a consumer heal, on a broker inside the process or on AMQP_URL's
 .PHONY: test
 test: ## every test with -race, those on a real RabbitMQ included and required
 	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -race -timeout 25m ./...
-	$(GO) test -run '^TestSimulation$$' -timeout 10m . -seeds 500
+	$(GO) test -run '^TestSim$$' -timeout 10m . -seeds 500
 
 .PHONY: quick
 quick: ## what runs without a broker, within a minute
@@ -27,7 +27,7 @@ quick: ## what runs without a broker, within a minute
 
 .PHONY: sim
 sim: ## the simulation over many seeds: make sim SEEDS=10000
-	$(GO) test -run '^TestSimulation$$' -timeout 0 -v . -seeds $(SEEDS)
+	$(GO) test -run '^TestSim$$' -timeout 0 -v . -seeds $(SEEDS)
 
 .PHONY: mutants
 mutants: ## plant bugs one by one; the simulation must catch them

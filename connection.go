@@ -281,6 +281,10 @@ func (c *config) socketOptions() socketOptions {
 	}
 }
 
+// frameSize is what the driver's own dial asks for. A broker that proposes no
+// limit would get none otherwise.
+const frameSize = 128 << 10
+
 // amqpConfig is made anew for every dial: the driver writes into its maps.
 // Recovery stays nil, always: it reuses the channel, so that a late ack settles
 // another message.
@@ -297,6 +301,7 @@ func (c *config) amqpConfig(e endpoint, login []amqp.Authentication) amqp.Config
 		Locale:     "en_US",
 		Properties: properties,
 		ChannelMax: e.uri.ChannelMax,
+		FrameSize:  frameSize,
 	}
 }
 
@@ -389,6 +394,9 @@ func (c *connection) teardown(limit time.Duration) {
 	c.stopRefresh()
 	<-c.refreshed // its RPC and the close would take each other's answer
 	_ = c.amqp.CloseDeadline(time.Now().Add(limit))
+	// The driver tells of the broker's close before it closes the socket, so the
+	// close-ok may still be on its way.
+	_ = c.socket.Close()
 	kill.Stop()
 	c.socket.kill(nil)
 	drain(c.closed)

@@ -32,12 +32,17 @@ func (l *lane) settle(method uint32, tag uint64, bits byte) error {
 	s := l.socket
 	s.mu.Lock()
 	s.awaitRoom(len(frame))
-	if l.closed || s.closing || s.over.Load() {
+	if l.closed || s.out.off || s.closing || s.over.Load() {
 		s.mu.Unlock()
 		return net.ErrClosed
 	}
+	if !s.out.between() { // the rest of a long frame of the driver is still to come
+		s.late = append(s.late, frame[:]...)
+		s.mu.Unlock()
+		return nil
+	}
 	s.pending = append(s.pending, frame[:]...)
-	now := s.pace(frame[:])
+	now := s.pace(true)
 	s.mu.Unlock()
 	if now {
 		s.nudge()
@@ -55,19 +60,14 @@ const (
 // that the driver writes, under the socket's mutex.
 type lanes struct {
 	open map[uint16]*lane
-	cut  bool // the driver wrote a part of a frame: no place for another one
 }
 
-// learn takes a frame, or several, that the driver writes.
+// learn takes a frame that the driver writes, or at least its beginning.
 func (ls *lanes) learn(s *socket, id uint32, p []byte) {
-	ls.cut = ls.cut || !whole(p)
-	if len(p) < methodHead {
-		return
-	}
 	channel := binary.BigEndian.Uint16(p[1:])
 	switch id {
 	case basicConsume:
-		if tag, ok := consumerTag(p); ok && !ls.cut {
+		if tag, ok := consumerTag(p); ok {
 			ls.open[channel] = &lane{socket: s, channel: channel, tag: tag}
 		}
 	case channelOpen, channelClose, channelCloseOk:
@@ -91,24 +91,12 @@ func (ls *lanes) end(channel uint16) {
 func (s *socket) lane(tag string) *lane {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.lanes.cut {
-		return nil
-	}
 	for _, l := range s.lanes.open {
 		if l.tag == tag {
 			return l
 		}
 	}
 	return nil
-}
-
-// whole reports whether p is nothing but one frame, as the driver writes all but
-// the longest, or the protocol header.
-func whole(p []byte) bool {
-	if len(p) >= frameHead+1 && string(p[:4]) == "AMQP" {
-		return true
-	}
-	return len(p) >= frameHead+1 && len(p) == frameHead+int(binary.BigEndian.Uint32(p[3:]))+1
 }
 
 // consumerTag reads the tag from a basic.consume: a reserved short, the queue's

@@ -127,7 +127,7 @@ func defaults(url, queue string) *config {
 		closeTimeout: 5 * time.Second,
 		drainTimeout: 30 * time.Second,
 		requeueDelay: time.Second,
-		writeDelay:   500 * time.Microsecond,
+		writeDelay:   time.Millisecond,
 		tagPrefix:    "steadymq",
 		logger:       slog.Default(),
 		set:          make(map[string]bool),
@@ -262,8 +262,9 @@ func WithRequeueDelay(d time.Duration) Option {
 
 // WithWriteDelay is the upper bound on how long an ack may wait for others to
 // share its system call with. It waits only while more deliveries are at hand
-// whose acks will follow; a lone ack leaves at once. Default 500 µs, range 0 to
-// 100 ms; 0 shares only what piles up during another write.
+// whose acks will follow and the broker has prefetch left; a lone ack leaves at
+// once. Default 1 ms, range 0 to 100 ms; 0 shares only what piles up during
+// another write.
 func WithWriteDelay(d time.Duration) Option {
 	return func(c *config) {
 		c.writeDelay = d

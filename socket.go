@@ -1,6 +1,7 @@
 package steadymq
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/binary"
@@ -183,6 +184,8 @@ type socket struct {
 	due      time.Duration // when pending goes out at the latest, since start
 	armed    bool          // delay is running
 	room     chan struct{} // closed when pending has room again; nil if nobody waits
+	out      scanner       // follows the driver's frames
+	late     []byte        // settlements of lanes that wait for a frame of the driver to be complete
 	lanes    lanes
 	closing  bool
 	deadline time.Time // the driver's own write deadline
@@ -195,9 +198,29 @@ type ending struct {
 
 // inbound is the read buffer and what is known of the frames in it.
 type inbound struct {
-	buf  []byte
-	r, w int
-	scan scanner
+	buf        []byte
+	r, w       int
+	scan       scanner
+	limit      uint64 // of a message's size; 0 is no limit
+	size       uint64 // of the message that is next and larger than that
+	deliveries int64  // seen since the last Read
+}
+
+// visit counts deliveries and stops before the header of a too large message.
+func (in *inbound) visit(head []byte) bool {
+	switch head[0] {
+	case frameMethod:
+		if methodID(head) == basicDeliver {
+			in.deliveries++
+		}
+	case frameHeader:
+		size := binary.BigEndian.Uint64(head[frameHead+4:])
+		if in.limit > 0 && size > in.limit {
+			in.size = size
+			return false
+		}
+	}
+	return true
 }
 
 func newSocket(conn net.Conn, o socketOptions) *socket {
@@ -210,9 +233,11 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 		writer: make(chan struct{}),
 		wake:   make(chan struct{}, 1),
 		delay:  time.NewTimer(time.Hour),
-		in:     inbound{buf: make([]byte, readBuffer), scan: scanner{maxMessage: o.maxMessage}},
+		in:     inbound{buf: make([]byte, readBuffer), limit: o.maxMessage},
 	}
 	s.delay.Stop()
+	s.in.scan.visit = s.in.visit
+	s.out.visit = s.learn
 	s.lanes.open = make(map[uint16]*lane)
 	if c, ok := conn.(*tls.Conn); ok {
 		s.raw = c.NetConn()
@@ -339,16 +364,17 @@ func (s *socket) Read(p []byte) (int, error) {
 		}
 	}
 	n := min(len(p), in.w-in.r)
-	n, deliveries, size := in.scan.next(in.buf[in.r : in.r+n])
-	if n == 0 && size > 0 {
-		s.kill(&errMessageTooLarge{size: size, limit: s.opts.maxMessage})
+	n = in.scan.next(in.buf[in.r : in.r+n])
+	if n == 0 && in.size > 0 {
+		s.kill(&errMessageTooLarge{size: in.size, limit: in.limit})
 		return 0, s.err()
 	}
 	copy(p, in.buf[in.r:in.r+n])
 	in.r += n
 	s.heard.Store(int64(time.Since(s.start)))
-	if deliveries > 0 {
-		s.delivered.Add(deliveries)
+	if in.deliveries > 0 {
+		s.delivered.Add(in.deliveries)
+		in.deliveries = 0
 	}
 	return n, nil
 }
@@ -386,8 +412,16 @@ func (s *socket) Write(p []byte) (int, error) {
 		s.mu.Unlock()
 		return 0, s.err()
 	}
+	settlement := s.out.between() && isSettlement(methodID(p), p)
+	if !settlement {
+		s.follow(p)
+	}
 	s.pending = append(s.pending, p...)
-	now := s.pace(p)
+	if len(s.late) > 0 && s.out.between() {
+		s.pending = append(s.pending, s.late...)
+		s.late = s.late[:0]
+	}
+	now := s.pace(settlement)
 	s.mu.Unlock()
 	if now {
 		s.nudge()
@@ -412,23 +446,18 @@ func (s *socket) awaitRoom(n int) {
 	}
 }
 
-// pace decides whether p goes out now, and with it all before it, or waits for
-// company.
-func (s *socket) pace(p []byte) (now bool) {
-	now = s.mustGo(p) && !s.urgent // once urgent, the writer knows
+// pace decides whether what was just added goes out now, and with it all
+// before it, or waits for company.
+func (s *socket) pace(settlement bool) (now bool) {
+	now = s.mustGo(settlement) && !s.urgent // once urgent, the writer knows
 	s.urgent = s.urgent || now
 	return now
 }
 
 // mustGo lets settlements wait, and nothing else: nobody waits for an answer
 // to them. They wait while more are to come and the broker has window left.
-func (s *socket) mustGo(p []byte) bool {
-	id := methodID(p)
-	if !isSettlement(id, p) {
-		s.learn(id, p)
-		return true
-	}
-	if s.opts.writeDelay <= 0 {
+func (s *socket) mustGo(settlement bool) bool {
+	if s.opts.writeDelay <= 0 || !settlement {
 		return true
 	}
 	at := time.Since(s.start)
@@ -451,19 +480,31 @@ func (s *socket) mustGo(p []byte) bool {
 	return false
 }
 
-// learn takes from the driver's other frames what pacing needs to know.
-func (s *socket) learn(id uint32, p []byte) {
-	s.lanes.learn(s, id, p)
+// follow looks at what the driver writes, except for its very first words,
+// which are no frame.
+func (s *socket) follow(p []byte) {
+	if s.out.between() && bytes.HasPrefix(p, []byte("AMQP")) {
+		return
+	}
+	s.out.next(p)
+}
+
+// learn takes from the driver's frames what the socket needs to know.
+func (s *socket) learn(frame []byte) bool {
+	id := methodID(frame)
+	s.lanes.learn(s, id, frame)
 	switch {
-	case id == basicQos && len(p) >= methodHead+6:
-		s.window = int64(binary.BigEndian.Uint16(p[methodHead+4:]))
+	case id == basicQos && len(frame) >= methodHead+6:
+		s.window = int64(binary.BigEndian.Uint16(frame[methodHead+4:]))
 	case id == channelOpen:
 		s.settled = s.delivered.Load() // what a lost channel left will never be settled
 	}
+	return true
 }
 
 func (s *socket) full(n int) bool {
-	return len(s.pending) > 0 && len(s.pending)+n > maxPending && !s.closing && !s.over.Load()
+	waiting := len(s.pending) + len(s.late)
+	return waiting > 0 && waiting+n > maxPending && !s.closing && !s.over.Load()
 }
 
 // nudge wakes the writer.
@@ -686,21 +727,20 @@ func isSettlement(id uint32, p []byte) bool {
 	return false
 }
 
-// scanner follows the frames in a stream of reads, by their first bytes only.
-// What it does not understand it leaves alone: judging frames is the driver's
-// work.
+// scanner follows the frames in a stream, by their first bytes only. What it
+// does not understand it leaves alone: judging frames is the driver's work.
 type scanner struct {
-	maxMessage uint64
-	skip       uint64           // bytes to the next frame
-	part       [headerHead]byte // the beginning of a frame that a read cut
-	have       int              // bytes in part
-	off        bool             // not frames, or not any more
+	visit func(head []byte) bool // sees each frame's beginning; false stops before it
+	skip  uint64                 // bytes to the next frame
+	part  [headerHead]byte       // the beginning of a frame that a read cut
+	have  int                    // bytes in part
+	off   bool                   // not frames, or not any more
 }
 
-// next looks at the following bytes of the stream. It returns how many of them
-// to hand out, how many deliveries begin there and, if the header of a message
-// that is too large stops it, the size of that message.
-func (c *scanner) next(b []byte) (n int, deliveries int64, size uint64) {
+// next goes over the following bytes of the stream. It returns their number,
+// or less if visit stopped it.
+func (c *scanner) next(b []byte) int {
+	n := 0
 	for n < len(b) && !c.off {
 		if c.skip > 0 {
 			n += c.pass(b[n:])
@@ -716,23 +756,18 @@ func (c *scanner) next(b []byte) (n int, deliveries int64, size uint64) {
 			c.off = true
 			break
 		}
-		switch head[0] {
-		case frameMethod:
-			if binary.BigEndian.Uint32(head[frameHead:]) == basicDeliver {
-				deliveries++
-			}
-		case frameHeader:
-			size = binary.BigEndian.Uint64(head[frameHead+4:])
-			if c.maxMessage > 0 && size > c.maxMessage {
-				return n, deliveries, size
-			}
+		if !c.visit(head) {
+			return n
 		}
 		n += need - c.have
 		c.have = 0
 		c.skip = length + frameHead + 1 - uint64(need)
 	}
-	return len(b), deliveries, 0
+	return len(b)
 }
+
+// between tells whether the stream is between two frames.
+func (c *scanner) between() bool { return c.skip == 0 && c.have == 0 && !c.off }
 
 // pass goes over the rest of a frame.
 func (c *scanner) pass(b []byte) int {

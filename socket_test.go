@@ -813,11 +813,11 @@ func TestScannerLeavesWhatIsNoFrameToTheDriver(t *testing.T) {
 		"short header":     slicesOf(frameOf(frameHeader, 1, 1, 2, 3), headerOf(1<<62)),
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := scanner{maxMessage: 10}
+			in := inbound{limit: 10}
+			in.scan.visit = in.visit
 			for i := range stream {
-				n, _, size := c.next(stream[i : i+1])
-				assert.Equal(t, 1, n)
-				assert.Zero(t, size)
+				assert.Equal(t, 1, in.scan.next(stream[i:i+1]))
+				assert.Zero(t, in.size)
 			}
 		})
 	}
@@ -830,21 +830,17 @@ func FuzzScanner(f *testing.F) {
 	f.Add(slicesOf(headerOf(101), ackOf(1)), uint64(3))
 	f.Add([]byte("AMQP\x00\x00\x09\x01"), uint64(4))
 	f.Fuzz(func(t *testing.T, stream []byte, seed uint64) {
-		whole := scanner{maxMessage: 100}
-		n, deliveries, size := whole.next(stream)
+		whole, cut := inbound{limit: 100}, inbound{limit: 100}
+		whole.scan.visit, cut.scan.visit = whole.visit, cut.visit
+		n := whole.scan.next(stream)
 
 		r := mathrand.New(mathrand.NewPCG(seed, seed))
-		cut := scanner{maxMessage: 100}
-		var total int
-		var seen int64
-		var refused uint64
-		for total < len(stream) && refused == 0 {
-			part := stream[total : total+1+r.IntN(len(stream)-total)]
-			n, d, s := cut.next(part)
-			total, seen, refused = total+n, seen+d, s
+		total := 0
+		for total < len(stream) && cut.size == 0 {
+			total += cut.scan.next(stream[total : total+1+r.IntN(len(stream)-total)])
 		}
-		require.Equal(t, size, refused)
-		require.Equal(t, deliveries, seen)
+		require.Equal(t, whole.size, cut.size)
+		require.Equal(t, whole.deliveries, cut.deliveries)
 		require.GreaterOrEqual(t, total, n)
 		require.Less(t, total, n+headerHead+1)
 	})
@@ -1158,4 +1154,41 @@ func BenchmarkSocketReadDelivery(b *testing.B) {
 		}
 		left -= len(delivery)
 	}
+}
+
+// The driver writes a frame of more than 4 KiB, such as a renewed token, in
+// several parts: no settlement may come between these.
+func TestLaneKeepsOutOfALongFrame(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		arrived := collect(far)
+		consume := methodOf(1, 60, 20, 0, 0, 1, 'q', 1, 't', 0, 0, 0, 0, 0)
+		long := methodOf(0, 10, 70, make([]byte, 6000)...)
+		_, err := s.Write(consume)
+		require.NoError(t, err)
+		l := s.lane("t")
+		require.NotNil(t, l)
+		_, err = s.Write(long[:4096])
+		require.NoError(t, err)
+		require.NoError(t, l.settle(basicAck, 7, 0))
+		_, err = s.Write(long[4096:])
+		require.NoError(t, err)
+		synctest.Wait()
+		assert.Equal(t, slicesOf(consume, long, ackOf(7)), arrived.bytes())
+	})
+}
+
+// Several frames may share a write of the driver: the lane ends with any.
+func TestLaneEndsWithACloseThatSharesAWrite(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		collect(far)
+		_, err := s.Write(methodOf(1, 60, 20, 0, 0, 1, 'q', 1, 't', 0, 0, 0, 0, 0))
+		require.NoError(t, err)
+		l := s.lane("t")
+		require.NotNil(t, l)
+		_, err = s.Write(slicesOf(frameOf(frameBody, 2, 1, 2, 3), methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0)))
+		require.NoError(t, err)
+		assert.ErrorIs(t, l.settle(basicAck, 7, 0), net.ErrClosed)
+	})
 }
