@@ -352,6 +352,12 @@ func (s *supervisor) failed(err error) stateFunc {
 	now := time.Now()
 	kind := classify(err)
 	s.hosts.failed(s.host, kind, now)
+	if fellSilent(err) {
+		s.hosts.silent(s.host, now)
+	}
+	if errors.Is(err, errStalled) && len(s.hosts.endpoints) > 1 {
+		s.dropConnection(s.config.closeTimeout) // the node may be the one that is cut off
+	}
 	s.keepOrReplace(kind, now)
 	if s.retry.givesUp(err) {
 		s.err = err

@@ -249,7 +249,8 @@ const (
 )
 
 // hosts is the order in which hosts are tried: the last good one, then the others
-// at random, and last those that refused or said they close, for a minute.
+// at random, and last those that refused, said they close or fell silent, for a
+// minute.
 type hosts struct {
 	endpoints []endpoint
 	avoid     map[string]time.Time // address -> until when it goes last
@@ -328,6 +329,23 @@ func (h *hosts) failed(address string, kind class, now time.Time) {
 	if kind == classForced || kind == classRefused {
 		h.avoid[address] = now.Add(lastFor)
 	}
+}
+
+// silent notes that address does not answer any more. It may still accept, and
+// then a dial there costs the whole setup limit before another host has a turn.
+func (h *hosts) silent(address string, now time.Time) {
+	h.avoid[address] = now.Add(lastFor)
+}
+
+// fellSilent tells a peer or a path that is dead without having said so, and a
+// node that serves nothing.
+func fellSilent(err error) bool {
+	for _, silence := range []error{errReadTimeout, errWatchdog, errUnconfirmed, errWriteTimeout, errSetupTimeout, errStalled} {
+		if errors.Is(err, silence) {
+			return true
+		}
+	}
+	return false
 }
 
 // attempt is one try to get a session: the connection it is on, which may be new.

@@ -127,6 +127,43 @@ func TestStalledConsumerIsReplaced(t *testing.T) {
 	})
 }
 
+func TestHostThatFellSilentIsTriedLast(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack)
+		host := b.broker.Host(b.hostInUse())
+		host.BlackHole(true, true)
+		b.wait(15*time.Second + 500*time.Millisecond) // one and a half heartbeats; a dial to the same host would take 5 s or 15 s more
+		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		assert.NotEqual(b, host, b.broker.Host(b.hostInUse()))
+	}, steadymqtest.WithHosts(3))
+}
+
+func TestStalledConsumerGoesToAnotherHost(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, opts(steadymq.WithStallDetector(time.Minute))...)
+		was := b.hostInUse()
+		b.broker.QuorumStall(queue, true)
+		b.broker.Publish(queue, "m0")
+		b.wait(90 * time.Second)
+		require.Len(b, b.causes(), 1)
+		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		assert.NotEqual(b, was, b.hostInUse())
+	}, steadymqtest.WithHosts(3))
+}
+
+// hostInUse is the index of the host the consumer said it consumes from.
+func (b *bench) hostInUse() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	last := b.changes[len(b.changes)-1].Host
+	for i := range len(b.broker.URLs()) {
+		if b.broker.Host(i).Addr() == last {
+			return i
+		}
+	}
+	return -1
+}
+
 func TestIdleConsumerBehindASingleActiveOneIsLeftInPeace(t *testing.T) {
 	bubble(t, func(b *bench) {
 		b.broker.DeleteQueue(queue)
