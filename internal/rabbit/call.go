@@ -156,14 +156,14 @@ const crashChannels = ofConnections + `
 [exit(C, a_bug_of_the_broker) || C <- Channels],
 length(Channels)`
 
-// ConsumersOf counts the consumers on the connections whose client-provided name begins with prefix, on all nodes and of any queue: a
+// ConsumersOf counts the consumers on the node's own connections whose client-provided name begins with prefix, of any kind of queue: a
 // passive declare knows no consumers of streams.
 func (b *Broker) ConsumersOf(ctx context.Context, prefix string) (string, error) {
 	return b.Call(ctx, fmt.Sprintf(ofConnections+`
 lists:sum([try [{consumer_count, N}] = rabbit_channel:info(C, [consumer_count]), N catch _:_ -> 0 end || C <- Channels])`, binary(prefix)))
 }
 
-// ofConnections finds the channels of connections by name; what ends while it is asked is not there.
+// ofConnections finds the channels of connections by name. What ends while it is asked is not there, and makes the lists fail.
 const ofConnections = `
 Prefix = %s,
 Named = fun(Pid) ->
@@ -176,8 +176,9 @@ Named = fun(Pid) ->
   catch _:_ -> false
   end
 end,
-Mine = [P || P <- rabbit_networking:connections(), Named(P)],
+Again = fun F(List) -> try List() catch error:badarg -> F(List) end end,
+Mine = [P || P <- Again(fun rabbit_networking:local_connections/0), Named(P)],
 IsMine = fun(C) ->
   try [{connection, P}] = rabbit_channel:info(C, [connection]), lists:member(P, Mine) catch _:_ -> false end
 end,
-Channels = [C || C <- rabbit_channel:list(), IsMine(C)],`
+Channels = [C || C <- Again(fun rabbit_channel:list_local/0), IsMine(C)],`
