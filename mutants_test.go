@@ -73,8 +73,10 @@ var mutants = []mutant{
 		"func Discard(err error) error { return &verdict{outcome: Discarded,", "func Discard(err error) error { return &verdict{outcome: Requeued,"),
 	change("forgets to settle after a panic", "worker.go",
 		"\t\ts.conclude(d, err)\n", "\t\tif !errors.As(err, new(*PanicError)) {\n\t\t\ts.conclude(d, err)\n\t\t}\n"),
-	change("a dead session's deliveries are handled", "worker.go",
-		"if !s.gate.enter() {", "if s.gate.count.Add(2); false {"),
+	{"handlers start for sessions that are over", []edit{
+		{"worker.go", "if !s.gate.enter() {", "if s.gate.count.Add(2); false {"},
+		{"worker.go", "\t\tcase <-s.gate.closed:\n\t\t\treturn\n", ""},
+	}},
 
 	// Workers and contexts.
 	change("a worker is lost after Goexit", "worker.go",

@@ -2,6 +2,7 @@ package steadymq_test
 
 import (
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/steadymq/steadymq/steadymqtest"
@@ -30,8 +31,9 @@ type simKind struct {
 	common   bool          // it has no host
 	loses    bool          // messages may be dropped by the broker
 	harmless bool          // no session may end because of it
-	refuses  bool          // a Run that has had no session may give up for it
-	kick     bool          // it needs new connections to be met
+	refuses  []uint64      // codes[dice%codes] for which a Run without a session may give up
+	codes    uint64
+	kick     bool // it needs new connections to be met
 	pace     simPace
 	lingers  bool                                 // the broker keeps the old consumer for up to 3 heartbeats
 	after    time.Duration                        // what it started goes on for so long
@@ -65,7 +67,7 @@ var simKinds = []simKind{
 	{name: "channel.close 406 timeout", common: true, on: func(s *sim, f simFault, at faultsOf) {
 		at.CloseChannels(406, "delivery acknowledgement on channel 1 timed out. Timeout value used: 1 ms")
 	}},
-	{name: "channel.close 4xx", refuses: true, pace: paceLocked, on: func(s *sim, f simFault, at faultsOf) {
+	{name: "channel.close 4xx", codes: 4, refuses: []uint64{0, 3}, pace: paceLocked, on: func(s *sim, f simFault, at faultsOf) {
 		at.CloseChannels([]int{403, 404, 405, 406}[f.dice%4], "a fault")
 	}},
 	{name: "cancel", common: true, on: func(s *sim, f simFault, at faultsOf) { at.CancelConsumers(s.queue(f)) }},
@@ -123,10 +125,10 @@ var simKinds = []simKind{
 	{name: "drop at a stage", longest: 30 * time.Second, kick: true, pace: paceSlow,
 		on:  func(s *sim, f simFault, at faultsOf) { at.DropAt(stageOf(f), true) },
 		off: func(s *sim, f simFault, at faultsOf) { at.DropAt(stageOf(f), false) }},
-	{name: "refuse the login", longest: 30 * time.Second, kick: true, refuses: true, pace: paceOperator, escape: escapeIn(6 * time.Second),
+	{name: "refuse the login", longest: 30 * time.Second, kick: true, codes: 1, refuses: []uint64{0}, pace: paceOperator, escape: escapeIn(6 * time.Second),
 		on:  func(s *sim, f simFault, at faultsOf) { at.RefuseLogin(true) },
 		off: func(s *sim, f simFault, at faultsOf) { at.RefuseLogin(false) }},
-	{name: "refuse the vhost", longest: 30 * time.Second, kick: true, refuses: true, pace: paceOperator,
+	{name: "refuse the vhost", longest: 30 * time.Second, kick: true, codes: 2, refuses: []uint64{0}, pace: paceOperator,
 		on: func(s *sim, f simFault, at faultsOf) {
 			at.RefuseVhost([]int{530, 541}[f.dice%2], "vhost / not found")
 		},
@@ -136,7 +138,7 @@ var simKinds = []simKind{
 			at.RefuseVhost(530, "access to vhost '/' refused for user 'sim': connection limit (1) is reached")
 		},
 		off: func(s *sim, f simFault, at faultsOf) { at.RefuseVhost(0, "") }},
-	{name: "refuse the consume", longest: 40 * time.Second, kick: true, refuses: true, pace: paceOperator,
+	{name: "refuse the consume", longest: 40 * time.Second, kick: true, codes: 5, refuses: []uint64{0, 2, 3}, pace: paceOperator,
 		on: func(s *sim, f simFault, at faultsOf) {
 			at.RefuseConsume([]int{403, 404, 406, 540, 541}[f.dice%5], "a fault")
 		},
@@ -184,7 +186,7 @@ var simKinds = []simKind{
 	{name: "delete the queue", longest: 30 * time.Second, common: true, loses: true, pace: paceOperator,
 		on:  func(s *sim, f simFault, at faultsOf) { s.broker.DeleteQueue(s.queue(f)) },
 		off: func(s *sim, f simFault, at faultsOf) { s.declare(s.plan.queues[f.queue]) }},
-	{name: "sessions flap", longest: 40 * time.Second, common: true, kick: true, refuses: true, pace: paceSlow,
+	{name: "sessions flap", longest: 40 * time.Second, common: true, kick: true, pace: paceSlow,
 		on:  func(s *sim, f simFault, at faultsOf) { s.flaps.Store(1 + int32(f.dice%3)) },
 		off: func(s *sim, f simFault, at faultsOf) { s.flaps.Store(0) }},
 	{name: "the topology fails", longest: 30 * time.Second, common: true, kick: true, pace: paceHang,
@@ -204,6 +206,13 @@ func randomBytes(dice uint64) []byte {
 		p[i] = byte(r.Uint32())
 	}
 	return p
+}
+
+// refuses tells whether the broker says by this fault that the configuration
+// cannot work.
+func (f simFault) refuses() bool {
+	k := &simKinds[f.kind]
+	return k.codes > 0 && slices.Contains(k.refuses, f.dice%k.codes)
 }
 
 // strike starts a fault.

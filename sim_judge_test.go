@@ -198,6 +198,9 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 	if !c.running || c.run != h.run {
 		j.note("I9", "a handler of %s started after Run had returned", c.plan.name)
 	}
+	if h.run.asked >= 0 && j.s.now() > h.run.asked {
+		j.note("I8", "a handler of %s started %v after the stop", c.plan.name, j.s.now()-h.run.asked)
+	}
 	if h.run.inFlight++; h.run.inFlight > c.plan.concurrency {
 		j.note("I6", "%d handlers of %s at once, %d are allowed", h.run.inFlight, c.plan.name, c.plan.concurrency)
 	}
@@ -274,7 +277,7 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 // and nothing else has happened, may still settle.
 func (j *simJudge) notNeedless(h *simHandling, x *simHandled) {
 	session := j.byTag[h.key.consumer]
-	if session == nil || session.record.Cause != "cancelled by the broker" || h.c.stopping ||
+	if j.s.plan.hold > 0 || session == nil || session.record.Cause != "cancelled by the broker" || h.c.stopping ||
 		time.Since(session.record.Ended) > h.c.plan.drain-time.Second {
 		return
 	}

@@ -344,7 +344,7 @@ func (s *sim) begin(f simFault) {
 	if f.last > 0 {
 		s.active.Add(1)
 	}
-	if simKinds[f.kind].refuses {
+	if f.refuses() {
 		s.refused.Store(max(s.refused.Load(), int64(f.end())))
 	}
 	s.strike(f)
