@@ -59,7 +59,7 @@ var mutants = []mutant{
 	}},
 	{"late acks are sent", []edit{
 		{"session.go", "\tif s.over.Load() {\n\t\ts.stats.stale.Add(1)\n\t\treturn ErrStale", "\tif false {\n\t\treturn ErrStale"},
-		{"lane.go", "l.closed || s.closing", "s.closing"},
+		{"lane.go", "if l.closed || s.out.off", "if s.out.off"},
 	}},
 	change("settlements go to channel 1", "lane.go",
 		"binary.BigEndian.PutUint16(frame[1:], l.channel)", "binary.BigEndian.PutUint16(frame[1:], 1)"),
@@ -122,7 +122,7 @@ var mutants = []mutant{
 	change("consume-ok makes all hosts untried", "reconnect.go",
 		"\tdelete(h.avoid, address)\n}", "\tdelete(h.avoid, address)\n\tclear(h.tried)\n}"),
 	change("hosts are not rotated", "reconnect.go",
-		"range rand.Perm(len(h.endpoints))", "range 1"),
+		"range rand.Perm(len(h.endpoints))", "range []int{0}"),
 
 	// Sockets and connections.
 	change("no inbound watchdog", "connection.go", "idleTimeout:  2 * c.heartbeat,", "idleTimeout:  0,"),
