@@ -75,11 +75,18 @@ func classifySaid(e *amqp.Error) class {
 			return classLocked
 		}
 		return classOperator
-	case amqp.NotFound, // 404: queue not declared yet, or its node is down
-		amqp.NotImplemented, // 540: combination the queue type refuses
-		amqp.InternalError:  // 541: virtual host down, quorum queue without leader, deprecated feature
+	case amqp.NotFound: // 404: queue not declared yet
+		if awayWithItsNode(e) {
+			return classNetwork
+		}
+		return classOperator
+	case amqp.NotImplemented, // 540: combination the queue type refuses
+		amqp.InternalError: // 541: virtual host down, quorum queue without leader, deprecated feature
 		return classOperator
 	case amqp.PreconditionFailed: // 406
+		if awayWithItsNode(e) {
+			return classNetwork
+		}
 		if configured(e) {
 			return classOperator
 		}
@@ -89,6 +96,18 @@ func classifySaid(e *amqp.Error) class {
 		return classChannel
 	}
 	return classNetwork // 501 to 505, 506: protocol errors end the connection
+}
+
+// awayWithItsNode tells a queue that is there and cannot be reached: its node is
+// down, has just been started or has no replica of the stream. Another host, or a
+// moment, helps.
+func awayWithItsNode(e *amqp.Error) bool {
+	for _, text := range []string{"is down or inaccessible", "is stopped by supervisor", "replica on the local node"} {
+		if strings.Contains(e.Reason, text) {
+			return true
+		}
+	}
+	return false
 }
 
 // configured tells a 406 about declarations from one about deliveries.
@@ -149,6 +168,7 @@ type retry struct {
 	config *config
 
 	failures int       // in a row, since the last healthy session
+	free     int       // of them, refused dials: they cost nobody anything
 	locked   time.Time // since when the resource has been locked; zero if it is not
 	refusals int       // logins refused in a row
 	proven   bool      // there has been a session
@@ -166,7 +186,7 @@ func (r *retry) consuming() {
 
 // healthy notes that the session that just ended had proved itself.
 func (r *retry) healthy() {
-	r.failures = 0
+	r.failures, r.free = 0, 0
 }
 
 // givesUp tells whether err ends Run.
@@ -203,10 +223,14 @@ func (r *retry) wait(err error, now time.Time, anotherHost bool) time.Duration {
 		return lockedStep + rand.N(lockedStep)
 	case kind == classLocked || kind == classOperator && !lost:
 		return r.draw(operatorInitial, operatorInitial, operatorCap)
+	case kind == classRefused:
+		r.free++
+		if anotherHost {
+			return rand.N(atOnce)
+		}
+		return r.drawAt(r.free+1, 0, r.config.retryInitial, min(r.config.retryCap, refusedCap))
 	case lost && r.failures == 1, anotherHost:
 		return rand.N(atOnce)
-	case kind == classRefused:
-		return r.draw(0, r.config.retryInitial, min(r.config.retryCap, refusedCap))
 	}
 	return r.draw(0, r.config.retryInitial, r.config.retryCap)
 }
@@ -220,11 +244,18 @@ func (r *retry) patient(now time.Time) bool {
 	return now.Sub(r.locked) < 3*r.config.heartbeat+lockedExtra
 }
 
-// draw is exponential backoff with full jitter above a floor. The first failure
-// of a row has had its retry at once.
+// draw is the pace of what costs the broker something. Refused dials do not count:
+// the first hiccup of a broker that was down for long and has just been started
+// must not be answered with the longest wait.
 func (r *retry) draw(floor, initial, limit time.Duration) time.Duration {
+	return r.drawAt(r.failures-r.free, floor, initial, limit)
+}
+
+// drawAt is exponential backoff with full jitter above a floor, for the nth failure
+// of a row. The first has had its retry at once.
+func (r *retry) drawAt(nth int, floor, initial, limit time.Duration) time.Duration {
 	top := initial
-	for n := 2; n < r.failures && top < limit; n++ {
+	for n := 2; n < nth && top < limit; n++ {
 		top *= 2
 	}
 	return floor + rand.N(min(top, limit)-floor+1)

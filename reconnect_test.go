@@ -60,7 +60,8 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"30 SYN dropped", at("dial", errors.New("i/o timeout")), classRefused},
 		{"31 channel_max, local", at("channel", amqp.ErrChannelMax), classNetwork},
 		{"32 no queue", at("consume", said(404, "NOT_FOUND - no queue 'q' in vhost '/'")), classOperator},
-		{"33 queue's node down", at("consume", said(404, "NOT_FOUND - home node 'x' of durable queue 'q' in vhost '/' is down or inaccessible")), classOperator},
+		{"33 queue's node down", at("consume", said(404, "NOT_FOUND - home node 'x' of durable queue 'q' in vhost '/' is down or inaccessible")), classNetwork},
+		{"33 queue's node just started", at("consume", said(404, "NOT_FOUND - queue 'q' in vhost '/' process is stopped by supervisor")), classNetwork},
 		{"34, 40 cancelled", at("lost", errCancelled), classChannel},
 		{"39 consumer timeout", at("lost", said(406, "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out. Timeout value used: 1800000 ms")), classChannel},
 		{"41 unknown tag", at("lost", said(406, "PRECONDITION_FAILED - unknown delivery tag 5")), classChannel},
@@ -71,7 +72,8 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"48 transient queue on 4.3", at("topology", said(541, "INTERNAL_ERROR - deprecated feature transient_nonexcl_queues")), classOperator},
 		{"51 consumers per channel", at("consume", said(530, "NOT_ALLOWED - reached maximum (1) of consumers per channel")), classOperator},
 		{"59 stream needs qos", at("consume", said(406, "PRECONDITION_FAILED - consumer prefetch count is not set for stream queue")), classOperator},
-		{"60 no local replica", at("consume", said(406, "PRECONDITION_FAILED - queue 'q' does not have a running replica on the local node")), classOperator},
+		{"60 no local replica", at("consume", said(406, "PRECONDITION_FAILED - queue 'q' does not have a running replica on the local node")), classNetwork},
+		{"60 replica not there yet", at("consume", said(406, "PRECONDITION_FAILED - queue 'queue 'q' in vhost '/'' does not have a replica on the local node")), classNetwork},
 		{"stream message put back", at("lost", errStreamAgain), classChannel},
 	}
 	for _, r := range rows {
@@ -124,6 +126,18 @@ func TestPaceFollowsWhatAFailedTryCosts(t *testing.T) {
 			assert.LessOrEqual(t, most, c.most)
 			assert.Greater(t, most, c.most*9/10-time.Nanosecond, "the whole range is used")
 		})
+	}
+}
+
+func TestRefusedDialsDoNotSlowDownWhatComesAfterThem(t *testing.T) {
+	for range 100 {
+		r := newTestRetry()
+		r.wait(at("lost", errPeerReset), time.Time{}, false)
+		for range 100 { // a long outage
+			r.wait(at("dial", syscall.ECONNREFUSED), time.Time{}, false)
+		}
+		assert.LessOrEqual(t, r.wait(at("consume", said(404, "NOT_FOUND - no queue")), time.Time{}, false), time.Second)
+		assert.LessOrEqual(t, r.wait(at("open", errPeerClosed), time.Time{}, false), 500*time.Millisecond, "the third failure that costs")
 	}
 }
 
