@@ -67,13 +67,19 @@ type Broker struct {
 //
 // In a synctest bubble make it inside the bubble.
 func NewBroker(t TB, opts ...Option) *Broker {
-	cfg := config{hosts: 1, users: map[string]string{}, heartbeat: 60, major: 4, minor: 3}
+	cfg := config{hosts: 1, users: map[string]string{}, heartbeat: 60, major: 4, minor: 3, timeoutForm: FormOfVersion}
 	var order []string
 	for _, o := range opts {
 		before := len(cfg.users)
 		o(&cfg)
 		if len(cfg.users) > before {
 			order = append(order, newKey(cfg.users, order))
+		}
+	}
+	if cfg.timeoutForm == FormOfVersion {
+		cfg.timeoutForm = Form406
+		if cfg.since(4, 3) {
+			cfg.timeoutForm = FormCancel
 		}
 	}
 	if cfg.hosts < 1 {

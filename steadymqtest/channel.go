@@ -19,6 +19,7 @@ type channel struct {
 	prefetch  int // for consumers to come
 	total     int // prefetch of all consumers together, 0: none
 	consumers []*consumer
+	timedOut  []string // tags of consumers that were cancelled by the timeout: not free yet
 
 	firstTag uint64        // of unacked[0]
 	unacked  []outstanding // by tag, without gaps; settled ones at the front are cut off
@@ -158,12 +159,12 @@ func (ch *channel) end(cause string) {
 	for _, cons := range slices.Clone(ch.consumers) {
 		cons.remove(cause)
 	}
-	ch.takeBack(func(*outstanding) bool { return true })
+	ch.takeBack(true, func(*outstanding) bool { return true })
 	ch.unacked = nil
 }
 
-// takeBack requeues the unsettled deliveries that match.
-func (ch *channel) takeBack(match func(*outstanding) bool) {
+// takeBack requeues the unsettled deliveries that match, as failures if the delivery limit counts them.
+func (ch *channel) takeBack(failure bool, match func(*outstanding) bool) {
 	for i := range ch.unacked {
 		o := &ch.unacked[i]
 		if o.settled || o.returned || !match(o) {
@@ -171,7 +172,7 @@ func (ch *channel) takeBack(match func(*outstanding) bool) {
 		}
 		o.returned = true
 		ch.free(o)
-		o.e.q.requeue(o.e, true)
+		o.e.q.requeue(o.e, failure)
 	}
 }
 
@@ -549,6 +550,9 @@ func (ch *channel) get(d *decoder) *refusal {
 		return nil
 	}
 	redelivered, props := e.redelivered, e.properties()
+	if q.kind == kindQuorum && e.failures == 0 && !ch.c.b.since(4, 0) {
+		props = e.msg.withHeader("x-delivery-count", int64(0)) // of a consumer's delivery it says nothing then
+	}
 	tag := ch.deliver(e, nil, noAck)
 	left := q.length()
 	ch.c.send(func(out []byte) []byte {
@@ -570,7 +574,7 @@ func (ch *channel) recover(m method, d *decoder) *refusal {
 		if o := &ch.unacked[i]; !o.settled && !o.returned {
 			ch.free(o)
 			o.settled = true
-			o.e.q.requeue(o.e, false)
+			o.e.q.requeue(o.e, !ch.c.b.since(4, 3))
 		}
 	}
 	ch.trim()

@@ -377,8 +377,13 @@ func (c *conn) refuseLogin(mechanism string, told bool) {
 		c.fail(refuse(403, "Login was refused using authentication mechanism %s. For details see the broker logfile.", mechanism), 0)
 		return
 	}
+	c.hangUpLater("login refused")
+}
+
+// hangUpLater is how RabbitMQ ends a connection it does not trust yet: no word, three seconds of silence, and the end of the socket.
+func (c *conn) hangUpLater(cause string) {
 	c.state = stateClosing
-	c.b.after(loginSilence, func() { c.hangUp("login refused") })
+	c.b.after(loginSilence, func() { c.hangUp(cause) })
 }
 
 // authenticate returns the user that a response belongs to.
@@ -410,7 +415,7 @@ func (c *conn) tuned(d *decoder) {
 	c.state = stateVhost
 	c.startBeats()
 	if minimum := 8192; c.frameMax < minimum && c.b.since(4, 1) {
-		c.fail(refuse(530, "negotiated frame_max = %d is lower than the minimum allowed value (%d)", c.frameMax, minimum), connectionTuneOk)
+		c.hangUpLater("frame_max below 8192")
 	}
 }
 
@@ -439,8 +444,10 @@ func (c *conn) open(vhost string) {
 }
 
 // since reports whether the broker behaves as this version of RabbitMQ or a later one.
-func (b *Broker) since(major, minor int) bool {
-	return b.cfg.major > major || b.cfg.major == major && b.cfg.minor >= minor
+func (b *Broker) since(major, minor int) bool { return b.cfg.since(major, minor) }
+
+func (c *config) since(major, minor int) bool {
+	return c.major > major || c.major == major && c.minor >= minor
 }
 
 // note copies the record into the ledger.

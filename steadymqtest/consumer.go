@@ -65,7 +65,7 @@ func (ch *channel) consumable(name, tag string, exclusive bool) (*queue, *refusa
 	if r := ch.c.host.wire.refuseConsume; r != nil {
 		return nil, r
 	}
-	if tag != "" && slices.ContainsFunc(ch.consumers, func(c *consumer) bool { return c.tag == tag }) {
+	if tag != "" && (slices.Contains(ch.timedOut, tag) || slices.ContainsFunc(ch.consumers, func(c *consumer) bool { return c.tag == tag })) {
 		return nil, refuse(530, "attempt to reuse consumer tag '%s'", tag)
 	}
 	q, r := ch.find(name)
@@ -80,12 +80,20 @@ func (ch *channel) consumable(name, tag string, exclusive bool) (*queue, *refusa
 	return q, nil
 }
 
-// timeoutOf is how long this consumer may hold a delivery: its own argument, that of the queue, or that of the broker.
+// timeoutOf is how long this consumer may hold a delivery: its own argument (in the newer form only), that of the queue (since 3.12),
+// or that of the broker.
 func (b *Broker) timeoutOf(q *queue, args map[string]any) time.Duration {
-	if b.cfg.timeoutForm == FormCancel && q.kind != kindQuorum {
+	arguments := []map[string]any{args, q.args}
+	switch {
+	case b.cfg.timeoutForm == FormCancel && q.kind != kindQuorum:
 		return 0
+	case b.cfg.timeoutForm == FormCancel:
+	case b.since(3, 12):
+		arguments = arguments[1:]
+	default:
+		arguments = nil
 	}
-	for _, t := range []map[string]any{args, q.args} {
+	for _, t := range arguments {
 		if ms, ok := integer(t["x-consumer-timeout"]); ok {
 			return time.Duration(ms) * time.Millisecond
 		}
@@ -105,11 +113,15 @@ func (c *consumer) fit(args map[string]any) *refusal {
 	if q.kind != kindStream {
 		return nil
 	}
+	noAck, noPrefetch := "stream queue '%s' in vhost '/'", "stream queue '%s' in vhost '/'"
+	if !c.ch.c.b.since(4, 0) {
+		noAck, noPrefetch = "stream queues queue '%s' in vhost '/'", "'queue '%s' in vhost '/''"
+	}
 	if c.noAck {
-		return refuse(540, "automatic acknowledgement not supported by stream queues queue '%s' in vhost '/'", q.name)
+		return refuse(540, "automatic acknowledgement not supported by "+noAck, q.name)
 	}
 	if c.prefetch == 0 {
-		return refuse(406, "consumer prefetch count is not set for 'queue '%s' in vhost '/''", q.name)
+		return refuse(406, "consumer prefetch count is not set for "+noPrefetch, q.name)
 	}
 	return c.seek(args["x-stream-offset"])
 }
@@ -220,6 +232,7 @@ func (ch *channel) cancel(d *decoder) *refusal {
 			break
 		}
 	}
+	ch.timedOut = slices.DeleteFunc(ch.timedOut, func(other string) bool { return other == tag })
 	ch.reply(noWait, basicCancelOk, appendShortstr(nil, tag)...)
 	return nil
 }
@@ -255,9 +268,14 @@ func (ch *channel) checkOverdue() {
 			ch.fail(refuse(406, "delivery acknowledgement on channel %d timed out. Timeout value used: %d ms. This timeout value can be configured, see consumers doc guide to learn more", ch.id, o.by.timeout.Milliseconds()), 0)
 			return
 		}
+		// Only what is overdue goes back; the rest may still be settled. RabbitMQ keeps the consumer, and its tag, until the channel
+		// or the client ends it.
 		late := o.by
+		if !late.gone {
+			ch.timedOut = append(ch.timedOut, late.tag)
+		}
 		late.cancel("consumer timeout")
-		ch.takeBack(func(o *outstanding) bool { return o.by == late })
+		ch.takeBack(false, func(o *outstanding) bool { return o.by == late && b.now.Sub(o.at) >= late.timeout })
 	}
 	if next > 0 {
 		ch.overdue = b.after(next, ch.checkOverdue)

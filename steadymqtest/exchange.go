@@ -135,11 +135,29 @@ func (b *Broker) publishDead(e *entry, reason string) {
 	id := e.msg.id
 	m := newMessage(&props, q.deadExchange, key)
 	m.id = id
+	m.delivered = e.carried(reason)
 	for _, target := range b.route(m, nil) {
 		if !cycles(props.Headers["x-death"], target.name) {
 			target.publish(m)
 		}
 	}
+}
+
+// carried is how many deliveries a dead-lettered message takes along: since 4.3 it arrives redelivered, and a quorum queue counts on.
+func (e *entry) carried(reason string) int {
+	rejected := 0
+	if reason == "rejected" {
+		rejected = 1
+	}
+	switch {
+	case !e.q.b.since(4, 3):
+		return 0
+	case e.q.kind == kindQuorum:
+		return e.failures + rejected
+	case rejected > 0:
+		return e.acquired + rejected
+	}
+	return 0
 }
 
 // cycles reports whether the message has been in this queue before and was never rejected since.
@@ -211,7 +229,11 @@ func (ch *channel) exchangeDeclare(d *decoder) *refusal {
 	case strings.HasPrefix(x.name, "amq."):
 		return refuse(403, "exchange name '%s' contains reserved prefix 'amq.*'", x.name)
 	case x.kind != "direct" && x.kind != "fanout" && x.kind != "topic":
-		return refuse(503, "unknown exchange type '%s'", x.kind)
+		code := 503
+		if ch.c.b.since(4, 0) {
+			code = 406
+		}
+		return refuse(code, "unknown exchange type '%s'", x.kind)
 	default:
 		ch.c.b.exchanges[x.name] = x
 	}

@@ -166,7 +166,7 @@ func (f *Faults) cancelConsumers(queue string, release bool) int {
 				}
 				cons.cancel("cancelled by the broker")
 				if release {
-					ch.takeBack(func(o *outstanding) bool { return o.by == cons })
+					ch.takeBack(!f.b.since(4, 3), func(o *outstanding) bool { return o.by == cons })
 				}
 				n++
 			}

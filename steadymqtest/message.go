@@ -128,6 +128,7 @@ type message struct {
 	body       []byte
 	transient  bool
 	expiration string
+	delivered  int // by the queue that dead-lettered it
 }
 
 func newMessage(m *Message, exchange, key string) *message {

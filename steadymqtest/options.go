@@ -47,6 +47,9 @@ const (
 	// FormCancel is that of RabbitMQ 4.3 for quorum queues: the consumer is cancelled by basic.cancel and its messages are
 	// requeued; the channel stays open and late settlements have no effect. Classic queues and streams have no timeout.
 	FormCancel
+	// FormOfVersion is FormCancel for 4.3 and later, Form406 before, see [WithVersion]. It is the form where a queue or a consumer
+	// has a timeout of its own and WithConsumerTimeout was not used.
+	FormOfVersion
 )
 
 // WithConsumerTimeout bounds how long a delivery may stay unsettled. The default is none (RabbitMQ: 30 minutes). A consumer or a

@@ -178,6 +178,7 @@ func (q *queue) publish(m *message) bool {
 	}
 	q.lastKey++
 	e := &entry{msg: m, q: q, key: q.lastKey, at: q.b.now, record: q.b.ledger.addMessage(m, q.name, q.b.now)}
+	e.redelivered, e.failures, e.acquired = m.delivered > 0, m.delivered, m.delivered
 	q.touch()
 	if q.kind == kindStream {
 		q.log = append(q.log, e)
@@ -513,6 +514,9 @@ func (q *queue) equivalent(c *conn, flags queueFlags, args map[string]any) *refu
 	if flags.autoDelete != q.autoDelete {
 		return q.inequivalent("auto_delete", flags.autoDelete, q.autoDelete)
 	}
+	if r := q.equivalentKind(args); r != nil {
+		return r
+	}
 	for _, key := range checkedArguments {
 		was, is := describe(q.args[key], args[key] == nil), describe(args[key], q.args[key] == nil)
 		if was != is {
@@ -525,7 +529,25 @@ func (q *queue) equivalent(c *conn, flags queueFlags, args map[string]any) *refu
 // checkedArguments are the arguments of a queue that a declaration must repeat.
 var checkedArguments = []string{
 	"x-expires", "x-message-ttl", "x-dead-letter-exchange", "x-dead-letter-routing-key", "x-max-length", "x-max-length-bytes",
-	"x-max-priority", "x-overflow", "x-single-active-consumer", "x-queue-mode", "x-queue-type", "x-delivery-limit",
+	"x-max-priority", "x-overflow", "x-single-active-consumer", "x-queue-mode", "x-delivery-limit",
+}
+
+// equivalentKind: no kind means classic; since 4.0 the texts say so.
+func (q *queue) equivalentKind(args map[string]any) *refusal {
+	const key = "x-queue-type"
+	was, is := q.args[key], args[key]
+	if q.b.since(4, 0) {
+		if was == nil {
+			was = string(kindClassic)
+		}
+		if is == nil {
+			is = string(kindClassic)
+		}
+	}
+	if is == was || is == nil && was == string(kindClassic) || was == nil && is == string(kindClassic) {
+		return nil
+	}
+	return refuse(406, "inequivalent arg '%s' for queue '%s' in vhost '/': received %s but current is %s", key, q.name, describe(is, was == nil), describe(was, is == nil))
 }
 
 func (q *queue) inequivalent(what string, is, was bool) *refusal {

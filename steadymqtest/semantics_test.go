@@ -20,10 +20,18 @@ func TestExchangesRoute(t *testing.T) {
 			kind, bound, key string
 			arrives          bool
 		}{
-			{"direct", "a", "a", true}, {"direct", "a", "b", false},
+			{"direct", "a", "a", true},
+			{"direct", "a", "b", false},
 			{"fanout", "", "anything", true},
-			{"topic", "a.*", "a.b", true}, {"topic", "a.*", "a.b.c", false}, {"topic", "a.#", "a", true}, {"topic", "a.#", "a.b.c", true},
-			{"topic", "#.c", "a.b.c", true}, {"topic", "*", "", false}, {"topic", "#", "", true}, {"topic", "a.#.c", "a.c", true}, {"topic", "a.#.c", "a.b", false},
+			{"topic", "a.*", "a.b", true},
+			{"topic", "a.*", "a.b.c", false},
+			{"topic", "a.#", "a", true},
+			{"topic", "a.#", "a.b.c", true},
+			{"topic", "#.c", "a.b.c", true},
+			{"topic", "*", "", false},
+			{"topic", "#", "", true},
+			{"topic", "a.#.c", "a.c", true},
+			{"topic", "a.#.c", "a.b", false},
 		}
 		for i, c := range cases {
 			x := fmt.Sprintf("x%d", i)
@@ -391,7 +399,8 @@ func TestGetPurgeAndRecover(t *testing.T) {
 		require.NoError(t, err)
 		require.True(t, ok)
 		require.Equal(t, uint32(2), d.MessageCount)
-		require.NoError(t, ch.Recover(true)) //nolint:staticcheck // deprecated, and still part of the protocol
+		//lint:ignore SA1019 deprecated, and still part of the protocol
+		require.NoError(t, ch.Recover(true))
 		d, _, err = ch.Get("q", true)
 		require.NoError(t, err)
 		require.Equal(t, "1", string(d.Body))

@@ -38,7 +38,10 @@ func (c *consumer) seek(spec any) *refusal {
 			return nil
 		}
 	}
-	return refuse(406, "invalid arg 'x-stream-offset' for queue '%s' in vhost '/'", c.q.name)
+	if !c.ch.c.b.since(4, 3) {
+		return refuse(541, "")
+	}
+	return refuse(406, "invalid arg 'x-stream-offset' for queue '%s' in vhost '/': {invalid_stream_offset_arg,{longstr,<<\"%v\">>}}", c.q.name, spec)
 }
 
 // pumpStream gives every consumer what it has credit for.
