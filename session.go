@@ -395,7 +395,7 @@ func (s *session) settle(d *Delivery, o Outcome) error {
 		s.stats.stale.Add(1)
 		return ErrStale
 	}
-	if err := s.send(d.tag, o); err != nil {
+	if err := s.send(d, o); err != nil {
 		s.stats.stale.Add(1)
 		return fmt.Errorf("%w (%w)", ErrStale, err)
 	}
@@ -403,23 +403,26 @@ func (s *session) settle(d *Delivery, o Outcome) error {
 	if !s.settled.Load() {
 		s.settled.Store(true)
 	}
-	if o != Requeued {
-		s.stream.settled(s.id, d)
-	}
 	return nil
 }
 
-func (s *session) send(tag uint64, o Outcome) error {
+func (s *session) send(d *Delivery, o Outcome) error {
 	switch {
-	case o == Acked:
-		return s.ack(tag)
+	case s.stream == nil && o == Acked:
+		return s.ack(d.tag)
 	case s.stream == nil:
-		return s.reject(tag, o == Requeued)
+		return s.reject(d.tag, o == Requeued)
 	case o == Requeued: // a stream would take it as done
 		s.broken.notify(errStreamAgain)
 		return nil
 	}
-	return s.ack(tag)
+	for _, done := range s.stream.ready(s.id, d) {
+		if err := s.ack(done.tag); err != nil {
+			return err
+		}
+		s.stream.told(s.id, done)
+	}
+	return nil
 }
 
 func (s *session) ack(tag uint64) error {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -71,6 +72,37 @@ func TestStreamMessageThatFailsIsDeliveredAgainNotSkipped(t *testing.T) {
 		b.wait(10 * time.Second)
 		assert.Equal(b, []string{"a", "b", "b", "c", "d"}, order)
 		assert.ErrorContains(b, b.causes()[0], "put back")
+	})
+}
+
+func TestSlowHandlerOfAStreamCostsNoMoreDuplicatesThanThePrefetch(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.broker.DeclareQueue("log", steadymqtest.QueueOptions{Type: "stream"})
+		var mu sync.Mutex
+		finished := make(map[string]int)
+		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "m2" && d.Session() == 1 {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			finished[string(d.Body)]++
+			return nil
+		}, append(streamOptions("first"), steadymq.WithPrefetch(5), steadymq.WithConcurrency(2))...)
+		for i := range 100 {
+			b.broker.Publish("log", fmt.Sprint("m", i))
+		}
+		b.wait(time.Second)
+		assert.Len(b, finished, 6, "m0, m1 and the four that fit beside m2")
+		b.broker.Reset()
+		b.wait(time.Second)
+		require.Len(b, finished, 100)
+		again := 0
+		for _, n := range finished {
+			again += n - 1
+		}
+		assert.LessOrEqual(b, again, 5)
 	})
 }
 

@@ -19,16 +19,45 @@ type position struct {
 	queue   string // the stream it is about
 	known   bool   // there has been a delivery, next is set
 	next    int64  // offset of the first message not settled for good
-	session uint64 // the one that low and done are about
-	low     uint64 // every delivery tag up to it is settled
-	done    map[uint64]int64
+	session uint64 // the one that the rows are about
+	settled row    // what handlers are done with
+	acked   row    // of that, what the broker was told
+}
+
+// row is delivery tags and their offsets: all up to low, and some above it.
+type row struct {
+	low   uint64
+	above map[uint64]int64
+}
+
+func newRow() row { return row{above: make(map[uint64]int64)} }
+
+// add notes a tag, and returns those that now follow low without a gap, which low
+// has moved over.
+func (r *row) add(d settledAt) (unbroken []settledAt) {
+	r.above[d.tag] = d.offset
+	for {
+		offset, ok := r.above[r.low+1]
+		if !ok {
+			return unbroken
+		}
+		r.low++
+		delete(r.above, r.low)
+		unbroken = append(unbroken, settledAt{r.low, offset})
+	}
+}
+
+// settledAt is a delivery of a stream, and its place there.
+type settledAt struct {
+	tag    uint64
+	offset int64
 }
 
 func newPosition(c *config) *position {
 	if !c.stream() {
 		return nil
 	}
-	return &position{done: make(map[uint64]int64)}
+	return &position{settled: newRow(), acked: newRow()}
 }
 
 // resume returns the arguments of the basic.consume of a new session.
@@ -42,8 +71,7 @@ func (p *position) resume(session uint64, queue string, args amqp.Table) amqp.Ta
 	if p.queue != queue {
 		p.queue, p.known = queue, false
 	}
-	p.session, p.low = session, 0
-	clear(p.done)
+	p.session, p.settled, p.acked = session, newRow(), newRow()
 	if !p.known {
 		return args
 	}
@@ -111,26 +139,28 @@ func (p *position) began(session uint64, d *amqp.Delivery) {
 	}
 }
 
-// settled notes that a delivery is done for good. Only an unbroken row of them
-// moves the place to resume at.
-func (p *position) settled(session uint64, d *Delivery) {
-	if p == nil {
-		return
-	}
+// ready notes that a delivery is done for good and returns those to ack now: none
+// before all that came earlier are done. A broker sends one more for every ack, so
+// behind one slow handler any number of messages would be done that the next
+// session, which resumes at the slow one, is given again.
+func (p *position) ready(session uint64, d *Delivery) []settledAt {
 	offset, ok := headerInt(d.Headers[offsetKey])
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !ok || session != p.session {
+		return []settledAt{{tag: d.tag}}
+	}
+	return p.settled.add(settledAt{d.tag, offset})
+}
+
+// told notes that the broker was told, which moves the place to resume at.
+func (p *position) told(session uint64, d settledAt) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if session != p.session {
 		return
 	}
-	p.done[d.tag] = offset
-	for {
-		at, ok := p.done[p.low+1]
-		if !ok {
-			return
-		}
-		p.low++
-		delete(p.done, p.low)
-		p.next = at + 1
+	for _, d := range p.acked.add(d) {
+		p.next = d.offset + 1
 	}
 }
