@@ -36,6 +36,12 @@ func (s *session) probe() {
 	}
 }
 
+// singleActive tells whether the queue is known to have a single active consumer.
+// A quorum queue counts only that one, so we may be behind it.
+func (c *config) singleActive() bool {
+	return c.declare != nil && c.declare.Args["x-single-active-consumer"] == true
+}
+
 // stalled asks the queue. Only when it has messages and no consumer but this one,
 // or does not know this one, is silence a stall: behind a single active consumer,
 // or one of higher priority, it is normal.
@@ -55,7 +61,7 @@ func (s *session) stalled() error {
 		return nil // not allowed, or gone: basic.cancel tells the latter
 	case q.Consumers == 0:
 		return fmt.Errorf("%w: nothing delivered for %v and the queue knows of no consumer", errStalled, s.config.stallAfter)
-	case q.Consumers == 1 && q.Messages > 0:
+	case q.Consumers == 1 && q.Messages > 0 && !s.config.singleActive():
 		return fmt.Errorf("%w: nothing delivered for %v though the queue has %d messages and this is its only consumer", errStalled, s.config.stallAfter, q.Messages)
 	}
 	return nil
