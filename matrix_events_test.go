@@ -3,7 +3,9 @@ package steadymq_test
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -12,6 +14,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rabbit"
 )
 
@@ -77,12 +80,28 @@ func (m *matrix) happens(t *testing.T, label string, e event, parties []party) {
 	all.Wait()
 }
 
-// back is the check of faults after which a broker accepts again.
+// back is the check of faults after which a broker accepts again. It accepts before it can serve its queues: as long as it says so itself
+// the limit has not begun.
 func back(limit time.Duration) func(*trial, times) {
 	return func(r *trial, when times) {
-		r.resumedSince(when.at, when.healed, limit)
+		r.must(elected+limit, "consuming again", func() bool { return r.consumesSince(when.at) })
+		ready := when.healed
+		for _, c := range r.history() {
+			var said *amqp.Error
+			if c.Time.After(ready) && errors.As(c.Cause, &said) && said.Server {
+				ready = c.Time
+			}
+		}
+		r.resumedSince(when.at, ready, limit)
+		if late := ready.Sub(when.healed); late > 0 {
+			r.note("the broker needed %s more for the queue", inWords(late))
+		}
 		r.judge()
 	}
+}
+
+func (r *trial) consumesSince(at time.Time) bool {
+	return slices.ContainsFunc(r.history(), func(c steadymq.StateChange) bool { return c.To == steadymq.Consuming && c.Time.After(at) })
 }
 
 // unimpressed is the check of faults that are none to a consumer.

@@ -611,7 +611,9 @@ func exclusiveConflict(r *trial) {
 }
 
 func singleActive(r *trial) {
-	r.opts = append(r.opts, steadymq.WithStallDetector(time.Second))
+	r.opts = append(r.opts, steadymq.WithStallDetector(time.Second), steadymq.WithQueue(steadymq.Queue{
+		Type: string(r.kind), Args: amqp.Table{"x-single-active-consumer": true},
+	}))
 	other := r.another(false)
 	r.start()
 	r.consuming()
