@@ -240,7 +240,7 @@ func (s *sim) run() {
 		s.consumers = append(s.consumers, newSimConsumer(s, &s.plan.consumers[i]))
 	}
 	for _, c := range s.consumers {
-		s.runs.Go(c.live_)
+		s.runs.Go(c.story)
 	}
 	s.chaos()
 	s.finale()
@@ -796,8 +796,8 @@ func (c *simConsumer) changed(x steadymq.StateChange) {
 	c.state = x.To
 }
 
-// live_ runs the Consumer as often as the plan says.
-func (c *simConsumer) live_() {
+// story runs the Consumer as often as the plan says.
+func (c *simConsumer) story() {
 	for i, w := range c.plan.runs {
 		if !c.sleepUntil(w.start) {
 			return
