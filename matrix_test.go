@@ -47,7 +47,7 @@ func TestMatrix(t *testing.T) {
 		heavy.Go(func() { t.Run("a cluster", m.runCluster) })
 	}
 	heavy.Wait()
-	if m.wants("herd", false) {
+	if m.wants("herd", false) { // alone: it needs the machine
 		t.Run("a herd", func(t *testing.T) { m.add("%s", herd(t)) })
 	}
 }

@@ -19,3 +19,6 @@ func (p *Proxy) Beside(target string) (*Proxy, error) {
 	other.log, other.accepted = p.log, int(besides.Add(1))*besideStep
 	return other, nil
 }
+
+// Up says whether an AMQP broker answers at addr.
+func Up(addr string) bool { return targetUp(addr) }

@@ -59,7 +59,7 @@ printf '%s\n' "$1" | erl_call -h "call$$" -c ` + cookie + ` -sname "$RABBITMQ_NO
 
 // guarded turns an exception into a value.
 func guarded(expr string) string {
-	return "try " + strings.TrimSuffix(strings.TrimSpace(expr), ".") + " catch C:R -> {failed, C, R} end."
+	return "try " + strings.TrimSuffix(strings.TrimSpace(expr), ".") + " catch C:R:S -> {failed, C, R, S} end."
 }
 
 // Do is Call where the answer does not matter.
@@ -144,7 +144,9 @@ func (b *Broker) DefaultTimeout(ctx context.Context, ms int) error {
 
 // CloseNamed closes the connections whose client-provided name begins with prefix, as an operator does, and returns how many.
 func (b *Broker) CloseNamed(ctx context.Context, prefix, reason string) (string, error) {
-	return b.Call(ctx, fmt.Sprintf(closeNamed, quoteErlang(prefix), quoteErlang(reason), 1, 0))
+	return b.Call(ctx, fmt.Sprintf(ofConnections+`
+[catch rabbit_networking:close_connection(P, %s) || P <- Mine],
+length(Mine)`, binary(prefix), quoteErlang(reason)))
 }
 
 // CrashChannels ends the channel processes of the connections whose client-provided name begins with prefix, as a bug of the broker would.
@@ -168,11 +170,12 @@ const ofConnections = `
 Prefix = %s,
 Named = fun(Pid) ->
   try rabbit_reader:info(Pid, [client_properties]) of
-    [{client_properties, Props}] ->
+    [{client_properties, Props}] when is_list(Props) -> % none while it opens
       case lists:keyfind(<<"connection_name">>, 1, Props) of
         {_, _, Name} -> binary:longest_common_prefix([Name, Prefix]) =:= byte_size(Prefix);
         false -> false
-      end
+      end;
+    _ -> false
   catch _:_ -> false
   end
 end,
