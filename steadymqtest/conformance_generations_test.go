@@ -399,9 +399,28 @@ var byGeneration = []scenario{
 			s.note("cancelled %s", <-cancelled)
 			s.ready(conn, q, 1)
 			s.fails("late ack", d.Ack(false))
-			s.ready(conn, q, 0)
+			s.ready(conn, q, 0) // not acked: delivered again, to a consumer that the client has forgotten
+			s.fails("close", ch.Close())
+			s.ready(conn, q, 1)
+			s.next("c2", s.consume(s.open(conn, 1), q, "c2"))
 		},
 	},
+	{name: "cancel after the timeout", from: 403, arrange: patient, script: func(s *script) {
+		conn := s.dial()
+		ch := s.open(conn, 1)
+		q := s.queue(ch, "q", quorum)
+		cancelled := ch.NotifyCancel(make(chan string, 1))
+		ds, err := ch.Consume(q, "c", false, false, false, false, amqp.Table{"x-consumer-timeout": int32(heldFor.Milliseconds())})
+		s.fails("consume", err)
+		s.publish(conn, "", q, "1")
+		d := s.next("c", ds)
+		s.note("cancelled %s", <-cancelled)
+		s.fails("cancel too", ch.Cancel("c", false))
+		s.fails("late ack", d.Ack(false))
+		s.ready(conn, q, 1)
+		_, err = ch.Consume(q, "c", false, false, false, false, nil)
+		s.fails("the same tag again", err)
+	}},
 	{name: "queue expiry", differs: difference{why: "the kit keeps x-expires and does not act on it"}, script: func(s *script) {
 		conn := s.dial()
 		q := s.queue(s.open(conn, 0), "q", amqp.Table{"x-expires": int32(200)})

@@ -146,6 +146,71 @@ func (c *scenario) expected(t *testing.T, version string, b *rabbit.Broker) []st
 	return lines
 }
 
+// TestConformanceTable keeps docs/CONFORMANCE.md in step with the scripts; -record writes it.
+func TestConformanceTable(t *testing.T) {
+	file := filepath.Join("..", "docs", "CONFORMANCE.md")
+	want := conformanceTable(t)
+	if *record {
+		require.NoError(t, os.MkdirAll(filepath.Dir(file), 0o755))
+		require.NoError(t, os.WriteFile(file, []byte(want), 0o644))
+	}
+	got, err := os.ReadFile(file)
+	require.NoError(t, err)
+	require.Equal(t, want, string(got), "write it anew: go test ./steadymqtest -run TestConformanceTable -record")
+}
+
+func conformanceTable(t *testing.T) string {
+	const intro = `# Conformance of steadymqtest
+
+What the broker of package steadymqtest answers, compared with RabbitMQ %s.
+Every row is a script in the conformance tests of steadymqtest. It runs through the plain driver against the kit, in virtual time, and
+against RabbitMQ; all codes, texts, orders, flags and counters that it shows must be equal. *agrees* means that they are; *differs* means
+that they are not, that it is meant, and that the test fails as soon as they are; *n/a* means that this version has no such behaviour.
+
+| script | %s |
+| --- |%s
+`
+	const outro = `
+Differences:
+
+%s
+To check it:
+
+    go test ./steadymqtest -run TestConformance                                  # with the answers recorded in testdata: no broker, a second
+    STEADYMQ_REQUIRE_BROKER=1 go test ./steadymqtest -run TestConformance        # with RabbitMQ 3.10, 4.0 and 4.3 in Docker
+    STEADYMQ_AMQP_URL=... go test ./steadymqtest -run TestConformance            # with a broker of yours
+    STEADYMQ_REQUIRE_BROKER=1 go test ./steadymqtest -run TestConformance -record    # writes the answers and this file anew
+
+What the kit leaves out beyond these scripts is in the table of its package documentation. The recorded answers are those of RabbitMQ
+3.10.8, 4.0.5 and 4.3.6. A broker at STEADYMQ_AMQP_URL cannot be commanded: there, scripts that need a short consumer timeout or another user are
+compared with the recorded answers.
+`
+	var rows, notes strings.Builder
+	for _, c := range conformance {
+		fmt.Fprintf(&rows, "| %s |", c.name)
+		for _, version := range generations {
+			major, minor := parseVersion(t, version)
+			fmt.Fprintf(&rows, " %s |", c.verdict(major*100+minor))
+		}
+		rows.WriteByte('\n')
+		if c.differs.why != "" {
+			fmt.Fprintf(&notes, "- %s: %s.\n", c.name, c.differs.why)
+		}
+	}
+	return fmt.Sprintf(intro, strings.Join(generations, ", "), strings.Join(generations, " | "), strings.Repeat(" --- |", len(generations))) +
+		rows.String() + fmt.Sprintf(outro, notes.String())
+}
+
+func (c *scenario) verdict(version int) string {
+	switch {
+	case !c.applies(version):
+		return "n/a"
+	case c.mayDiffer(version):
+		return "differs"
+	}
+	return "agrees"
+}
+
 // script runs operations and writes down what they show.
 type script struct {
 	t      *testing.T

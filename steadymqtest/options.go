@@ -44,8 +44,9 @@ type TimeoutForm int
 const (
 	// Form406 is that of RabbitMQ up to 4.2: the channel is closed by 406 and everything unacked on it is requeued.
 	Form406 TimeoutForm = iota
-	// FormCancel is that of RabbitMQ 4.3 for quorum queues: the consumer is cancelled by basic.cancel and its messages are
-	// requeued; the channel stays open and late settlements have no effect. Classic queues and streams have no timeout.
+	// FormCancel is that of RabbitMQ 4.3 for quorum queues: the consumer is cancelled by basic.cancel and its overdue messages are
+	// requeued, which the delivery limit does not count; what is not overdue may still be settled. The channel stays open, late
+	// settlements have no effect, and the consumer tag is not free on this channel. Classic queues and streams have no timeout.
 	FormCancel
 	// FormOfVersion is FormCancel for 4.3 and later, Form406 before, see [WithVersion]. It is the form where a queue or a consumer
 	// has a timeout of its own and WithConsumerTimeout was not used.
@@ -53,7 +54,8 @@ const (
 )
 
 // WithConsumerTimeout bounds how long a delivery may stay unsettled. The default is none (RabbitMQ: 30 minutes). A consumer or a
-// queue may carry its own in the argument x-consumer-timeout, in milliseconds; it is then used with the form given here.
+// queue may carry its own in the argument x-consumer-timeout, in milliseconds; it is then used with the form given here. Without
+// this option that form is FormOfVersion. A consumer's own is for FormCancel only, a queue's for 3.12 and later, as in RabbitMQ.
 //
 // RabbitMQ looks for overdue deliveries once a minute in the 406 form; this broker acts on time in both.
 func WithConsumerTimeout(d time.Duration, form TimeoutForm) Option {
@@ -62,7 +64,8 @@ func WithConsumerTimeout(d time.Duration, form TimeoutForm) Option {
 
 // WithVersion makes the broker behave as an older RabbitMQ where the generations differ, and say so in its server properties.
 // The default is 4.3. Before 4.3 a nack counts towards x-delivery-limit as a reject does, and global qos is honoured; before 4.0
-// quorum queues have no delivery limit unless one is set, and a nack from a stream consumer ends the connection by 540.
+// quorum queues have no delivery limit unless one is set, and a nack from a stream consumer ends the connection by 540. See also
+// docs/CONFORMANCE.md and, for the consumer timeout, [FormOfVersion].
 func WithVersion(major, minor int) Option {
 	return func(c *config) { c.major, c.minor = major, minor }
 }
