@@ -143,7 +143,7 @@ var mutants = []mutant{
 		"\t\treturn s.lost(s.diagnose(nil))\n\t}\n\ts.handBackRest()\n", "\t\treturn s.lost(s.diagnose(nil))\n\t}\n"),
 	{"close-ok is not awaited", []edit{
 		{"session.go", "\terr := s.channel.Close()\n", "\tvar err error\n"},
-		{"connection.go", "\t_ = c.amqp.CloseDeadline(time.Now().Add(limit))\n", "\tgo func() { _ = c.amqp.CloseDeadline(time.Now().Add(limit)) }()\n"},
+		{"connection.go", "\t\t_ = c.amqp.CloseDeadline(time.Now().Add(limit))\n", "\t\tgo func() { _ = c.amqp.CloseDeadline(time.Now().Add(limit)) }()\n"},
 	}},
 	change("a lost connection hides handlers left behind", "consumer.go", "\tcase err != nil:\n\t\ts.err = errors.Join(s.err, err)\n", ""),
 	change("a hook is called after Run", "worker.go", " || p.reporter.muted.Load() {", " {"),
