@@ -44,7 +44,10 @@ func TestMatrix(t *testing.T) {
 		}
 	}
 	if m.wants("cluster", true) {
-		heavy.Go(func() { t.Run("a cluster", m.runCluster) })
+		heavy.Go(func() { t.Run("a cluster", func(t *testing.T) { m.runCluster(t, 0) }) })
+		if m.parts != "" {
+			heavy.Go(func() { t.Run("another cluster", func(t *testing.T) { m.runCluster(t, 1) }) })
+		}
 	}
 	heavy.Wait()
 	if m.wants("herd", false) { // alone: it needs the machine
