@@ -258,7 +258,7 @@ type entry struct {
 }
 
 // atOnceTrials bounds how many trials share the machine: their bounds are a second.
-const atOnceTrials = 16
+const atOnceTrials = 24
 
 func newMatrix(parts string) *matrix {
 	return &matrix{
