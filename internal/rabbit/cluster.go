@@ -8,8 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/moby/moby/api/types/network"
-	"github.com/moby/moby/client"
 	"github.com/testcontainers/testcontainers-go"
 	tcnetwork "github.com/testcontainers/testcontainers-go/network"
 )
@@ -132,8 +130,8 @@ func (c *Cluster) CutPeers(ctx context.Context, i int) error {
 	if err != nil {
 		return err
 	}
-	return withDocker(ctx, func(cli *client.Client) error {
-		_, err := cli.NetworkDisconnect(ctx, c.peers.ID, client.NetworkDisconnectOptions{Container: id})
+	return withDocker(ctx, func(cli *testcontainers.DockerClient) error {
+		_, err := engineCall(ctx, cli.NetworkDisconnect, c.peers.ID, fmt.Sprintf(`{"Container": %q}`, id))
 		return err
 	})
 }
@@ -144,10 +142,9 @@ func (c *Cluster) JoinPeers(ctx context.Context, i int) error {
 	if err != nil {
 		return err
 	}
-	return withDocker(ctx, func(cli *client.Client) error {
-		_, err := cli.NetworkConnect(ctx, c.peers.ID, client.NetworkConnectOptions{
-			Container: id, EndpointConfig: &network.EndpointSettings{Aliases: []string{nodeName(i)}},
-		})
+	return withDocker(ctx, func(cli *testcontainers.DockerClient) error {
+		_, err := engineCall(ctx, cli.NetworkConnect, c.peers.ID,
+			fmt.Sprintf(`{"Container": %q, "EndpointConfig": {"Aliases": [%q]}}`, id, nodeName(i)))
 		return err
 	})
 }

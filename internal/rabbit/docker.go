@@ -14,9 +14,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/moby/moby/api/types/container"
-	"github.com/moby/moby/api/types/network"
-	"github.com/moby/moby/client"
 	"github.com/testcontainers/testcontainers-go"
 	tcexec "github.com/testcontainers/testcontainers-go/exec"
 	tclog "github.com/testcontainers/testcontainers-go/log"
@@ -103,7 +100,7 @@ func (s nodeSpec) request(bind netip.Addr, port int) testcontainers.ContainerReq
 	file := func(path, text string, mode int64) testcontainers.ContainerFile {
 		return testcontainers.ContainerFile{Reader: strings.NewReader(text), ContainerFilePath: path, FileMode: mode}
 	}
-	return testcontainers.ContainerRequest{
+	req := testcontainers.ContainerRequest{
 		Image:          s.image,
 		Labels:         map[string]string{ownerLabel: owner()},
 		Env:            map[string]string{"RABBITMQ_NODENAME": "rabbit@" + s.name},
@@ -115,18 +112,19 @@ func (s nodeSpec) request(bind netip.Addr, port int) testcontainers.ContainerReq
 			file("/etc/rabbitmq/advanced.config", s.cfg.advancedConf(), 0o644),
 			file("/var/lib/rabbitmq/.erlang.cookie", cookie, 0o400),
 		},
-		// The engine makes the host name known on every network of the container. The node's name must be known on the network of
-		// the nodes only, where it is an alias, or a cut one would be reached by the other way; its own commands find it on loopback.
-		ConfigModifier: func(c *container.Config) { c.Hostname = s.name + "-host" },
-		HostConfigModifier: func(h *container.HostConfig) {
-			h.ExtraHosts = []string{s.name + ":127.0.0.1"}
-			h.PortBindings = network.PortMap{network.MustParsePort(fmt.Sprintf("%d/tcp", amqpPort)): {
-				{HostIP: bind, HostPort: strconv.Itoa(port)},
-			}}
-			// Erlang sizes tables by this limit: with a container's default of a thousand million a node takes gigabytes.
-			h.Ulimits = []*container.Ulimit{{Name: "nofile", Soft: 8192, Hard: 8192}}
-		},
 	}
+	// The engine makes the host name known on every network of the container. The node's name must be known on the network of the
+	// nodes only, where it is an alias, or a cut one would be reached by the other way; its own commands find it on loopback.
+	engineConfig(&req.ConfigModifier, map[string]any{"Hostname": s.name + "-host"})
+	engineConfig(&req.HostConfigModifier, map[string]any{
+		"ExtraHosts": []string{s.name + ":127.0.0.1"},
+		"PortBindings": map[string]any{
+			fmt.Sprintf("%d/tcp", amqpPort): []map[string]string{{"HostIp": bind.String(), "HostPort": strconv.Itoa(port)}},
+		},
+		// Erlang sizes tables by this limit: with a container's default of a thousand million a node takes gigabytes.
+		"Ulimits": []map[string]any{{"Name": "nofile", "Soft": 8192, "Hard": 8192}},
+	})
+	return req
 }
 
 func (n *containerNode) addr() string { return net.JoinHostPort(n.host, strconv.Itoa(n.port)) }
@@ -154,37 +152,37 @@ func (n *containerNode) logs(ctx context.Context) (string, error) {
 }
 
 func (n *containerNode) stop(ctx context.Context) error {
-	limit := 30 // seconds until the engine kills it
-	return withDocker(ctx, func(cli *client.Client) error {
-		_, err := cli.ContainerStop(ctx, n.c.GetContainerID(), client.ContainerStopOptions{Timeout: &limit})
+	// 30 seconds until the engine kills it
+	return withDocker(ctx, func(cli *testcontainers.DockerClient) error {
+		_, err := engineCall(ctx, cli.ContainerStop, n.c.GetContainerID(), `{"Timeout": 30}`)
 		return err
 	})
 }
 
 func (n *containerNode) start(ctx context.Context) error {
-	return withDocker(ctx, func(cli *client.Client) error {
-		_, err := cli.ContainerStart(ctx, n.c.GetContainerID(), client.ContainerStartOptions{})
+	return withDocker(ctx, func(cli *testcontainers.DockerClient) error {
+		_, err := engineCall(ctx, cli.ContainerStart, n.c.GetContainerID(), `{}`)
 		return err
 	})
 }
 
 func (n *containerNode) kill(ctx context.Context) error {
-	return withDocker(ctx, func(cli *client.Client) error {
-		_, err := cli.ContainerKill(ctx, n.c.GetContainerID(), client.ContainerKillOptions{Signal: "KILL"})
+	return withDocker(ctx, func(cli *testcontainers.DockerClient) error {
+		_, err := engineCall(ctx, cli.ContainerKill, n.c.GetContainerID(), `{"Signal": "KILL"}`)
 		return err
 	})
 }
 
 func (n *containerNode) pause(ctx context.Context) error {
-	return withDocker(ctx, func(cli *client.Client) error {
-		_, err := cli.ContainerPause(ctx, n.c.GetContainerID(), client.ContainerPauseOptions{})
+	return withDocker(ctx, func(cli *testcontainers.DockerClient) error {
+		_, err := engineCall(ctx, cli.ContainerPause, n.c.GetContainerID(), `{}`)
 		return err
 	})
 }
 
 func (n *containerNode) unpause(ctx context.Context) error {
-	return withDocker(ctx, func(cli *client.Client) error {
-		_, err := cli.ContainerUnpause(ctx, n.c.GetContainerID(), client.ContainerUnpauseOptions{})
+	return withDocker(ctx, func(cli *testcontainers.DockerClient) error {
+		_, err := engineCall(ctx, cli.ContainerUnpause, n.c.GetContainerID(), `{}`)
 		return err
 	})
 }
@@ -198,16 +196,6 @@ func terminate(c testcontainers.Container) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	return testcontainers.TerminateContainer(c, testcontainers.StopContext(ctx), testcontainers.StopTimeout(0))
-}
-
-// withDocker opens a client for one call and closes it: idle connections of a kept one would look like a leak to the tests.
-func withDocker(ctx context.Context, do func(*client.Client) error) error {
-	cli, err := testcontainers.NewDockerClientWithOpts(ctx)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = cli.Close() }()
-	return do(cli.Client)
 }
 
 // dockerReady says whether an engine answers, and prepares this process for it once.
@@ -230,8 +218,8 @@ func prepareDocker(ctx context.Context) (err error) {
 	disableReaper()
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	err = withDocker(ctx, func(cli *client.Client) error {
-		if _, err := cli.Ping(ctx, client.PingOptions{NegotiateAPIVersion: true}); err != nil {
+	err = withDocker(ctx, func(cli *testcontainers.DockerClient) error {
+		if _, err := engineAsk(ctx, cli.Ping, `{"NegotiateAPIVersion": true}`); err != nil {
 			return err
 		}
 		hostIsHere(cli.DaemonHost())

@@ -3,6 +3,7 @@ package rabbit
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,7 +14,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/moby/moby/client"
+	"github.com/testcontainers/testcontainers-go"
 )
 
 const (
@@ -73,7 +74,7 @@ func imageFor(ctx context.Context, g Generation) (string, error) {
 }
 
 func haveImage(ctx context.Context, name string) bool {
-	return withDocker(ctx, func(cli *client.Client) error {
+	return withDocker(ctx, func(cli *testcontainers.DockerClient) error {
 		_, err := cli.ImageInspect(ctx, name)
 		return err
 	}) == nil
@@ -87,8 +88,8 @@ func pull(ctx context.Context, name string) error {
 	defer answer.Stop()
 	start := time.Now()
 	logf("pulling %s", name)
-	err := withDocker(ctx, func(cli *client.Client) error {
-		response, err := cli.ImagePull(ctx, name, client.ImagePullOptions{})
+	err := withDocker(ctx, func(cli *testcontainers.DockerClient) error {
+		response, err := engineCall(ctx, cli.ImagePull, name, `{}`)
 		if err != nil {
 			return err
 		}
@@ -179,14 +180,16 @@ func importImage(ctx context.Context, root, tag string) error {
 	if err := tar.Start(); err != nil {
 		return err
 	}
-	errImport := withDocker(ctx, func(cli *client.Client) error {
-		answer, err := cli.ImageImport(ctx, client.ImageImportSource{Source: stream, SourceName: "-"}, tag, client.ImageImportOptions{
-			Changes: []string{
-				`CMD ["` + startScriptPath + `"]`,
-				"ENV HOME=/var/lib/rabbitmq LANG=C.UTF-8 PATH=/usr/lib/rabbitmq/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-				fmt.Sprintf("EXPOSE %d", amqpPort),
-			},
-		})
+	errImport := withDocker(ctx, func(cli *testcontainers.DockerClient) error {
+		options, err := json.Marshal(map[string]any{"Changes": []string{
+			`CMD ["` + startScriptPath + `"]`,
+			"ENV HOME=/var/lib/rabbitmq LANG=C.UTF-8 PATH=/usr/lib/rabbitmq/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+			fmt.Sprintf("EXPOSE %d", amqpPort),
+		}})
+		if err != nil {
+			return err
+		}
+		answer, err := engineImport(ctx, cli.ImageImport, stream, tag, string(options))
 		if err != nil {
 			return err
 		}

@@ -6,7 +6,7 @@ import (
 	"os"
 	"strings"
 
-	"github.com/moby/moby/client"
+	"github.com/testcontainers/testcontainers-go"
 )
 
 // owner names this process on this boot of this machine. The start time keeps a reused process id from looking alive.
@@ -42,25 +42,24 @@ func orphaned(label string) bool {
 }
 
 // removeOrphans removes containers and networks of test processes that were killed: without the reaper nobody else does.
-func removeOrphans(ctx context.Context, cli *client.Client) {
-	filters := make(client.Filters).Add("label", ownerLabel)
-	list, err := cli.ContainerList(ctx, client.ContainerListOptions{All: true, Filters: filters})
+func removeOrphans(ctx context.Context, cli *testcontainers.DockerClient) {
+	list, err := engineAsk(ctx, cli.ContainerList, `{"All": true, "Filters": {"label": {"`+ownerLabel+`": true}}}`)
 	if err != nil {
 		return
 	}
 	for _, c := range list.Items {
 		if orphaned(c.Labels[ownerLabel]) {
 			logf("removing the container %.12s that an ended test process left", c.ID)
-			_, _ = cli.ContainerRemove(ctx, c.ID, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
+			_, _ = engineCall(ctx, cli.ContainerRemove, c.ID, `{"Force": true, "RemoveVolumes": true}`)
 		}
 	}
-	nets, err := cli.NetworkList(ctx, client.NetworkListOptions{Filters: filters})
+	nets, err := engineAsk(ctx, cli.NetworkList, `{"Filters": {"label": {"`+ownerLabel+`": true}}}`)
 	if err != nil {
 		return
 	}
 	for _, n := range nets.Items {
 		if orphaned(n.Labels[ownerLabel]) {
-			_, _ = cli.NetworkRemove(ctx, n.ID, client.NetworkRemoveOptions{})
+			_, _ = engineCall(ctx, cli.NetworkRemove, n.ID, `{}`)
 		}
 	}
 }
