@@ -186,7 +186,8 @@ func clusterEvents(c *rabbit.Cluster) []onCluster {
 					func(ctx context.Context) error { return c.JoinPeers(ctx, 0) }),
 			},
 			places: []place{
-				{kind: quorum, feed: 1, stall: true, check: minority}, bystander,
+				{kind: quorum, feed: 1, stall: true, check: minority},
+				bystander,
 				{kind: stream, feed: 1, check: forgotten},
 				{kind: classic, home: 1, feed: 1, check: settles(homeless)},
 			},

@@ -102,7 +102,7 @@ func nodeCells() []cell {
 		{fault: "reset between messages resumes exactly", rows: "59", test: resumesExactly},
 		{
 			fault: "stream message put back", rows: "59", test: streamPutBack,
-			not: only("requeue of a queue is the row above", stream),
+			not: only("what a queue does with it is the row of the message that fails again and again", stream),
 		},
 		{
 			fault: "single active consumer waits its turn", rows: "53", args: amqp.Table{"x-single-active-consumer": true}, test: singleActive,

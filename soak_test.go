@@ -353,7 +353,7 @@ func TestSoakConsumers(t *testing.T) {
 	}
 	stop()
 	all.Wait()
-	time.Sleep(200 * time.Millisecond) //nolint:forbidigo // real time: a returned goroutine ends a moment later
+	rest(context.Background(), 200*time.Millisecond) // a goroutine that has returned ends a moment later
 	total := takeSample(consumers)
 	var abandoned uint64
 	for _, c := range consumers {
