@@ -202,7 +202,7 @@ func clusterEvents(c *rabbit.Cluster) []onCluster {
 			},
 		},
 		{
-			event:  event{fault: "leader's node frozen for 12 s", rows: "17", apply: during(n[0].Pause, 12*time.Second, n[0].Unpause)},
+			event:  event{fault: "leader's node frozen for 12 s", rows: "17", apply: during(freeze(n[0]), 12*time.Second, n[0].Unpause)},
 			places: []place{leader(quorum, movesOn(elected)), bystander, leader(stream, settles(homeless)), leader(classic, settles(homeless))},
 		},
 		{

@@ -129,6 +129,19 @@ func during(begin func(context.Context) error, d time.Duration, end func(context
 	}
 }
 
+// freeze is Pause, which an engine on a busy machine sometimes cannot do at once ("unable to freeze").
+func freeze(b *rabbit.Broker) func(context.Context) error {
+	return func(ctx context.Context) (err error) {
+		for range 5 {
+			if err = b.Pause(ctx); err == nil {
+				break
+			}
+			rest(ctx, 500*time.Millisecond)
+		}
+		return err
+	}
+}
+
 // wholeNode are the faults that hit everything on a node.
 func wholeNode(b *rabbit.Broker) []event {
 	watermark := func(fraction string) func(context.Context) error {
@@ -173,7 +186,7 @@ func wholeNode(b *rabbit.Broker) []event {
 		},
 		{
 			fault: "frozen (SIGSTOP) and thawed", rows: "17",
-			apply: during(b.Pause, 8*time.Second, b.Unpause), check: back(setupPace),
+			apply: during(freeze(b), 8*time.Second, b.Unpause), check: back(setupPace),
 		},
 		{
 			fault: "killed (SIGKILL) and started", rows: "4",

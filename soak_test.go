@@ -229,7 +229,7 @@ func (s *soak) kinds() map[string]func(context.Context) error {
 			return err
 		},
 		"channels crash": func(ctx context.Context) error { _, err := node.CrashChannels(ctx, "steadymq-test"); return err },
-		"a node frozen":  node2(node.Pause, 5*time.Second, node.Unpause),
+		"a node frozen":  node2(freeze(node), 5*time.Second, node.Unpause),
 		"a node drained": node2(node.Drain, 3*time.Second, node.Revive),
 		"a node killed":  node2(node.Kill, time.Second, node.Start),
 		"a node stopped": node2(node.Stop, time.Second, node.Start),
