@@ -277,6 +277,10 @@ func (s *session) lose(cause error) {
 func (s *session) retire(cause error) {
 	s.gate.shut()
 	s.ended.notify(cause)
+	// RabbitMQ 4.3 would serve the cancelled consumer again once its overdue
+	// deliveries are settled, and the driver has forgotten it: those messages
+	// would be stuck until the channel closes. Other versions ignore an unknown tag.
+	_ = s.channel.Cancel(s.tag, true)
 	s.handBackRest()
 	s.holds.release()
 	limit := time.NewTimer(s.config.drainTimeout)

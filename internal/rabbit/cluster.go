@@ -46,6 +46,9 @@ func NewCluster(t testing.TB, size int, cfg Config) *Cluster {
 func findCluster(ctx context.Context, size int, cfg Config) (*Cluster, error) {
 	ctx, cancel := context.WithTimeout(ctx, clusterLimit)
 	defer cancel()
+	if !mayInstall() {
+		return nil, errNotAsked
+	}
 	if err := dockerReady(ctx); err != nil {
 		return nil, err
 	}

@@ -18,8 +18,8 @@ const findLimit = 10 * time.Minute
 // ErrNoBroker says that no broker could be had; its text says what was tried and how to get one.
 var ErrNoBroker = errors.New("rabbit: no broker")
 
-const howToGetOne = "set STEADYMQ_AMQP_URL to a broker you may use, or start Docker, or install rabbitmq-server, " +
-	"or run `make test`, which does what is needed"
+const howToGetOne = "run `make test`, which gets brokers through Docker, a rabbitmq-server of the machine or Debian's package, " +
+	"or set STEADYMQ_AMQP_URL to a broker you may use"
 
 var logger = log.New(os.Stderr, "rabbit: ", log.Ltime)
 
@@ -28,7 +28,10 @@ func logf(format string, args ...any) { logger.Printf(format, args...) }
 // Required says whether tests must fail where they would skip.
 func Required() bool { return os.Getenv("STEADYMQ_REQUIRE_BROKER") == "1" }
 
-// mayInstall keeps a plain `go test ./...` from changing the machine it runs on.
+// errNotAsked keeps a plain `go test ./...` quick, and the machine it runs on as it is, also where Docker could start brokers.
+var errNotAsked = fmt.Errorf("%w was asked for: %s", ErrNoBroker, howToGetOne)
+
+// mayInstall says whether brokers may be started and packages installed.
 func mayInstall() bool { return Required() || os.Getenv("STEADYMQ_INSTALL") == "1" }
 
 // Find returns a running broker, from the first source that has one. The caller closes it.
@@ -37,6 +40,9 @@ func Find(ctx context.Context, cfg Config) (*Broker, error) {
 	defer cancel()
 	if raw := os.Getenv("STEADYMQ_AMQP_URL"); raw != "" {
 		return external(ctx, raw)
+	}
+	if !mayInstall() {
+		return nil, errNotAsked
 	}
 	b, errDocker := findDocker(ctx, cfg)
 	if errDocker == nil {
