@@ -1127,23 +1127,29 @@ func TestNewRefusesBadInputAllAtOnceWithoutShowingTheURL(t *testing.T) {
 		{"concurrency", "amqp://h/", "q", opts(steadymq.WithConcurrency(0)), []string{"WithConcurrency"}},
 		{"prefetch 0", "amqp://h/", "q", opts(steadymq.WithPrefetch(0)), []string{"WithPrefetch"}},
 		{"prefetch below concurrency", "amqp://h/", "q", opts(steadymq.WithPrefetch(2), steadymq.WithConcurrency(3)), []string{"WithPrefetch"}},
-		{"durations", "amqp://h/", "q", opts(
-			steadymq.WithDialTimeout(0), steadymq.WithSetupTimeout(-1), steadymq.WithCloseTimeout(0), steadymq.WithDrainTimeout(5),
-			steadymq.WithHandlerTimeout(0), steadymq.WithRequeueDelay(-time.Second), steadymq.WithHeartbeat(1500*time.Millisecond),
-			steadymq.WithBackoff(0, 0), steadymq.WithWriteDelay(-1), steadymq.WithMaxMessageSize(0)),
+		{
+			"durations", "amqp://h/", "q", opts(
+				steadymq.WithDialTimeout(0), steadymq.WithSetupTimeout(-1), steadymq.WithCloseTimeout(0), steadymq.WithDrainTimeout(5),
+				steadymq.WithHandlerTimeout(0), steadymq.WithRequeueDelay(-time.Second), steadymq.WithHeartbeat(1500*time.Millisecond),
+				steadymq.WithBackoff(0, 0), steadymq.WithWriteDelay(-1), steadymq.WithMaxMessageSize(0)),
 			[]string{
 				"WithDialTimeout", "WithSetupTimeout", "WithCloseTimeout", "WithDrainTimeout", "WithHandlerTimeout",
 				"WithRequeueDelay", "WithHeartbeat", "WithBackoff", "WithBackoff", "WithWriteDelay", "WithMaxMessageSize",
-			}},
-		{"nils", "amqp://h/", "q", opts(
-			nil, steadymq.WithLogger(nil), steadymq.WithHooks(steadymq.Hooks{}), steadymq.WithFatal(nil), steadymq.WithTopology(nil), steadymq.WithURLs(),
-			steadymq.WithTLSConfig(nil), steadymq.WithSASL(), steadymq.WithDialer(nil), steadymq.WithMiddleware(nil), steadymq.WithURLFunc(nil)),
+			},
+		},
+		{
+			"nils", "amqp://h/", "q", opts(
+				nil, steadymq.WithLogger(nil), steadymq.WithHooks(steadymq.Hooks{}), steadymq.WithFatal(nil), steadymq.WithTopology(nil), steadymq.WithURLs(),
+				steadymq.WithTLSConfig(nil), steadymq.WithSASL(), steadymq.WithDialer(nil), steadymq.WithMiddleware(nil), steadymq.WithURLFunc(nil)),
 			[]string{
 				"New", "WithLogger", "WithHooks", "WithFatal", "WithTopology", "WithURLs", "WithTLSConfig", "WithSASL",
 				"WithDialer", "WithMiddleware", "WithURLFunc",
-			}},
-		{"names", "amqp://h/", strings.Repeat("q", 256), opts(steadymq.WithConsumerTag(""), steadymq.WithConnectionName(strings.Repeat("x", 256))),
-			[]string{"WithConsumerTag", "WithConnectionName", "New"}},
+			},
+		},
+		{
+			"names", "amqp://h/", strings.Repeat("q", 256), opts(steadymq.WithConsumerTag(""), steadymq.WithConnectionName(strings.Repeat("x", 256))),
+			[]string{"WithConsumerTag", "WithConnectionName", "New"},
+		},
 		{"transient shared queue", "amqp://h/", "q", opts(steadymq.WithQueue(steadymq.Queue{Type: "classic", Transient: true})), []string{"WithQueue"}},
 		{"exclusive quorum queue", "amqp://h/", "q", opts(steadymq.WithQueue(steadymq.Queue{Exclusive: true})), []string{"WithQueue"}},
 		{"unknown queue type", "amqp://h/", "q", opts(steadymq.WithQueue(steadymq.Queue{Type: "fast"})), []string{"WithQueue"}},

@@ -53,8 +53,10 @@ var mutants = []mutant{
 		"if !d.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {",
 		"if d.outcome.Store(uint32(o)); false {"),
 	{"late acks go to the newest session", []edit{
-		{"session.go", "func (s *session) settle(d *Delivery, o Outcome) error {",
-			"var newest sync.Map\n\nfunc (s *session) settle(d *Delivery, o Outcome) error {\n\tif n, ok := newest.Load(s.config); ok && s.over.Load() {\n\t\treturn n.(*session).send(d, o)\n\t}"},
+		{
+			"session.go", "func (s *session) settle(d *Delivery, o Outcome) error {",
+			"var newest sync.Map\n\nfunc (s *session) settle(d *Delivery, o Outcome) error {\n\tif n, ok := newest.Load(s.config); ok && s.over.Load() {\n\t\treturn n.(*session).send(d, o)\n\t}",
+		},
 		{"session.go", "\ts.since = time.Now()\n", "\ts.since = time.Now()\n\tnewest.Store(s.config, s)\n"},
 	}},
 	{"late acks are sent", []edit{

@@ -83,67 +83,102 @@ var simKinds = []simKind{
 	{name: "rotate the password", common: true, kick: true, on: func(s *sim, f simFault, at faultsOf) { s.rotate(f) }},
 	{name: "purge", common: true, loses: true, harmless: true, on: func(s *sim, f simFault, at faultsOf) { s.broker.PurgeQueue(s.queue(f)) }},
 
-	{name: "refuse dials", longest: 40 * time.Second, kick: true, pace: paceRefused, escape: escapeIn(200 * time.Millisecond),
+	{
+		name: "refuse dials", longest: 40 * time.Second, kick: true, pace: paceRefused, escape: escapeIn(200 * time.Millisecond),
 		on:  func(s *sim, f simFault, at faultsOf) { at.Refuse(true) },
-		off: func(s *sim, f simFault, at faultsOf) { at.Refuse(false) }},
-	{name: "drop SYNs", longest: 40 * time.Second, kick: true, pace: paceDial, escape: escapeDial,
+		off: func(s *sim, f simFault, at faultsOf) { at.Refuse(false) },
+	},
+	{
+		name: "drop SYNs", longest: 40 * time.Second, kick: true, pace: paceDial, escape: escapeDial,
 		on:  func(s *sim, f simFault, at faultsOf) { at.DropSYN(true) },
-		off: func(s *sim, f simFault, at faultsOf) { at.DropSYN(false) }},
-	{name: "no name", longest: 40 * time.Second, kick: true, pace: paceRefused, escape: escapeIn(200 * time.Millisecond),
+		off: func(s *sim, f simFault, at faultsOf) { at.DropSYN(false) },
+	},
+	{
+		name: "no name", longest: 40 * time.Second, kick: true, pace: paceRefused, escape: escapeIn(200 * time.Millisecond),
 		on:  func(s *sim, f simFault, at faultsOf) { at.DNSFailure(true) },
-		off: func(s *sim, f simFault, at faultsOf) { at.DNSFailure(false) }},
-	{name: "black hole both ways", longest: 40 * time.Second, detect: halfBeats(3), pace: paceDial, lingers: true, escape: escapeDial,
+		off: func(s *sim, f simFault, at faultsOf) { at.DNSFailure(false) },
+	},
+	{
+		name: "black hole both ways", longest: 40 * time.Second, detect: halfBeats(3), pace: paceDial, lingers: true, escape: escapeDial,
 		on:  func(s *sim, f simFault, at faultsOf) { at.BlackHole(true, true) },
-		off: func(s *sim, f simFault, at faultsOf) { at.BlackHole(false, false) }},
-	{name: "black hole to client", longest: 40 * time.Second, detect: halfBeats(3), pace: paceDial, lingers: true, escape: escapeDial,
+		off: func(s *sim, f simFault, at faultsOf) { at.BlackHole(false, false) },
+	},
+	{
+		name: "black hole to client", longest: 40 * time.Second, detect: halfBeats(3), pace: paceDial, lingers: true, escape: escapeDial,
 		on:  func(s *sim, f simFault, at faultsOf) { at.BlackHole(false, true) },
-		off: func(s *sim, f simFault, at faultsOf) { at.BlackHole(false, false) }},
-	{name: "black hole to broker", longest: 40 * time.Second, detect: halfBeats(7), pace: paceDial, lingers: true, escape: escapeDial,
+		off: func(s *sim, f simFault, at faultsOf) { at.BlackHole(false, false) },
+	},
+	{
+		name: "black hole to broker", longest: 40 * time.Second, detect: halfBeats(7), pace: paceDial, lingers: true, escape: escapeDial,
 		on:  func(s *sim, f simFault, at faultsOf) { at.BlackHole(true, false) },
-		off: func(s *sim, f simFault, at faultsOf) { at.BlackHole(false, false) }},
-	{name: "short stall", longest: 900 * time.Millisecond, harmless: true,
+		off: func(s *sim, f simFault, at faultsOf) { at.BlackHole(false, false) },
+	},
+	{
+		name: "short stall", longest: 900 * time.Millisecond, harmless: true,
 		on:  func(s *sim, f simFault, at faultsOf) { at.Stall() },
-		off: func(s *sim, f simFault, at faultsOf) { at.Unstall() }},
-	{name: "long stall", longest: 40 * time.Second, detect: halfBeats(3), pace: paceDial, lingers: true, escape: escapeDial,
+		off: func(s *sim, f simFault, at faultsOf) { at.Unstall() },
+	},
+	{
+		name: "long stall", longest: 40 * time.Second, detect: halfBeats(3), pace: paceDial, lingers: true, escape: escapeDial,
 		on:  func(s *sim, f simFault, at faultsOf) { at.Stall() },
-		off: func(s *sim, f simFault, at faultsOf) { at.Unstall() }},
-	{name: "kill", longest: 30 * time.Second, pace: paceRefused, escape: escapeIn(200 * time.Millisecond),
+		off: func(s *sim, f simFault, at faultsOf) { at.Unstall() },
+	},
+	{
+		name: "kill", longest: 30 * time.Second, pace: paceRefused, escape: escapeIn(200 * time.Millisecond),
 		on:  func(s *sim, f simFault, at faultsOf) { at.Kill() },
-		off: func(s *sim, f simFault, at faultsOf) { at.Restart() }},
-	{name: "power off", longest: 40 * time.Second, detect: halfBeats(3), pace: paceDial, escape: escapeDial,
+		off: func(s *sim, f simFault, at faultsOf) { at.Restart() },
+	},
+	{
+		name: "power off", longest: 40 * time.Second, detect: halfBeats(3), pace: paceDial, escape: escapeDial,
 		on:  func(s *sim, f simFault, at faultsOf) { at.PowerOff() },
-		off: func(s *sim, f simFault, at faultsOf) { at.Restart() }},
-	{name: "stop the node", longest: 40 * time.Second, pace: paceRefused, escape: escapeIn(200 * time.Millisecond),
+		off: func(s *sim, f simFault, at faultsOf) { at.Restart() },
+	},
+	{
+		name: "stop the node", longest: 40 * time.Second, pace: paceRefused, escape: escapeIn(200 * time.Millisecond),
 		on: func(s *sim, f simFault, at faultsOf) {
 			at.Refuse(true)
 			at.CloseConnections(320, "broker forced connection closure with reason 'shutdown'")
 		},
-		off: func(s *sim, f simFault, at faultsOf) { at.Refuse(false) }},
-	{name: "hang at a stage", longest: 30 * time.Second, kick: true, pace: paceHang, escape: escapeSetup,
+		off: func(s *sim, f simFault, at faultsOf) { at.Refuse(false) },
+	},
+	{
+		name: "hang at a stage", longest: 30 * time.Second, kick: true, pace: paceHang, escape: escapeSetup,
 		on:  func(s *sim, f simFault, at faultsOf) { at.HangAt(stageOf(f), true) },
-		off: func(s *sim, f simFault, at faultsOf) { at.HangAt(stageOf(f), false) }},
-	{name: "drop at a stage", longest: 30 * time.Second, kick: true, pace: paceSlow,
+		off: func(s *sim, f simFault, at faultsOf) { at.HangAt(stageOf(f), false) },
+	},
+	{
+		name: "drop at a stage", longest: 30 * time.Second, kick: true, pace: paceSlow,
 		on:  func(s *sim, f simFault, at faultsOf) { at.DropAt(stageOf(f), true) },
-		off: func(s *sim, f simFault, at faultsOf) { at.DropAt(stageOf(f), false) }},
-	{name: "refuse the login", longest: 30 * time.Second, kick: true, codes: 1, refuses: []uint64{0}, pace: paceOperator, escape: escapeIn(6 * time.Second),
+		off: func(s *sim, f simFault, at faultsOf) { at.DropAt(stageOf(f), false) },
+	},
+	{
+		name: "refuse the login", longest: 30 * time.Second, kick: true, codes: 1, refuses: []uint64{0}, pace: paceOperator, escape: escapeIn(6 * time.Second),
 		on:  func(s *sim, f simFault, at faultsOf) { at.RefuseLogin(true) },
-		off: func(s *sim, f simFault, at faultsOf) { at.RefuseLogin(false) }},
-	{name: "refuse the vhost", longest: 30 * time.Second, kick: true, codes: 2, refuses: []uint64{0}, pace: paceOperator,
+		off: func(s *sim, f simFault, at faultsOf) { at.RefuseLogin(false) },
+	},
+	{
+		name: "refuse the vhost", longest: 30 * time.Second, kick: true, codes: 2, refuses: []uint64{0}, pace: paceOperator,
 		on: func(s *sim, f simFault, at faultsOf) {
 			at.RefuseVhost([]int{530, 541}[f.dice%2], "vhost / not found")
 		},
-		off: func(s *sim, f simFault, at faultsOf) { at.RefuseVhost(0, "") }},
-	{name: "connection limit", longest: 15 * time.Second, kick: true, pace: paceLocked,
+		off: func(s *sim, f simFault, at faultsOf) { at.RefuseVhost(0, "") },
+	},
+	{
+		name: "connection limit", longest: 15 * time.Second, kick: true, pace: paceLocked,
 		on: func(s *sim, f simFault, at faultsOf) {
 			at.RefuseVhost(530, "access to vhost '/' refused for user 'sim': connection limit (1) is reached")
 		},
-		off: func(s *sim, f simFault, at faultsOf) { at.RefuseVhost(0, "") }},
-	{name: "refuse the consume", longest: 40 * time.Second, kick: true, codes: 5, refuses: []uint64{0, 2, 3}, pace: paceOperator,
+		off: func(s *sim, f simFault, at faultsOf) { at.RefuseVhost(0, "") },
+	},
+	{
+		name: "refuse the consume", longest: 40 * time.Second, kick: true, codes: 5, refuses: []uint64{0, 2, 3}, pace: paceOperator,
 		on: func(s *sim, f simFault, at faultsOf) {
 			at.RefuseConsume([]int{403, 404, 406, 540, 541}[f.dice%5], "a fault")
 		},
-		off: func(s *sim, f simFault, at faultsOf) { at.RefuseConsume(0, "") }},
-	{name: "locked", longest: 11 * time.Second, kick: true, pace: paceLocked,
+		off: func(s *sim, f simFault, at faultsOf) { at.RefuseConsume(0, "") },
+	},
+	{
+		name: "locked", longest: 11 * time.Second, kick: true, pace: paceLocked,
 		on: func(s *sim, f simFault, at faultsOf) {
 			if f.dice%2 == 0 {
 				at.RefuseConsume(405, "cannot obtain exclusive access to locked queue")
@@ -151,47 +186,72 @@ var simKinds = []simKind{
 			}
 			at.RefuseConsume(403, "queue 'q0' in vhost '/' in exclusive use")
 		},
-		off: func(s *sim, f simFault, at faultsOf) { at.RefuseConsume(0, "") }},
-	{name: "late 541", longest: 10 * time.Second, kick: true, pace: paceSlow, after: 65 * time.Second,
+		off: func(s *sim, f simFault, at faultsOf) { at.RefuseConsume(0, "") },
+	},
+	{
+		name: "late 541", longest: 10 * time.Second, kick: true, pace: paceSlow, after: 65 * time.Second,
 		on:  func(s *sim, f simFault, at faultsOf) { at.Late541(true) },
-		off: func(s *sim, f simFault, at faultsOf) { at.Late541(false) }},
-	{name: "slow close-ok", longest: 60 * time.Second, harmless: true,
+		off: func(s *sim, f simFault, at faultsOf) { at.Late541(false) },
+	},
+	{
+		name: "slow close-ok", longest: 60 * time.Second, harmless: true,
 		on: func(s *sim, f simFault, at faultsOf) {
 			at.SlowCloseOk(time.Duration(f.dice%10000) * time.Millisecond)
 		},
-		off: func(s *sim, f simFault, at faultsOf) { at.SlowCloseOk(0) }},
-	{name: "no close-ok", longest: 60 * time.Second, harmless: true,
+		off: func(s *sim, f simFault, at faultsOf) { at.SlowCloseOk(0) },
+	},
+	{
+		name: "no close-ok", longest: 60 * time.Second, harmless: true,
 		on:  func(s *sim, f simFault, at faultsOf) { at.NoCloseOk(true) },
-		off: func(s *sim, f simFault, at faultsOf) { at.NoCloseOk(false) }},
-	{name: "zero window", longest: 40 * time.Second, detect: halfBeats(7), pace: paceSlow, lingers: true,
+		off: func(s *sim, f simFault, at faultsOf) { at.NoCloseOk(false) },
+	},
+	{
+		name: "zero window", longest: 40 * time.Second, detect: halfBeats(7), pace: paceSlow, lingers: true,
 		on:  func(s *sim, f simFault, at faultsOf) { at.ZeroWindow(true) },
-		off: func(s *sim, f simFault, at faultsOf) { at.ZeroWindow(false) }},
-	{name: "latency", longest: 30 * time.Second, harmless: true,
+		off: func(s *sim, f simFault, at faultsOf) { at.ZeroWindow(false) },
+	},
+	{
+		name: "latency", longest: 30 * time.Second, harmless: true,
 		on: func(s *sim, f simFault, at faultsOf) {
 			at.SetLatency(time.Duration(f.dice%200) * time.Millisecond)
 		},
-		off: func(s *sim, f simFault, at faultsOf) { at.SetLatency(s.plan.latency) }},
-	{name: "cut after n bytes", longest: 20 * time.Second, pace: paceSlow,
+		off: func(s *sim, f simFault, at faultsOf) { at.SetLatency(s.plan.latency) },
+	},
+	{
+		name: "cut after n bytes", longest: 20 * time.Second, pace: paceSlow,
 		on:  func(s *sim, f simFault, at faultsOf) { at.CutAfter(int(f.dice % 3000)) },
-		off: func(s *sim, f simFault, at faultsOf) { at.CutAfter(-1) }},
-	{name: "cut after n bytes to broker", longest: 20 * time.Second, pace: paceSlow,
+		off: func(s *sim, f simFault, at faultsOf) { at.CutAfter(-1) },
+	},
+	{
+		name: "cut after n bytes to broker", longest: 20 * time.Second, pace: paceSlow,
 		on:  func(s *sim, f simFault, at faultsOf) { at.CutClientAfter(int(f.dice % 1500)) },
-		off: func(s *sim, f simFault, at faultsOf) { at.CutClientAfter(-1) }},
-	{name: "no majority", longest: 30 * time.Second, common: true, harmless: true,
+		off: func(s *sim, f simFault, at faultsOf) { at.CutClientAfter(-1) },
+	},
+	{
+		name: "no majority", longest: 30 * time.Second, common: true, harmless: true,
 		on:  func(s *sim, f simFault, at faultsOf) { s.broker.QuorumStall(s.queue(f), true) },
-		off: func(s *sim, f simFault, at faultsOf) { s.broker.QuorumStall(s.queue(f), false) }},
-	{name: "memory alarm", longest: 30 * time.Second, common: true, harmless: true,
+		off: func(s *sim, f simFault, at faultsOf) { s.broker.QuorumStall(s.queue(f), false) },
+	},
+	{
+		name: "memory alarm", longest: 30 * time.Second, common: true, harmless: true,
 		on:  func(s *sim, f simFault, at faultsOf) { s.broker.Blocked("low on memory") },
-		off: func(s *sim, f simFault, at faultsOf) { s.broker.Unblocked() }},
-	{name: "delete the queue", longest: 30 * time.Second, common: true, loses: true, pace: paceOperator,
+		off: func(s *sim, f simFault, at faultsOf) { s.broker.Unblocked() },
+	},
+	{
+		name: "delete the queue", longest: 30 * time.Second, common: true, loses: true, pace: paceOperator,
 		on:  func(s *sim, f simFault, at faultsOf) { s.broker.DeleteQueue(s.queue(f)) },
-		off: func(s *sim, f simFault, at faultsOf) { s.declare(s.plan.queues[f.queue]) }},
-	{name: "sessions flap", longest: 40 * time.Second, common: true, kick: true, pace: paceSlow,
+		off: func(s *sim, f simFault, at faultsOf) { s.declare(s.plan.queues[f.queue]) },
+	},
+	{
+		name: "sessions flap", longest: 40 * time.Second, common: true, kick: true, pace: paceSlow,
 		on:  func(s *sim, f simFault, at faultsOf) { s.flaps.Store(1 + int32(f.dice%3)) },
-		off: func(s *sim, f simFault, at faultsOf) { s.flaps.Store(0) }},
-	{name: "the topology fails", longest: 30 * time.Second, common: true, kick: true, pace: paceHang,
+		off: func(s *sim, f simFault, at faultsOf) { s.flaps.Store(0) },
+	},
+	{
+		name: "the topology fails", longest: 30 * time.Second, common: true, kick: true, pace: paceHang,
 		on:  func(s *sim, f simFault, at faultsOf) { s.topologyFails.Store(1 + int32(f.dice%4)) },
-		off: func(s *sim, f simFault, at faultsOf) { s.topologyFails.Store(0) }},
+		off: func(s *sim, f simFault, at faultsOf) { s.topologyFails.Store(0) },
+	},
 }
 
 func stageOf(f simFault) steadymqtest.Stage {

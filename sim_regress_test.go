@@ -34,9 +34,9 @@ func TestSessionsLostRightAfterConsumeOkBackOffOnSeveralHostsToo(t *testing.T) {
 }
 
 // leftBehind runs a consumer whose only handler outlasts the drain limit, does
-// something to the broker while it drains, and returns Run's error and how often
-// HandlerFailed was called by the end of the handler.
-func leftBehind(t *testing.T, meanwhile func(*steadymqtest.Broker)) (err error, failed int) {
+// something to the broker while it drains, and returns how often
+// HandlerFailed was called by the end of the handler, and the error of Run.
+func leftBehind(t *testing.T, meanwhile func(*steadymqtest.Broker)) (failed int, err error) {
 	b := steadymqtest.NewBroker(t)
 	b.DeclareQueue(queue, steadymqtest.QueueOptions{})
 	b.Publish(queue, "work")
@@ -54,12 +54,12 @@ func leftBehind(t *testing.T, meanwhile func(*steadymqtest.Broker)) (err error, 
 	})
 	<-done
 	synctest.Wait()
-	return err, failed
+	return failed, err
 }
 
 func TestHandlerLeftBehindAtTheDrainLimitCallsNoHookAfterRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		err, failed := leftBehind(t, func(*steadymqtest.Broker) {})
+		failed, err := leftBehind(t, func(*steadymqtest.Broker) {})
 		require.ErrorIs(t, err, steadymq.ErrDrainTimeout)
 		assert.Zero(t, failed)
 	})
@@ -67,7 +67,7 @@ func TestHandlerLeftBehindAtTheDrainLimitCallsNoHookAfterRun(t *testing.T) {
 
 func TestConnectionLostWhileDrainingDoesNotHideHandlersLeftBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		err, _ := leftBehind(t, func(b *steadymqtest.Broker) { b.Reset() })
+		_, err := leftBehind(t, func(b *steadymqtest.Broker) { b.Reset() })
 		require.ErrorIs(t, err, steadymq.ErrDrainTimeout)
 		var lost *steadymq.SessionError
 		require.ErrorAs(t, err, &lost)

@@ -116,7 +116,6 @@ func (a *args) take(n int) []byte {
 
 func (a *args) u8() byte         { return a.take(1)[0] }
 func (a *args) u16() uint16      { return binary.BigEndian.Uint16(a.take(2)) }
-func (a *args) u32() uint32      { return binary.BigEndian.Uint32(a.take(4)) }
 func (a *args) u64() uint64      { return binary.BigEndian.Uint64(a.take(8)) }
 func (a *args) shortstr() string { return string(a.take(int(a.u8()))) }
 
