@@ -466,6 +466,8 @@ func (r *trial) atNextTry(at, healed time.Time) {
 func (r *trial) pulse() (longest func() time.Duration) {
 	var most time.Duration
 	quit, done := make(chan struct{}), make(chan struct{})
+	stop := sync.OnceFunc(func() { close(quit) })
+	r.Cleanup(stop)
 	go func() {
 		defer close(done)
 		for {
@@ -478,7 +480,7 @@ func (r *trial) pulse() (longest func() time.Duration) {
 		}
 	}()
 	return func() time.Duration {
-		close(quit)
+		stop()
 		<-done
 		return most
 	}
