@@ -27,7 +27,12 @@ type endpoint struct {
 // errBadURL never wraps the parser's error, whose text is the URL with its password.
 var errBadURL = errors.New("invalid AMQP URL (not shown, it may hold a password): want amqp:// or amqps://user:password@host:port/vhost, with special characters in user, password and vhost percent-encoded (net/url.UserPassword does it)")
 
+var errNoURL = errors.New("the URL is empty: want amqp:// or amqps://user:password@host:port/vhost, or WithURLFunc")
+
 func parseEndpoint(text string) (endpoint, error) {
+	if text == "" {
+		return endpoint{}, errNoURL
+	}
 	uri, err := amqp.ParseURI(text)
 	if err != nil {
 		return endpoint{}, errBadURL

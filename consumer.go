@@ -173,6 +173,7 @@ type supervisor struct {
 	number  uint64
 	stream  *position
 	tag     string
+	tries   atomic.Uint64 // of a session: two may overlap if one was left behind
 	host    string
 
 	leaving []<-chan struct{} // old sessions and connections on their way out
@@ -285,7 +286,8 @@ func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, num
 			return attempt{err: err}
 		}
 	}
-	tag := fmt.Sprintf("%s-%d", s.tag, number)
+	// A tag is never used again, not even by the next try for this session.
+	tag := fmt.Sprintf("%s.%d-%d", s.tag, s.tries.Add(1), number)
 	session, err := conn.openSession(ctx, s.handlers, s.config, s.stats, number, tag, s.stream)
 	return attempt{conn: conn, session: session, err: err}
 }

@@ -102,7 +102,7 @@ var mutants = []mutant{
 		"\t\ts.retire(cause)\n", "\t\ts.lose(cause)\n"),
 	change("no prefetch", "session.go", "s.channel.Qos(s.config.prefetch, 0, false)", "s.channel.Qos(0, 0, false)"),
 	change("the consumer tag is used again", "consumer.go",
-		`tag := fmt.Sprintf("%s-%d", s.tag, number)`, `tag := s.tag + "-1"`),
+		`tag := fmt.Sprintf("%s.%d-%d", s.tag, s.tries.Add(1), number)`, `tag := s.tag + "-1"`),
 
 	// Reconnecting.
 	change("no setup limit", "consumer.go",

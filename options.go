@@ -333,7 +333,7 @@ func WithExclusive() Option {
 
 // WithConsumerTag sets the prefix of the consumer tags, which are what the
 // broker's management page lists. Every subscription gets a tag of its own: the
-// prefix, a random part and the session's number. Default "steadymq"; 1 to 200
+// prefix, a random part, the number of the try and that of the session. Default "steadymq"; 1 to 200
 // bytes.
 func WithConsumerTag(prefix string) Option {
 	return func(c *config) {

@@ -169,6 +169,7 @@ type retry struct {
 
 	failures int       // in a row, since the last healthy session
 	free     int       // of them, refused dials: they cost nobody anything
+	asked    int       // failures of the operator's kind in a row, which have a pace of their own
 	locked   time.Time // since when the resource has been locked; zero if it is not
 	refusals int       // logins refused in a row
 	proven   bool      // there has been a session
@@ -222,7 +223,11 @@ func (r *retry) wait(err error, now time.Time, anotherHost bool) time.Duration {
 	case kind == classLocked && r.patient(now):
 		return lockedStep + rand.N(lockedStep)
 	case kind == classLocked || kind == classOperator && !lost:
-		return r.draw(operatorInitial, operatorInitial, operatorCap)
+		r.asked++
+		return r.drawAt(r.asked, operatorInitial, operatorInitial, operatorCap)
+	}
+	r.asked = 0
+	switch {
 	case kind == classRefused:
 		r.free++
 		if anotherHost {

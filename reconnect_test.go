@@ -176,6 +176,16 @@ func TestOnlyAHealthySessionResetsTheBackoff(t *testing.T) {
 	assert.True(t, s.healthy(s.since.Add(10*time.Second)))
 }
 
+func TestOperatorsPaceStartsFromItsOwnStart(t *testing.T) {
+	for range 100 {
+		r := newTestRetry()
+		for range 10 {
+			r.wait(at("lost", errPeerReset), time.Now(), false)
+		}
+		assert.Equal(t, time.Second, r.wait(at("consume", said(404, "NOT_FOUND")), time.Now(), false))
+	}
+}
+
 func TestAnUntriedHostIsTriedAtOnceButNotWhenTheBrokerRefuses(t *testing.T) {
 	r := newTestRetry()
 	for range 100 {
