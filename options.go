@@ -356,8 +356,8 @@ func WithConnectionName(name string) Option {
 }
 
 // WithURLs adds hosts of the same cluster to the URL given to New. The last good
-// one is tried first, then the others in random order; one that refused or said
-// that it shuts down goes last for a minute.
+// one is tried first, then the others in random order; one that refused, fell
+// silent or said that it shuts down goes last for a minute.
 func WithURLs(urls ...string) Option {
 	return func(c *config) {
 		c.urls = append(c.urls[:1:1], urls...)
@@ -436,7 +436,10 @@ func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
 // consumer is its only one, or if it knows of no consumer at all, or if the queue
 // does not answer within the setup limit, the session is lost with a cause that
 // says so, and replaced. With other consumers on the queue silence is normal
-// (single active consumer, priorities) and nothing is done.
+// (single active consumer, priorities) and nothing is done. A quorum queue counts
+// only its active consumer: where x-single-active-consumer is set, declare the
+// queue by WithQueue so that this is known, or leave the detector out. A queue
+// whose leader lost its majority says that it is empty, and is not found.
 //
 // Off by default; a good value is 1 minute, range 1 s to 24 h. Not for streams,
 // which keep their messages.
@@ -563,6 +566,9 @@ func (c *config) checkQueue() {
 	case "quorum", "classic", "stream":
 	default:
 		c.refuse("WithQueue", `Type must be "quorum", "classic" or "stream", got %q`, q.Type)
+	}
+	if q.Type != "classic" && c.exclusive {
+		c.refuse("WithExclusive", "a %s queue takes no notice of an exclusive consumer; declare it with Args x-single-active-consumer instead", q.Type)
 	}
 	if q.Type != "classic" && (q.Exclusive || q.AutoDelete || q.Transient) {
 		c.refuse("WithQueue", "a %s queue can be neither exclusive, auto-delete nor transient; use a classic queue", q.Type)

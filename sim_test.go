@@ -591,10 +591,10 @@ func (c *simConsumer) moreOptions() []steadymq.Option {
 	if c.plan.handlerTimeout > 0 {
 		o = append(o, steadymq.WithHandlerTimeout(c.plan.handlerTimeout))
 	}
-	if c.plan.alone {
+	q := &c.s.plan.queues[c.plan.queue]
+	if c.plan.alone && (!c.plan.declare || q.kind == "classic") { // New refuses it elsewhere
 		o = append(o, steadymq.WithExclusive())
 	}
-	q := &c.s.plan.queues[c.plan.queue]
 	if c.plan.declare {
 		o = append(o, steadymq.WithQueue(steadymq.Queue{Type: q.kind, Args: q.args()}))
 	}
