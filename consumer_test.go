@@ -479,6 +479,21 @@ func TestConnectionFailuresHealAtOnceAndNameTheirCause(t *testing.T) {
 	}
 }
 
+func TestDeliveryBehindAChannelCloseCostsTheConnectionAndNoMore(t *testing.T) {
+	// RabbitMQ sends it now and then, and the driver answers by closing the
+	// connection: two failures in a row, so the second retry may take 250 ms.
+	bubble(t, func(b *bench) {
+		b.consuming(ack)
+		require.Equal(b, 1, b.broker.StrayDelivery())
+		b.wait(400 * time.Millisecond)
+		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		b.broker.Publish(queue, "after")
+		b.wait(time.Second)
+		assert.Zero(b, b.broker.Unsettled(queue)+b.broker.QueueLen(queue))
+		assert.Equal(b, 1, b.open())
+	})
+}
+
 func TestDeletedQueueIsConsumedAgainOnceItIsBack(t *testing.T) {
 	bubble(t, func(b *bench) {
 		b.consuming(ack)
