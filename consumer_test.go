@@ -720,7 +720,7 @@ func TestTransientRefusalsBeforeTheFirstSessionAreRetried(t *testing.T) {
 				b.wait(20 * time.Second)
 				require.Empty(b, b.result)
 				b.broker.RefuseConsume(0, "")
-				b.wait(20 * time.Second)
+				b.wait(31 * time.Second)
 				assert.Equal(b, steadymq.Consuming, b.consumer.State())
 			})
 		})

@@ -229,7 +229,7 @@ func timedOut(r *trial, when times) {
 
 // keptConnection: a channel's failure does not cost the connection. The exceptions are RabbitMQ's, seen on 3.10: it delivers on a channel it
 // has closed, for which the driver ends the connection, or closes a channel twice, and ends the connection for the second close-ok.
-func (r *trial) keptConnection() {
+func (r *scenario) keptConnection() {
 	r.Helper()
 	if r.consumer.Stats().Connections > 1 && (r.deliveredAfterClose() || r.closedTwice()) {
 		r.note("RabbitMQ delivered on a channel it had closed, or closed it twice, which ends the connection")
@@ -248,7 +248,7 @@ const (
 )
 
 // deliveredAfterClose looks for a delivery behind the channel.close of its own channel.
-func (r *trial) deliveredAfterClose() bool {
+func (r *scenario) deliveredAfterClose() bool {
 	for _, m := range r.proxy.Log().Methods() {
 		if m.Dir != faultproxy.ToClient || m.Class != classChannel || m.Method != methodClose {
 			continue
@@ -263,7 +263,7 @@ func (r *trial) deliveredAfterClose() bool {
 }
 
 // closedTwice looks for a channel.close of the broker's on a channel it has closed already.
-func (r *trial) closedTwice() bool {
+func (r *scenario) closedTwice() bool {
 	type channel struct {
 		conn   int
 		number uint16
@@ -286,7 +286,7 @@ func (r *trial) closedTwice() bool {
 }
 
 // wire is what passed besides publishing, in order.
-func (r *trial) wire() string {
+func (r *scenario) wire() string {
 	type line struct {
 		at   time.Time
 		text string
