@@ -233,7 +233,13 @@ func (r *retry) wait(err error, now time.Time, anotherHost bool) time.Duration {
 		if anotherHost {
 			return rand.N(atOnce)
 		}
-		return r.drawAt(r.free+1, 0, r.config.retryInitial, min(r.config.retryCap, refusedCap))
+		wait := r.drawAt(r.free+1, 0, r.config.retryInitial, min(r.config.retryCap, refusedCap))
+		if r.failures-r.free > 2 {
+			// The next host has failed at its cost before: that one's pace holds, or
+			// a refusing host beside it would turn its backoff into a quick one.
+			wait = max(wait, r.draw(0, r.config.retryInitial, r.config.retryCap))
+		}
+		return wait
 	case lost && r.failures == 1, anotherHost:
 		return rand.N(atOnce)
 	}

@@ -186,6 +186,21 @@ func TestOperatorsPaceStartsFromItsOwnStart(t *testing.T) {
 	}
 }
 
+func TestARefusingHostDoesNotQuickenThePaceOfOneThatFlaps(t *testing.T) {
+	lost, refused := at("lost", errPeerReset), at("dial", syscall.ECONNREFUSED)
+	var total time.Duration
+	for range 100 {
+		r := newTestRetry()
+		for n := range 10 {
+			r.wait(lost, time.Now(), true)
+			if wait := r.wait(refused, time.Now(), false); n == 9 {
+				total += wait
+			}
+		}
+	}
+	assert.Greater(t, total/100, 3*time.Second, "half of the cap of what costs the broker something, on average")
+}
+
 func TestAnUntriedHostIsTriedAtOnceButNotWhenTheBrokerRefuses(t *testing.T) {
 	r := newTestRetry()
 	for range 100 {

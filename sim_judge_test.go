@@ -112,7 +112,7 @@ func (j *simJudge) consuming(r steadymqtest.ConsumerRecord) {
 	c.live++
 	c.run.sessions++
 	faults := j.s.strikes.recent(j.s.now(), time.Minute)
-	if c.consumes.add(j.s.now(), time.Minute) > j.s.plan.hosts*(40+10*faults) {
+	if c.consumes.add(j.s.now(), time.Minute) > j.s.plan.hosts*(c.plan.connects()+10*faults) {
 		j.note("I7", "%s subscribed %d times within a minute", c.plan.name, c.consumes.count())
 	}
 	j.s.flap()
