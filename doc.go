@@ -60,7 +60,8 @@
 // comes in from the driver and what goes out to hooks and log; ack.go the fence
 // and the outcomes. stream.go remembers where to resume a stream, and probe.go
 // looks for consumers that are alive on paper: each has state of its own that the
-// session would only be longer for.
+// session would only be longer for. lane.go is the way of the settlements past the
+// driver, which spends ten allocations and two locks on each.
 //
 // Use goes one way: consumer to reconnect to session to connection to socket.
 //
