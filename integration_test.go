@@ -609,7 +609,7 @@ func (s *scenario) inTime(took, limit time.Duration, what string) {
 // plainSetup is how long the driver alone needs from dial to consume-ok now, 0 if it does not get there.
 func (s *scenario) plainSetup() time.Duration {
 	start := time.Now()
-	conn, err := amqp.DialConfig(s.broker.URL(), amqp.Config{Dial: amqp.DefaultDial(2 * time.Second)})
+	conn, err := amqp.DialConfig(s.proxy.URL(s.broker.URL()), amqp.Config{Dial: amqp.DefaultDial(2 * time.Second)})
 	if err != nil {
 		return 0
 	}

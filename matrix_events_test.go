@@ -16,7 +16,6 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
-	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
 )
 
@@ -227,62 +226,13 @@ func timedOut(r *trial, when times) {
 	assert.EqualValues(r, 1, r.consumer.Stats().Stale)
 }
 
-// keptConnection: a channel's failure does not cost the connection. The exceptions are RabbitMQ's, seen on 3.10: it delivers on a channel it
-// has closed, for which the driver ends the connection, or closes a channel twice, and ends the connection for the second close-ok.
+// keptConnection: a channel's failure does not cost the connection, not even where RabbitMQ 3.10 delivers on a channel it has closed, or
+// closes it twice.
 func (r *scenario) keptConnection() {
 	r.Helper()
-	if r.consumer.Stats().Connections > 1 && (r.deliveredAfterClose() || r.closedTwice()) {
-		r.note("RabbitMQ delivered on a channel it had closed, or closed it twice, which ends the connection")
-		return
-	}
 	if !assert.EqualValues(r, 1, r.consumer.Stats().Connections, "a channel's failure does not cost the connection") {
 		r.Log(r.wire())
 	}
-}
-
-const (
-	classChannel   = 20
-	methodOpen     = 10
-	methodClose    = 40
-	onFirstChannel = 1
-)
-
-// deliveredAfterClose looks for a delivery behind the channel.close of its own channel.
-func (r *scenario) deliveredAfterClose() bool {
-	for _, m := range r.proxy.Log().Methods() {
-		if m.Dir != faultproxy.ToClient || m.Class != classChannel || m.Method != methodClose {
-			continue
-		}
-		for _, d := range r.proxy.Log().Deliveries() {
-			if d.Conn == m.Conn && d.Channel == m.Channel && d.Opened == onFirstChannel && d.At.After(m.At) {
-				return true
-			}
-		}
-	}
-	return false
-}
-
-// closedTwice looks for a channel.close of the broker's on a channel it has closed already.
-func (r *scenario) closedTwice() bool {
-	type channel struct {
-		conn   int
-		number uint16
-	}
-	closed := map[channel]bool{}
-	for _, m := range r.proxy.Log().Methods() {
-		c := channel{m.Conn, m.Channel}
-		switch {
-		case m.Class != classChannel:
-		case m.Dir == faultproxy.ToBroker && m.Method == methodOpen:
-			closed[c] = false
-		case m.Dir == faultproxy.ToClient && m.Method == methodClose:
-			if closed[c] {
-				return true
-			}
-			closed[c] = true
-		}
-	}
-	return false
 }
 
 // wire is what passed besides publishing, in order.

@@ -45,8 +45,8 @@ func change(name, file, before, after string) mutant {
 var mutants = []mutant{
 	// Settling.
 	change("every ack is sent twice", "session.go",
-		"\t\treturn s.lane.settle(basicAck, tag, 0)",
-		"\t\t_ = s.lane.settle(basicAck, tag, 0)\n\t\treturn s.lane.settle(basicAck, tag, 0)"),
+		"{ return s.lane.settle(basicAck, tag, 0) }",
+		"{\n\t_ = s.lane.settle(basicAck, tag, 0)\n\treturn s.lane.settle(basicAck, tag, 0)\n}"),
 	change("acks are multiple", "session.go",
 		"s.lane.settle(basicAck, tag, 0)", "s.lane.settle(basicAck, tag, 1)"),
 	change("a delivery may be settled twice", "ack.go",
@@ -77,7 +77,6 @@ var mutants = []mutant{
 		"\t\ts.conclude(d, err)\n", "\t\tif !errors.As(err, new(*PanicError)) {\n\t\t\ts.conclude(d, err)\n\t\t}\n"),
 	{"handlers start for sessions that are over", []edit{
 		{"worker.go", "if !s.gate.enter() {", "if s.gate.count.Add(2); false {"},
-		{"worker.go", "\t\tcase <-s.gate.closed:\n\t\t\treturn\n", ""},
 	}},
 
 	// Workers and contexts.
@@ -85,7 +84,7 @@ var mutants = []mutant{
 		"\t\t\tgo p.work(at)\n\t\t\treturn\n", "\t\t\treturn\n"),
 	change("one worker too many", "worker.go", "for range n {", "for range n + 1 {"),
 	change("handlers never learn of a lost session", "session.go",
-		"\ts.gate.shut()\n\ts.cancel(cause)\n", "\ts.gate.shut()\n"),
+		"\ts.shut()\n\ts.cancel(cause)\n", "\ts.shut()\n"),
 	change("a stop cancels running handlers", "consumer.go",
 		"handlers: context.WithoutCancel(ctx)", "handlers: ctx"),
 	change("no handler timeout", "worker.go",
@@ -93,10 +92,10 @@ var mutants = []mutant{
 
 	// Sessions.
 	change("ignores basic.cancel", "session.go",
-		"\t\tif cancelled {\n\t\t\treturn s.lost(errCancelled)\n\t\t}\n\tcase <-s.conn.end.ended:\n\tcase <-s.starved.ended:\n",
+		"\t\tif cancelled {\n\t\t\treturn s.lost(errCancelled)\n\t\t}\n\tcase <-s.conn.end.ended:\n\tcase <-s.driver:\n",
 		"\t\tif cancelled {\n\t\t\tselect {\n\t\t\tcase e := <-s.closes:\n\t\t\t\treturn s.lost(s.diagnose(errorOrNil(e)))\n\t\t\tcase <-s.conn.end.ended:\n\t\t\t\treturn s.lost(s.diagnose(nil))\n\t\t\tcase <-s.stop:\n\t\t\t\treturn nil\n\t\t\t}\n\t\t}\n\tcase <-s.conn.end.ended:\n"),
 	change("ignores the end of its channel", "session.go",
-		"\tcase e := <-s.closes:\n\t\terr = errorOrNil(e)\n\tcase _, cancelled := <-s.cancels:\n\t\tif cancelled {\n\t\t\treturn s.lost(errCancelled)\n\t\t}\n\tcase <-s.conn.end.ended:\n\tcase <-s.starved.ended:\n",
+		"\tcase e := <-s.closes:\n\t\terr = errorOrNil(e)\n\tcase _, cancelled := <-s.cancels:\n\t\tif cancelled {\n\t\t\treturn s.lost(errCancelled)\n\t\t}\n\tcase <-s.conn.end.ended:\n\tcase <-s.driver:\n",
 		"\tcase <-s.conn.end.ended:\n"),
 	change("a cancelled session gives its handlers no time", "session.go",
 		"\t\ts.retire(cause)\n", "\t\ts.lose(cause)\n"),

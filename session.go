@@ -28,20 +28,19 @@ type session struct {
 	stats  *counters
 	conn   *connection
 
-	channel    *amqp.Channel
-	lane       *lane // the way of the settlements, nil for the driver's
-	queue      string
-	tag        string
-	deliveries <-chan amqp.Delivery
-	closes     chan *amqp.Error // the driver's NotifyClose
-	cancels    chan string      // the driver's NotifyCancel
+	channel *amqp.Channel
+	lane    *lane // the way of the deliveries and settlements
+	queue   string
+	tag     string
+	closes  chan *amqp.Error     // the driver's NotifyClose
+	cancels chan string          // the driver's NotifyCancel
+	driver  <-chan amqp.Delivery // brings nothing, for all goes by the lane, but ends
 
 	ctx    context.Context // of the handlers
 	cancel context.CancelCauseFunc
 
 	gate    *gate         // handlers of this session at work
 	holds   holds         // deliveries that wait for their requeue
-	starved *notifier     // a worker saw the deliveries end
 	broken  *notifier     // we ourselves want another session, and why
 	stream  *position     // where to resume, nil unless it is a stream
 	stop    chan struct{} // closed to ask for the drain
@@ -79,7 +78,6 @@ func (c *connection) openSession(ctx, handlers context.Context, cfg *config, sta
 		closes:  channel.NotifyClose(make(chan *amqp.Error, 1)),
 		cancels: channel.NotifyCancel(make(chan string, 1)),
 		gate:    newGate(),
-		starved: newNotifier(),
 		broken:  newNotifier(),
 		stream:  stream,
 		stop:    make(chan struct{}),
@@ -87,14 +85,15 @@ func (c *connection) openSession(ctx, handlers context.Context, cfg *config, sta
 		gone:    make(chan struct{}),
 		probed:  make(chan struct{}),
 	}
+	s.lane = c.socket.lane(tag, cfg.prefetch)
 	if op, err := s.subscribe(ctx); err != nil {
+		s.lane.abandon()
 		_ = channel.Close() // also bounded by ctx, through the socket
 		if err = s.said(err); noQueue(err) {
 			stream.startOver()
 		}
 		return nil, &SessionError{Op: op, Session: id, Err: c.explain(err)}
 	}
-	s.lane = c.socket.lane(tag)
 	s.since = time.Now()
 	s.ctx, s.cancel = context.WithCancelCause(handlers)
 	go s.run()
@@ -111,7 +110,7 @@ func (s *session) subscribe(ctx context.Context) (op string, err error) {
 	if err := s.channel.Qos(s.config.prefetch, 0, false); err != nil {
 		return "qos", err
 	}
-	s.deliveries, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.queue, s.config.consumeArgs))
+	s.driver, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.queue, s.config.consumeArgs))
 	return "consume", err
 }
 
@@ -214,7 +213,7 @@ func (s *session) consume() error {
 			return s.lost(errCancelled)
 		}
 	case <-s.conn.end.ended:
-	case <-s.starved.ended:
+	case <-s.driver:
 	case <-s.broken.ended:
 		return s.lost(s.broken.cause())
 	case <-s.stop:
@@ -261,11 +260,17 @@ func (s *session) diagnose(err error) error {
 	return errChannelEnded
 }
 
+// shut lets no more handlers start.
+func (s *session) shut() {
+	s.gate.shut()
+	s.lane.close()
+}
+
 // lose ends a session whose channel is gone: running handlers are told, and
 // nothing they settle from now on reaches the wire.
 func (s *session) lose(cause error) {
 	s.over.Store(true)
-	s.gate.shut()
+	s.shut()
 	s.cancel(cause)
 	s.ended.notify(cause)
 	s.holds.release()
@@ -275,7 +280,7 @@ func (s *session) lose(cause error) {
 // handlers may settle, which saves needless duplicates; the successor consumes
 // meanwhile. What no handler has started goes back at once.
 func (s *session) retire(cause error) {
-	s.gate.shut()
+	s.shut()
 	s.ended.notify(cause)
 	// RabbitMQ 4.3 would serve the cancelled consumer again once its overdue
 	// deliveries are settled, and the driver has forgotten it: those messages
@@ -300,7 +305,7 @@ func (s *session) retire(cause error) {
 func (s *session) drain() {
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
-	s.gate.shut()
+	s.shut()
 	s.ended.notify(errStopped)
 	s.holds.release()
 	if err := s.unsubscribe(); err != nil {
@@ -332,19 +337,11 @@ func (s *session) unsubscribe() error {
 	return nil
 }
 
-// handBackRest returns to the queue what the driver still had for the workers.
+// handBackRest returns to the queue what was delivered and no worker took.
 // basic.nack says "never started": it does not count towards a delivery limit.
 func (s *session) handBackRest() {
-	for {
-		select {
-		case m, ok := <-s.deliveries:
-			if !ok {
-				return
-			}
-			s.handBack(m.DeliveryTag)
-		case <-s.conn.end.ended:
-			return
-		}
+	for _, d := range s.lane.clear() {
+		s.handBack(d.DeliveryTag)
 	}
 }
 
@@ -354,14 +351,7 @@ func (s *session) handBack(tag uint64) {
 	if s.over.Load() || s.stream != nil {
 		return
 	}
-	_ = s.nack(tag)
-}
-
-func (s *session) nack(tag uint64) error {
-	if s.lane != nil {
-		return s.lane.settle(basicNack, tag, nackRequeue)
-	}
-	return s.channel.Nack(tag, false, true)
+	_ = s.lane.settle(basicNack, tag, nackRequeue)
 }
 
 // closeChannel waits for close-ok, the only proof AMQP 0-9-1 has that the acks
@@ -429,17 +419,9 @@ func (s *session) send(d *Delivery, o Outcome) error {
 	return nil
 }
 
-func (s *session) ack(tag uint64) error {
-	if s.lane != nil {
-		return s.lane.settle(basicAck, tag, 0)
-	}
-	return s.channel.Ack(tag, false)
-}
+func (s *session) ack(tag uint64) error { return s.lane.settle(basicAck, tag, 0) }
 
 func (s *session) reject(tag uint64, requeue bool) error {
-	if s.lane == nil {
-		return s.channel.Reject(tag, requeue)
-	}
 	var bits byte
 	if requeue {
 		bits = rejectRequeue
@@ -472,14 +454,13 @@ func (s *session) healthy(now time.Time) bool {
 // gate counts the handlers at work. Once shut nothing enters any more, and empty
 // closes when the last one has left.
 type gate struct {
-	count  atomic.Int64 // twice the number inside, plus one when shut
-	closed chan struct{}
-	empty  chan struct{}
-	once   sync.Once
+	count atomic.Int64 // twice the number inside, plus one when shut
+	empty chan struct{}
+	once  sync.Once
 }
 
 func newGate() *gate {
-	return &gate{closed: make(chan struct{}), empty: make(chan struct{})}
+	return &gate{empty: make(chan struct{})}
 }
 
 func (g *gate) enter() bool {
@@ -504,7 +485,6 @@ func (g *gate) shut() {
 	if g.count.Load()&1 == 1 {
 		return
 	}
-	close(g.closed)
 	if g.count.Add(1) == 1 {
 		g.once.Do(func() { close(g.empty) })
 	}

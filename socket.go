@@ -26,9 +26,6 @@ const (
 	// this much per deadline is alive, however much is still waiting.
 	writeChunk = 64 << 10
 
-	// readBuffer makes one read of the socket serve many small frames.
-	readBuffer = 64 << 10
-
 	// drainGrace is how long the reader may go on after a failed write: a
 	// broker that closes says why first, and that frame may still be unread.
 	drainGrace = 100 * time.Millisecond
@@ -167,8 +164,8 @@ type socket struct {
 	writer  chan struct{}  // closed when the writer has returned
 	running sync.WaitGroup // the socket's own goroutines
 
-	in        inbound      // touched by Read's caller only
-	delivered atomic.Int64 // deliveries handed to the driver
+	in      inbound     // touched by Read's caller only
+	resting atomic.Bool // Read waits for the broker
 
 	wake  chan struct{} // tells the writer to look again
 	delay *time.Timer   // tells the writer that what is held is due
@@ -178,8 +175,6 @@ type socket struct {
 	spare    []byte        // the other of the two swap buffers
 	urgent   bool          // pending goes out now
 	held     int64         // settlements in pending
-	settled  int64         // settlements written by the driver
-	window   int64         // the prefetch that the driver asked for; 0 is no limit
 	lastHeld time.Duration // when the last one was, since start
 	due      time.Duration // when pending goes out at the latest, since start
 	armed    bool          // delay is running
@@ -196,33 +191,6 @@ type ending struct {
 	cause error
 }
 
-// inbound is the read buffer and what is known of the frames in it.
-type inbound struct {
-	buf        []byte
-	r, w       int
-	scan       scanner
-	limit      uint64 // of a message's size; 0 is no limit
-	size       uint64 // of the message that is next and larger than that
-	deliveries int64  // seen since the last Read
-}
-
-// visit counts deliveries and stops before the header of a too large message.
-func (in *inbound) visit(head []byte) bool {
-	switch head[0] {
-	case frameMethod:
-		if methodID(head) == basicDeliver {
-			in.deliveries++
-		}
-	case frameHeader:
-		size := binary.BigEndian.Uint64(head[frameHead+4:])
-		if in.limit > 0 && size > in.limit {
-			in.size = size
-			return false
-		}
-	}
-	return true
-}
-
 func newSocket(conn net.Conn, o socketOptions) *socket {
 	s := &socket{
 		conn:   conn,
@@ -233,12 +201,11 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 		writer: make(chan struct{}),
 		wake:   make(chan struct{}, 1),
 		delay:  time.NewTimer(time.Hour),
-		in:     inbound{buf: make([]byte, readBuffer), limit: o.maxMessage},
+		in:     inbound{buf: make([]byte, readBuffer)},
 	}
 	s.delay.Stop()
-	s.in.scan.visit = s.in.visit
-	s.out.visit = s.learn
-	s.lanes.open = make(map[uint16]*lane)
+	s.lanes = lanes{expected: make(map[string]*lane), on: make(map[uint16]*lane)}
+	s.out.visit = s.lanes.learn
 	if c, ok := conn.(*tls.Conn); ok {
 		s.raw = c.NetConn()
 	}
@@ -349,36 +316,6 @@ func (d *watchdog) bites(now, heard time.Duration) bool {
 	return true
 }
 
-// Read hands out what came from the broker, up to the header of a message
-// that is too large.
-func (s *socket) Read(p []byte) (int, error) {
-	if s.over.Load() {
-		return 0, s.err()
-	}
-	in := &s.in
-	if in.r == in.w {
-		n, err := s.conn.Read(in.buf)
-		in.r, in.w = 0, n
-		if n == 0 {
-			return 0, s.readFailed(err)
-		}
-	}
-	n := min(len(p), in.w-in.r)
-	n = in.scan.next(in.buf[in.r : in.r+n])
-	if n == 0 && in.size > 0 {
-		s.kill(&errMessageTooLarge{size: in.size, limit: in.limit})
-		return 0, s.err()
-	}
-	copy(p, in.buf[in.r:in.r+n])
-	in.r += n
-	s.heard.Store(int64(time.Since(s.start)))
-	if in.deliveries > 0 {
-		s.delivered.Add(in.deliveries)
-		in.deliveries = 0
-	}
-	return n, nil
-}
-
 // readFailed ends the socket for the reason of a failed read.
 func (s *socket) readFailed(err error) error {
 	if err == nil {
@@ -412,16 +349,13 @@ func (s *socket) Write(p []byte) (int, error) {
 		s.mu.Unlock()
 		return 0, s.err()
 	}
-	settlement := s.out.between() && isSettlement(methodID(p), p)
-	if !settlement {
-		s.follow(p)
-	}
+	s.follow(p)
 	s.pending = append(s.pending, p...)
 	if len(s.late) > 0 && s.out.between() {
 		s.pending = append(s.pending, s.late...)
 		s.late = s.late[:0]
 	}
-	now := s.pace(settlement)
+	now := s.urge(true)
 	s.mu.Unlock()
 	if now {
 		s.nudge()
@@ -446,28 +380,25 @@ func (s *socket) awaitRoom(n int) {
 	}
 }
 
-// pace decides whether what was just added goes out now, and with it all
-// before it, or waits for company.
-func (s *socket) pace(settlement bool) (now bool) {
-	now = s.mustGo(settlement) && !s.urgent // once urgent, the writer knows
+// urge makes what is pending go out, if it must and the writer does not know yet.
+func (s *socket) urge(must bool) (now bool) {
+	now = must && !s.urgent
 	s.urgent = s.urgent || now
 	return now
 }
 
-// mustGo lets settlements wait, and nothing else: nobody waits for an answer
-// to them. They wait while more are to come and the broker has window left.
-func (s *socket) mustGo(settlement bool) bool {
-	if s.opts.writeDelay <= 0 || !settlement {
+// mustGo lets a settlement wait, and nothing else does: nobody waits for an
+// answer to it. It waits while more are to come and the broker has window left.
+func (s *socket) mustGo(l *lane) bool {
+	if s.opts.writeDelay <= 0 {
 		return true
 	}
 	at := time.Since(s.start)
 	alone := at-s.lastHeld > s.opts.writeDelay
 	s.lastHeld = at
 	s.held++
-	s.settled = min(s.settled+1, s.delivered.Load())
-	last := s.settled == s.delivered.Load()
-	starving := s.window > 0 && 2*s.held >= s.window
-	if alone || last || starving {
+	starving := 2*s.held >= l.prefetch
+	if alone || starving || s.resting.Load() && !s.lanes.busy() {
 		return true
 	}
 	if s.held == 1 {
@@ -480,6 +411,18 @@ func (s *socket) mustGo(settlement bool) bool {
 	return false
 }
 
+// rest is called before Read waits for the broker: settlements that waited for
+// company go out if no more can follow.
+func (s *socket) rest() {
+	s.resting.Store(true)
+	s.mu.Lock()
+	now := s.urge(s.held > 0 && !s.lanes.busy())
+	s.mu.Unlock()
+	if now {
+		s.nudge()
+	}
+}
+
 // follow looks at what the driver writes, except for its very first words,
 // which are no frame.
 func (s *socket) follow(p []byte) {
@@ -487,19 +430,6 @@ func (s *socket) follow(p []byte) {
 		return
 	}
 	s.out.next(p)
-}
-
-// learn takes from the driver's frames what the socket needs to know.
-func (s *socket) learn(frame []byte) bool {
-	id := methodID(frame)
-	s.lanes.learn(s, id, frame)
-	switch {
-	case id == basicQos && len(frame) >= methodHead+6:
-		s.window = int64(binary.BigEndian.Uint16(frame[methodHead+4:]))
-	case id == channelOpen:
-		s.settled = s.delivered.Load() // what a lost channel left will never be settled
-	}
-	return true
 }
 
 func (s *socket) full(n int) bool {
@@ -680,73 +610,24 @@ func (s *socket) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-const (
-	frameMethod = 1
-	frameHeader = 2
-	frameBody   = 3
-	frameBeat   = 8
-	frameEnd    = 0xCE
-
-	// class and method in one, as on the wire
-	connectionClose   = 10<<16 | 50
-	connectionCloseOk = 10<<16 | 51
-	channelOpen       = 20<<16 | 10
-	channelClose      = 20<<16 | 40
-	channelCloseOk    = 20<<16 | 41
-	basicQos          = 60<<16 | 10
-	basicConsume      = 60<<16 | 20
-	basicDeliver      = 60<<16 | 60
-	basicAck          = 60<<16 | 80
-	basicReject       = 60<<16 | 90
-	basicNack         = 60<<16 | 120
-
-	frameHead  = 7              // type, channel, size
-	methodHead = frameHead + 4  // and class, method
-	headerHead = frameHead + 12 // and class, weight, body size
-
-	settlementSize = 21 // of ack, nack and reject alike
-)
-
-// methodID returns class and method of the frame that p begins with; 0 if it
-// is no method frame.
-func methodID(p []byte) uint32 {
-	if len(p) < methodHead || p[0] != frameMethod {
-		return 0
-	}
-	return binary.BigEndian.Uint32(p[frameHead:])
-}
-
-// isSettlement reports whether p, a method frame by its id, is one basic.ack,
-// basic.nack or basic.reject and no more: the frames that nobody waits for an
-// answer to.
-func isSettlement(id uint32, p []byte) bool {
-	switch id {
-	case basicAck, basicNack, basicReject:
-		return len(p) == settlementSize && p[settlementSize-1] == frameEnd
-	}
-	return false
-}
-
 // scanner follows the frames in a stream, by their first bytes only. What it
 // does not understand it leaves alone: judging frames is the driver's work.
 type scanner struct {
-	visit func(head []byte) bool // sees each frame's beginning; false stops before it
-	skip  uint64                 // bytes to the next frame
-	part  [headerHead]byte       // the beginning of a frame that a read cut
-	have  int                    // bytes in part
-	off   bool                   // not frames, or not any more
+	visit func(head []byte) // sees each frame's beginning
+	skip  uint64            // bytes to the next frame
+	part  [headerHead]byte  // the beginning of a frame that a read cut
+	have  int               // bytes in part
+	off   bool              // not frames, or not any more
 }
 
-// next goes over the following bytes of the stream. It returns their number,
-// or less if visit stopped it.
-func (c *scanner) next(b []byte) int {
-	n := 0
-	for n < len(b) && !c.off {
+// next goes over the following bytes of the stream.
+func (c *scanner) next(b []byte) {
+	for len(b) > 0 && !c.off {
 		if c.skip > 0 {
-			n += c.pass(b[n:])
+			b = b[c.pass(b):]
 			continue
 		}
-		head := c.head(b[n:])
+		head := c.head(b)
 		if head == nil {
 			break
 		}
@@ -756,14 +637,11 @@ func (c *scanner) next(b []byte) int {
 			c.off = true
 			break
 		}
-		if !c.visit(head) {
-			return n
-		}
-		n += need - c.have
+		c.visit(head)
+		b = b[need-c.have:]
 		c.have = 0
 		c.skip = length + frameHead + 1 - uint64(need)
 	}
-	return len(b)
 }
 
 // between tells whether the stream is between two frames.
@@ -791,18 +669,4 @@ func (c *scanner) head(b []byte) []byte {
 		return nil
 	}
 	return c.part[:]
-}
-
-// needed is how much of a frame of this type the scanner looks at; 0 means
-// that there is no such type.
-func needed(typ byte) int {
-	switch typ {
-	case frameMethod:
-		return methodHead
-	case frameHeader:
-		return headerHead
-	case frameBody, frameBeat:
-		return frameHead
-	}
-	return 0
 }

@@ -128,16 +128,34 @@ func deliveryOf(tag uint64, body []byte) []byte {
 
 var heartbeatFrame = frameOf(frameBeat, 0)
 
-// deliver makes the driver's side of s take n deliveries.
-func deliver(t *testing.T, s *socket, far net.Conn, n int) {
+// openLane is the lane of consumer t on a channel, as if the driver had just
+// written its basic.consume.
+func openLane(s *socket, channel uint16, prefetch int) *lane {
+	l := s.lane("t", prefetch)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lanes.learn(consumeFrame(channel, "t"))
+	return l
+}
+
+// consumer is a socket with a driver that reads and a lane on channel 1.
+func consumer(t *testing.T, o socketOptions, prefetch int) (*lane, *wire, net.Conn) {
+	t.Helper()
+	s, w, far := pipe(t, o)
+	go func() { _, _ = io.Copy(io.Discard, s) }()
+	return openLane(s, 1, prefetch), w, far
+}
+
+// deliver returns once n deliveries have reached their lane, in a bubble.
+func deliver(t *testing.T, far net.Conn, n int) {
 	t.Helper()
 	var b []byte
 	for tag := range n {
 		b = append(b, deliveryOf(uint64(tag+1), []byte("body"))...)
 	}
-	go func() { _, _ = far.Write(b) }()
-	_, err := io.ReadFull(s, make([]byte, len(b)))
+	_, err := far.Write(b)
 	require.NoError(t, err)
+	synctest.Wait()
 }
 
 // collect reads all that arrives at far.
@@ -344,12 +362,13 @@ func beat(s *socket, w io.Writer) {
 	}
 }
 
-// settleInto writes acks until the socket takes no more; the peer must not read.
+// settleInto settles until the socket takes no more; the peer must not read.
 func settleInto(s *socket, acks int) <-chan error {
+	l := openLane(s, 1, 1)
 	result := make(chan error, 1)
 	go func() {
 		for tag := range acks {
-			if _, err := s.Write(ackOf(uint64(tag + 1))); err != nil {
+			if err := l.settle(basicAck, uint64(tag+1), 0); err != nil {
 				result <- err
 				return
 			}
@@ -467,13 +486,12 @@ func TestSlowReaderStaysAlive(t *testing.T) {
 
 func TestLoneSettlementLeavesAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		s, w, far := pipe(t, socketLimits)
+		l, w, far := consumer(t, socketLimits, 1)
 		arrived := collect(far)
 		began := time.Now()
-		for tag := range uint64(10) { // prefetch 1
-			deliver(t, s, far, 1)
-			_, err := s.Write(ackOf(tag + 1))
-			require.NoError(t, err)
+		for tag := range uint64(10) {
+			deliver(t, far, 1)
+			require.NoError(t, l.settle(basicAck, tag+1, 0))
 			synctest.Wait()
 			assert.Len(t, arrived.bytes(), int(tag+1)*settlementSize)
 		}
@@ -484,13 +502,12 @@ func TestLoneSettlementLeavesAtOnce(t *testing.T) {
 
 func TestSettlementOfASlowHandlerLeavesAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		s, _, far := pipe(t, socketLimits)
+		l, _, far := consumer(t, socketLimits, 32)
 		arrived := collect(far)
-		deliver(t, s, far, 32)
+		deliver(t, far, 32)
 		for tag := range uint64(10) {
 			time.Sleep(2 * time.Millisecond)
-			_, err := s.Write(ackOf(tag + 1))
-			require.NoError(t, err)
+			require.NoError(t, l.settle(basicAck, tag+1, 0))
 			synctest.Wait()
 			assert.Len(t, arrived.bytes(), int(tag+1)*settlementSize, "no company comes within the write delay")
 		}
@@ -499,35 +516,28 @@ func TestSettlementOfASlowHandlerLeavesAtOnce(t *testing.T) {
 
 func TestBurstOfSettlementsSharesWrites(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		s, w, far := pipe(t, socketLimits)
+		l, w, far := consumer(t, socketLimits, 256)
 		arrived := collect(far)
-		prefetch := methodOf(1, 60, 10, 0, 0, 0, 0, 1, 0, 0) // 256
-		_, err := s.Write(prefetch)
-		require.NoError(t, err)
-		synctest.Wait()
-		before := w.writes()
-		deliver(t, s, far, 256)
+		deliver(t, far, 256)
 		began := time.Now()
 		for tag := range uint64(256) {
-			_, err := s.Write(ackOf(tag + 1))
-			require.NoError(t, err)
+			require.NoError(t, l.settle(basicAck, tag+1, 0))
 			synctest.Wait() // the writer is never behind
 		}
-		assert.Len(t, arrived.bytes(), len(prefetch)+256*settlementSize, "the last one waits for nobody")
+		assert.Len(t, arrived.bytes(), 256*settlementSize, "the last one waits for nobody")
 		assert.Zero(t, time.Since(began))
-		assert.LessOrEqual(t, w.writes()-before, 4, "half a window each")
+		assert.LessOrEqual(t, w.writes(), 4, "half a window each")
 	})
 }
 
 func TestSettlementWaitsNoLongerThanTheWriteDelay(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		s, _, far := pipe(t, socketLimits)
+		l, _, far := consumer(t, socketLimits, 100)
 		arrived := collect(far)
-		deliver(t, s, far, 100)
+		deliver(t, far, 100)
 		began := time.Now()
 		for tag := range uint64(10) {
-			_, err := s.Write(ackOf(tag + 1))
-			require.NoError(t, err)
+			require.NoError(t, l.settle(basicAck, tag+1, 0))
 		}
 		synctest.Wait()
 		require.Less(t, len(arrived.bytes()), 10*settlementSize)
@@ -540,19 +550,19 @@ func TestSettlementWaitsNoLongerThanTheWriteDelay(t *testing.T) {
 
 func TestLostChannelDoesNotMakeTheNextOneWait(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		s, _, far := pipe(t, socketLimits)
+		first, _, far := consumer(t, socketLimits, 100)
 		arrived := collect(far)
-		deliver(t, s, far, 100) // on a channel that is lost before they are settled
-		opened := methodOf(2, 20, 10, 0)
-		_, err := s.Write(opened)
+		deliver(t, far, 100)
+		closed := methodOf(1, 20, 41)
+		_, err := first.socket.Write(closed) // before they are settled
 		require.NoError(t, err)
-		deliver(t, s, far, 2)
+		second := openLane(first.socket, 1, 100)
+		deliver(t, far, 2)
 		for tag := range uint64(2) {
-			_, err := s.Write(ackOf(tag + 1))
-			require.NoError(t, err)
+			require.NoError(t, second.settle(basicAck, tag+1, 0))
 		}
 		synctest.Wait()
-		assert.Len(t, arrived.bytes(), len(opened)+2*settlementSize)
+		assert.Len(t, arrived.bytes(), len(closed)+2*settlementSize)
 	})
 }
 
@@ -565,15 +575,16 @@ func TestOtherFramesTakeHeldSettlementsAlong(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
-				s, _, far := pipe(t, socketLimits)
+				l, _, far := consumer(t, socketLimits, 100)
 				arrived := collect(far)
-				deliver(t, s, far, 100)
+				deliver(t, far, 100)
 				want := slicesOf(ackOf(1), ackOf(2), ackOf(3), frame)
 				began := time.Now()
-				for _, b := range [][]byte{ackOf(1), ackOf(2), ackOf(3), frame} {
-					_, err := s.Write(b)
-					require.NoError(t, err)
+				for tag := range uint64(3) {
+					require.NoError(t, l.settle(basicAck, tag+1, 0))
 				}
+				_, err := l.socket.Write(frame)
+				require.NoError(t, err)
 				synctest.Wait()
 				assert.Equal(t, want, arrived.bytes(), "in order")
 				assert.Zero(t, time.Since(began))
@@ -588,12 +599,11 @@ func TestWriteDelayZeroNeverWaits(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		o := socketLimits
 		o.writeDelay = 0
-		s, _, far := pipe(t, o)
+		l, _, far := consumer(t, o, 100)
 		arrived := collect(far)
-		deliver(t, s, far, 100)
+		deliver(t, far, 100)
 		for tag := range uint64(5) {
-			_, err := s.Write(ackOf(tag + 1))
-			require.NoError(t, err)
+			require.NoError(t, l.settle(basicAck, tag+1, 0))
 			synctest.Wait()
 			assert.Len(t, arrived.bytes(), int(tag+1)*settlementSize)
 		}
@@ -620,14 +630,14 @@ func TestFramesWrittenDuringAWriteShareTheNext(t *testing.T) {
 
 func TestCloseFlushesWhatIsHeld(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		s, w, far := pipe(t, socketLimits)
+		l, w, far := consumer(t, socketLimits, 100)
+		s := l.socket
 		arrived := collect(far)
-		deliver(t, s, far, 100)
+		deliver(t, far, 100)
 		var want []byte
 		for tag := range uint64(20) {
 			want = append(want, ackOf(tag+1)...)
-			_, err := s.Write(ackOf(tag + 1))
-			require.NoError(t, err)
+			require.NoError(t, l.settle(basicAck, tag+1, 0))
 		}
 		require.NoError(t, s.Close())
 		<-arrived.ended
@@ -805,47 +815,6 @@ func TestSizeLimitOffLetsEverythingPass(t *testing.T) {
 	})
 }
 
-func TestScannerLeavesWhatIsNoFrameToTheDriver(t *testing.T) {
-	for name, stream := range map[string][]byte{
-		"another protocol": []byte("AMQP\x00\x00\x09\x01 and whatever follows, however long it is"),
-		"no frame end":     append(heartbeatFrame[:7:7], 0x00, 2, 0, 1, 0, 0, 0, 14, 0, 60, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255, 0, 0, frameEnd),
-		"short method":     slicesOf(frameOf(frameMethod, 1, 1), headerOf(1<<62)),
-		"short header":     slicesOf(frameOf(frameHeader, 1, 1, 2, 3), headerOf(1<<62)),
-	} {
-		t.Run(name, func(t *testing.T) {
-			in := inbound{limit: 10}
-			in.scan.visit = in.visit
-			for i := range stream {
-				assert.Equal(t, 1, in.scan.next(stream[i:i+1]))
-				assert.Zero(t, in.size)
-			}
-		})
-	}
-}
-
-// FuzzScanner checks that where reads cut the stream changes nothing.
-func FuzzScanner(f *testing.F) {
-	f.Add(deliveryOf(1, []byte("body")), uint64(1))
-	f.Add(slicesOf(deliveryOf(1, nil), heartbeatFrame, deliveryOf(2, make([]byte, 300))), uint64(2))
-	f.Add(slicesOf(headerOf(101), ackOf(1)), uint64(3))
-	f.Add([]byte("AMQP\x00\x00\x09\x01"), uint64(4))
-	f.Fuzz(func(t *testing.T, stream []byte, seed uint64) {
-		whole, cut := inbound{limit: 100}, inbound{limit: 100}
-		whole.scan.visit, cut.scan.visit = whole.visit, cut.visit
-		n := whole.scan.next(stream)
-
-		r := mathrand.New(mathrand.NewPCG(seed, seed))
-		total := 0
-		for total < len(stream) && cut.size == 0 {
-			total += cut.scan.next(stream[total : total+1+r.IntN(len(stream)-total)])
-		}
-		require.Equal(t, whole.size, cut.size)
-		require.Equal(t, whole.deliveries, cut.deliveries)
-		require.GreaterOrEqual(t, total, n)
-		require.Less(t, total, n+headerHead+1)
-	})
-}
-
 // FuzzWrites checks order and integrity under random frames, delays and
 // partial writes.
 func FuzzWrites(f *testing.F) {
@@ -864,6 +833,8 @@ func FuzzWrites(f *testing.F) {
 func playWrites(t *testing.T, script []byte, r *mathrand.Rand) {
 	near, far := net.Pipe()
 	s := newSocket(&wire{Conn: near, cut: mathrand.New(mathrand.NewPCG(r.Uint64(), 0))}, socketLimits)
+	l := openLane(s, 1, 100)
+	go func() { _, _ = io.Copy(io.Discard, s) }()
 	var got bytes.Buffer
 	ended := make(chan struct{})
 	go func() {
@@ -880,19 +851,23 @@ func playWrites(t *testing.T, script []byte, r *mathrand.Rand) {
 
 	var want []byte
 	for i, op := range script {
-		frame := ackOf(uint64(i + 1))
+		var frame []byte
 		switch op % 8 {
-		case 0, 1, 2:
 		case 3:
 			frame = heartbeatFrame
 		case 4:
 			frame = frameOf(frameBody, 1, bytes.Repeat([]byte{op}, 1+i*257)...)
 		case 5:
-			deliver(t, s, far, 1+int(op))
+			deliver(t, far, 1+int(op))
 		case 6:
 			time.Sleep(time.Duration(op) * 10 * time.Microsecond)
 		case 7:
 			synctest.Wait()
+		}
+		if frame == nil {
+			want = append(want, ackOf(uint64(i+1))...)
+			require.NoError(t, l.settle(basicAck, uint64(i+1), 0))
+			continue
 		}
 		want = append(want, frame...)
 		n, err := s.Write(frame)
@@ -1091,18 +1066,17 @@ type swallow struct{ net.Conn }
 func (swallow) Write(p []byte) (int, error)      { return len(p), nil }
 func (swallow) SetWriteDeadline(time.Time) error { return nil }
 
-// BenchmarkSocketWriteSettlement is what the socket itself adds to one ack.
-func BenchmarkSocketWriteSettlement(b *testing.B) {
+// BenchmarkLaneSettle is one ack put on its way.
+func BenchmarkLaneSettle(b *testing.B) {
 	near, far := net.Pipe()
 	defer far.Close()
 	s := newSocket(swallow{near}, socketLimits)
 	defer s.wait()
 	defer s.kill(nil)
-	ack := ackOf(1)
-	s.delivered.Store(1 << 40)
+	l := openLane(s, 1, 1000)
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := s.Write(ack); err != nil {
+		if err := l.settle(basicAck, 1, 0); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -1123,36 +1097,24 @@ func BenchmarkSocketWriteHeartbeat(b *testing.B) {
 	}
 }
 
-// replay is a connection that repeats the same bytes for ever.
-type replay struct {
-	net.Conn
-	stream []byte
-}
-
-func (r replay) Read(p []byte) (int, error) { return copy(p, r.stream), nil }
-
-// BenchmarkSocketReadDelivery is what the socket itself adds to one delivery.
-func BenchmarkSocketReadDelivery(b *testing.B) {
+// BenchmarkLaneDeliver is one delivery made of its three frames and taken.
+func BenchmarkLaneDeliver(b *testing.B) {
 	near, far := net.Pipe()
 	defer far.Close()
-	delivery := deliveryOf(1, make([]byte, 100))
-	o := socketLimits
-	o.maxMessage = 16 << 20
-	s := newSocket(replay{near, bytes.Repeat(delivery, readBuffer/len(delivery))}, o)
+	s := newSocket(near, socketLimits)
 	defer s.wait()
 	defer s.kill(nil)
-	buf := make([]byte, 4096) // as the driver reads
+	l := openLane(s, 1, 1)
+	delivery := deliveryOf(1, make([]byte, 100))
 	b.ReportAllocs()
-	left := 0
 	for b.Loop() {
-		for left < len(delivery) {
-			n, err := s.Read(buf)
-			if err != nil {
-				b.Fatal(err)
-			}
-			left += n
+		s.in.r, s.in.w = 0, copy(s.in.buf, delivery)
+		if _, err := s.sift(nil); err != nil {
+			b.Fatal(err)
 		}
-		left -= len(delivery)
+		if d, _ := l.take(); len(d.Body) != 100 {
+			b.Fatal("not the delivery")
+		}
 	}
 }
 
@@ -1164,10 +1126,9 @@ func TestLaneKeepsOutOfALongFrame(t *testing.T) {
 		arrived := collect(far)
 		consume := methodOf(1, 60, 20, 0, 0, 1, 'q', 1, 't', 0, 0, 0, 0, 0)
 		long := methodOf(0, 10, 70, make([]byte, 6000)...)
+		l := s.lane("t", 1)
 		_, err := s.Write(consume)
 		require.NoError(t, err)
-		l := s.lane("t")
-		require.NotNil(t, l)
 		_, err = s.Write(long[:4096])
 		require.NoError(t, err)
 		require.NoError(t, l.settle(basicAck, 7, 0))
@@ -1183,11 +1144,8 @@ func TestLaneEndsWithACloseThatSharesAWrite(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		s, _, far := pipe(t, socketLimits)
 		collect(far)
-		_, err := s.Write(methodOf(1, 60, 20, 0, 0, 1, 'q', 1, 't', 0, 0, 0, 0, 0))
-		require.NoError(t, err)
-		l := s.lane("t")
-		require.NotNil(t, l)
-		_, err = s.Write(slicesOf(frameOf(frameBody, 2, 1, 2, 3), methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0)))
+		l := openLane(s, 1, 1)
+		_, err := s.Write(slicesOf(frameOf(frameBody, 2, 1, 2, 3), methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0)))
 		require.NoError(t, err)
 		assert.ErrorIs(t, l.settle(basicAck, 7, 0), net.ErrClosed)
 	})

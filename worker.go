@@ -75,23 +75,14 @@ func (p *pool) work(at *link) {
 	}
 }
 
-// serve handles the deliveries of s until there are no more. Each is received
-// right into the Delivery its handler gets.
+// serve handles the deliveries of s until there are no more.
 func (p *pool) serve(s *session) {
 	for {
-		d := new(Delivery)
-		var ok bool
-		select {
-		case <-s.gate.closed:
-			return
-		case d.Delivery, ok = <-s.deliveries:
-		}
+		d, ok := s.lane.take()
 		if !ok {
-			s.starved.notify(nil)
 			return
 		}
-		// The driver may hand out deliveries of a channel that is gone, and
-		// select may prefer them to the end of the session.
+		// What had been delivered before the session ended is still there.
 		if !s.gate.enter() {
 			s.handBack(d.DeliveryTag)
 			return

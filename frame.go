@@ -1,0 +1,316 @@
+package steadymq
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+const (
+	frameMethod = 1
+	frameHeader = 2
+	frameBody   = 3
+	frameBeat   = 8
+	frameEnd    = 0xCE
+
+	// class and method in one, as on the wire
+	connectionClose   = 10<<16 | 50
+	connectionCloseOk = 10<<16 | 51
+	channelOpen       = 20<<16 | 10
+	channelClose      = 20<<16 | 40
+	channelCloseOk    = 20<<16 | 41
+	basicConsume      = 60<<16 | 20
+	basicDeliver      = 60<<16 | 60
+	basicAck          = 60<<16 | 80
+	basicReject       = 60<<16 | 90
+	basicNack         = 60<<16 | 120
+
+	frameHead  = 7              // type, channel, size
+	methodHead = frameHead + 4  // and class, method
+	headerHead = frameHead + 12 // and class, weight, body size
+
+	settlementSize = 21 // of ack, nack and reject alike
+)
+
+// heartbeat is a whole heartbeat frame.
+var heartbeat = []byte{frameBeat, 0, 0, 0, 0, 0, 0, frameEnd}
+
+// errGarbled says that the broker's frames make no sense.
+var errGarbled = errors.New("the broker sent a message that cannot be read")
+
+// methodID returns class and method of the frame that p begins with; 0 if it
+// is no method frame.
+func methodID(p []byte) uint32 {
+	if len(p) < methodHead || p[0] != frameMethod {
+		return 0
+	}
+	return binary.BigEndian.Uint32(p[frameHead:])
+}
+
+// needed is how much of a frame of this type tells what to do with it; 0 means
+// that there is no such type.
+func needed(typ byte) int {
+	switch typ {
+	case frameMethod:
+		return methodHead
+	case frameHeader:
+		return headerHead
+	case frameBody, frameBeat:
+		return frameHead
+	}
+	return 0
+}
+
+// fields reads the payload of a frame. It takes and refuses what the driver
+// takes and refuses, and gives values the same Go types.
+type fields struct {
+	b   []byte
+	err error // the first one; what is read after it is zero
+}
+
+func (f *fields) take(n int) []byte {
+	switch {
+	case f.err != nil:
+	case n <= len(f.b):
+		p := f.b[:n]
+		f.b = f.b[n:]
+		return p
+	case len(f.b) == 0:
+		f.err = io.EOF
+	default:
+		f.err = io.ErrUnexpectedEOF
+	}
+	return nil
+}
+
+func (f *fields) octet() byte {
+	if p := f.take(1); p != nil {
+		return p[0]
+	}
+	return 0
+}
+
+func (f *fields) short() uint16 {
+	if p := f.take(2); p != nil {
+		return binary.BigEndian.Uint16(p)
+	}
+	return 0
+}
+
+func (f *fields) long() uint32 {
+	if p := f.take(4); p != nil {
+		return binary.BigEndian.Uint32(p)
+	}
+	return 0
+}
+
+func (f *fields) longlong() uint64 {
+	if p := f.take(8); p != nil {
+		return binary.BigEndian.Uint64(p)
+	}
+	return 0
+}
+
+func (f *fields) timestamp() time.Time {
+	seconds := int64(f.longlong())
+	if f.err != nil {
+		return time.Time{}
+	}
+	return time.Unix(seconds, 0)
+}
+
+func (f *fields) shortstr() []byte { return f.take(int(f.octet())) }
+
+func (f *fields) longstr() []byte {
+	n := f.long()
+	if n > math.MaxInt32 {
+		f.fail(errSyntax)
+		return nil
+	}
+	return f.take(int(n))
+}
+
+func (f *fields) fail(err error) {
+	if f.err == nil {
+		f.err = err
+	}
+}
+
+var errSyntax = errors.New("invalid field")
+
+// The driver's limits: how deep tables and arrays may nest, and how much is in one.
+const (
+	maxDepth   = 32
+	maxEntries = 8192
+)
+
+func (f *fields) table(depth int) amqp.Table {
+	if depth > maxDepth {
+		f.fail(errSyntax)
+		return nil
+	}
+	in := fields{b: f.longstr(), err: f.err}
+	t := make(amqp.Table)
+	for len(in.b) > 0 && in.err == nil {
+		key := string(in.shortstr())
+		value := in.value(depth)
+		if len(t) >= maxEntries {
+			in.fail(errSyntax)
+		}
+		t[key] = value
+	}
+	f.err = in.err
+	return t
+}
+
+// array ends, as the driver's does, where a value is missing.
+func (f *fields) array(depth int) []any {
+	if depth > maxDepth {
+		f.fail(errSyntax)
+		return nil
+	}
+	n := f.long()
+	if n > math.MaxInt32 {
+		f.fail(errSyntax)
+	}
+	if f.err != nil {
+		return nil
+	}
+	in := fields{b: f.b[:min(int(n), len(f.b))]}
+	f.b = f.b[len(in.b):]
+	var all []any
+	for {
+		value := in.value(depth)
+		if errors.Is(in.err, io.EOF) {
+			return all
+		}
+		if len(all) >= maxEntries {
+			in.fail(errSyntax)
+		}
+		if in.err != nil {
+			f.err = in.err
+			return nil
+		}
+		all = append(all, value)
+	}
+}
+
+func (f *fields) value(depth int) any {
+	switch typ := f.octet(); typ {
+	case 't':
+		return f.octet() != 0
+	case 'B':
+		return f.octet()
+	case 'b':
+		return int8(f.octet())
+	case 's':
+		return int16(f.short())
+	case 'u':
+		return f.short()
+	case 'I':
+		return int32(f.long())
+	case 'i':
+		return f.long()
+	case 'l':
+		return int64(f.longlong())
+	case 'f':
+		return math.Float32frombits(f.long())
+	case 'd':
+		return math.Float64frombits(f.longlong())
+	case 'D':
+		return amqp.Decimal{Scale: f.octet(), Value: int32(f.long())}
+	case 'S':
+		return string(f.longstr())
+	case 'T':
+		return f.timestamp()
+	case 'A':
+		return f.array(depth + 1)
+	case 'F':
+		return f.table(depth + 1)
+	case 'x':
+		return append([]byte{}, f.longstr()...)
+	case 'V':
+		return nil
+	}
+	f.fail(errSyntax)
+	return nil
+}
+
+// memo spares the copy of a text that is the same in most messages.
+type memo string
+
+func (m *memo) of(b []byte) string {
+	if string(b) != string(*m) {
+		*m = memo(b)
+	}
+	return string(*m)
+}
+
+// memos are of one consumer.
+type memos struct {
+	exchange, routingKey, contentType, contentEncoding, replyTo, kind, user, app memo
+}
+
+// deliver reads a basic.deliver behind its consumer tag.
+func (m *memos) deliver(f *fields, d *amqp.Delivery) {
+	d.DeliveryTag = f.longlong()
+	d.Redelivered = f.octet()&1 != 0
+	d.Exchange = m.exchange.of(f.shortstr())
+	d.RoutingKey = m.routingKey.of(f.shortstr())
+}
+
+// properties reads a content header behind its body size. The highest bit of
+// the flags is the first property (AMQP 0-9-1, 4.2.6.1).
+func (m *memos) properties(f *fields, d *amqp.Delivery) {
+	flags := f.short()
+	has := func(bit int) bool { return flags&(1<<bit) != 0 && f.err == nil }
+	if has(15) {
+		d.ContentType = m.contentType.of(f.shortstr())
+	}
+	if has(14) {
+		d.ContentEncoding = m.contentEncoding.of(f.shortstr())
+	}
+	if has(13) {
+		d.Headers = f.table(0)
+	}
+	if has(12) {
+		d.DeliveryMode = f.octet()
+	}
+	if has(11) {
+		d.Priority = f.octet()
+	}
+	if has(10) {
+		d.CorrelationId = string(f.shortstr())
+	}
+	if has(9) {
+		d.ReplyTo = m.replyTo.of(f.shortstr())
+	}
+	if has(8) {
+		d.Expiration = string(f.shortstr())
+	}
+	if has(7) {
+		d.MessageId = string(f.shortstr())
+	}
+	if has(6) {
+		d.Timestamp = f.timestamp()
+	}
+	if has(5) {
+		d.Type = m.kind.of(f.shortstr())
+	}
+	if has(4) {
+		d.UserId = m.user.of(f.shortstr())
+	}
+	if has(3) {
+		d.AppId = m.app.of(f.shortstr())
+	}
+	if has(2) {
+		f.shortstr() // reserved
+	}
+}
+
+func garbled(err error) error { return fmt.Errorf("%w: %w", errGarbled, err) }

@@ -1,0 +1,378 @@
+package steadymq
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	mathrand "math/rand/v2"
+	"net"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// messageOf is a delivery with the given properties, flags first, in the frames
+// of its body.
+func messageOf(channel uint16, tag uint64, properties []byte, bodies ...string) []byte {
+	size := 0
+	for _, b := range bodies {
+		size += len(b)
+	}
+	args := binary.BigEndian.AppendUint64([]byte{1, 't'}, tag)
+	args = append(args, 1, 1, 'x', 3, 'k', 'e', 'y') // redelivered, exchange x, routing key key
+	frames := methodOf(channel, 60, 60, args...)
+	header := binary.BigEndian.AppendUint64([]byte{0, 60, 0, 0}, uint64(size))
+	frames = append(frames, frameOf(frameHeader, channel, append(header, properties...)...)...)
+	for _, b := range bodies {
+		frames = append(frames, frameOf(frameBody, channel, []byte(b)...)...)
+	}
+	return frames
+}
+
+// sorted lets a socket with a lane of consumer t on channel 1 read stream in
+// pieces. It returns what the driver gets, the lane's deliveries, and the cause
+// of the socket's end.
+func sorted(t testing.TB, stream []byte, limit uint64, piece func(left int) int) (driver []byte, deliveries []amqp.Delivery, cause error) {
+	ours, theirs := net.Pipe()
+	s := newSocket(ours, socketOptions{maxMessage: limit})
+	defer s.wait()
+	defer s.kill(nil)
+	l := openLane(s, 1, 1)
+	go func() {
+		for len(stream) > 0 {
+			n := piece(len(stream))
+			if _, err := theirs.Write(stream[:n]); err != nil {
+				return
+			}
+			stream = stream[n:]
+		}
+		_ = theirs.Close()
+	}()
+	buf := make([]byte, 100)
+	for {
+		n, err := s.Read(buf)
+		driver = append(driver, buf[:n]...)
+		if err != nil {
+			break
+		}
+	}
+	l.close()
+	for _, d := range l.clear() {
+		deliveries = append(deliveries, d.Delivery)
+	}
+	return driver, deliveries, s.cause()
+}
+
+func whole(left int) int { return left }
+
+func TestLaneTakesItsDeliveriesAndTheDriverAllElse(t *testing.T) {
+	others := bytes.Replace(messageOf(1, 7, []byte{0, 0}, "theirs"), []byte{1, 't'}, []byte{1, 'u'}, 1)
+	got := methodOf(1, 60, 71, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 'q', 0, 0, 0, 0)
+	reply := headerOf(3)
+	body := frameOf(frameBody, 1, 'g', 'e', 't')
+	driver, deliveries, _ := sorted(t, slicesOf(
+		messageOf(1, 1, []byte{0, 0}, "one"), heartbeatFrame,
+		messageOf(2, 5, []byte{0, 0}, "channel 2"),
+		messageOf(1, 2, []byte{0, 0}), others, got, reply, body,
+		messageOf(1, 3, []byte{0, 0}, "th", "", "ree"),
+	), 0, whole)
+	assert.Equal(t, slicesOf(heartbeatFrame, messageOf(2, 5, []byte{0, 0}, "channel 2"), others, got, reply, body), driver)
+	require.Len(t, deliveries, 3)
+	for i, want := range []string{"one", "", "three"} {
+		d := deliveries[i]
+		assert.Equal(t, uint64(i+1), d.DeliveryTag)
+		assert.Equal(t, []byte(want), d.Body)
+		assert.Equal(t, "t", d.ConsumerTag)
+		assert.Equal(t, "x", d.Exchange)
+		assert.Equal(t, "key", d.RoutingKey)
+		assert.True(t, d.Redelivered)
+	}
+}
+
+// On two channels of one connection frames of two messages may alternate.
+func TestLanesOfTwoChannelsReadInterleavedMessages(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		first, _, far := consumer(t, socketLimits, 1)
+		second := openLane(first.socket, 2, 1)
+		a, b := messageOf(1, 1, []byte{0, 0}, "first"), messageOf(2, 1, []byte{0, 0}, "second")
+		for len(a)+len(b) > 0 {
+			for _, stream := range []*[]byte{&a, &b} {
+				if len(*stream) == 0 {
+					continue
+				}
+				n := frameHead + int(binary.BigEndian.Uint32((*stream)[3:])) + 1
+				_, err := far.Write((*stream)[:n])
+				require.NoError(t, err)
+				*stream = (*stream)[n:]
+			}
+		}
+		d, _ := first.take()
+		assert.Equal(t, "first", string(d.Body))
+		d, _ = second.take()
+		assert.Equal(t, "second", string(d.Body))
+	})
+}
+
+func TestBrokenFramesEndTheSocketOrAreTheDrivers(t *testing.T) {
+	message := messageOf(1, 1, []byte{0, 0}, "body")
+	at := func(i int, b byte) []byte {
+		p := bytes.Clone(message)
+		if i < 0 {
+			i += len(p)
+		}
+		p[i] = b
+		return p
+	}
+	method := len(methodOf(1, 60, 60, make([]byte, 17)...))
+	for name, stream := range map[string][]byte{
+		"no end of the method":       at(method-1, 0),
+		"no end of the header":       at(method+headerHead+2, 0),
+		"no end of the body":         at(-1, 0),
+		"a body longer than it said": at(method+headerHead-1, 3),
+		"properties cut off":         messageOf(1, 1, []byte{0x80, 0, 9, 'a'}, "body"),
+		"an unknown kind of field":   messageOf(1, 1, append([]byte{0x20, 0, 0, 0, 0, 3}, 1, 'k', '?'), "body"),
+		"a delivery without its tag": frameOf(frameMethod, 1, 0, 60, 0, 60, 1, 't'),
+	} {
+		t.Run(name, func(t *testing.T) {
+			driver, deliveries, cause := sorted(t, stream, 0, whole)
+			assert.ErrorIs(t, cause, errGarbled)
+			assert.Empty(t, deliveries)
+			assert.Empty(t, driver)
+		})
+	}
+	for name, stream := range map[string][]byte{
+		"another protocol":      []byte("AMQP\x00\x00\x09\x01 and whatever follows, however long it is"),
+		"an unknown frame":      slicesOf([]byte{7}, message),
+		"a short method":        slicesOf(frameOf(frameMethod, 1, 1), message),
+		"a short header":        slicesOf(frameOf(frameHeader, 1, 1, 2, 3), message),
+		"a header by itself":    headerOf(4),
+		"a body by itself":      frameOf(frameBody, 1, 1, 2, 3),
+		"longer than agreed":    frameOf(frameMethod, 1, append([]byte{0, 60, 0, 60, 1, 't'}, make([]byte, frameSize)...)...),
+		"a method in between":   slicesOf(methodOf(1, 60, 30, 1, 't', 0), headerOf(4)),
+		"heartbeat with a body": frameOf(frameBeat, 0, 1, 2),
+	} {
+		t.Run(name, func(t *testing.T) {
+			driver, deliveries, cause := sorted(t, stream, 0, whole)
+			assert.ErrorIs(t, cause, errPeerClosed)
+			assert.Empty(t, deliveries)
+			assert.Equal(t, stream, driver)
+		})
+	}
+}
+
+// A method of the same channel ends a message that is not complete, as it does
+// in the driver.
+func TestMethodInterruptsAMessage(t *testing.T) {
+	cut := messageOf(1, 1, []byte{0, 0}, "one")
+	method := methodOf(1, 60, 30, 1, 't', 0)
+	driver, deliveries, _ := sorted(t, slicesOf(cut[:len(cut)-len("one")-frameHead-1], method, messageOf(1, 2, []byte{0, 0}, "two")), 0, whole)
+	assert.Equal(t, method, driver)
+	require.Len(t, deliveries, 1)
+	assert.Equal(t, "two", string(deliveries[0].Body))
+}
+
+func TestNothingOfAClosedChannelReachesTheDriver(t *testing.T) {
+	closed := methodOf(1, 20, 40, 1, 0x96, 0, 0, 60, 0, 80)
+	foreign := bytes.Replace(messageOf(1, 7, []byte{0, 0}, "theirs"), []byte{1, 't'}, []byte{1, 'u'}, 1)
+	driver, deliveries, _ := sorted(t, slicesOf(closed, messageOf(1, 1, []byte{0, 0}, "late"), foreign, closed, heartbeatFrame), 0, whole)
+	assert.Equal(t, slicesOf(closed, heartbeatFrame), driver)
+	assert.Empty(t, deliveries)
+}
+
+func TestChannelOpenedAgainIsAnotherChannel(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		first, _, far := consumer(t, socketLimits, 1)
+		collect(far)
+		closed := methodOf(1, 20, 40, 1, 0x96, 0, 0, 60, 0, 80)
+		_, err := far.Write(closed)
+		require.NoError(t, err)
+		synctest.Wait()
+		_, err = first.socket.Write(slicesOf(methodOf(1, 20, 41), methodOf(1, 20, 10, 0)))
+		require.NoError(t, err)
+		second := openLane(first.socket, 1, 1)
+		deliver(t, far, 1)
+		d, _ := second.take()
+		assert.EqualValues(t, 1, d.DeliveryTag)
+		assert.Empty(t, first.next)
+	})
+}
+
+// The driver ends a connection that is silent for 1.5 heartbeats, and does not
+// see the deliveries: it must hear from them all the same, and no longer than they
+// come.
+func TestDeliveriesAreASignOfLifeForTheDriver(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		conn := open(t, s, far)
+		l := openLane(s, 1, 1)
+		collect(far)
+		for tag := range uint64(300) {
+			time.Sleep(time.Second)
+			deliver(t, far, 1)
+			_, _ = l.take()
+			require.NoError(t, l.settle(basicAck, tag+1, 0))
+		}
+		require.False(t, conn.IsClosed())
+		began := time.Now()
+		<-s.done()
+		assert.LessOrEqual(t, time.Since(began), 15*time.Second+beatEvery, "1.5 heartbeats")
+		_ = conn.Close()
+	})
+}
+
+func TestMoreThanThePrefetchIsKept(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		l, _, far := consumer(t, socketLimits, 2) // and a stream's chunk of 100
+		deliver(t, far, 100)
+		for tag := range uint64(100) {
+			d, ok := l.take()
+			require.True(t, ok)
+			require.Equal(t, tag+1, d.DeliveryTag, "in order")
+		}
+	})
+}
+
+func TestInboxUnderManyHands(t *testing.T) {
+	const workers, messages = 4, 20_000
+	for _, size := range []int{1, 3, 256} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			box := newInbox(size)
+			var mu sync.Mutex
+			seen := make(map[uint64]int)
+			var working sync.WaitGroup
+			for range workers {
+				working.Go(func() {
+					for {
+						d, ok := box.take()
+						if !ok {
+							return
+						}
+						mu.Lock()
+						seen[d.DeliveryTag]++
+						if d.DeliveryTag == messages/2 {
+							box.close()
+						}
+						mu.Unlock()
+					}
+				})
+			}
+			for tag := range uint64(messages) {
+				d := &Delivery{}
+				d.DeliveryTag = tag
+				box.put(d)
+			}
+			working.Wait()
+			for _, d := range box.clear() {
+				seen[d.DeliveryTag]++
+			}
+			assert.Len(t, seen, messages)
+			for tag, n := range seen {
+				require.Equal(t, 1, n, tag)
+			}
+		})
+	}
+}
+
+// FuzzInbound checks that where reads cut the stream changes nothing.
+func FuzzInbound(f *testing.F) {
+	f.Add(deliveryOf(1, []byte("body")), uint64(1))
+	f.Add(slicesOf(deliveryOf(1, nil), heartbeatFrame, deliveryOf(2, make([]byte, 300))), uint64(2))
+	f.Add(slicesOf(headerOf(101), ackOf(1)), uint64(3))
+	f.Add([]byte("AMQP\x00\x00\x09\x01"), uint64(4))
+	f.Add(slicesOf(messageOf(1, 1, []byte{0, 0}, "a", "bc"), methodOf(1, 20, 40, 1, 0x96, 0, 0, 0, 0, 0), messageOf(1, 2, []byte{0, 0}, "late")), uint64(5))
+	f.Add(slicesOf(messageOf(1, 1, []byte{0x80, 0, 1, 'a'}, "a"), messageOf(2, 2, []byte{0, 0}, "other")), uint64(6))
+	f.Fuzz(func(t *testing.T, stream []byte, seed uint64) {
+		driver, deliveries, cause := sorted(t, stream, 100, whole)
+		r := mathrand.New(mathrand.NewPCG(seed, seed))
+		cutDriver, cutDeliveries, cutCause := sorted(t, stream, 100, func(left int) int { return 1 + r.IntN(left) })
+		require.Equal(t, deliveries, cutDeliveries)
+		require.Equal(t, fmt.Sprint(cause), fmt.Sprint(cutCause))
+		require.Equal(t, driver, cutDriver)
+	})
+}
+
+// FuzzMessage checks that a message is read as the driver reads it.
+func FuzzMessage(f *testing.F) {
+	table := func(fields ...byte) []byte {
+		return append(binary.BigEndian.AppendUint32([]byte{0x20, 0}, uint32(len(fields))), fields...)
+	}
+	f.Add([]byte{0, 0}, "body")
+	f.Add([]byte{
+		0xFF, 0xFC,
+		1, 'c', 1, 'e', 0, 0, 0, 4, 1, 'k', 't', 1, 2, 9, 1, 'i', 1, 'r', 1, '7', 1, 'm',
+		0, 0, 0, 0, 0x60, 0, 0, 0, 1, 't', 1, 'u', 1, 'a', 1, 'z',
+	}, "all of them")
+	f.Add(table(1, 'B', 'B', 200, 1, 'b', 'b', 200, 1, 's', 's', 0xFF, 1, 1, 'u', 'u', 0xFF, 1), "integers")
+	f.Add(table(1, 'I', 'I', 0xFF, 0, 0, 1, 1, 'i', 'i', 0xFF, 0, 0, 1, 1, 'l', 'l', 0xFF, 0, 0, 0, 0, 0, 0, 1), "more")
+	f.Add(table(1, 'f', 'f', 0x40, 0x49, 0x0F, 0xDB, 1, 'd', 'd', 0x40, 9, 0x21, 0xFB, 0x54, 0x44, 0x2D, 0x18, 1, 'D', 'D', 2, 0, 0, 1, 0), "numbers")
+	f.Add(table(1, 'T', 'T', 0, 0, 0, 0, 0x60, 0, 0, 0, 1, 'V', 'V', 1, 'x', 'x', 0, 0, 0, 2, 1, 2, 1, 'S', 'S', 0, 0, 0, 1, 'a'), "others")
+	f.Add(table(1, 'A', 'A', 0, 0, 0, 4, 't', 1, 'V', 'V', 1, 'F', 'F', 0, 0, 0, 4, 1, 'a', 't', 0), "nested")
+	f.Add(table(1, 'A', 'A', 0, 0, 0, 2, 'I', 0), "an array cut off in a value")
+	f.Add(table(1, 'A', 'A', 0, 0, 0, 1, 'I'), "and before one")
+	f.Add(table(1, 'A', 'A', 0, 0, 0, 9, 't'), "and shorter than it says")
+	f.Add(table(1, 'x', 'x', 0x80, 0, 0, 0), "negative")
+	f.Add(table(bytes.Repeat([]byte{1, 'A', 'A', 0, 0, 0, 40}, 1)...), "deep")
+	f.Fuzz(func(t *testing.T, properties []byte, body string) {
+		if len(properties) > 4000 || len(body) > 1000 {
+			return
+		}
+		message := messageOf(1, 1, properties, body)
+		_, ours, cause := sorted(t, message, 0, whole)
+		theirs, ok := driverReads(t, message)
+		if !ok {
+			require.Empty(t, ours)
+			require.ErrorIs(t, cause, errGarbled)
+			return
+		}
+		require.Len(t, ours, 1, "%v", cause)
+		theirs.Acknowledger = nil
+		require.Equal(t, fmt.Sprintf("%#v", theirs), fmt.Sprintf("%#v", ours[0])) // NaN is not equal to itself
+	})
+}
+
+// driverReads has the plain driver receive message for consumer t on channel 1.
+func driverReads(t *testing.T, message []byte) (amqp.Delivery, bool) {
+	near, far := net.Pipe()
+	played := make(chan error, 1)
+	go func() { played <- playConsume(far, message) }()
+	conn, err := amqp.Open(near, amqp.Config{SASL: []amqp.Authentication{&amqp.PlainAuth{}}, Vhost: "/"})
+	require.NoError(t, err)
+	defer func() {
+		_ = far.Close()
+		_ = conn.Close()
+	}()
+	channel, err := conn.Channel()
+	require.NoError(t, err)
+	deliveries, err := channel.Consume("q", "t", false, false, false, false, nil)
+	require.NoError(t, err)
+	d, ok := <-deliveries
+	return d, ok
+}
+
+// playConsume is a broker up to one message behind a consume-ok; then it only
+// reads.
+func playConsume(far net.Conn, message []byte) error {
+	if err := broker(far); err != nil {
+		return err
+	}
+	for _, reply := range [][]byte{methodOf(1, 20, 11, 0, 0, 0, 0), slicesOf(methodOf(1, 60, 21, 1, 't'), message, heartbeatFrame)} {
+		if _, err := readMethod(far); err != nil {
+			return err
+		}
+		if _, err := far.Write(reply); err != nil {
+			return err
+		}
+	}
+	_, err := io.Copy(io.Discard, far)
+	if errors.Is(err, io.ErrClosedPipe) {
+		return nil
+	}
+	return err
+}
