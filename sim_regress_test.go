@@ -2,6 +2,9 @@ package steadymq_test
 
 import (
 	"context"
+	"net"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -72,5 +75,82 @@ func TestConnectionLostWhileDrainingDoesNotHideHandlersLeftBehind(t *testing.T) 
 		var lost *steadymq.SessionError
 		require.ErrorAs(t, err, &lost)
 		assert.Equal(t, "lost", lost.Op)
+	})
+}
+
+// slowlyClosed dials connections whose Close takes a while. The real one is quick,
+// but so may be Run: what ends a socket must have closed it before Run returns.
+type slowlyClosed struct {
+	dial  func(ctx context.Context, network, address string) (net.Conn, error)
+	close func() // what Close waits for
+	open  atomic.Int64
+}
+
+func (d *slowlyClosed) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := d.dial(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	d.open.Add(1)
+	return &countedConn{Conn: conn, closed: sync.OnceFunc(func() {
+		d.close()
+		d.open.Add(-1)
+	})}, nil
+}
+
+func TestRunReturnsAfterItsSocketsHaveClosedWhoeverClosesThem(t *testing.T) {
+	// What happens before the stop, and what ends the socket then.
+	stops := map[string]func(b *bench){
+		"close": func(*bench) {},
+		"read deadline": func(b *bench) { // seed 5365
+			b.wait(5 * time.Second)
+			b.broker.Stall()
+			b.wait(9 * time.Second) // it passes 15 s after the last byte
+		},
+		"reset":         func(b *bench) { time.AfterFunc(time.Millisecond, func() { b.broker.Reset() }) },
+		"fin":           func(b *bench) { time.AfterFunc(time.Millisecond, func() { b.broker.FIN() }) },
+		"close limit":   func(b *bench) { b.broker.NoCloseOk(true) },
+		"parked reader": func(b *bench) { b.broker.StrayReply(true) },
+		"setup given up": func(b *bench) {
+			b.broker.HangAt(steadymqtest.StageTune, true)
+			b.broker.Reset()
+			b.wait(time.Second)
+		},
+		"session given up": func(b *bench) {
+			b.broker.HangAt(steadymqtest.StageConsume, true)
+			b.broker.CancelConsumers(queue)
+			b.wait(time.Second)
+		},
+	}
+	for name, before := range stops {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(b *bench) {
+				sockets := &slowlyClosed{dial: b.broker.Dialer(), close: func() { time.Sleep(100 * time.Millisecond) }}
+				b.consuming(ack, steadymq.WithDialer(sockets.DialContext))
+				before(b)
+				_ = b.stop()
+				assert.Zero(b, sockets.open.Load(), "no socket is open once Run has returned")
+				assert.Zero(b, b.consumer.Stats().Abandoned)
+				b.wait(time.Second)
+			})
+		})
+	}
+}
+
+func TestConnectionThatNeverClosesHoldsUpNeitherHealingNorStop(t *testing.T) {
+	bubble(t, func(b *bench) {
+		stuck := make(chan struct{})
+		sockets := &slowlyClosed{dial: b.broker.Dialer(), close: func() { <-stuck }}
+		b.consuming(ack, steadymq.WithDialer(sockets.DialContext))
+		b.broker.Reset()
+		b.wait(time.Second)
+		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		since := time.Now()
+		_ = b.stop()
+		assert.LessOrEqual(b, time.Since(since), 6*time.Second)
+		assert.NotZero(b, b.consumer.Stats().Abandoned)
+		close(stuck)
+		b.wait(time.Second)
+		assert.Zero(b, sockets.open.Load())
 	})
 }

@@ -161,6 +161,7 @@ type socket struct {
 	first   atomic.Pointer[ending] // why it ends; the first one stays
 	over    atomic.Bool
 	ended   chan struct{}  // closed once over
+	shut    chan struct{}  // closed when raw has closed, soon after ended
 	writer  chan struct{}  // closed when the writer has returned
 	running sync.WaitGroup // the socket's own goroutines
 
@@ -198,6 +199,7 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 		opts:   o,
 		start:  time.Now(),
 		ended:  make(chan struct{}),
+		shut:   make(chan struct{}),
 		writer: make(chan struct{}),
 		wake:   make(chan struct{}, 1),
 		delay:  time.NewTimer(time.Hour),
@@ -218,8 +220,13 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 
 func (s *socket) done() <-chan struct{} { return s.ended }
 
-// wait blocks until the socket's own goroutines have returned.
-func (s *socket) wait() { s.running.Wait() }
+// wait blocks until nothing of a socket that ends is left: the connection
+// underneath, which whoever ended the socket may still be closing, and the
+// socket's own goroutines.
+func (s *socket) wait() {
+	<-s.shut
+	s.running.Wait()
+}
 
 // cause says why the socket ended: nil while it lives and after a plain Close.
 func (s *socket) cause() error {
@@ -241,12 +248,14 @@ func (s *socket) blame(cause error) {
 	s.first.CompareAndSwap(nil, &ending{cause})
 }
 
-// end closes the connection underneath, once.
+// end closes the connection underneath, once. It tells the end before: a user's
+// connection may take its time to close, and the healing need not wait for it.
 func (s *socket) end(reset bool) {
 	if !s.over.CompareAndSwap(false, true) {
 		return
 	}
 	close(s.ended)
+	defer close(s.shut)
 	if reset {
 		abort(s.raw)
 		return
