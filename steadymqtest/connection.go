@@ -79,8 +79,8 @@ func (b *Broker) accept(l *link) {
 	b.conns = append(b.conns, c)
 	l.host.conns = append(l.host.conns, c)
 	c.guard = b.after(handshakeTimeout, func() {
-		if c.state < stateOpen && !c.deaf {
-			c.hangUp("handshake timeout")
+		if c.state < stateOpen {
+			c.lost("handshake timeout")
 		}
 	})
 	c.stage(StageAccept)
@@ -467,7 +467,7 @@ func (c *conn) startBeats() {
 // beat runs twice per heartbeat, as RabbitMQ's sender does: it sends one if nothing else was sent. Every second time it looks
 // whether anything came; twice in a row nothing is the end: two to three heartbeats after the client's last byte.
 func (c *conn) beat() {
-	if c.state == stateEnded || c.deaf {
+	if c.state == stateEnded {
 		return
 	}
 	if !c.sent {
@@ -481,7 +481,7 @@ func (c *conn) beat() {
 		}
 		c.heard = false
 		if c.silent > 1 {
-			c.hangUp("missed heartbeats from client, timeout: " + c.heartbeat.String())
+			c.lost("missed heartbeats from client, timeout: " + c.heartbeat.String())
 			return
 		}
 	}
@@ -514,6 +514,21 @@ func (c *conn) hangUp(cause string) {
 	c.end(cause)
 	c.closeAfter = true
 	c.touch()
+}
+
+// lost gives up a client that does not say anything any more; a connection that hangs does that without a word.
+func (c *conn) lost(cause string) {
+	if c.deaf {
+		c.giveUp(cause)
+		return
+	}
+	c.hangUp(cause)
+}
+
+// giveUp frees what the connection holds and counts it no more, but leaves the socket as it is.
+func (c *conn) giveUp(cause string) {
+	c.release(cause)
+	c.state = max(c.state, stateClosing)
 }
 
 // abort closes the socket by an RST.

@@ -177,7 +177,8 @@ func (f *Faults) cancelConsumers(queue string, release bool) int {
 
 // HangAt makes the broker stop at a stage, see [Stage]: up to StageOpened the whole connection falls silent for ever, heartbeats
 // included; from StageChannel on only the channel does. Connections that are past the stage go on. Taking the fault back does not wake those
-// that hang.
+// that hang. Nor are they closed: the broker forgets them without a word, those in the handshake after its 10 s, later ones two to
+// three heartbeats after the client's last byte.
 //
 // Real: a frozen broker, an authentication backend that does not answer, a channel process that waits for a queue leader.
 func (f *Faults) HangAt(s Stage, on bool) { f.each(func(h *Host) { h.wire.hang[s] = on }) }
@@ -197,10 +198,10 @@ func (f *Faults) SilentAfterOpen(on bool) { f.HangAt(StageOpened, on) }
 func (f *Faults) Silence() {
 	f.eachConn(func(c *conn) {
 		c.deaf = true
-		c.b.after(3*max(c.heartbeat, time.Second), func() {
-			c.release("frozen")
-			c.state = max(c.state, stateClosing)
-		})
+		if c.beats != nil {
+			c.beats.Stop()
+		}
+		c.b.after(3*max(c.heartbeat, time.Second), func() { c.giveUp("frozen") })
 	})
 }
 

@@ -612,3 +612,60 @@ func TestAClientThatIsTooSlowInTheHandshakeIsHungUpOn(t *testing.T) {
 		})
 	})
 }
+
+func TestAClientThatVanishesInTheHandshakeIsForgotten(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		for _, hangs := range []bool{false, true} {
+			b := steadymqtest.NewBroker(t)
+			b.HangAt(steadymqtest.StageAccept, hangs)
+			nc, err := b.Dial("tcp", b.Host(0).Addr())
+			require.NoError(t, err)
+			b.BlackHole(true, true)
+			require.NoError(t, nc.Close()) // the FIN is lost
+			b.Heal()
+			time.Sleep(11 * time.Second)
+			record := b.Ledger().Connections[0]
+			require.Equal(t, "handshake timeout", record.Cause)
+			require.Equal(t, 10*time.Second, record.Ended.Sub(record.Dialed))
+		}
+	})
+}
+
+func TestAClientThatVanishesFromAHungBrokerIsForgotten(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t)
+		b.SilentAfterOpen(true)
+		opened := time.Now()
+		conn := dial(t, b)
+		b.BlackHole(true, true)
+		require.Error(t, conn.CloseDeadline(time.Now().Add(time.Second))) // neither it nor the FIN arrives
+		b.Heal()
+		time.Sleep(time.Until(opened.Add(29 * time.Second)))
+		require.Len(t, b.Connections(), 1)
+		time.Sleep(2 * time.Second)
+		require.Empty(t, b.Connections(), "three heartbeats after its last byte")
+	})
+}
+
+func TestAHungBrokerKeepsAClientThatIsThere(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t)
+		b.SilentAfterOpen(true)
+		nc, err := b.Dial("tcp", b.Host(0).Addr())
+		require.NoError(t, err)
+		login := []amqp.Authentication{&amqp.PlainAuth{Username: "guest", Password: "guest"}}
+		conn, err := amqp.Open(patientConn{nc}, amqp.Config{SASL: login, Vhost: "/", Heartbeat: 10 * time.Second})
+		require.NoError(t, err)
+		time.Sleep(10 * time.Minute)
+		require.Len(t, b.Connections(), 1, "its heartbeats arrive")
+		b.Reset()
+		time.Sleep(time.Second)
+		require.True(t, conn.IsClosed())
+		require.Empty(t, b.Connections())
+	})
+}
+
+// patientConn waits for ever for the other side's heartbeats.
+type patientConn struct{ net.Conn }
+
+func (patientConn) SetReadDeadline(time.Time) error { return nil }
