@@ -16,7 +16,8 @@ import (
 const simCanary = "c4nAry"
 
 // simJudge sees what the broker sees, and what handlers do, and holds both
-// against the invariants. It never asks the library.
+// against the invariants. It never asks the library; what the library tells its
+// hooks is judged, too.
 type simJudge struct {
 	s *sim
 
@@ -110,7 +111,6 @@ func (j *simJudge) consuming(r steadymqtest.ConsumerRecord) {
 	j.deliveries[r.Session] = make(map[uint64]string)
 	c.latest = x
 	c.live++
-	c.run.sessions++
 	faults := j.s.strikes.recent(j.s.now(), time.Minute)
 	if c.consumes.add(j.s.now(), time.Minute) > j.s.plan.hosts*(c.plan.connects()+10*faults) {
 		j.note("I7", "%s subscribed %d times within a minute", c.plan.name, c.consumes.count())
@@ -212,6 +212,7 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 	}
 	j.notLate(h, ctx)
 	j.used[h.key.consumer] = true
+	h.run.handled = true
 	j.handled[h.key] = &simHandled{id: h.d.MessageId}
 	j.tries[h.d.MessageId]++
 	return j.tries[h.d.MessageId]

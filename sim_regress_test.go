@@ -154,3 +154,44 @@ func TestConnectionThatNeverClosesHoldsUpNeitherHealingNorStop(t *testing.T) {
 		assert.Zero(b, sockets.open.Load())
 	})
 }
+
+func TestConsumeOkThatIsLostOnTheWayIsNoSession(t *testing.T) {
+	var broker *steadymqtest.Broker
+	confirmed := 0
+	bubble(t, func(b *bench) {
+		broker = b.broker
+		b.run(ack)
+		err := <-b.result // a plain refusal before the first session
+		b.result = nil
+		var at *steadymq.SessionError
+		require.ErrorAs(b, err, &at)
+		assert.Equal(b, "consume", at.Op)
+		assert.ErrorContains(b, err, "406")
+		assert.Zero(b, b.consumer.Stats().Sessions)
+		assert.Equal(b, 3, confirmed)
+	}, steadymqtest.WithHooks(steadymqtest.Hooks{Consuming: func(steadymqtest.ConsumerRecord) {
+		if confirmed++; confirmed == 3 {
+			broker.RefuseConsume(406, "inequivalent arg")
+		}
+		broker.Reset() // consume-ok is still under way
+	}}))
+}
+
+func TestJudgeKnowsAConsumeOkFromASession(t *testing.T) {
+	s := newSim(&simPlan{hosts: 1})
+	s.start = time.Now()
+	s.refused.Store(int64(time.Minute)) // a fault has refused
+	c := &simConsumer{s: s, plan: &simConsumerPlan{name: "sim0", limit: time.Second}, state: steadymq.Connecting}
+	c.run, c.running = &simRun{}, true
+	s.consumers = []*simConsumer{c}
+	refusal := &steadymq.SessionError{Op: "consume"}
+
+	s.judge.consuming(steadymqtest.ConsumerRecord{Session: 1, Tag: "sim0-1"}) // the broker has sent it
+	c.gaveUp(c.run, refusal, 0)
+	assert.Empty(t, s.judge.violations)
+
+	c.changed(steadymq.StateChange{From: steadymq.Connecting, To: steadymq.Consuming}) // it has arrived
+	c.gaveUp(c.run, refusal, 0)
+	require.Len(t, s.judge.violations, 1)
+	assert.Contains(t, s.judge.violations[0], "I4")
+}

@@ -537,7 +537,8 @@ type simConsumer struct {
 // simRun is one Run.
 type simRun struct {
 	inFlight int
-	sessions int
+	sessions int  // that the Consumer says it had: of a consume-ok that is lost on the way it knows nothing
+	handled  bool // a handler was called, so there was one, whatever it says
 	start    time.Duration
 	asked    time.Duration // when its context was cancelled, -1 before
 	healthy  bool          // the environment was, at that moment
@@ -805,6 +806,11 @@ func (c *simConsumer) changed(x steadymq.StateChange) {
 		j.violate("I9", "from %v to consuming", x.From)
 	}
 	c.state = x.To
+	if x.To == steadymq.Consuming {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		c.run.sessions++
+	}
 }
 
 // story runs the Consumer as often as the plan says.
@@ -933,7 +939,7 @@ func (c *simConsumer) returned(run *simRun, err error) {
 func (c *simConsumer) gaveUp(run *simRun, err error, now time.Duration) {
 	var at *steadymq.SessionError
 	refused := time.Duration(c.s.refused.Load()) >= run.start
-	if run.sessions > 0 || !refused || !errors.As(err, &at) {
+	if run.sessions > 0 || run.handled || !refused || !errors.As(err, &at) {
 		c.s.judge.note("I4", "Run of %s gave up after %d sessions: %v", c.plan.name, run.sessions, err)
 	}
 }
