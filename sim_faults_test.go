@@ -78,6 +78,7 @@ var simKinds = []simKind{
 	{name: "silence", detect: halfBeats(3), on: func(s *sim, f simFault, at faultsOf) { at.Silence() }},
 	{name: "stray reply on channel", detect: halfBeats(5), on: func(s *sim, f simFault, at faultsOf) { at.StrayReply(false) }},
 	{name: "stray reply on connection", detect: halfBeats(5), on: func(s *sim, f simFault, at faultsOf) { at.StrayReply(true) }},
+	{name: "delivery behind channel.close", codes: 1, refuses: []uint64{0}, on: func(s *sim, f simFault, at faultsOf) { at.StrayDelivery() }},
 	{name: "garbage", on: func(s *sim, f simFault, at faultsOf) { at.Garbage() }},
 	{name: "random bytes", detect: halfBeats(5), on: func(s *sim, f simFault, at faultsOf) { at.Garbage(randomBytes(f.dice)...) }},
 	{name: "rotate the password", common: true, kick: true, on: func(s *sim, f simFault, at faultsOf) { s.rotate(f) }},
