@@ -127,6 +127,8 @@ var mutants = []mutant{
 
 	// Sockets and connections.
 	change("no inbound watchdog", "connection.go", "idleTimeout:  2 * c.heartbeat,", "idleTimeout:  0,"),
+	change("the driver does not hear of deliveries", "inbound.go", "if in.took && in.pass == 0 &&", "if false && in.pass == 0 &&"),
+	change("a channel closed by the broker still delivers", "lane.go", "\tif l.refused {\n\t\treturn\n\t}\n", ""),
 	change("the old connection is not closed", "connection.go", "\t\tc.leave <- limit\n", ""),
 	change("the password is in an error", "connection.go",
 		"return nil, &SessionError{Op: op, Err: err}", `return nil, &SessionError{Op: op, Err: fmt.Errorf("%s: %w", e.uri, err)}`),
