@@ -165,21 +165,8 @@ func (b *Broker) ConsumersOf(ctx context.Context, prefix string) (string, error)
 lists:sum([try [{consumer_count, N}] = rabbit_channel:info(C, [consumer_count]), N catch _:_ -> 0 end || C <- Channels])`, binary(prefix)))
 }
 
-// ofConnections finds the channels of connections by name. What ends while it is asked is not there, and makes the lists fail; what is being
-// opened has no properties yet.
-const ofConnections = `
-Prefix = %s,
-Named = fun(Pid) ->
-  try rabbit_reader:info(Pid, [client_properties]) of
-    [{client_properties, Props}] when is_list(Props) ->
-      case lists:keyfind(<<"connection_name">>, 1, Props) of
-        {_, _, Name} -> binary:longest_common_prefix([Name, Prefix]) =:= byte_size(Prefix);
-        false -> false
-      end;
-    _ -> false
-  catch _:_ -> false
-  end
-end,
+// ofConnections finds the channels of connections by name. What ends while it is asked is not there, and makes the lists fail.
+const ofConnections = named + `
 Again = fun F(List) -> try List() catch error:badarg -> F(List) end end,
 Mine = [P || P <- Again(fun rabbit_networking:local_connections/0), Named(P)],
 IsMine = fun(C) ->

@@ -75,7 +75,7 @@ func (b *Broker) CloseAllConnections(ctx context.Context, reason string) error {
 // CloseConnectionsNamed closes the connections whose client-provided name begins with prefix, times times, gap apart, all in one
 // command, and returns how many were closed.
 func (b *Broker) CloseConnectionsNamed(ctx context.Context, prefix, reason string, times int, gap time.Duration) (int, error) {
-	out, err := b.Eval(ctx, fmt.Sprintf(closeNamed, quoteErlang(prefix), quoteErlang(reason), times, gap.Milliseconds()))
+	out, err := b.Eval(ctx, fmt.Sprintf(closeNamed, binary(prefix), quoteErlang(reason), gap.Milliseconds(), times))
 	if err != nil {
 		return 0, err
 	}
@@ -86,10 +86,19 @@ func (b *Broker) CloseConnectionsNamed(ctx context.Context, prefix, reason strin
 	return n, nil
 }
 
-// closeNamed asks each connection process for its client properties: the connection table does not hold the name on 3.x. A connection
-// that has not said its name yet, or ends while it is asked, is not meant.
-const closeNamed = `
-Prefix = <<%s>>, Reason = %s,
+const closeNamed = named + `
+Round = fun(_) ->
+  Pids = [P || P <- rabbit_networking:local_connections(), Named(P)],
+  [catch rabbit_networking:close_connection(P, %s) || P <- Pids],
+  timer:sleep(%d),
+  length(Pids)
+end,
+lists:sum([Round(I) || I <- lists:seq(1, %d)]).`
+
+// named is a function of a connection's process: is the name its client gave it of this prefix? It asks the process, because the table of
+// connections does not hold the name on 3.x. A connection that has not said its name yet, or ends while it is asked, is not meant.
+const named = `
+Prefix = %s,
 Named = fun(Pid) ->
   try rabbit_reader:info(Pid, [client_properties]) of
     [{client_properties, Props}] when is_list(Props) ->
@@ -100,14 +109,7 @@ Named = fun(Pid) ->
     _ -> false
   catch _:_ -> false
   end
-end,
-Round = fun(_) ->
-  Pids = [P || P <- rabbit_networking:local_connections(), Named(P)],
-  [catch rabbit_networking:close_connection(P, Reason) || P <- Pids],
-  timer:sleep(%[4]d),
-  length(Pids)
-end,
-lists:sum([Round(I) || I <- lists:seq(1, %[3]d)]).`
+end,`
 
 func quoteErlang(s string) string {
 	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(s) + `"`
