@@ -159,7 +159,7 @@ func (c *consumer) describe() ConsumerRecord {
 // room reports whether the consumer takes another delivery.
 func (c *consumer) room() bool {
 	switch {
-	case c.mute, c.ch.deaf, c.ch.c.deaf:
+	case c.mute, c.ch.deaf, c.ch.c.deaf, c.ch.c.host.wire.cutOff != nil:
 		return false
 	case c.noAck:
 		return true

@@ -30,7 +30,7 @@
 //	the broker says so   CloseConnections CloseChannels CancelConsumers ReleaseConsumers RefuseVhost RefuseConsume RefuseLogin
 //	                     Broker.DeleteQueue Broker.Blocked
 //	the broker is ill    HangAt DropAt SilentAfterOpen Silence Late541 SlowCloseOk NoCloseOk StrayReply StrayDelivery Garbage
-//	                     Broker.QuorumStall Kill PowerOff Restart
+//	                     Broker.QuorumStall CutOff Kill PowerOff Restart
 //	the network          Refuse DropSYN DNSFailure Reset FIN BlackHole Stall ZeroWindow SetLatency CutAfter CutClientAfter
 //	the end of it        Heal
 //

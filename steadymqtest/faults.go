@@ -51,6 +51,7 @@ type wireFaults struct {
 	closeOkDelay  time.Duration
 	noCloseOk     bool
 	down          bool
+	cutOff        map[string][2]int // messages and consumers by queue, when the host was cut off; nil if it is not
 }
 
 // Faults are the failures that a broker, or the network before it, can be made to show. Those of [Broker] strike all hosts, those
@@ -377,6 +378,26 @@ func (q *queue) loseTransient() {
 	slices.SortFunc(q.returned, func(x, y *entry) int { return int(x.key) - int(y.key) }) // a sorted slice is a heap
 }
 
+// CutOff takes hosts off the other hosts of their cluster but not from their clients, or puts them back: their consumers get nothing,
+// and a passive declare there answers what was so when they were cut off. Publishing and settling there count, unlike with a real broker,
+// which would do neither until the host is back.
+//
+// Real: a network partition between brokers, seen on the minority's side.
+func (f *Faults) CutOff(on bool) {
+	f.each(func(h *Host) {
+		h.wire.cutOff = nil
+		if on {
+			h.wire.cutOff = make(map[string][2]int)
+		}
+		for name, q := range f.b.queues {
+			if on {
+				h.wire.cutOff[name] = [2]int{q.length(), len(q.consumers)}
+			}
+			q.touch()
+		}
+	})
+}
+
 // Faults of the broker as a whole, not of one host.
 
 // QuorumStall stops all deliveries from a queue, or lets them go on. Everything else works: heartbeats, consume-ok, settling.
@@ -541,6 +562,7 @@ func (f *Faults) CutClientAfter(n int) {
 // [Faults.SetLatency]. What was lost stays lost, what hangs goes on hanging.
 func (f *Faults) Heal() {
 	f.BlackHole(false, false)
+	f.CutOff(false)
 	f.Unstall()
 	f.ZeroWindow(false)
 	f.CutAfter(-1)

@@ -669,3 +669,25 @@ func TestAHungBrokerKeepsAClientThatIsThere(t *testing.T) {
 type patientConn struct{ net.Conn }
 
 func (patientConn) SetReadDeadline(time.Time) error { return nil }
+
+func TestAHostCutOffSaysWhatWasSoBefore(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t, steadymqtest.WithHosts(2))
+		b.DeclareQueue("q", steadymqtest.QueueOptions{Type: "quorum"})
+		says := func(host, messages, consumers int) {
+			t.Helper()
+			q, err := open(t, dialHost(t, b, host), 0).QueueDeclarePassive("q", true, false, false, false, nil)
+			require.NoError(t, err)
+			require.Equal(t, [2]int{messages, consumers}, [2]int{q.Messages, q.Consumers})
+		}
+		ds := consume(t, open(t, dial(t, b), 1), "q", "")
+		b.Host(0).CutOff(true)
+		b.Publish("q", "1", "2")
+		none(t, ds, 10*time.Minute)
+		says(0, 0, 1)
+		says(1, 2, 1)
+		b.Host(0).CutOff(false)
+		next(t, ds)
+		says(0, 1, 1)
+	})
+}

@@ -445,8 +445,12 @@ func (ch *channel) queueDeclare(d *decoder) *refusal {
 	}
 	ch.lastQueue = q.name
 	out := appendShortstr(nil, q.name)
-	out = binary.BigEndian.AppendUint32(out, uint32(q.length()))
-	out = binary.BigEndian.AppendUint32(out, uint32(len(q.consumers)))
+	counts := [2]int{q.length(), len(q.consumers)}
+	if old, ok := ch.c.host.wire.cutOff[q.name]; ok {
+		counts = old
+	}
+	out = binary.BigEndian.AppendUint32(out, uint32(counts[0]))
+	out = binary.BigEndian.AppendUint32(out, uint32(counts[1]))
 	ch.reply(flags.noWait, queueDeclareOk, out...)
 	return nil
 }
