@@ -1169,7 +1169,11 @@ func TestNewRefusesBadInputAllAtOnceWithoutShowingTheURL(t *testing.T) {
 		{"transient shared queue", "amqp://h/", "q", opts(steadymq.WithQueue(steadymq.Queue{Type: "classic", Transient: true})), []string{"WithQueue"}},
 		{"exclusive quorum queue", "amqp://h/", "q", opts(steadymq.WithQueue(steadymq.Queue{Exclusive: true})), []string{"WithQueue"}},
 		{"exclusive consumer of a quorum queue", "amqp://h/", "q", opts(steadymq.WithExclusive(), steadymq.WithQueue(steadymq.Queue{})), []string{"WithExclusive"}},
-		{"stall detector on a stream", "amqp://h/", "q", opts(steadymq.WithStallDetector(time.Minute), steadymq.WithQueue(steadymq.Queue{Type: "stream"})), []string{"WithStallDetector"}},
+		{
+			"stall detector on a filtered stream", "amqp://h/", "q",
+			opts(steadymq.WithStallDetector(time.Minute), steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first", "x-stream-filter": "eu"})),
+			[]string{"WithStallDetector"},
+		},
 		{"unverified TLS", "amqps://h/", "q", opts(steadymq.WithTLSConfig(&tls.Config{InsecureSkipVerify: true})), []string{"WithTLSConfig"}},
 		{"TLS on a plain URL", "amqp://h/", "q", opts(steadymq.WithTLSConfig(new(tls.Config))), []string{"WithTLSConfig"}},
 		{"credentials twice", "amqp://h/", "q", opts(steadymq.WithSASL(&amqp.ExternalAuth{}), steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {

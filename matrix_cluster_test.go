@@ -22,8 +22,15 @@ const (
 	elected = 10 * time.Second
 	// homeless bounds the next try for a classic queue whose node was away for half a minute: the pace of what an operator has to mend.
 	homeless = 31 * time.Second
-	// stallBound bounds leaving a host that is alive on paper: two looks two seconds apart, an answer that does not come, and a setup.
-	stallBound = 2*2*time.Second + 2*realSetup + elected
+	// stallAfter is the detector's. stallBound bounds leaving a host that is alive on paper once the others can tell: three looks, an answer
+	// that does not come, and a setup.
+	stallAfter = 2 * time.Second
+	stallBound = 3*stallAfter + 2*realSetup + elected
+	// streamStallBound is that of a stream, which takes one look more.
+	streamStallBound = stallBound + stallAfter
+	// partitioned is how long a node is cut off from the others, who take the tick of the net to notice and elect, and then the bound.
+	netTick     = 8 * time.Second
+	partitioned = netTick*5/4 + elected + streamStallBound
 )
 
 // place is where a trial on a cluster has its queue, its consumer and its publisher.
@@ -31,6 +38,7 @@ type place struct {
 	kind             kind
 	home, at, feed   int
 	elsewhere, stall bool
+	backlog          bool // more messages wait than the prefetch, for at least 20 s
 	check            func(*trial, times)
 }
 
@@ -43,7 +51,7 @@ type onCluster struct {
 
 // runCluster runs one half of the faults on a cluster of its own: they need a whole cluster each, one after the other.
 func (m *matrix) runCluster(t *testing.T, half int) {
-	c := rabbit.NewCluster(t, 3, rabbit.Config{Generation: rabbit.Gen43, ChannelTick: time.Second, NetTick: 8 * time.Second})
+	c := rabbit.NewCluster(t, 3, rabbit.Config{Generation: rabbit.Gen43, ChannelTick: time.Second, NetTick: netTick})
 	for i, e := range clusterEvents(c) {
 		if i%2 != half || m.parts == "" && !e.quick {
 			continue
@@ -64,8 +72,11 @@ func (m *matrix) runCluster(t *testing.T, half int) {
 func (p place) name() string { return p.label() + " " + string(p.kind) }
 
 func (p place) label() string {
-	if p.elsewhere {
+	switch {
+	case p.elsewhere:
 		return "4.3 x 3, another node than the consumer's"
+	case p.stall:
+		return "4.3 x 3, the consumer's node, stall detector"
 	}
 	return "4.3 x 3, the consumer's node"
 }
@@ -92,7 +103,11 @@ func (m *matrix) newClusterTrial(t *testing.T, c *rabbit.Cluster, p place) *tria
 	}
 	r.opts = append(r.opts, steadymq.WithURLs(others...), steadymq.WithDialer(r.firstTo(p.at)))
 	if p.stall {
-		r.opts = append(r.opts, steadymq.WithStallDetector(2*time.Second))
+		r.opts = append(r.opts, steadymq.WithStallDetector(stallAfter))
+	}
+	if p.backlog {
+		r.handle = func(context.Context, *steadymq.Delivery, int) error { r.pause(80 * time.Millisecond); return nil }
+		r.publish(1000)
 	}
 	return r
 }
@@ -180,23 +195,26 @@ func clusterEvents(c *rabbit.Cluster) []onCluster {
 		},
 		{
 			event: event{
-				fault: "node cut off from its peers for 20 s", rows: "36, 37, 64",
+				fault: fmt.Sprintf("node cut off from its peers for %d s", partitioned/time.Second), rows: "36, 37, 64",
 				apply: during(
-					func(ctx context.Context) error { return c.CutPeers(ctx, 0) }, 20*time.Second,
+					func(ctx context.Context) error { return c.CutPeers(ctx, 0) }, partitioned,
 					func(ctx context.Context) error { return c.JoinPeers(ctx, 0) }),
 			},
 			places: []place{
-				{kind: quorum, feed: 1, stall: true, check: minority},
+				{kind: quorum, feed: 1, check: minority},
+				{kind: quorum, feed: 1, stall: true, check: leaves},
 				bystander,
 				{kind: stream, feed: 1, check: forgotten},
+				{kind: stream, feed: 1, stall: true, check: leaves},
 				{kind: classic, home: 1, feed: 1, check: settles(homeless)},
 			},
 		},
 		{
 			event: event{fault: "two of three nodes stopped and started", rows: "36", apply: during(
-				both(n[0].Stop, n[1].Stop), 8*time.Second, both(n[0].Start, n[1].Start))},
+				both(n[0].Stop, n[1].Stop), 15*time.Second, both(n[0].Start, n[1].Start))},
 			places: []place{
-				{kind: quorum, home: 2, at: 2, feed: 2, stall: true, check: settles(stallBound + elected)},
+				{kind: quorum, home: 2, at: 2, feed: 2, check: settles(elected)},
+				{kind: quorum, home: 2, at: 2, feed: 2, stall: true, backlog: true, check: told},
 				{kind: stream, home: 2, at: 2, feed: 2, check: settles(homeless)},
 				{kind: classic, home: 2, at: 2, feed: 2, check: settles(homeless)},
 			},
@@ -252,11 +270,35 @@ func cutFromClients(r *trial, _ times) {
 	r.judge()
 }
 
-// minority: the node lives, answers, and leads a quorum queue without a majority. What it says of the queue is old: no message waits, one
-// consumer is there. Nothing on the wire tells, so the messages wait until the nodes see each other again.
+// minority: the node lives, answers, and leads a quorum queue without a majority. Without a detector the messages, which the others have by
+// now, wait until the nodes see each other again.
 func minority(r *trial, when times) {
-	settles(stallBound)(r, when)
-	r.note("a leader without majority answers for a queue without messages: healed with the cluster")
+	assert.False(r, r.handledDuring(when.at.Add(netTick+elected), when.healed), "a node without majority delivers")
+	settles(elected)(r, when)
+	r.note("without a detector it is healed with the cluster")
+}
+
+// leaves: the detector finds out while the node is cut off, and the consumer goes to where the messages are.
+func leaves(r *trial, when times) {
+	change := r.told("stalled", time.Second)
+	require.True(r, change.Time.Before(when.healed), "noticed while the node is cut off")
+	require.True(r, r.handledDuring(change.Time, when.healed), "another host has a majority")
+	r.flows(change.Time, elected)
+	r.note("noticed %s after the cut: %v", inWords(change.Time.Sub(when.at)), errors.Unwrap(change.Cause))
+	r.judge()
+}
+
+// told: the backlog is there and does not move. No host has a majority: what is left to do is to tell, and to be there when it is back.
+func told(r *trial, when times) {
+	change := r.told("though the queue has", time.Second)
+	require.True(r, change.Time.Before(when.healed), "noticed while there is no majority")
+	r.note("noticed %s after the stop", inWords(change.Time.Sub(when.at)))
+	settles(stallBound+elected)(r, when)
+}
+
+func (r *trial) handledDuring(from, to time.Time) bool {
+	first := r.ledger.firstAfter(from)
+	return !first.IsZero() && first.Before(to)
 }
 
 // forgotten: after a partition RabbitMQ leaves a consumer of a stream behind that hears nothing any more, and no sign of it on the wire. Its

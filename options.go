@@ -429,20 +429,39 @@ func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
 	}
 }
 
-// WithStallDetector looks for a consumer that is alive on paper only: nothing has
-// been delivered for the given time although the prefetch is not full. It then
-// asks the queue (a passive declare on a channel of its own, which needs the
-// configure permission on RabbitMQ 4.3). If the queue has messages and this
-// consumer is its only one, or if it knows of no consumer at all, or if the queue
-// does not answer within the setup limit, the session is lost with a cause that
-// says so, and replaced. With other consumers on the queue silence is normal
-// (single active consumer, priorities) and nothing is done. A quorum queue counts
-// only its active consumer: where x-single-active-consumer is set, declare the
-// queue by WithQueue so that this is known, or leave the detector out. A queue
-// whose leader lost its majority says that it is empty, and is not found.
+// WithStallDetector looks for a consumer that is alive on paper only: for the given
+// time nothing was delivered and nothing settled, although the prefetch is not full
+// and a worker is idle. It then asks the queue, by a passive declare on a channel of
+// its own, which needs the configure permission on RabbitMQ 4.3. The silence is a
+// stall if one of these is so, and is so still up to 5 s later:
 //
-// Off by default; a good value is 1 minute, range 1 s to 24 h. Not for streams,
-// which keep their messages.
+//   - The queue has messages and this consumer is its only one (a quorum queue
+//     without majority), or it knows of no consumer at all (a forgotten one).
+//   - It is a stream, and has grown since the last look.
+//   - Most of all hosts, three or more being given, say that messages wait for this
+//     consumer, or that the stream is longer (this host is cut off). They are asked
+//     over a connection for one question each, not counted in [Stats].
+//
+// Then the session is lost with a cause that says so, and replaced, on another host
+// if there is one. So it is when the queue does not answer within the setup limit.
+// From the start of the silence that takes at most twice the given time and 5 s, on
+// a stream three times, plus the time the answers take.
+//
+// With other consumers on the queue silence is normal (single active consumer,
+// priorities) and nothing is done. A quorum queue counts only its active consumer:
+// where x-single-active-consumer is set, declare the queue by WithQueue so that this
+// is known, or leave the detector out. Nor is it for a stream that the consumer does
+// not know to be one, by WithQueue or x-stream-offset.
+//
+// What it cannot see: a leader that lost its majority answers from what it knew
+// before. What is published through it since is in no queue and not confirmed until
+// the majority is back (seen on RabbitMQ 4.0 and 4.3: "0 messages, 1 consumer"), so
+// the consumer of a queue that was empty waits for that, and nothing tells. With one
+// or two hosts nothing tells what the other side of a partition has, either. No
+// session, old or new, gets messages from a queue without majority: replacing it
+// helps where another host has one.
+//
+// Off by default; a good value is 1 minute, range 1 s to 24 h.
 func WithStallDetector(after time.Duration) Option {
 	return func(c *config) {
 		c.stallAfter = after
@@ -594,8 +613,8 @@ func (c *config) checkTogether() {
 	if c.credentials != nil && c.sasl != nil {
 		c.refuse("WithCredentials", "cannot be combined with WithSASL, which has credentials of its own")
 	}
-	if c.stallAfter > 0 && c.stream() {
-		c.refuse("WithStallDetector", "is not for streams: they keep their messages, so silence means nothing")
+	if _, filtered := c.consumeArgs["x-stream-filter"]; filtered && c.stallAfter > 0 {
+		c.refuse("WithStallDetector", "is not for filtered streams: they grow by what the filter leaves out, so silence means nothing")
 	}
 	if c.tls != nil && c.tls.InsecureSkipVerify && c.tls.VerifyConnection == nil && c.tls.VerifyPeerCertificate == nil && !c.insecure {
 		c.refuse("WithTLSConfig", "InsecureSkipVerify lets anyone on the path read the password; set RootCAs instead, or add WithInsecureSkipVerify in tests")

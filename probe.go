@@ -1,8 +1,11 @@
 package steadymq
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"slices"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -11,58 +14,177 @@ import (
 // errStalled is the cause of a session that WithStallDetector ended.
 var errStalled = errors.New("stalled")
 
-// probe looks for the consumer that is alive on paper: heartbeats pass, consume-ok
-// was said, and nothing comes although the queue has messages. It runs as long as
-// the session.
+// stallConfirm is how long a suspicion has to hold. For a moment a queue may have
+// messages that are on their way to us, and RabbitMQ answers "no messages, no
+// consumers" for a quorum queue whose leader it does not reach within 250 ms, as
+// in every election.
+const stallConfirm = 5 * time.Second
+
+// prober looks for the consumer that is alive on paper: heartbeats pass,
+// consume-ok was said, and nothing comes although the queue has messages. It runs
+// as long as its session.
+type prober struct {
+	s         *session
+	moves     uint64 // at the last look
+	length    int    // of a stream at the last look, -1 if it is not known
+	suspected bool   // by the last look
+}
+
 func (s *session) probe() {
 	defer close(s.probed)
-	tick := time.NewTicker(s.config.stallAfter)
-	defer tick.Stop()
-	seen := s.received.Load()
+	p := &prober{s: s, moves: s.moves(), length: -1}
+	look := time.NewTimer(s.config.stallAfter)
+	defer look.Stop()
 	for {
 		select {
-		case <-tick.C:
+		case <-look.C:
 		case <-s.ended.ended:
 			return
 		}
-		if now := s.received.Load(); now != seen || s.gate.inside() >= s.config.prefetch {
-			seen = now
-			continue
-		}
-		if err := s.stalled(); err != nil {
+		err := p.look()
+		if err != nil && p.suspected {
 			s.broken.notify(err)
 			return
 		}
+		p.suspected = err != nil
+		if p.suspected {
+			look.Reset(min(s.config.stallAfter, stallConfirm))
+		} else {
+			look.Reset(s.config.stallAfter)
+		}
 	}
 }
 
-// singleActive tells whether the queue is known to have a single active consumer.
-// A quorum queue counts only that one, so we may be behind it.
-func (c *config) singleActive() bool {
-	return c.declare != nil && c.declare.Args["x-single-active-consumer"] == true
+// look returns why the session seems to be stalled. As long as something moves,
+// or may not move because the prefetch is full, nobody is asked.
+func (p *prober) look() error {
+	if moves := p.s.moves(); moves != p.moves || p.s.full() {
+		p.moves, p.length = moves, -1
+		return nil
+	}
+	err := p.ask()
+	if p.s.moves() != p.moves {
+		return nil
+	}
+	return err
 }
 
-// stalled asks the queue. Only when it has messages and no consumer but this one,
-// or does not know this one, is silence a stall: behind a single active consumer,
-// or one of higher priority, it is normal.
-func (s *session) stalled() error {
-	kill := time.AfterFunc(s.config.setupTimeout, func() {
-		s.conn.socket.kill(fmt.Errorf("%w: nothing delivered for %v and the queue does not answer", errStalled, s.config.stallAfter))
-	})
-	defer kill.Stop()
-	channel, err := s.conn.amqp.Channel()
-	if err != nil {
-		return nil // the connection is ending, or full; its own end tells
+// moves counts what was given to handlers and what was settled: a settlement makes
+// room, so the silence that counts begins after the last one.
+func (s *session) moves() uint64 {
+	n := s.received.Load()
+	for o := range s.stats.outcomes {
+		n += s.stats.outcomes[o].Load()
 	}
-	defer channel.Close() //nolint:errcheck // a failed declare has closed it already
-	q, err := channel.QueueDeclarePassive(s.queue, true, false, false, false, amqp.Table{})
+	return n
+}
+
+// full tells whether the broker may have nothing more to give. What it gave is
+// with handlers, waits for its requeue, or for its turn to be acked. It may also
+// wait in the driver, but not while a worker is idle.
+func (s *session) full() bool {
+	return s.stats.handling.Load() >= int64(s.config.concurrency) ||
+		s.gate.inside()+s.holds.count()+s.stream.unacked() >= s.config.prefetch
+}
+
+// ask returns why what the queue says makes the silence a stall. Behind a single
+// active consumer, or one of higher priority, silence is normal.
+func (p *prober) ask() error {
+	s := p.s
+	q, err := s.inspect(s.conn)
 	switch {
 	case err != nil:
 		return nil // not allowed, or gone: basic.cancel tells the latter
-	case q.Consumers == 0:
-		return fmt.Errorf("%w: nothing delivered for %v and the queue knows of no consumer", errStalled, s.config.stallAfter)
-	case q.Consumers == 1 && q.Messages > 0 && !s.config.singleActive():
-		return fmt.Errorf("%w: nothing delivered for %v though the queue has %d messages and this is its only consumer", errStalled, s.config.stallAfter, q.Messages)
+	case s.stream != nil && p.grew(q.Messages):
+		return s.stall("though the stream has grown")
+	case s.stream == nil && q.Consumers == 0:
+		return s.stall("and the queue knows of no consumer")
+	case s.stream == nil && s.waits(q):
+		return s.stall("though the queue has %d messages and this is its only consumer", q.Messages)
 	}
-	return nil
+	return s.elsewhere(q)
+}
+
+// grew tells whether the stream is longer than at the first look at this silence.
+// That it has messages says nothing: it keeps them.
+func (p *prober) grew(length int) bool {
+	if p.length >= 0 && length > p.length {
+		return true
+	}
+	p.length = length
+	return false
+}
+
+// waits tells whether the queue has messages for nobody but us. A quorum queue
+// counts of single active consumers only the active one, so we may be behind it.
+func (s *session) waits(q amqp.Queue) bool {
+	declared := s.config.declare
+	single := declared != nil && declared.Args["x-single-active-consumer"] == true
+	return q.Messages > 0 && q.Consumers <= 1 && !single
+}
+
+// elsewhere asks the other hosts. A leader that lost its majority goes on answering
+// from what it knew, while the others elect a new one, and so does every host that
+// is cut off: so most of all hosts have to say that messages wait for us, and it
+// takes three.
+func (s *session) elsewhere(here amqp.Queue) error {
+	hosts := newHosts(s.config).endpoints
+	others := slices.DeleteFunc(slices.Clone(hosts), func(e endpoint) bool { return e.address == s.conn.host })
+	rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
+	need := len(hosts)/2 + 1
+	for left := len(others); need > 0; left-- {
+		if left < need {
+			return nil
+		}
+		if there, err := s.inspectAt(others[left-1]); err == nil && s.contradicts(here, there) {
+			need--
+		}
+	}
+	return s.stall("though the other hosts say that messages wait: this one seems to be cut off")
+}
+
+// contradicts compares what two hosts say. All of a cluster ask the same leader,
+// so a stream is as long wherever one asks.
+func (s *session) contradicts(here, there amqp.Queue) bool {
+	if s.stream != nil {
+		return there.Messages > here.Messages
+	}
+	return s.waits(there)
+}
+
+// inspectAt opens a connection for one question, within the setup limit.
+func (s *session) inspectAt(e endpoint) (amqp.Queue, error) {
+	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
+	defer cancel()
+	a := within(ctx, func() attempt {
+		c, err := openConnection(ctx, s.config, e)
+		return attempt{conn: c, err: err}
+	}, func() { s.stats.abandoned.Add(1) })
+	if a.err != nil {
+		return amqp.Queue{}, a.err
+	}
+	unguard := context.AfterFunc(ctx, func() { a.conn.socket.kill(context.Cause(ctx)) })
+	defer func() {
+		a.conn.close(s.config.closeTimeout)
+		<-a.conn.gone
+		unguard()
+	}()
+	return s.inspect(a.conn)
+}
+
+// inspect asks a host for the queue. It takes a channel of its own, which the
+// broker closes if it refuses. A host that does not answer is as good as gone.
+func (s *session) inspect(c *connection) (amqp.Queue, error) {
+	kill := time.AfterFunc(s.config.setupTimeout, func() { c.socket.kill(s.stall("and the queue does not answer")) })
+	defer kill.Stop()
+	channel, err := c.amqp.Channel()
+	if err != nil {
+		return amqp.Queue{}, err // the connection is ending, or full; its own end tells
+	}
+	defer channel.Close() //nolint:errcheck // a failed declare has closed it already
+	return channel.QueueDeclarePassive(s.queue, true, false, false, false, amqp.Table{})
+}
+
+func (s *session) stall(format string, args ...any) error {
+	return fmt.Errorf("%w: nothing delivered for %v "+format, append([]any{errStalled, s.config.stallAfter}, args...)...)
 }

@@ -229,6 +229,193 @@ func TestBusyConsumerIsNoStall(t *testing.T) {
 	})
 }
 
+// busy is what must not be taken for a stall by a detector of 10 s.
+func (b *bench) busy(d time.Duration) {
+	b.Helper()
+	b.wait(d)
+	assert.Empty(b, b.causes())
+	assert.EqualValues(b, 1, b.consumer.Stats().Sessions)
+}
+
+func TestPrefetchFullOfWhatWaitsForAWorkerIsNoStall(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(func(context.Context, *steadymq.Delivery) error { time.Sleep(5 * time.Minute); return nil },
+			steadymq.WithConcurrency(1), steadymq.WithPrefetch(2), steadymq.WithStallDetector(10*time.Second))
+		b.broker.Publish(queue, "1", "2", "3", "4")
+		b.busy(21 * time.Minute)
+		assert.EqualValues(b, 4, b.consumer.Stats().Acked)
+	})
+}
+
+func TestPrefetchFullOfWhatWaitsForItsRequeueIsNoStall(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "poison" && !d.Redelivered {
+				return steadymq.RequeueAfter(errors.New("not yet"), 5*time.Minute)
+			}
+			return nil
+		}, steadymq.WithPrefetch(1), steadymq.WithStallDetector(10*time.Second))
+		b.broker.Publish(queue, "poison", "2")
+		b.busy(6 * time.Minute)
+		assert.EqualValues(b, 2, b.consumer.Stats().Acked)
+	})
+}
+
+func TestBurstAtTheMomentOfTheLookIsNoStall(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithPrefetch(1), steadymq.WithStallDetector(10*time.Second))
+		b.mu.Lock()
+		look := b.changes[len(b.changes)-1].Time.Add(10 * time.Second)
+		b.mu.Unlock()
+		b.wait(time.Until(look) + 500*time.Microsecond) // the question is on its way, and takes longer than a delivery
+		for range 10 {
+			b.broker.Publish(queue, "m")
+		}
+		b.busy(time.Minute)
+	})
+}
+
+func TestQueueThatForgotForAMomentIsNoStall(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.broker.Host(0).CutOff(true) // it says what RabbitMQ says in an election, too: no messages and no consumers
+		b.consuming(ack, steadymq.WithStallDetector(10*time.Second))
+		b.wait(12 * time.Second)
+		b.broker.Host(0).CutOff(false)
+		b.busy(time.Minute)
+	})
+}
+
+func TestConsumerTheQueueForgotIsReplaced(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.broker.Host(0).CutOff(true) // before the consumer came
+		b.consuming(ack, steadymq.WithStallDetector(10*time.Second))
+		b.wait(16 * time.Second)
+		require.Len(b, b.causes(), 1)
+		assert.ErrorContains(b, b.causes()[0], "stalled: nothing delivered for 10s and the queue knows of no consumer")
+	})
+}
+
+func TestConsumerOnAHostThatIsCutOffGoesToAnother(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithStallDetector(10*time.Second))
+		b.wait(time.Minute)
+		require.Empty(b, b.causes(), "an empty queue is no stall, wherever one asks")
+		was := b.hostInUse()
+		b.broker.Host(was).CutOff(true)
+		b.broker.Publish(queue, "1", "2", "3")
+		b.wait(26 * time.Second)
+		require.Len(b, b.causes(), 1)
+		assert.ErrorContains(b, b.causes()[0], "stalled")
+		assert.ErrorContains(b, b.causes()[0], "cut off")
+		assert.NotEqual(b, was, b.hostInUse())
+		assert.EqualValues(b, 3, b.consumer.Stats().Acked)
+		b.wait(10 * time.Minute)
+		assert.Len(b, b.causes(), 1, "the host that is cut off does not overrule the others")
+	}, steadymqtest.WithHosts(3))
+}
+
+func TestAHostThatIsCutOffDoesNotOverruleTheOthers(t *testing.T) {
+	for _, hosts := range []int{2, 3} {
+		t.Run(fmt.Sprint(hosts, " hosts"), func(t *testing.T) {
+			bubble(t, func(b *bench) {
+				block := make(chan struct{})
+				b.consuming(func(context.Context, *steadymq.Delivery) error { <-block; return nil },
+					steadymq.WithPrefetch(1), steadymq.WithStallDetector(10*time.Second))
+				b.broker.Publish(queue, "1", "2", "3")
+				b.wait(time.Second)
+				other := b.broker.Host((b.hostInUse() + 1) % hosts)
+				other.CutOff(true) // and goes on saying that two messages wait
+				close(block)
+				b.busy(10 * time.Minute)
+				assert.EqualValues(b, 3, b.consumer.Stats().Acked)
+			}, steadymqtest.WithHosts(hosts))
+		})
+	}
+}
+
+func TestStopDoesNotWaitForAQuestionToAnotherHost(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithStallDetector(10*time.Second))
+		for i := range 3 {
+			if i != b.hostInUse() {
+				b.broker.Host(i).HangAt(steadymqtest.StageStart, true)
+			}
+		}
+		b.wait(10 * time.Second) // the first look is waiting for another host's answer
+		at := time.Now()
+		require.NoError(b, b.stop())
+		assert.Less(b, time.Since(at), time.Second)
+	}, steadymqtest.WithHosts(3))
+}
+
+func TestHostsThatDoNotAnswerAreNoStall(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithStallDetector(10*time.Second))
+		was := b.hostInUse()
+		b.broker.Host((was+1)%3).HangAt(steadymqtest.StageDeclare, true)
+		b.broker.Host((was + 2) % 3).Refuse(true)
+		b.busy(10 * time.Minute)
+	}, steadymqtest.WithHosts(3))
+}
+
+// stream is a bench's consumer of a stream under a detector of 10 s.
+func (b *bench) stream(h steadymq.Handler, options ...steadymq.Option) {
+	b.Helper()
+	b.broker.DeclareQueue("log", steadymqtest.QueueOptions{Type: "stream"})
+	b.consuming(h, append(append(streamOptions("first"), steadymq.WithStallDetector(10*time.Second)), options...)...)
+}
+
+func TestStreamThatGrowsWithoutADeliveryIsAStall(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.stream(ack)
+		b.broker.Publish("log", "1", "2", "3")
+		b.busy(10 * time.Minute) // a stream keeps its messages: that it has some is no stall
+		b.broker.QuorumStall("log", true)
+		for range 36 {
+			b.broker.Publish("log", "more")
+			b.wait(time.Second)
+		}
+		require.NotEmpty(b, b.causes())
+		assert.ErrorContains(b, b.causes()[0], "stalled: nothing delivered for 10s though the stream has grown")
+		b.broker.QuorumStall("log", false)
+		b.wait(10 * time.Second)
+		assert.EqualValues(b, 39, b.consumer.Stats().Acked)
+	})
+}
+
+func TestStreamOnAHostThatIsCutOffIsReadFromAnother(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.stream(ack)
+		b.broker.Publish("log", "1", "2", "3")
+		b.wait(10 * time.Minute)
+		require.Empty(b, b.causes())
+		was := b.hostInUse()
+		b.broker.Host(was).CutOff(true)
+		b.broker.Publish("log", "4")
+		b.wait(26 * time.Second)
+		require.Len(b, b.causes(), 1)
+		assert.NotEqual(b, was, b.hostInUse())
+		assert.EqualValues(b, 4, b.consumer.Stats().Acked)
+	}, steadymqtest.WithHosts(3))
+}
+
+func TestPrefetchFullOfWhatWaitsForItsTurnIsNoStall(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.stream(func(_ context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "0" {
+				time.Sleep(5 * time.Minute)
+			}
+			return nil
+		}, steadymq.WithConcurrency(2), steadymq.WithPrefetch(4))
+		for i := range 400 {
+			b.broker.Publish("log", fmt.Sprint(i))
+			b.wait(time.Second)
+		}
+		b.busy(time.Minute)
+		assert.EqualValues(b, 400, b.consumer.Stats().Acked)
+	})
+}
+
 // Credentials.
 
 func TestCredentialsAreFreshForEveryDial(t *testing.T) {
