@@ -323,12 +323,6 @@ func (h *holds) remove(d *Delivery) bool {
 	return ok
 }
 
-func (h *holds) count() int {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return len(h.timers)
-}
-
 // release ends all holds: the deliveries are settled at once, as requeued while
 // their session lives and as stale after it.
 func (h *holds) release() {

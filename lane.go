@@ -109,13 +109,13 @@ func (l *lane) settle(method uint32, tag uint64, bits byte) error {
 		s.mu.Unlock()
 		return s.err()
 	}
+	l.owed.Add(-1)
 	if !s.out.between() { // the rest of a long frame of the driver is still to come
 		s.late = append(s.late, frame[:]...)
 		s.mu.Unlock()
 		return nil
 	}
 	s.pending = append(s.pending, frame[:]...)
-	l.owed.Add(-1)
 	now := s.urge(s.mustGo(l))
 	s.mu.Unlock()
 	if now {

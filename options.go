@@ -430,10 +430,10 @@ func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
 }
 
 // WithStallDetector looks for a consumer that is alive on paper only: for the given
-// time nothing was delivered and nothing settled, although the prefetch is not full
-// and a worker is idle. It then asks the queue, by a passive declare on a channel of
-// its own, which needs the configure permission on RabbitMQ 4.3. The silence is a
-// stall if one of these is so, and is so still up to 5 s later:
+// time nothing was delivered and nothing settled, although the prefetch is not
+// full. It then asks the queue, by a passive declare on a channel of its own, which
+// needs the configure permission on RabbitMQ 4.3. The silence is a stall if one of
+// these is so, and is so still up to 5 s later:
 //
 //   - The queue has messages and this consumer is its only one (a quorum queue
 //     without majority), or it knows of no consumer at all (a forgotten one).

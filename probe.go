@@ -79,13 +79,9 @@ func (s *session) moves() uint64 {
 	return n
 }
 
-// full tells whether the broker may have nothing more to give. What it gave is
-// with handlers, waits for its requeue, or for its turn to be acked. It may also
-// wait in the driver, but not while a worker is idle.
-func (s *session) full() bool {
-	return s.stats.handling.Load() >= int64(s.config.concurrency) ||
-		s.gate.inside()+s.holds.count()+s.stream.unacked() >= s.config.prefetch
-}
+// full tells whether the broker may give no more: what it gave waits for a worker,
+// is with one, or waits for its requeue or, of a stream, for its turn to be acked.
+func (s *session) full() bool { return s.lane.owed.Load() >= int64(s.config.prefetch) }
 
 // ask returns why what the queue says makes the silence a stall. Behind a single
 // active consumer, or one of higher priority, silence is normal.

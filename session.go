@@ -477,9 +477,6 @@ func (g *gate) leave() {
 	}
 }
 
-// inside returns how many are at work.
-func (g *gate) inside() int { return int(g.count.Load() / 2) }
-
 // shut may be called more than once, by the session's own goroutine only.
 func (g *gate) shut() {
 	if g.count.Load()&1 == 1 {

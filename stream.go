@@ -153,16 +153,6 @@ func (p *position) ready(session uint64, d *Delivery) []settledAt {
 	return p.settled.add(settledAt{d.tag, offset})
 }
 
-// unacked counts what is done and waits for its turn to be acked.
-func (p *position) unacked() int {
-	if p == nil {
-		return 0
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.settled.above)
-}
-
 // told notes that the broker was told, which moves the place to resume at.
 func (p *position) told(session uint64, d settledAt) {
 	p.mu.Lock()
