@@ -91,9 +91,12 @@ func parseOptions(args []string) (o options, err error) {
 	f.StringVar(&o.queueType, "queue-type", "classic", "type of the broker's queue: classic or quorum")
 	f.IntVar(&o.messages, "messages", 50000, "messages per run on a broker")
 	f.StringVar(&o.profile, "profile", "", "folder for CPU and allocation profiles of the clients")
-	f.BoolVar(&o.write, "write", false, "write bench/RESULTS.md and bench/throughput.svg")
+	f.BoolVar(&o.write, "write", false, "write bench/RESULTS.md and bench/throughput.svg, or bench/BROKER.md with -amqp")
 	_ = f.Parse(args) // ExitOnError
 	o.command = strings.Join(append([]string{"go run ./bench"}, args...), " ")
+	if o.amqp != "" { // it may hold a password
+		o.command = strings.ReplaceAll(o.command, o.amqp, "URL")
+	}
 	if *short {
 		o.rounds, o.window, o.samples = min(o.rounds, 3), min(o.window, 400*time.Millisecond), min(o.samples, 10)
 	}

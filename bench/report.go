@@ -29,6 +29,9 @@ func (r report) deliver() error {
 	}
 	var b strings.Builder
 	r.markdown(&b)
+	if r.opts.amqp != "" { // a broker of its own kind, beside the replay server's results
+		return os.WriteFile(filepath.Join(folder, "BROKER.md"), []byte(b.String()), 0o644)
+	}
 	if err := os.WriteFile(filepath.Join(folder, "RESULTS.md"), []byte(b.String()), 0o644); err != nil {
 		return err
 	}
