@@ -150,7 +150,7 @@ func wholeNode(b *rabbit.Broker) []event {
 	}
 	return []event{
 		{
-			fault: "rabbitmqctl stop_app, start_app", rows: "1", not: staysStopped,
+			fault: "rabbitmqctl stop_app, start_app", rows: "1",
 			apply: during(b.StopApp, 2*time.Second, b.StartApp), check: back(afterRefusals),
 		},
 		{
@@ -196,15 +196,6 @@ func wholeNode(b *rabbit.Broker) []event {
 			apply: during(b.Stop, time.Second, b.Start), check: back(afterRefusals),
 		},
 	}
-}
-
-// staysStopped: seen for a minute and more, until the whole node was started again, which are rows of their own.
-func staysStopped(g rabbit.Generation, k kind) string {
-	if k == stream || k == quorum && g == rabbit.Gen43 {
-		return "after stop_app, start_app on one node RabbitMQ leaves streams, and since 4.3 quorum queues, stopped for good " +
-			"(404, process is stopped by supervisor)"
-	}
-	return ""
 }
 
 func timeoutClosesNothing(g rabbit.Generation, _ kind) string {

@@ -3,6 +3,7 @@ package steadymq_test
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"runtime"
 	"slices"
@@ -117,15 +118,12 @@ func (m *matrix) newTrial(t *testing.T, g rabbit.Generation, k kind, b *rabbit.B
 		b = b.As("guest", "guest", r.vhost)
 		t.Cleanup(func() { _ = b.DropVhost(context.Background(), r.vhost) })
 	}
-	r.scenario = newScenario(t, b, &r.own)
+	var args amqp.Table
 	if k != classic || c.args != nil {
-		args := amqp.Table{"x-queue-type": string(k)}
-		for key, value := range c.args {
-			args[key] = value
-		}
-		require.NoError(t, b.DeleteQueue(r.queue))
-		require.NoError(t, b.DeclareQueue(r.queue, args))
+		args = amqp.Table{"x-queue-type": string(k)}
+		maps.Copy(args, c.args)
 	}
+	r.scenario = newScenarioOn(t, b, &r.own, args)
 	if k == stream {
 		r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
 	}
