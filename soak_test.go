@@ -372,12 +372,10 @@ func (one soaker) consumer(t *testing.T) *steadymq.Consumer {
 	opts := []steadymq.Option{
 		steadymq.WithURLs(one.URLs[1:]...), steadymq.WithConcurrency(4), steadymq.WithPrefetch(soakPrefetch), steadymq.WithConnectionName(one.Queue),
 		steadymq.WithHeartbeat(realHeartbeat), steadymq.WithSetupTimeout(realSetup), steadymq.WithCloseTimeout(realClose),
-		steadymq.WithLogger(slog.New(slog.DiscardHandler)),
+		steadymq.WithLogger(slog.New(slog.DiscardHandler)), steadymq.WithStallDetector(5 * time.Second),
 	}
 	if one.Kind == stream {
 		opts = append(opts, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
-	} else {
-		opts = append(opts, steadymq.WithStallDetector(5*time.Second))
 	}
 	c, err := steadymq.New(one.URLs[0], one.Queue, opts...)
 	require.NoError(t, err)
