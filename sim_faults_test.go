@@ -38,6 +38,7 @@ type simKind struct {
 	lingers  bool                                 // the broker keeps the old consumer for up to 3 heartbeats
 	after    time.Duration                        // what it started goes on for so long
 	detect   func(*simConsumerPlan) time.Duration // since its start, until the consumer knows
+	brief    func(*simConsumerPlan) time.Duration // detect, where it ends before the broker's next heartbeat
 	escape   func(*simConsumerPlan) time.Duration // when it strikes one host of several: until the next is tried
 	on       func(*sim, simFault, steadymqtest.Faults)
 	off      func(*sim, simFault, steadymqtest.Faults)
@@ -100,7 +101,8 @@ var simKinds = []simKind{
 		off: func(s *sim, f simFault, at faultsOf) { at.DNSFailure(false) },
 	},
 	{
-		name: "black hole both ways", longest: 40 * time.Second, detect: halfBeats(3), pace: paceDial, lingers: true, escape: escapeDial,
+		// A brief one may lose what we send and nothing of the broker's: that is one to the broker.
+		name: "black hole both ways", longest: 40 * time.Second, detect: halfBeats(3), brief: halfBeats(7), pace: paceDial, lingers: true, escape: escapeDial,
 		on:  func(s *sim, f simFault, at faultsOf) { at.BlackHole(true, true) },
 		off: func(s *sim, f simFault, at faultsOf) { at.BlackHole(false, false) },
 	},
@@ -337,11 +339,18 @@ func (b *simBurst) healed(p *simPlan, c *simConsumerPlan, loosely bool) time.Dur
 // noticed is when the fault is over and c knows of it at the latest.
 func (f simFault) noticed(c *simConsumerPlan) time.Duration {
 	k := &simKinds[f.kind]
-	known := f.at
-	if k.detect != nil {
-		known += k.detect(c)
+	return max(f.at+f.detect(c), f.end()+k.after)
+}
+
+func (f simFault) detect(c *simConsumerPlan) time.Duration {
+	k := &simKinds[f.kind]
+	switch {
+	case k.brief != nil && f.last <= c.heartbeat/2:
+		return k.brief(c)
+	case k.detect != nil:
+		return k.detect(c)
 	}
-	return max(known, f.end()+k.after)
+	return 0
 }
 
 // healed is the bound of a single fault that strikes a healthy session.
@@ -349,11 +358,7 @@ func (f simFault) healed(p *simPlan, c *simConsumerPlan) time.Duration {
 	k := &simKinds[f.kind]
 	noticed, pace := f.noticed(c), k.pace
 	if k.escape != nil && f.host >= 0 && p.hosts > 1 && !p.urlFunc {
-		noticed, pace = f.at, paceNow
-		if k.detect != nil {
-			noticed += k.detect(c)
-		}
-		noticed += k.escape(c)
+		noticed, pace = f.at+f.detect(c)+k.escape(c), paceNow
 	}
 	if c.alone && k.lingers { // the broker buries the old connection first
 		noticed = max(noticed, f.at+3*c.heartbeat+time.Second)

@@ -79,12 +79,12 @@ func simulate(t *testing.T, seed uint64) bool {
 		}
 	}
 	again := 0
-	if *simShrink {
-		for range 10 {
-			if len(simOnce(t, seed, keep)) > 0 {
-				again++
-			}
+	for range 10 {
+		if len(simOnce(t, seed, keep)) > 0 {
+			again++
 		}
+	}
+	if *simShrink {
 		keep, violations = shrink(t, seed, keep, violations)
 	}
 	plan := newSimPlan(seed, *simVirtual)
