@@ -38,7 +38,12 @@ func (s *Server) Inject(fault string, outage time.Duration) error {
 func (s *Server) restart(outage time.Duration) error {
 	s.Close()
 	time.Sleep(outage)
-	return s.listen(s.addr)
+	// Meanwhile the port may have become a client's own end of another connection.
+	err := s.listen(s.addr)
+	for end := time.Now().Add(outage); err != nil && time.Now().Before(end); err = s.listen(s.addr) {
+		time.Sleep(time.Millisecond)
+	}
+	return err
 }
 
 func (c *conn) inject(fault string, tcp *net.TCPConn) error {
