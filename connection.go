@@ -133,7 +133,7 @@ type connection struct {
 	closed chan *amqp.Error   // the driver's NotifyClose
 	end    *notifier          // the first cause of its end
 	leave  chan time.Duration // asks for an orderly close within a limit
-	left   bool               // leave was asked; the supervisor's
+	left   bool               // leave was asked; its owner's
 	gone   chan struct{}      // closed when nothing of it is left
 
 	channelFailures []time.Time // recent ones, for the escalation; the supervisor's
@@ -413,7 +413,7 @@ func (c *connection) teardown(limit time.Duration) {
 }
 
 // close asks for an orderly close within limit and returns at once; gone tells
-// the end. Only the supervisor calls it.
+// the end. Only its owner calls it.
 func (c *connection) close(limit time.Duration) {
 	if !c.left {
 		c.left = true

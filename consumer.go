@@ -341,7 +341,7 @@ func (s *supervisor) consuming() stateFunc {
 // release lets the session go its way out, and with it its connection if that is
 // not worth keeping.
 func (s *supervisor) release() {
-	s.leaving = append(s.leaving, s.session.gone)
+	s.leaving = append(s.leaving, s.session.gone, s.session.probed)
 	s.session = nil
 }
 
@@ -436,6 +436,7 @@ func (s *supervisor) draining() stateFunc {
 	if s.session != nil {
 		close(s.session.stop)
 		<-s.session.gone // bounded by the drain limit and the close limit
+		s.leaving = append(s.leaving, s.session.probed)
 		s.note(s.session.drained)
 		left -= s.session.closing
 	}

@@ -82,9 +82,9 @@
 //   - Deliveries and settlements go past the driver, which spends 37 allocations,
 //     two locks and two goroutine hops on a message, where two allocations do.
 //     It is the same connection and channel, and the values have the same types: a
-//     fuzz test compares them with the driver's. What a broker still sends on a
-//     channel it has closed is dropped on the way; the driver would close the
-//     connection for it.
+//     fuzz test compares them with the driver's. Deliveries on a channel that the
+//     broker has closed, and a second channel.close, are dropped on the way; the
+//     driver would close the connection for them.
 //   - A failed handler is basic.reject, a delivery never started basic.nack: since
 //     RabbitMQ 4.3 only the former counts towards a quorum queue's delivery limit.
 //   - A message that is put back after a hold keeps its place in the prefetch but

@@ -154,7 +154,8 @@ func (f *fields) table(depth int) amqp.Table {
 		f.fail(errSyntax)
 		return nil
 	}
-	in := fields{b: f.longstr(), err: f.err}
+	in := fields{b: f.longstr()}
+	in.err = f.err
 	t := make(amqp.Table)
 	for len(in.b) > 0 && in.err == nil {
 		key := string(in.shortstr())
@@ -181,12 +182,13 @@ func (f *fields) array(depth int) []any {
 	if f.err != nil {
 		return nil
 	}
-	in := fields{b: f.b[:min(int(n), len(f.b))]}
-	f.b = f.b[len(in.b):]
+	size := min(int(n), len(f.b))
+	in := fields{b: f.b[:size]}
 	var all []any
 	for {
 		value := in.value(depth)
 		if errors.Is(in.err, io.EOF) {
+			f.b = f.b[size-len(in.b):]
 			return all
 		}
 		if len(all) >= maxEntries {

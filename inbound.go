@@ -24,8 +24,8 @@ type inbound struct {
 	r, w int
 	want int // a frame of that size has to fit into buf
 
-	pass int  // bytes of a frame that the driver still gets
-	all  bool // these are no frames, or not any more: judging that is the driver's work
+	pass int64 // bytes of a frame that the driver still gets
+	all  bool  // these are no frames, or not any more: judging that is the driver's work
 
 	lane *lane // whose message is being read
 	body int   // bytes of its body frame still to come, with the frame's end
@@ -112,12 +112,12 @@ func (s *socket) give(p []byte) int {
 	in := &s.in
 	b := in.buf[in.r:in.w]
 	if !in.all {
-		b = b[:min(in.pass, len(b))]
+		b = b[:min(in.pass, int64(len(b)))]
 	}
 	n := copy(p, b)
 	in.r += n
 	if !in.all {
-		in.pass -= n
+		in.pass -= int64(n)
 	}
 	in.given, in.took = time.Duration(s.heard.Load()), false
 	return n
@@ -148,7 +148,7 @@ func (s *socket) next() (complete bool, err error) {
 	}
 	l := s.reading(binary.BigEndian.Uint16(b[1:]))
 	if l == nil || whole > frameSize { // the driver refuses what is longer than agreed
-		in.pass = int(whole)
+		in.pass = int64(whole)
 		return true, nil
 	}
 	switch {
@@ -160,7 +160,8 @@ func (s *socket) next() (complete bool, err error) {
 		in.lane, in.body, in.took = l, int(whole)-frameHead, true
 		in.r += frameHead
 	default:
-		in.pass = int(whole)
+		l.interrupt()
+		in.pass = int64(whole)
 	}
 	return true, nil
 }
@@ -172,7 +173,7 @@ func (s *socket) reading(channel uint16) *lane {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.lanes.on[channel]
+	return s.lanes.on(channel)
 }
 
 // method takes a delivery of the lane. RabbitMQ 3.10 may deliver on a channel it
@@ -182,9 +183,9 @@ func (in *inbound) method(l *lane, b []byte, whole int) (complete bool, err erro
 	id := methodID(b)
 	again := id == channelClose && l.refused
 	if id != basicDeliver && !again {
-		l.message, l.headed = nil, false
+		l.interrupt()
 		l.refused = l.refused || id == channelClose
-		in.pass = whole
+		in.pass = int64(whole)
 		return true, nil
 	}
 	if in.missing(b, whole) {
@@ -196,7 +197,7 @@ func (in *inbound) method(l *lane, b []byte, whole int) (complete bool, err erro
 	}
 	mine, err := l.begin(b[methodHead : whole-1])
 	if !mine {
-		in.pass = whole
+		in.pass = int64(whole)
 		return true, err
 	}
 	in.lane = l

@@ -8,6 +8,7 @@ import (
 	"io"
 	mathrand "math/rand/v2"
 	"net"
+	"runtime"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -196,7 +197,11 @@ func TestChannelOpenedAgainIsAnotherChannel(t *testing.T) {
 		synctest.Wait()
 		_, err = first.socket.Write(slicesOf(methodOf(1, 20, 41), methodOf(1, 20, 10, 0)))
 		require.NoError(t, err)
-		second := openLane(first.socket, 1, 1)
+		s := first.socket
+		s.mu.Lock()
+		assert.Nil(t, s.lanes.on(1), "a channel.close of the broker is the driver's again")
+		s.mu.Unlock()
+		second := openLane(s, 1, 1)
 		deliver(t, far, 1)
 		d, _ := second.take()
 		assert.EqualValues(t, 1, d.DeliveryTag)
@@ -318,7 +323,7 @@ func FuzzMessage(f *testing.F) {
 	f.Add(table(1, 'A', 'A', 0, 0, 0, 1, 'I'), "and before one")
 	f.Add(table(1, 'A', 'A', 0, 0, 0, 9, 't'), "and shorter than it says")
 	f.Add(table(1, 'x', 'x', 0x80, 0, 0, 0), "negative")
-	f.Add(table(bytes.Repeat([]byte{1, 'A', 'A', 0, 0, 0, 40}, 1)...), "deep")
+	f.Add(table(slicesOf([]byte{1, 'A', 'A', 0, 0, 0, 9}, []byte{'F', 0, 0, 0, 3, 1, 'k', 'I'}, []byte{'V', 1, 'z', 't', 1})...), "an array cut off in a table")
 	f.Fuzz(func(t *testing.T, properties []byte, body string) {
 		if len(properties) > 4000 || len(body) > 1000 {
 			return
@@ -334,6 +339,139 @@ func FuzzMessage(f *testing.F) {
 		require.Len(t, ours, 1, "%v", cause)
 		theirs.Acknowledger = nil
 		require.Equal(t, fmt.Sprintf("%#v", theirs), fmt.Sprintf("%#v", ours[0])) // NaN is not equal to itself
+	})
+}
+
+// The driver's limits are ours: one more is refused.
+func TestNestingAndEntriesAreLimitedAsInTheDriver(t *testing.T) {
+	nested := func(depth int) []byte {
+		b := []byte{'V'}
+		for range depth {
+			b = append(binary.BigEndian.AppendUint32([]byte{'A'}, uint32(len(b))), b...)
+		}
+		return append([]byte{1, 'k'}, b...)
+	}
+	array := func(entries int) []byte {
+		return append(binary.BigEndian.AppendUint32([]byte{1, 'k', 'A'}, uint32(entries)), bytes.Repeat([]byte{'V'}, entries)...)
+	}
+	entries := func(n int) []byte {
+		var b []byte
+		for i := range n {
+			b = append(b, 2, byte(i), byte(i>>8), 'V')
+		}
+		return b
+	}
+	for name, most := range map[string][2][]byte{
+		"nesting": {nested(32), nested(33)},
+		"array":   {array(8192), array(8193)},
+		"table":   {entries(8192), entries(8193)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for i, payload := range most {
+				message := messageOf(1, 1, append(binary.BigEndian.AppendUint32([]byte{0x20, 0}, uint32(len(payload))), payload...))
+				_, ours, cause := sorted(t, message, 0, whole)
+				_, ok := driverReads(t, message)
+				assert.Equal(t, i == 0, ok, "the driver")
+				assert.Equal(t, i == 0, len(ours) == 1, "%v", cause)
+			}
+		})
+	}
+}
+
+func TestAnnouncedSizeIsNotBelieved(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		l, _, far := consumer(t, socketLimits, 1)
+		announced := messageOf(1, 1, []byte{0, 0})
+		binary.BigEndian.PutUint64(announced[len(announced)-11:], 1<<40)
+		_, err := far.Write(announced)
+		require.NoError(t, err)
+		synctest.Wait()
+		assert.LessOrEqual(t, cap(l.message.Body), frameSize)
+	})
+}
+
+func TestTooLargeMessageOfALaneEndsTheSocket(t *testing.T) {
+	_, deliveries, cause := sorted(t, slicesOf(messageOf(1, 1, []byte{0, 0}, "0123456789"), messageOf(1, 2, []byte{0, 0}, "0123456789a")), 10, whole)
+	require.Len(t, deliveries, 1)
+	assert.Equal(t, &errMessageTooLarge{size: 11, limit: 10}, cause)
+}
+
+// A body in many frames may take longer than the driver allows silence.
+func TestMessageThatTricklesInIsASignOfLifeForTheDriver(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		conn := open(t, s, far)
+		l := openLane(s, 1, 1)
+		collect(far)
+		parts := make([]string, 60)
+		for i := range parts {
+			parts[i] = "part"
+		}
+		b := messageOf(1, 1, []byte{0, 0}, parts...)
+		head := len(b) - len(parts)*(frameHead+len("part")+1)
+		_, err := far.Write(b[:head])
+		require.NoError(t, err)
+		for b = b[head:]; len(b) > 0; b = b[frameHead+len("part")+1:] {
+			time.Sleep(time.Second)
+			_, err := far.Write(b[:frameHead+len("part")+1])
+			require.NoError(t, err)
+		}
+		d, _ := l.take()
+		assert.Len(t, d.Body, 240)
+		assert.False(t, conn.IsClosed())
+		s.kill(nil)
+		_ = conn.Close()
+	})
+}
+
+func TestDeliveryOfAnotherConsumerInterruptsAMessage(t *testing.T) {
+	method := len(methodOf(1, 60, 60, make([]byte, 17)...))
+	ours := messageOf(1, 1, []byte{0, 0}, "ours")[:method]
+	theirs := bytes.Replace(messageOf(1, 2, []byte{0, 0}, "theirs"), []byte{1, 't'}, []byte{1, 'u'}, 1)
+	driver, deliveries, _ := sorted(t, slicesOf(ours, theirs), 0, whole)
+	assert.Equal(t, theirs, driver)
+	assert.Empty(t, deliveries)
+}
+
+// What waited over the prefetch is not kept once it was taken.
+func TestInboxForgetsWhatWasTaken(t *testing.T) {
+	box := newInbox(1)
+	freed := make(chan struct{}, 100)
+	for range 100 {
+		d := &Delivery{}
+		runtime.AddCleanup(d, func(ended chan struct{}) { ended <- struct{}{} }, freed)
+		box.put(d)
+	}
+	for range 50 {
+		_, _ = box.take()
+	}
+	runtime.GC()
+	for range 40 { // what is still in the channel and on the stack aside
+		select {
+		case <-freed:
+		case <-time.After(10 * time.Second):
+			t.Fatal("taken deliveries are kept")
+		}
+	}
+	runtime.KeepAlive(box)
+}
+
+func TestLaneThatIsDoneWithKeepsNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		l, _, far := consumer(t, socketLimits, 10)
+		s := l.socket
+		collect(far)
+		deliver(t, far, 5)
+		_, err := s.Write(methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0))
+		require.NoError(t, err)
+		l.close()
+		l.bury()
+		assert.Empty(t, l.next)
+		s.mu.Lock()
+		assert.NotSame(t, l, s.lanes.on(1))
+		s.mu.Unlock()
+		deliver(t, far, 5)
+		assert.Empty(t, l.rest, "dropped")
 	})
 }
 

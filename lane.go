@@ -32,13 +32,17 @@ type lane struct {
 // begun tells whether a message's content header is next.
 func (l *lane) begun() bool { return l.message != nil && !l.headed }
 
+// interrupt drops a message that is not complete, as the driver does.
+func (l *lane) interrupt() { l.message, l.headed = nil, false }
+
 // begin reads a basic.deliver. It returns false if that is another consumer's.
 func (l *lane) begin(payload []byte) (mine bool, err error) {
 	f := fields{b: payload}
+	l.interrupt()
 	if tag := f.shortstr(); string(tag) != l.tag && !l.refused {
 		return false, nil
 	}
-	l.message, l.headed = new(Delivery), false
+	l.message = new(Delivery)
 	l.message.ConsumerTag = l.tag
 	l.memos.deliver(&f, &l.message.Delivery)
 	if f.err != nil {
@@ -81,7 +85,7 @@ func (l *lane) finish() {
 		return
 	}
 	d := l.message
-	l.message, l.headed = nil, false
+	l.interrupt()
 	if l.refused {
 		return
 	}
@@ -104,17 +108,12 @@ func (l *lane) settle(method uint32, tag uint64, bits byte) error {
 
 	s := l.socket
 	s.mu.Lock()
-	s.awaitRoom(len(frame))
+	s.await(func() bool { return s.full(len(frame)) || s.out.within() })
 	if l.closed || s.out.off || s.closing || s.over.Load() {
 		s.mu.Unlock()
 		return s.err()
 	}
 	l.owed.Add(-1)
-	if !s.out.between() { // the rest of a long frame of the driver is still to come
-		s.late = append(s.late, frame[:]...)
-		s.mu.Unlock()
-		return nil
-	}
 	s.pending = append(s.pending, frame[:]...)
 	now := s.urge(s.mustGo(l))
 	s.mu.Unlock()
@@ -134,7 +133,8 @@ const (
 // writes, under the socket's mutex.
 type lanes struct {
 	expected map[string]*lane // by consumer tag, until its basic.consume is written
-	on       map[uint16]*lane // by channel, closed or not, until the channel is opened again
+	open     map[uint16]*lane // by channel
+	past     map[uint16]*lane // closed ones, until the channel is opened again
 }
 
 // learn takes a frame that the driver writes, or at least its beginning.
@@ -146,30 +146,40 @@ func (ls *lanes) learn(p []byte) {
 		if l := ls.expected[tag]; l != nil {
 			delete(ls.expected, tag)
 			l.channel, l.closed = channel, false
-			ls.on[channel] = l
+			ls.open[channel] = l
 		}
 	case channelOpen:
 		ls.end(channel)
-		delete(ls.on, channel)
+		delete(ls.past, channel)
 	case channelClose, channelCloseOk:
 		ls.end(channel)
 	case connectionClose, connectionCloseOk:
-		for channel := range ls.on {
+		for channel := range ls.open {
 			ls.end(channel)
 		}
 	}
 }
 
 func (ls *lanes) end(channel uint16) {
-	if l := ls.on[channel]; l != nil {
+	if l := ls.open[channel]; l != nil {
 		l.closed = true
+		delete(ls.open, channel)
+		ls.past[channel] = l
 	}
+}
+
+// on returns the lane of a channel, nil if there is none.
+func (ls *lanes) on(channel uint16) *lane {
+	if l := ls.open[channel]; l != nil {
+		return l
+	}
+	return ls.past[channel]
 }
 
 // busy tells whether a settlement may be on its way.
 func (ls *lanes) busy() bool {
-	for _, l := range ls.on {
-		if !l.closed && l.owed.Load() > 0 {
+	for _, l := range ls.open {
+		if l.owed.Load() > 0 {
 			return true
 		}
 	}
@@ -193,8 +203,21 @@ func (l *lane) abandon() {
 	delete(l.socket.lanes.expected, l.tag)
 }
 
+// bury leaves of a lane that is done with only what drops late deliveries: its
+// channel's number may not come up again for long.
+func (l *lane) bury() {
+	l.clear()
+	s := l.socket
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.lanes.past[l.channel] == l {
+		s.lanes.past[l.channel] = &lane{socket: s, tag: l.tag, channel: l.channel, closed: true, refused: true}
+	}
+}
+
 // consumerTag reads the tag from a basic.consume: a reserved short, the queue's
-// name, the tag.
+// name, the tag. That all of it is in the driver's first write of the frame takes
+// that nobody publishes on the channel before, which TopologyFunc forbids.
 func consumerTag(p []byte) string {
 	f := fields{b: p[methodHead:]}
 	f.short()
@@ -248,10 +271,14 @@ func (i *inbox) refill() {
 	for len(i.rest) > 0 && !i.shut {
 		select {
 		case i.next <- i.rest[0]:
+			i.rest[0] = nil // the array outlives it
 			i.rest = i.rest[1:]
 		default:
 			return
 		}
+	}
+	if len(i.rest) == 0 {
+		i.rest = nil
 	}
 	i.more.Store(len(i.rest) > 0)
 }

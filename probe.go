@@ -171,7 +171,11 @@ func (s *session) inspectAt(e endpoint) (amqp.Queue, error) {
 // inspect asks a host for the queue. It takes a channel of its own, which the
 // broker closes if it refuses. A host that does not answer is as good as gone.
 func (s *session) inspect(c *connection) (amqp.Queue, error) {
-	kill := time.AfterFunc(s.config.setupTimeout, func() { c.socket.kill(s.stall("and the queue does not answer")) })
+	kill := time.AfterFunc(s.config.setupTimeout, func() {
+		if c != s.conn || s.ended.cause() == nil { // else another session may live on it
+			c.socket.kill(s.stall("and the queue does not answer"))
+		}
+	})
 	defer kill.Stop()
 	channel, err := c.amqp.Channel()
 	if err != nil {

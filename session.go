@@ -197,7 +197,7 @@ func (s *session) run() {
 		s.lose(cause)
 	}
 	s.closeChannel()
-	<-s.probed
+	s.lane.bury()
 }
 
 // consume waits for the first sign of the session's end. The driver promises no

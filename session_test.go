@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -507,5 +508,52 @@ func TestMessageOverTheSizeLimitEndsTheSessionWithAClearError(t *testing.T) {
 		require.NotEmpty(b, b.causes())
 		assert.ErrorContains(b, b.causes()[0], "message of 1001 bytes is larger than the limit of 1000 bytes")
 		assert.EqualValues(b, 1, b.consumer.Stats().Delivered)
+	})
+}
+
+func TestStopDoesNotWaitForAQuestionToThisHost(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithStallDetector(10*time.Second), steadymq.WithSetupTimeout(2*time.Minute))
+		b.broker.HangAt(steadymqtest.StageDeclare, true)
+		b.wait(11 * time.Second)
+		since := time.Now()
+		require.NoError(b, b.stop())
+		assert.Less(b, time.Since(since), time.Second)
+	})
+}
+
+func TestQuestionOfALostSessionLeavesTheNextOneAlone(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithStallDetector(time.Minute))
+		b.broker.HangAt(steadymqtest.StageDeclare, true)
+		b.wait(61 * time.Second)
+		b.broker.CancelConsumers(queue)
+		b.wait(time.Second)
+		b.broker.HangAt(steadymqtest.StageDeclare, false)
+		b.wait(50 * time.Second)
+		assert.EqualValues(b, 1, b.consumer.Stats().Connections)
+		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+	})
+}
+
+func TestLostSessionsLeaveNoMessagesInMemory(t *testing.T) {
+	bubble(t, func(b *bench) {
+		body := strings.Repeat("x", 1<<20)
+		for range 8 {
+			b.broker.Publish(queue, body)
+		}
+		untilLost := func(ctx context.Context, _ *steadymq.Delivery) error { <-ctx.Done(); return nil }
+		b.consuming(untilLost, steadymq.WithPrefetch(8))
+		var heap [8]uint64
+		for i := range heap {
+			b.broker.CloseChannels(406, "PRECONDITION_FAILED - unknown delivery tag 7")
+			b.wait(40 * time.Second)
+			var m runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&m)
+			heap[i] = m.HeapAlloc >> 20
+		}
+		assert.EqualValues(b, 1, b.consumer.Stats().Connections)
+		assert.Less(b, heap[7], heap[0]+20, "MiB: %v", heap)
 	})
 }

@@ -53,7 +53,7 @@ func (e *errMessageTooLarge) Error() string {
 
 // socketOptions are the limits of one socket; zero switches a limit off.
 type socketOptions struct {
-	idleTimeout  time.Duration // no byte handed to the driver for this long ends the socket
+	idleTimeout  time.Duration // no byte read for this long ends the socket
 	writeTimeout time.Duration // deadline of every write to the wire
 	writeDelay   time.Duration // upper bound a settlement may wait to share a write
 	maxMessage   uint64        // refuse a content header announcing a larger body
@@ -148,15 +148,15 @@ func withCause(ctx context.Context, err error) error {
 // only the owner of the socket can close: a silent peer is noticed, a blocked
 // write ends, and the first cause is kept where the driver says "501".
 //
-// No method but Write (full buffer), Read and Close blocks, and kill ends
-// those three at once.
+// No method but Write and a lane's settle (full buffer), Read and Close blocks,
+// and kill ends those at once.
 type socket struct {
 	conn net.Conn // what the frames go through
 	raw  net.Conn // what kill closes: conn, or the connection under its TLS
 	opts socketOptions
 
 	start time.Time
-	heard atomic.Int64 // when Read last handed out bytes, since start
+	heard atomic.Int64 // when Read last read bytes, since start
 
 	first   atomic.Pointer[ending] // why it ends; the first one stays
 	over    atomic.Bool
@@ -179,9 +179,8 @@ type socket struct {
 	lastHeld time.Duration // when the last one was, since start
 	due      time.Duration // when pending goes out at the latest, since start
 	armed    bool          // delay is running
-	room     chan struct{} // closed when pending has room again; nil if nobody waits
+	room     chan struct{} // closed when there may be room again; nil if nobody waits
 	out      scanner       // follows the driver's frames
-	late     []byte        // settlements of lanes that wait for a frame of the driver to be complete
 	lanes    lanes
 	closing  bool
 	deadline time.Time // the driver's own write deadline
@@ -206,7 +205,7 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 		in:     inbound{buf: make([]byte, readBuffer)},
 	}
 	s.delay.Stop()
-	s.lanes = lanes{expected: make(map[string]*lane), on: make(map[uint16]*lane)}
+	s.lanes = lanes{expected: make(map[string]*lane), open: make(map[uint16]*lane), past: make(map[uint16]*lane)}
 	s.out.visit = s.lanes.learn
 	if c, ok := conn.(*tls.Conn); ok {
 		s.raw = c.NetConn()
@@ -281,7 +280,7 @@ func (s *socket) err() error {
 	return net.ErrClosed
 }
 
-// watch ends the socket when Read has handed out nothing for too long. That
+// watch ends the socket when Read has read nothing for too long. That
 // covers a silent peer and a driver that stopped reading alike.
 func (s *socket) watch() {
 	dog := watchdog{idle: s.opts.idleTimeout, due: s.opts.idleTimeout}
@@ -353,16 +352,15 @@ func readCause(err error) error {
 // driver holds its locks meanwhile, so the wire must not.
 func (s *socket) Write(p []byte) (int, error) {
 	s.mu.Lock()
-	s.awaitRoom(len(p))
+	s.await(func() bool { return s.full(len(p)) })
 	if s.closing || s.over.Load() {
 		s.mu.Unlock()
 		return 0, s.err()
 	}
 	s.follow(p)
 	s.pending = append(s.pending, p...)
-	if len(s.late) > 0 && s.out.between() {
-		s.pending = append(s.pending, s.late...)
-		s.late = s.late[:0]
+	if !s.out.within() {
+		s.letGo() // who waits for the end of a long frame
 	}
 	now := s.urge(true)
 	s.mu.Unlock()
@@ -372,10 +370,10 @@ func (s *socket) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// awaitRoom returns when n bytes have room, or never will. It is called with mu
-// held and gives it back while it waits.
-func (s *socket) awaitRoom(n int) {
-	for s.full(n) {
+// await returns once nothing is in the way of a frame, or the socket ends. It is
+// called with mu held and gives it back while it waits.
+func (s *socket) await(blocked func() bool) {
+	for blocked() && !s.closing && !s.over.Load() {
 		if s.room == nil {
 			s.room = make(chan struct{})
 		}
@@ -442,8 +440,15 @@ func (s *socket) follow(p []byte) {
 }
 
 func (s *socket) full(n int) bool {
-	waiting := len(s.pending) + len(s.late)
-	return waiting > 0 && waiting+n > maxPending && !s.closing && !s.over.Load()
+	return len(s.pending) > 0 && len(s.pending)+n > maxPending
+}
+
+// letGo lets those look again who wait in await.
+func (s *socket) letGo() {
+	if s.room != nil {
+		close(s.room)
+		s.room = nil
+	}
 }
 
 // nudge wakes the writer.
@@ -517,10 +522,7 @@ func (s *socket) take() (batch []byte, closing bool) {
 	batch = s.pending
 	s.pending, s.spare = s.spare[:0], batch
 	s.urgent, s.held = false, 0
-	if s.room != nil {
-		close(s.room)
-		s.room = nil
-	}
+	s.letGo()
 	return batch, s.closing
 }
 
@@ -655,6 +657,9 @@ func (c *scanner) next(b []byte) {
 
 // between tells whether the stream is between two frames.
 func (c *scanner) between() bool { return c.skip == 0 && c.have == 0 && !c.off }
+
+// within tells whether the rest of a frame is still to come.
+func (c *scanner) within() bool { return !c.off && (c.skip > 0 || c.have > 0) }
 
 // pass goes over the rest of a frame.
 func (c *scanner) pass(b []byte) int {

@@ -556,8 +556,10 @@ func TestLostChannelDoesNotMakeTheNextOneWait(t *testing.T) {
 		closed := methodOf(1, 20, 41)
 		_, err := first.socket.Write(closed) // before they are settled
 		require.NoError(t, err)
-		second := openLane(first.socket, 1, 100)
-		deliver(t, far, 2)
+		second := openLane(first.socket, 2, 100)
+		_, err = far.Write(slicesOf(messageOf(2, 1, []byte{0, 0}), messageOf(2, 2, []byte{0, 0})))
+		require.NoError(t, err)
+		synctest.Wait()
 		for tag := range uint64(2) {
 			require.NoError(t, second.settle(basicAck, tag+1, 0))
 		}
@@ -1131,13 +1133,16 @@ func TestLaneKeepsOutOfALongFrame(t *testing.T) {
 		require.NoError(t, err)
 		_, err = s.Write(long[:4096])
 		require.NoError(t, err)
-		l.owed.Store(1)
-		require.NoError(t, l.settle(basicAck, 7, 0))
-		assert.Zero(t, l.owed.Load())
-		_, err = s.Write(long[4096:])
-		require.NoError(t, err)
+		settled := make(chan error, 1)
+		go func() { settled <- l.settle(basicAck, 7, 0) }()
 		synctest.Wait()
-		assert.Equal(t, slicesOf(consume, long, ackOf(7)), arrived.bytes())
+		assert.Empty(t, settled, "it waits for the rest of the frame")
+		closing := methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0)
+		_, err = s.Write(slicesOf(long[4096:], closing))
+		require.NoError(t, err)
+		assert.ErrorIs(t, <-settled, net.ErrClosed, "and is no ack behind the close of its channel")
+		synctest.Wait()
+		assert.Equal(t, slicesOf(consume, long, closing), arrived.bytes())
 	})
 }
 
