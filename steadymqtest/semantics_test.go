@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -473,6 +474,7 @@ func TestHooksComeInOrderAndMayCallTheBroker(t *testing.T) {
 		d := next(t, consume(t, open(t, conn, 1), "q", "c"))
 		require.NoError(t, d.Ack(false))
 		require.Equal(t, 320, (<-closed).Code)
+		synctest.Wait() // the last hooks may still be running
 		require.Equal(t, []string{
 			"opened mq1.test:5672", "consuming c", "delivered m1", "ack m1", "cancelled c", "closed: 320 CONNECTION_FORCED - enough",
 		}, seen)
