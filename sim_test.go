@@ -942,6 +942,10 @@ func (c *simConsumer) gaveUp(run *simRun, err error, now time.Duration) {
 	if run.sessions > 0 || run.handled || !refused || !errors.As(err, &at) {
 		c.s.judge.note("I4", "Run of %s gave up after %d sessions: %v", c.plan.name, run.sessions, err)
 	}
+	var said *amqp.Error
+	if errors.As(err, &said) && (said.Code == amqp.NotFound || said.Code == amqp.ResourceLocked) {
+		c.s.judge.note("I4", "Run of %s gave up for what passes: %v", c.plan.name, err)
+	}
 }
 
 // stopped is I8 and I5 for a Run that was asked to stop.
