@@ -201,7 +201,10 @@ func (in *inbound) method(l *lane, b []byte, whole int) (complete bool, err erro
 		return true, err
 	}
 	in.lane = l
-	return true, in.skip(b, whole, err)
+	if err == nil {
+		err = in.skip(b, whole)
+	}
+	return true, err
 }
 
 // header takes the content header of the lane's message.
@@ -209,7 +212,10 @@ func (in *inbound) header(l *lane, b []byte, whole int) (complete bool, err erro
 	if in.missing(b, whole) {
 		return false, nil
 	}
-	return true, in.skip(b, whole, l.head(b[frameHead+4:whole-1]))
+	if err := in.skip(b, whole); err != nil { // first: the header may complete the message
+		return true, err
+	}
+	return true, l.head(b[frameHead+4 : whole-1])
 }
 
 // missing tells whether a frame is still incomplete, and makes room for it.
@@ -219,13 +225,13 @@ func (in *inbound) missing(b []byte, whole int) bool {
 }
 
 // skip goes behind a frame that a lane took.
-func (in *inbound) skip(b []byte, whole int, err error) error {
+func (in *inbound) skip(b []byte, whole int) error {
 	in.r += whole
 	in.took = true
-	if err == nil && b[whole-1] != frameEnd {
-		err = garbled(errSyntax)
+	if b[whole-1] != frameEnd {
+		return garbled(errSyntax)
 	}
-	return err
+	return nil
 }
 
 // takeBody gives the lane what is there of a body frame.

@@ -136,6 +136,7 @@ func TestBrokenFramesEndTheSocketOrAreTheDrivers(t *testing.T) {
 		"no end of the method":       at(method-1, 0),
 		"no end of the header":       at(method+headerHead+2, 0),
 		"no end of the body":         at(-1, 0),
+		"no end, and no body":        append(messageOf(1, 1, []byte{0, 0})[:method+headerHead+2:method+headerHead+2], 0),
 		"a body longer than it said": at(method+headerHead-1, 3),
 		"properties cut off":         messageOf(1, 1, []byte{0x80, 0, 9, 'a'}, "body"),
 		"an unknown kind of field":   messageOf(1, 1, append([]byte{0x20, 0, 0, 0, 0, 3}, 1, 'k', '?'), "body"),
@@ -209,15 +210,22 @@ func TestChannelOpenedAgainIsAnotherChannel(t *testing.T) {
 	})
 }
 
+// driven is a lane on a connection of the driver, with heartbeats of 10 s.
+func driven(t *testing.T) (*lane, *amqp.Connection, net.Conn) {
+	t.Helper()
+	s, _, far := pipe(t, socketLimits)
+	conn := open(t, s, far)
+	l := openLane(s, 1, 1)
+	collect(far)
+	return l, conn, far
+}
+
 // The driver ends a connection that is silent for 1.5 heartbeats, and does not
 // see the deliveries: it must hear from them all the same, and no longer than they
 // come.
 func TestDeliveriesAreASignOfLifeForTheDriver(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		s, _, far := pipe(t, socketLimits)
-		conn := open(t, s, far)
-		l := openLane(s, 1, 1)
-		collect(far)
+		l, conn, far := driven(t)
 		for tag := range uint64(300) {
 			time.Sleep(time.Second)
 			deliver(t, far, 1)
@@ -226,7 +234,7 @@ func TestDeliveriesAreASignOfLifeForTheDriver(t *testing.T) {
 		}
 		require.False(t, conn.IsClosed())
 		began := time.Now()
-		<-s.done()
+		<-l.socket.done()
 		assert.LessOrEqual(t, time.Since(began), 15*time.Second+beatEvery, "1.5 heartbeats")
 		_ = conn.Close()
 	})
@@ -399,10 +407,7 @@ func TestTooLargeMessageOfALaneEndsTheSocket(t *testing.T) {
 // A body in many frames may take longer than the driver allows silence.
 func TestMessageThatTricklesInIsASignOfLifeForTheDriver(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		s, _, far := pipe(t, socketLimits)
-		conn := open(t, s, far)
-		l := openLane(s, 1, 1)
-		collect(far)
+		l, conn, far := driven(t)
 		parts := make([]string, 60)
 		for i := range parts {
 			parts[i] = "part"
@@ -419,7 +424,7 @@ func TestMessageThatTricklesInIsASignOfLifeForTheDriver(t *testing.T) {
 		d, _ := l.take()
 		assert.Len(t, d.Body, 240)
 		assert.False(t, conn.IsClosed())
-		s.kill(nil)
+		l.socket.kill(nil)
 		_ = conn.Close()
 	})
 }
