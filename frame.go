@@ -66,6 +66,22 @@ func needed(typ byte) int {
 	return 0
 }
 
+// notAMQPError is a peer whose first octet begins no frame: a wrong port, mostly.
+type notAMQPError struct{ first byte }
+
+func (e *notAMQPError) Error() string {
+	const text = "the peer does not speak AMQP 0-9-1"
+	switch e.first {
+	case 0x15: // the record of a TLS alert (RFC 8446, 5.1)
+		return text + ": it answers with TLS; use an amqps URL, or the port for AMQP without TLS (5672)"
+	case 'A': // a protocol header (AMQP 0-9-1, 4.2.2)
+		return text + ": it offers another protocol or version"
+	case 'H':
+		return text + ": it answers with HTTP; use the port for AMQP (5672)"
+	}
+	return fmt.Sprintf("%s: its first octet is %#x; check host and port", text, e.first)
+}
+
 // fields reads the payload of a frame. It takes and refuses what the driver
 // takes and refuses, and gives values the same Go types.
 type fields struct {

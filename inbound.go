@@ -24,8 +24,9 @@ type inbound struct {
 	r, w int
 	want int // a frame of that size has to fit into buf
 
-	pass int64 // bytes of a frame that the driver still gets
-	all  bool  // these are no frames, or not any more: judging that is the driver's work
+	begun bool  // the broker has said its first word
+	pass  int64 // bytes of a frame that the driver still gets
+	all   bool  // these are no frames, or not any more: judging that is the driver's work
 
 	lane *lane // whose message is being read
 	body int   // bytes of its body frame still to come, with the frame's end
@@ -129,6 +130,10 @@ func (s *socket) next() (complete bool, err error) {
 	in := &s.in
 	b := in.buf[in.r:in.w]
 	need := needed(b[0])
+	if need == 0 && !in.begun {
+		return false, &notAMQPError{first: b[0]}
+	}
+	in.begun = true
 	if need == 0 {
 		in.all = true
 		return true, nil

@@ -150,8 +150,7 @@ func TestBrokenFramesEndTheSocketOrAreTheDrivers(t *testing.T) {
 		})
 	}
 	for name, stream := range map[string][]byte{
-		"another protocol":      []byte("AMQP\x00\x00\x09\x01 and whatever follows, however long it is"),
-		"an unknown frame":      slicesOf([]byte{7}, message),
+		"an unknown frame":      slicesOf(heartbeatFrame, []byte{7}, message),
 		"a short method":        slicesOf(frameOf(frameMethod, 1, 1), message),
 		"a short header":        slicesOf(frameOf(frameHeader, 1, 1, 2, 3), message),
 		"a header by itself":    headerOf(4),
@@ -166,6 +165,21 @@ func TestBrokenFramesEndTheSocketOrAreTheDrivers(t *testing.T) {
 			assert.Empty(t, deliveries)
 			assert.Equal(t, stream, driver)
 		})
+	}
+}
+
+func TestAnotherProtocolEndsTheSocketAndIsNamed(t *testing.T) {
+	for first, says := range map[string]string{
+		"\x15\x03\x03\x00\x02\x02\x46": "amqps URL",
+		"AMQP\x00\x00\x09\x01":         "another protocol or version",
+		"HTTP/1.1 400 Bad Request":     "answers with HTTP",
+		"\x00":                         "first octet is 0x0",
+	} {
+		driver, deliveries, cause := sorted(t, []byte(first), 0, whole)
+		assert.ErrorContains(t, cause, says)
+		assert.ErrorContains(t, cause, "does not speak AMQP 0-9-1")
+		assert.Empty(t, deliveries)
+		assert.Empty(t, driver)
 	}
 }
 

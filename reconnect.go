@@ -47,7 +47,7 @@ func classify(err error) class {
 	switch {
 	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded), errors.Is(err, errStreamAgain):
 		return classChannel
-	case errors.Is(err, errLoginRefused), untrusted(err):
+	case errors.Is(err, errLoginRefused), wrongPeer(err):
 		return classOperator
 	}
 	var at *SessionError
@@ -115,15 +115,17 @@ func configured(e *amqp.Error) bool {
 	return !strings.Contains(e.Reason, "timed out") && !strings.Contains(e.Reason, "delivery tag")
 }
 
-// untrusted tells a certificate nobody will trust on the next try either.
-func untrusted(err error) bool {
+// wrongPeer tells one that will be no better on the next try: a certificate nobody
+// trusts, another protocol.
+func wrongPeer(err error) bool {
 	var verify *tls.CertificateVerificationError
 	var authority x509.UnknownAuthorityError
 	var name x509.HostnameError
 	var invalid x509.CertificateInvalidError
 	var record tls.RecordHeaderError
+	var protocol *notAMQPError
 	return errors.As(err, &verify) || errors.As(err, &authority) || errors.As(err, &name) ||
-		errors.As(err, &invalid) || errors.As(err, &record)
+		errors.As(err, &invalid) || errors.As(err, &record) || errors.As(err, &protocol)
 }
 
 // stated tells whether the broker stated plainly, before the first session, that

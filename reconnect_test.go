@@ -54,6 +54,7 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"23 no leader", at("lost", said(541, "INTERNAL_ERROR - timed out consuming from quorum queue")), classOperator},
 		{"24 token expired", at("lost", said(320, "CONNECTION_FORCED - credential expired")), classForced},
 		{"26 unknown authority", at("open", &tls.CertificateVerificationError{Err: x509.UnknownAuthorityError{}}), classOperator},
+		{"27 plain AMQP on a TLS port", at("open", &notAMQPError{first: 0x15}), classOperator},
 		{"27 TLS on a plain port", at("open", tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}), classOperator},
 		{"28 proxy cuts", at("lost", errPeerClosed), classNetwork},
 		{"30 no such host", at("dial", &net.DNSError{Err: "no such host", IsNotFound: true}), classRefused},

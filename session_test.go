@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"runtime"
 	"strings"
 	"sync"
@@ -493,6 +494,26 @@ func TestUntrustedCertificateIsNamedAndRetried(t *testing.T) {
 		assert.ErrorContains(b, b.causes()[0], "certificate")
 		assert.LessOrEqual(b, len(b.causes()), 10, "slowly")
 	}, steadymqtest.WithTLS())
+}
+
+func TestPeerOfAnotherProtocolIsNamedAndRetried(t *testing.T) {
+	bubble(t, func(b *bench) {
+		const alert = "\x15\x03\x03\x00\x02\x02\x46" // a TLS listener's answer to a protocol header
+		b.run(ack, steadymq.WithDialer(func(context.Context, string, string) (net.Conn, error) {
+			near, far := net.Pipe()
+			go func() {
+				_, _ = far.Read(make([]byte, 8))
+				_, _ = far.Write([]byte(alert))
+				_ = far.Close()
+			}()
+			return near, nil
+		}))
+		b.wait(10 * time.Second)
+		require.Empty(b, b.result)
+		require.NotEmpty(b, b.causes())
+		assert.ErrorContains(b, b.causes()[0], "amqps URL")
+		assert.LessOrEqual(b, len(b.causes()), 10, "slowly")
+	})
 }
 
 // Limits.

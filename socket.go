@@ -82,9 +82,18 @@ func openSocket(ctx context.Context, dial dialFunc, address string, tlsConfig *t
 	conn := tls.Client(raw, clientTLS(tlsConfig, address))
 	if err := conn.HandshakeContext(ctx); err != nil {
 		abort(raw)
-		return nil, withCause(ctx, fmt.Errorf("tls handshake with %s: %w", address, err))
+		return nil, withCause(ctx, fmt.Errorf("tls handshake with %s: %w", address, explainTLS(err)))
 	}
 	return newSocket(conn, o), nil
+}
+
+// explainTLS says what to do about a peer that answers with something else.
+func explainTLS(err error) error {
+	var record tls.RecordHeaderError
+	if errors.As(err, &record) {
+		return fmt.Errorf("%w; use an amqp URL, or the port for AMQP over TLS (5671)", err)
+	}
+	return err
 }
 
 // dialWithin returns when ctx ends even if dial does not look at it.

@@ -993,6 +993,26 @@ func TestTLSRefusedSaysWhy(t *testing.T) {
 	<-refused
 }
 
+func TestTLSSpokenToAPortWithoutSaysWhatToDo(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer listener.Close()
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		if conn, err := listener.Accept(); err == nil {
+			_, _ = conn.Write([]byte("AMQP\x00\x00\x09\x01"))
+			_, _ = io.Copy(io.Discard, conn)
+			_ = conn.Close()
+		}
+	}()
+	_, err = openSocket(t.Context(), defaultDial(5*time.Second, 0), listener.Addr().String(), &tls.Config{}, socketLimits)
+	var record tls.RecordHeaderError
+	assert.ErrorAs(t, err, &record)
+	assert.ErrorContains(t, err, "use an amqp URL")
+	<-answered
+}
+
 func TestKillOverTLSDoesNotWaitForThePeer(t *testing.T) {
 	near, far := tcpPair(t)
 	server, client := certificates(t)
