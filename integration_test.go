@@ -3,6 +3,7 @@ package steadymq_test
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -457,6 +458,7 @@ type scenario struct {
 	workers, prefetch int
 	handle            func(ctx context.Context, d *steadymq.Delivery, n int) error
 	opts              []steadymq.Option
+	tls               *tls.Config // nil for plain amqp
 
 	consumer *steadymq.Consumer
 	cancel   context.CancelFunc
@@ -521,7 +523,10 @@ func (s *scenario) start() {
 		steadymq.WithLogger(slog.New(slog.NewTextHandler(s.log, &slog.HandlerOptions{Level: slog.LevelDebug}))),
 		steadymq.WithHooks(steadymq.Hooks{StateChanged: s.changed}),
 	}, s.opts...)
-	c, err := steadymq.New(s.proxy.URL(s.broker.URL()), s.queue, all...)
+	if s.tls != nil {
+		all = append(all, steadymq.WithTLSConfig(s.tls))
+	}
+	c, err := steadymq.New(s.address(), s.queue, all...)
 	require.NoError(s, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	s.consumer, s.cancel, s.result = c, cancel, make(chan error, 1)
@@ -529,6 +534,15 @@ func (s *scenario) start() {
 		s.result <- c.Run(ctx, s.deliver)
 		close(s.result)
 	})
+}
+
+// address is the broker's URL by way of the proxy.
+func (s *scenario) address() string {
+	address := s.proxy.URL(s.broker.URL())
+	if s.tls != nil {
+		address = "amqps" + strings.TrimPrefix(address, "amqp")
+	}
+	return address
 }
 
 // run is start, and waits until the consumer consumes.
@@ -625,7 +639,7 @@ func (s *scenario) inTime(took, limit time.Duration, what string) {
 // plainSetup is how long the driver alone needs from dial to consume-ok now, 0 if it does not get there.
 func (s *scenario) plainSetup() time.Duration {
 	start := time.Now()
-	conn, err := amqp.DialConfig(s.proxy.URL(s.broker.URL()), amqp.Config{Dial: amqp.DefaultDial(2 * time.Second)})
+	conn, err := amqp.DialConfig(s.address(), amqp.Config{TLSClientConfig: s.tls, Dial: amqp.DefaultDial(2 * time.Second)})
 	if err != nil {
 		return 0
 	}

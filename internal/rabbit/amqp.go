@@ -72,6 +72,11 @@ func (b *Broker) DeclareQueue(name string, args amqp.Table) error {
 	})
 }
 
+// Bind has the queue take what is published to the exchange.
+func (b *Broker) Bind(queue, exchange string) error {
+	return b.onChannel(func(ch *amqp.Channel) error { return ch.QueueBind(queue, "", exchange, false, nil) })
+}
+
 // DeleteQueue removes a queue with all that is in it.
 func (b *Broker) DeleteQueue(name string) error {
 	return b.onChannel(func(ch *amqp.Channel) error {

@@ -17,6 +17,7 @@ var ErrUnsupported = errors.New("rabbit: this broker cannot be commanded")
 // backend is the way one node is run: a container or a process of this machine.
 type backend interface {
 	addr() string
+	addrTLS() string
 	exec(ctx context.Context, args ...string) (string, error)
 	stop(ctx context.Context) error
 	start(ctx context.Context) error
@@ -52,6 +53,14 @@ func (b *Broker) Addr() string {
 		return net.JoinHostPort(b.base.Hostname(), "5672")
 	}
 	return b.base.Host
+}
+
+// TLSAddr is the host:port of the listener that Config.TLS asks for, "" where the broker is somebody else's.
+func (b *Broker) TLSAddr() string {
+	if b.node == nil {
+		return ""
+	}
+	return b.node.addrTLS()
 }
 
 // Version is what the broker said of itself when it was opened, for example 3.10.8.

@@ -88,6 +88,17 @@ func (b *Broker) DropVhost(ctx context.Context, vhost string) error {
 	return b.Do(ctx, "rabbit_vhost:delete(%s, %s)", binary(vhost), actor)
 }
 
+// StopVhost ends the processes of a virtual host and leaves what is in it, as a fault of its message store does.
+func (b *Broker) StopVhost(ctx context.Context, vhost string) error {
+	return b.Do(ctx, `[Processes] = ets:lookup(rabbit_vhost_sup_sup, %s),
+ok = supervisor:terminate_child(rabbit_vhost_sup_sup, element(4, Processes))`, binary(vhost))
+}
+
+// StartVhost is restart_vhost.
+func (b *Broker) StartVhost(ctx context.Context, vhost string) error {
+	return b.Do(ctx, "{ok, _} = rabbit_vhost_sup_sup:start_vhost(%s)", binary(vhost))
+}
+
 // NewUser makes a user without permissions.
 func (b *Broker) NewUser(ctx context.Context, user, password string) error {
 	return b.Do(ctx, "rabbit_auth_backend_internal:add_user(%s, %s, %s)", binary(user), binary(password), actor)

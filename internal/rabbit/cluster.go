@@ -152,6 +152,12 @@ func (c *Cluster) JoinPeers(ctx context.Context, i int) error {
 	})
 }
 
+// DeleteReplica takes the replica of a stream off node i of the cluster the broker is part of.
+func (b *Broker) DeleteReplica(ctx context.Context, stream string, i int) error {
+	_, err := b.command(ctx, "rabbitmq-streams", "delete_replica", stream, "rabbit@"+nodeName(i))
+	return err
+}
+
 // Running is the names of the nodes that node i believes to be up.
 func (c *Cluster) Running(ctx context.Context, i int) (string, error) {
 	return c.Nodes[i].Eval(ctx, "lists:sort(rabbit_nodes:list_running()).")

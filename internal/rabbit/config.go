@@ -28,14 +28,29 @@ type Config struct {
 	Heartbeat time.Duration
 	// NetTick is how long a cluster node waits before it calls a silent peer down: 60 s if left out.
 	NetTick time.Duration
+	// Plugins are enabled before the node starts.
+	Plugins []string
+	// TLS gives the node a second listener, see Broker.TLSAddr.
+	TLS *TLS
 	// Conf holds more lines for rabbitmq.conf.
 	Conf []string
 	// Advanced holds more `{app, [...]}` terms for advanced.config.
 	Advanced []string
 }
 
+// TLS is what a broker shows its clients, as PEM.
+type TLS struct{ Authority, Certificate, Key []byte }
+
+// tlsFiles are the names of the parts of TLS in the node's directory.
+func (c Config) tlsFiles() map[string][]byte {
+	if c.TLS == nil {
+		return nil
+	}
+	return map[string][]byte{"authority.pem": c.TLS.Authority, "certificate.pem": c.TLS.Certificate, "key.pem": c.TLS.Key}
+}
+
 // rabbitConf writes rabbitmq.conf. The guest user may come from anywhere because a container sees its host as a stranger.
-func (c Config) rabbitConf(listen string) string {
+func (c Config) rabbitConf(listen, listenTLS, dir string) string {
 	lines := []string{
 		"listeners.tcp.default = " + listen,
 		"loopback_users.guest = false",
@@ -48,8 +63,20 @@ func (c Config) rabbitConf(listen string) string {
 	if c.Heartbeat > 0 {
 		lines = append(lines, fmt.Sprintf("heartbeat = %d", int(c.Heartbeat.Seconds())))
 	}
+	if c.TLS != nil {
+		lines = append(lines,
+			"listeners.ssl.default = "+listenTLS,
+			"ssl_options.cacertfile = "+dir+"/authority.pem",
+			"ssl_options.certfile = "+dir+"/certificate.pem",
+			"ssl_options.keyfile = "+dir+"/key.pem",
+			"ssl_options.verify = verify_none", // of clients
+			"ssl_options.fail_if_no_peer_cert = false")
+	}
 	return strings.Join(append(lines, c.Conf...), "\n") + "\n"
 }
+
+// enabledPlugins writes the file of that name.
+func (c Config) enabledPlugins() string { return "[" + strings.Join(c.Plugins, ",") + "].\n" }
 
 // advancedConf writes advanced.config, the only place for settings rabbitmq.conf has no name for.
 func (c Config) advancedConf() string {

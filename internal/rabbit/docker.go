@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,18 +22,20 @@ import (
 )
 
 const (
-	amqpPort = 5672
+	amqpPort  = 5672
+	amqpsPort = 5671
 	// cookie is the shared secret of cluster nodes; commands use it too. It guards nothing: the nodes live on loopback for one test.
 	cookie = "steadymq-test-cookie"
 	// ownerLabel names the process a container belongs to, so that a later run can remove what a killed one left behind.
 	ownerLabel = "io.steadymq.test.owner"
 )
 
-// containerNode is a broker in a container. Its published port is fixed, so that it is the same after a restart.
+// containerNode is a broker in a container. Its published ports are fixed, so that they are the same after a restart.
 type containerNode struct {
-	c    testcontainers.Container
-	host string
-	port int
+	c       testcontainers.Container
+	host    string
+	port    int
+	portTLS int
 }
 
 // nodeSpec is what differs between a single node and a node of a cluster.
@@ -78,12 +82,13 @@ func runNode(ctx context.Context, spec nodeSpec) (*Broker, error) {
 
 func createNode(ctx context.Context, spec nodeSpec) (*containerNode, error) {
 	host, bind := publishedHost()
-	port, err := freePort()
-	if err != nil {
+	port, errPort := freePort()
+	portTLS, errTLS := freePort()
+	if err := errors.Join(errPort, errTLS); err != nil {
 		return nil, err
 	}
 	req := testcontainers.GenericContainerRequest{
-		ContainerRequest: spec.request(bind, port),
+		ContainerRequest: spec.request(bind, port, portTLS),
 		Started:          true,
 		Logger:           tclog.NewNoopLogger(),
 	}
@@ -93,41 +98,54 @@ func createNode(ctx context.Context, spec nodeSpec) (*containerNode, error) {
 		return nil, errors.Join(fmt.Errorf("rabbit: container: %w", err), terminate(c))
 	}
 	logf("%s:%d: container of %s up after %v", host, port, spec.image, time.Since(start).Round(time.Millisecond))
-	return &containerNode{c: c, host: host, port: port}, nil
+	return &containerNode{c: c, host: host, port: port, portTLS: portTLS}, nil
 }
 
-func (s nodeSpec) request(bind netip.Addr, port int) testcontainers.ContainerRequest {
+func (s nodeSpec) request(bind netip.Addr, port, portTLS int) testcontainers.ContainerRequest {
 	file := func(path, text string, mode int64) testcontainers.ContainerFile {
 		return testcontainers.ContainerFile{Reader: strings.NewReader(text), ContainerFilePath: path, FileMode: mode}
+	}
+	ports := map[string]any{}
+	publish := func(port, at int) {
+		ports[fmt.Sprintf("%d/tcp", port)] = []map[string]string{{"HostIp": bind.String(), "HostPort": strconv.Itoa(at)}}
+	}
+	publish(amqpPort, port)
+	if s.cfg.TLS != nil {
+		publish(amqpsPort, portTLS)
 	}
 	req := testcontainers.ContainerRequest{
 		Image:          s.image,
 		Labels:         map[string]string{ownerLabel: owner()},
 		Env:            map[string]string{"RABBITMQ_NODENAME": "rabbit@" + s.name},
-		ExposedPorts:   []string{fmt.Sprintf("%d/tcp", amqpPort)},
+		ExposedPorts:   slices.Collect(maps.Keys(ports)),
 		Networks:       s.networks,
 		NetworkAliases: s.aliases,
 		Files: []testcontainers.ContainerFile{
-			file("/etc/rabbitmq/conf.d/90-steadymq.conf", s.cfg.rabbitConf(strconv.Itoa(amqpPort)), 0o644),
+			file("/etc/rabbitmq/conf.d/90-steadymq.conf", s.cfg.rabbitConf(strconv.Itoa(amqpPort), strconv.Itoa(amqpsPort), "/etc/rabbitmq"), 0o644),
 			file("/etc/rabbitmq/advanced.config", s.cfg.advancedConf(), 0o644),
 			file("/var/lib/rabbitmq/.erlang.cookie", cookie, 0o400),
 		},
+	}
+	if len(s.cfg.Plugins) > 0 {
+		req.Files = append(req.Files, file("/etc/rabbitmq/enabled_plugins", s.cfg.enabledPlugins(), 0o644))
+	}
+	for name, text := range s.cfg.tlsFiles() {
+		req.Files = append(req.Files, file("/etc/rabbitmq/"+name, string(text), 0o644))
 	}
 	// The engine makes the host name known on every network of the container. The node's name must be known on the network of the
 	// nodes only, where it is an alias, or a cut one would be reached by the other way; its own commands find it on loopback.
 	engineConfig(&req.ConfigModifier, map[string]any{"Hostname": s.name + "-host"})
 	engineConfig(&req.HostConfigModifier, map[string]any{
-		"ExtraHosts": []string{s.name + ":127.0.0.1"},
-		"PortBindings": map[string]any{
-			fmt.Sprintf("%d/tcp", amqpPort): []map[string]string{{"HostIp": bind.String(), "HostPort": strconv.Itoa(port)}},
-		},
+		"ExtraHosts":   []string{s.name + ":127.0.0.1"},
+		"PortBindings": ports,
 		// Erlang sizes tables by this limit: with a container's default of a thousand million a node takes gigabytes.
 		"Ulimits": []map[string]any{{"Name": "nofile", "Soft": 8192, "Hard": 8192}},
 	})
 	return req
 }
 
-func (n *containerNode) addr() string { return net.JoinHostPort(n.host, strconv.Itoa(n.port)) }
+func (n *containerNode) addr() string    { return net.JoinHostPort(n.host, strconv.Itoa(n.port)) }
+func (n *containerNode) addrTLS() string { return net.JoinHostPort(n.host, strconv.Itoa(n.portTLS)) }
 
 func (n *containerNode) exec(ctx context.Context, args ...string) (string, error) {
 	code, out, err := n.c.Exec(ctx, args, tcexec.Multiplexed())

@@ -17,6 +17,7 @@ type localNode struct {
 	programs string // where rabbitmq-server and rabbitmqctl are
 	dir      string
 	port     int
+	portTLS  int
 	env      []string
 	epmd     *exec.Cmd
 	server   *exec.Cmd
@@ -77,7 +78,7 @@ func lookPrograms() string {
 }
 
 func newLocalNode(programs string, cfg Config) (*localNode, error) {
-	ports := make([]int, 3)
+	ports := make([]int, 4)
 	for i := range ports {
 		port, err := freePort()
 		if err != nil {
@@ -89,14 +90,17 @@ func newLocalNode(programs string, cfg Config) (*localNode, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &localNode{programs: programs, dir: dir, port: ports[0]}
+	n := &localNode{programs: programs, dir: dir, port: ports[0], portTLS: ports[3]}
 	n.env = append(os.Environ(), n.settings(ports[1], ports[2])...)
 	err = errors.Join(
-		os.WriteFile(filepath.Join(dir, "rabbitmq.conf"), []byte(cfg.rabbitConf(n.addr())), 0o600),
+		os.WriteFile(filepath.Join(dir, "rabbitmq.conf"), []byte(cfg.rabbitConf(n.addr(), n.addrTLS(), dir)), 0o600),
 		os.WriteFile(filepath.Join(dir, "advanced.config"), []byte(cfg.advancedConf()), 0o600),
-		os.WriteFile(filepath.Join(dir, "enabled_plugins"), []byte("[].\n"), 0o600),
+		os.WriteFile(filepath.Join(dir, "enabled_plugins"), []byte(cfg.enabledPlugins()), 0o600),
 		os.WriteFile(filepath.Join(dir, ".erlang.cookie"), []byte(cookie), 0o400),
 	)
+	for name, text := range cfg.tlsFiles() {
+		err = errors.Join(err, os.WriteFile(filepath.Join(dir, name), text, 0o600))
+	}
 	return n, err
 }
 
@@ -132,7 +136,8 @@ func (n *localNode) begin(ctx context.Context) error {
 	return n.start(ctx)
 }
 
-func (n *localNode) addr() string { return fmt.Sprintf("127.0.0.1:%d", n.port) }
+func (n *localNode) addr() string    { return fmt.Sprintf("127.0.0.1:%d", n.port) }
+func (n *localNode) addrTLS() string { return fmt.Sprintf("127.0.0.1:%d", n.portTLS) }
 
 func (n *localNode) exec(ctx context.Context, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(n.programs, args[0]), args[1:]...)

@@ -30,11 +30,18 @@ func TestConfigBecomesBothFiles(t *testing.T) {
 		ConsumerTimeout: 3 * time.Second, ChannelTick: time.Second, Heartbeat: 2 * time.Second, NetTick: 8 * time.Second,
 		Conf: []string{"channel_max = 5"}, Advanced: []string{"{ra, []}"},
 	}
-	conf := cfg.rabbitConf("127.0.0.1:1")
+	conf := cfg.rabbitConf("127.0.0.1:1", "127.0.0.1:2", "/dir")
 	assert.Contains(t, conf, "listeners.tcp.default = 127.0.0.1:1\n")
 	assert.Contains(t, conf, "consumer_timeout = 3000\nheartbeat = 2\nchannel_max = 5\n")
 	assert.Equal(t, "[{ra, []},\n {rabbit, [{channel_tick_interval, 1000}]},\n {kernel, [{net_ticktime, 8}]}].\n", cfg.advancedConf())
 	assert.Equal(t, "[].\n", Config{}.advancedConf())
+	assert.NotContains(t, conf, "ssl")
+
+	cfg = Config{Plugins: []string{"one", "two"}, TLS: &TLS{Key: []byte("a key")}}
+	assert.Equal(t, "[one,two].\n", cfg.enabledPlugins())
+	assert.Contains(t, cfg.rabbitConf("", "127.0.0.1:2", "/dir"), "listeners.ssl.default = 127.0.0.1:2\n")
+	assert.Contains(t, cfg.rabbitConf("", "", "/dir"), "ssl_options.keyfile = /dir/key.pem\n")
+	assert.Equal(t, "a key", string(cfg.tlsFiles()["key.pem"]))
 }
 
 func TestMirrorIsTheFirstDebianArchiveOfEitherFormat(t *testing.T) {
