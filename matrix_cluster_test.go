@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -36,6 +37,7 @@ const (
 // place is where a trial on a cluster has its queue, its consumer and its publisher.
 type place struct {
 	kind             kind
+	args             amqp.Table // of the queue
 	home, at, feed   int
 	elsewhere, stall bool
 	backlog          bool // more messages wait than the prefetch, for at least 20 s
@@ -85,7 +87,7 @@ func (p place) label() string {
 // first dial, so that the consumer's first host is the one asked for, whatever it chooses.
 func (m *matrix) newClusterTrial(t *testing.T, c *rabbit.Cluster, p place) *trial {
 	t.Helper()
-	r := m.newTrial(t, rabbit.Gen43, p.kind, c.Nodes[p.home], cell{})
+	r := m.newTrial(t, rabbit.Gen43, p.kind, c.Nodes[p.home], cell{args: p.args})
 	r.nodes = c.Nodes
 	r.feeder.url = c.Nodes[p.feed].URL()
 	r.proxies = make([]*faultproxy.Proxy, len(c.Nodes))
@@ -177,11 +179,12 @@ func (l *ledger) firstAfter(since time.Time) time.Time {
 
 func clusterEvents(c *rabbit.Cluster) []onCluster {
 	n := c.Nodes
+	nothing := func(context.Context) (times, error) { return times{}, nil } // the check does it
 	leader := func(k kind, check func(*trial, times)) place { return place{kind: k, feed: 1, check: check} }
 	bystander := place{kind: quorum, at: 1, feed: 2, elsewhere: true, check: unimpressed}
 	return []onCluster{
 		{
-			event:  event{fault: "node cut off from its clients", rows: "12, 30", apply: func(context.Context) (times, error) { return times{}, nil }},
+			event:  event{fault: "node cut off from its clients", rows: "12, 30", apply: nothing},
 			quick:  true,
 			places: []place{leader(quorum, cutFromClients), leader(stream, cutFromClients), leader(classic, cutFromClients)},
 		},
@@ -231,6 +234,14 @@ func clusterEvents(c *rabbit.Cluster) []onCluster {
 		{
 			event:  event{fault: "rolling restart of all nodes", rows: "1, 3", apply: rolling(n)},
 			places: []place{leader(quorum, settles(elected)), leader(stream, settles(homeless)), leader(classic, settles(homeless))},
+		},
+		{
+			event:  event{fault: "stream without a replica on the first host", rows: "60", apply: nothing},
+			places: []place{{kind: stream, args: amqp.Table{"x-initial-cluster-size": 1}, at: 1, elsewhere: true, check: noReplica}},
+		},
+		{
+			event:  event{fault: "stream's replica removed", rows: "60", apply: nothing},
+			places: []place{{kind: stream, at: 2, elsewhere: true, check: replicaRemoved}},
 		},
 	}
 }
@@ -315,5 +326,21 @@ func forgotten(r *trial, when times) {
 		when.healed = at
 	}
 	r.flows(when.healed, homeless)
+	r.judge()
+}
+
+// noReplica: the first host cannot serve the stream and says so; the next one asked can.
+func noReplica(r *trial, _ times) {
+	change := r.told("replica on the local node", time.Second)
+	r.resumed(change.Time, elected)
+	r.judge()
+}
+
+func replicaRemoved(r *trial, _ times) {
+	at := time.Now()
+	r.ok(r.broker.DeleteReplica(r.Context(), r.queue, 2))
+	change := r.awaitLost(0, at, elected)
+	assert.ErrorContains(r, change.Cause, "cancelled")
+	r.resumed(change.Time, elected)
 	r.judge()
 }

@@ -148,6 +148,9 @@ func wholeNode(b *rabbit.Broker) []event {
 			return b.Do(ctx, "vm_memory_monitor:set_vm_memory_high_watermark(%s)", fraction)
 		}
 	}
+	diskLimit := func(free string) func(context.Context) error {
+		return func(ctx context.Context) error { return b.Do(ctx, "rabbit_disk_monitor:set_disk_free_limit(%s)", free) }
+	}
 	return []event{
 		{
 			fault: "rabbitmqctl stop_app, start_app", rows: "1",
@@ -173,6 +176,10 @@ func wholeNode(b *rabbit.Broker) []event {
 		{
 			fault: "memory alarm", rows: "19",
 			apply: during(watermark("0.00001"), 3*time.Second, watermark("0.6")), check: unimpressed,
+		},
+		{
+			fault: "alarm of a full disk", rows: "19",
+			apply: during(diskLimit("1000000000000000"), 3*time.Second, diskLimit("50000000")), check: unimpressed,
 		},
 		{
 			fault: "consumer timeout of the broker", rows: "39", not: timeoutClosesNothing,

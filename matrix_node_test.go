@@ -50,6 +50,11 @@ func nodeCells() []cell {
 			r.weather(func() { r.proxy.Slice(faultproxy.Both, 7, 100*time.Microsecond) }, time.Second+atOnce)
 		}},
 		{fault: "stall of one heartbeat that heals", rows: "29", test: stallThatHeals},
+		{fault: "path swallows both ways after consume-ok", rows: "15", test: deadFromTheStart},
+		{fault: "reply nobody asked for", rows: "16", test: strayReply},
+		{fault: "frame the protocol forbids", rows: "20", test: forbiddenFrame},
+		{fault: "dials refused", rows: "30", test: dialsRefused},
+		{fault: "handshake stalls until the broker hangs up", rows: "10", test: handshakeStalls},
 		{fault: "handshake cut after n bytes", rows: "11", test: handshakeCut},
 		{fault: "operator closes the connection", rows: "2", test: operatorClosesIt},
 		{fault: "channel's process crashes", rows: "23", test: channelCrashes},
@@ -64,6 +69,7 @@ func nodeCells() []cell {
 		{fault: "user's connection limit reached and lifted", rows: "7", test: userLimited},
 		{fault: "vhost's connection limit reached and lifted", rows: "7", vhost: true, test: vhostLimited},
 		{fault: "vhost deleted and made again", rows: "6, 8", vhost: true, test: vhostDeleted},
+		{fault: "vhost down and restarted", rows: "8", vhost: true, test: vhostDown},
 		{fault: "policy set and removed", rows: "38", vhost: true, test: policyChanged},
 		{
 			fault: "exclusive consumer of another", rows: "44", test: exclusiveConflict,
@@ -108,21 +114,42 @@ func nodeCells() []cell {
 			fault: "single active consumer waits its turn", rows: "53", args: amqp.Table{"x-single-active-consumer": true}, test: singleActive,
 			not: notStream("a stream has no single active consumer over AMQP 0-9-1"),
 		},
+		{
+			fault: "consumer of lower priority waits its turn", rows: "54", test: lowerPriority,
+			not: notStream("a stream has no priorities"),
+		},
+		{fault: "stuck handlers and a handler timeout", rows: "63", test: stuckHandlers},
+		{
+			fault: "dead letters over a reset", rows: "56", vhost: true, args: amqp.Table{"x-dead-letter-exchange": "amq.fanout"}, test: deadLetters,
+			not: notStream("a stream has no dead letters"),
+		},
+		{
+			fault: "delayed retry of the broker", rows: "57", test: delayedRetry,
+			args: amqp.Table{"x-delayed-retry-type": "all", "x-delayed-retry-min": 1500, "x-delayed-retry-max": 3000},
+			not: func(g rabbit.Generation, k kind) string {
+				if g == rabbit.Gen43 && k == quorum {
+					return ""
+				}
+				return "delayed retry is for quorum queues since 4.3"
+			},
+		},
 	}
 }
 
 // runCells runs them on one node per generation, many at a time.
 func (m *matrix) runCells(t *testing.T, gens []rabbit.Generation) {
+	ca := newAuthority(t)
+	shown := ca.sign(t)
 	var cfgs []rabbit.Config
 	for _, g := range gens {
-		cfgs = append(cfgs, rabbit.Config{Generation: g, ChannelTick: time.Second})
+		cfgs = append(cfgs, withTokens(rabbit.Config{Generation: g, ChannelTick: time.Second, TLS: &shown}))
 	}
 	brokers := rabbit.StartAll(t, cfgs...)
 	for _, b := range brokers {
 		rabbit.NeedCommands(t, b)
 	}
 	var all sync.WaitGroup
-	for n, c := range nodeCells() {
+	for n, c := range append(nodeCells(), loginCells(ca)...) {
 		for i, g := range gens {
 			for _, k := range m.kindsOf(c, g, n) {
 				all.Go(func() {
@@ -222,6 +249,74 @@ func handshakeCut(r *trial) {
 	r.resumed(at, 11*time.Second) // the cap of the backoff and a second
 	assert.Greater(r, r.consumer.Stats().Dials, uint64(3), "dials that were cut")
 	r.feed()
+	r.judge()
+}
+
+// deadFromTheStart: the driver itself never notices a peer that says nothing after the handshake.
+func deadFromTheStart(r *trial) {
+	r.start()
+	r.consuming()
+	at := time.Now()
+	r.proxy.BlackHole(faultproxy.Both)
+	change := r.awaitLost(0, at, 5*realHeartbeat/2+500*time.Millisecond)
+	r.note("noticed after %s", inWords(change.Time.Sub(at)))
+	healed := time.Now()
+	r.proxy.Heal()
+	r.resumed(healed, setupPace)
+	r.feed()
+	r.judge()
+}
+
+// strayReply is one too many: it parks the driver's reader, for ever.
+func strayReply(r *trial) {
+	r.begin()
+	const classBasic, qosOK = 60, 11
+	channel := r.proxy.Log().Deliveries()[0].Channel
+	at := time.Now()
+	require.Equal(r, 1, r.proxy.Inject(faultproxy.ToClient, faultproxy.MethodFrame(channel, classBasic, qosOK, nil)))
+	change := r.awaitLost(0, at, 5*realHeartbeat/2+500*time.Millisecond)
+	r.note("noticed after %s", inWords(change.Time.Sub(at)))
+	r.resumed(change.Time, atOnce)
+	r.judge()
+}
+
+// forbiddenFrame is an ack on a channel that was never opened.
+func forbiddenFrame(r *trial) {
+	r.begin()
+	at := time.Now()
+	require.Equal(r, 1, r.proxy.Inject(faultproxy.ToBroker, faultproxy.AckFrame(99, 1, false)))
+	change := r.awaitLost(0, at, atOnce)
+	var said *amqp.Error
+	require.ErrorAs(r, change.Cause, &said)
+	assert.Equal(r, amqp.ChannelError, said.Code)
+	r.resumed(change.Time, atOnce)
+	r.judge()
+}
+
+func dialsRefused(r *trial) {
+	r.begin()
+	r.proxy.Refuse()
+	r.proxy.Reset()
+	r.told("refused", 2*time.Second)
+	r.pause(4 * time.Second)
+	at := time.Now()
+	r.proxy.Heal()
+	r.resumed(at, afterRefusals)
+	r.judge()
+}
+
+// handshakeStalls: nothing of ours arrives. With limits that long it is the broker that gives up, after the 10 s of its handshake_timeout.
+func handshakeStalls(r *trial) {
+	r.opts = append(r.opts, steadymq.WithSetupTimeout(15*time.Second), steadymq.WithHeartbeat(10*time.Second))
+	r.begin()
+	r.proxy.Pause(faultproxy.ToBroker)
+	r.proxy.Reset()
+	at := time.Now()
+	r.must(14*time.Second, "the broker hangs up", func() bool { return r.consumer.Stats().Dials > 2 })
+	r.note("the broker hung up after %s", inWords(time.Since(at)))
+	healed := time.Now()
+	r.proxy.Heal()
+	r.resumed(healed, setupPace)
 	r.judge()
 }
 
@@ -402,6 +497,84 @@ func deliveryLimit(r *trial) {
 	delete(r.ledger.confirmed, 1) // it was the broker's to drop
 	r.ledger.mu.Unlock()
 	r.judge()
+}
+
+// delayedRetry: the broker holds back what was put back, on top of what the consumer does.
+func delayedRetry(r *trial) {
+	var mu sync.Mutex
+	var tries []time.Time
+	r.opts = append(r.opts, steadymq.WithRequeueDelay(20*time.Millisecond))
+	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if n != 0 {
+			return nil
+		}
+		if tries = append(tries, time.Now()); len(tries) < 3 {
+			return errors.New("not yet")
+		}
+		return nil
+	}
+	r.begin()
+	r.settledAll()
+	mu.Lock()
+	for i := 1; i < len(tries); i++ {
+		assert.GreaterOrEqual(r, tries[i].Sub(tries[i-1]), 1500*time.Millisecond, "held back by the broker")
+	}
+	mu.Unlock()
+	r.judge()
+	assert.Zero(r, r.lostSessions())
+}
+
+// deadLetters: what the handler gives up goes where the queue says, also when its reject was lost with the connection.
+func deadLetters(r *trial) {
+	const dead = "dead"
+	r.ok(r.broker.DeclareQueue(dead, nil))
+	r.ok(r.broker.Bind(dead, "amq.fanout"))
+	r.handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
+		r.ledger.finish(n, d)
+		if n%5 == 0 {
+			return steadymq.Discard(errors.New("cannot be handled"))
+		}
+		return nil
+	}
+	r.begin()
+	at := time.Now()
+	r.proxy.Reset()
+	r.resumed(at, atOnce)
+	r.feeder.stop()
+	r.awaitFinished()
+	r.judge()
+	left := map[int]bool{}
+	r.queue = dead
+	for _, n := range r.takeAll() {
+		assert.Zero(r, n%5, "a dead letter that was handled")
+		left[n] = true
+	}
+	for n := range r.ledger.confirmed {
+		if n%5 == 0 {
+			assert.True(r, left[n], "message %d is in no queue", n)
+		}
+	}
+}
+
+// stuckHandlers fill the prefetch until their limit; then everything goes on.
+func stuckHandlers(r *trial) {
+	var stuck, told atomic.Int64
+	r.opts = append(r.opts, steadymq.WithHandlerTimeout(2*time.Second))
+	r.handle = func(ctx context.Context, _ *steadymq.Delivery, _ int) error {
+		if stuck.Add(1) <= int64(r.workers) {
+			<-ctx.Done()
+			if errors.Is(context.Cause(ctx), steadymq.ErrHandlerTimeout) {
+				told.Add(1)
+			}
+		}
+		return nil
+	}
+	r.begin()
+	r.must(5*time.Second, "the limit", func() bool { return told.Load() == int64(r.workers) })
+	r.judge()
+	assert.Zero(r, r.lostSessions())
 }
 
 func inequivalent(r *trial) {
@@ -611,6 +784,20 @@ func vhostDeleted(r *trial) {
 	r.judge()
 }
 
+func vhostDown(r *trial) {
+	r.begin()
+	r.feeder.stop()
+	r.settledAll()
+	r.ok(r.broker.StopVhost(r.Context(), r.vhost))
+	r.told("is down", 5*time.Second)
+	r.pause(2 * time.Second)
+	at := time.Now()
+	r.ok(r.broker.StartVhost(r.Context(), r.vhost))
+	r.atNextTry(at, time.Now())
+	r.feed()
+	r.judge()
+}
+
 // ---- whose it is ----
 
 // another is a plain consumer beside ours.
@@ -621,7 +808,7 @@ func (r *trial) another(exclusive bool) *amqp.Connection {
 	r.Cleanup(func() { closeWithin(conn, time.Second) })
 	ch, err := conn.Channel()
 	r.ok(err)
-	r.ok(ch.Qos(1, 0, false))
+	r.ok(ch.Qos(100, 0, false))
 	deliveries, err := ch.Consume(r.queue, "another", false, exclusive, false, false, nil)
 	r.ok(err)
 	go func() {
@@ -653,6 +840,23 @@ func singleActive(r *trial) {
 	r.consuming()
 	r.feed()
 	r.pause(4 * time.Second)
+	r.waitsFor(other)
+}
+
+// lowerPriority: the broker gives everything to the consumer of a higher priority, as long as its prefetch takes more.
+func lowerPriority(r *trial) {
+	r.opts = append(r.opts, steadymq.WithStallDetector(time.Second), steadymq.WithConsumeArgs(amqp.Table{"x-priority": -10}))
+	other := r.another(false)
+	r.start()
+	r.consuming()
+	r.publish(30)
+	r.pause(4 * time.Second)
+	r.waitsFor(other)
+}
+
+// waitsFor is the end of a consumer that had nothing to do while another had everything.
+func (r *trial) waitsFor(other *amqp.Connection) {
+	r.Helper()
 	assert.Zero(r, r.lostSessions(), "waiting its turn is no stall")
 	assert.Zero(r, r.ledger.counts().finished)
 	closeWithin(other, time.Second)

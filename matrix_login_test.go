@@ -1,0 +1,307 @@
+package steadymq_test
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"io"
+	"math/big"
+	"net"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/faultproxy"
+	"github.com/steadymq/steadymq/internal/rabbit"
+)
+
+// loginCells are the faults of certificates and tokens.
+func loginCells(a *authority) []cell {
+	overTLS := func(test func(*trial)) func(*trial) {
+		return func(r *trial) {
+			r.tls = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: a.pool()}
+			r.proxy.SetTarget(r.broker.TLSAddr())
+			test(r)
+		}
+	}
+	return []cell{
+		{fault: "TLS: connection reset", rows: "4, 28", test: overTLS(func(r *trial) { r.suffers(r.proxy.Reset) })},
+		{fault: "TLS: path swallows both ways", rows: "12", test: overTLS(func(r *trial) { r.silenced(faultproxy.Both, silentPeer) })},
+		{fault: "TLS: handshake cut after n bytes", rows: "11, 26", test: overTLS(handshakeCut)},
+		{fault: "TLS: certificate of a stranger", rows: "26", test: overTLS(func(r *trial) {
+			r.deceived(newAuthority(r).sign(r), "unknown authority")
+		})},
+		{fault: "TLS: certificate that has expired", rows: "26", test: overTLS(func(r *trial) {
+			r.deceived(a.sign(r, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), "expired")
+		})},
+		{fault: "TLS: certificate of another host", rows: "26", test: overTLS(func(r *trial) {
+			r.deceived(a.sign(r, func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.IPv4(192, 0, 2, 1)} }), "not 127.0.0.1")
+		})},
+		{fault: "TLS spoken to a port without", rows: "27", test: overTLS(func(r *trial) {
+			r.misled(r.broker.Addr(), r.broker.TLSAddr(), "use an amqp URL")
+		})},
+		{fault: "plain AMQP spoken to a TLS port", rows: "27", test: func(r *trial) {
+			r.misled(r.broker.TLSAddr(), r.broker.Addr(), "use an amqps URL")
+		}},
+		{fault: "token expires, a new one per dial", rows: "24", test: tokenExpires},
+		{fault: "token renewed before it expires", rows: "24", test: tokenRenewed},
+		{fault: "token whose renewal is refused", rows: "24", test: renewalRefused},
+		{
+			fault: "renewed token may not read", rows: "25", test: renewedWithLess,
+			not: func(g rabbit.Generation, _ kind) string {
+				if g == rabbit.Gen43 {
+					return ""
+				}
+				return "up to 4.2 a consumer that is there is not asked again for its permission"
+			},
+		},
+	}
+}
+
+// ---- certificates ----
+
+// authority signs certificates for the tests' brokers, and for those who pretend to be one.
+type authority struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(t require.TestingT) *authority {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	template := certificate()
+	template.IsCA, template.BasicConstraintsValid, template.KeyUsage = true, true, x509.KeyUsageCertSign
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	require.NoError(t, err)
+	cert, err := x509.ParseCertificate(der)
+	require.NoError(t, err)
+	return &authority{cert, key}
+}
+
+func certificate() *x509.Certificate {
+	return &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()),
+		NotBefore:    time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+}
+
+func (a *authority) pool() *x509.CertPool {
+	pool := x509.NewCertPool()
+	pool.AddCert(a.cert)
+	return pool
+}
+
+// sign makes a certificate for a server on loopback, with changes.
+func (a *authority) sign(t require.TestingT, changes ...func(*x509.Certificate)) rabbit.TLS {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	template := certificate()
+	template.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1)}
+	for _, change := range changes {
+		change(template)
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, key.Public(), a.key)
+	require.NoError(t, err)
+	secret, err := x509.MarshalPKCS8PrivateKey(key)
+	require.NoError(t, err)
+	text := func(kind string, der []byte) []byte { return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}) }
+	return rabbit.TLS{
+		Authority: text("CERTIFICATE", a.cert.Raw), Certificate: text("CERTIFICATE", der), Key: text("PRIVATE KEY", secret),
+	}
+}
+
+// deceived leads the consumer to a server with such a certificate for two seconds after it was refused.
+func (r *trial) deceived(shown rabbit.TLS, reason string) {
+	r.Helper()
+	r.misled(impostor(r.T, shown), r.broker.TLSAddr(), reason)
+}
+
+// misled leads the consumer to a wrong address for two seconds after that was noticed.
+func (r *trial) misled(wrong, right, reason string) {
+	r.Helper()
+	r.begin()
+	r.proxy.SetTarget(wrong)
+	lost := time.Now()
+	r.proxy.Reset()
+	r.told(reason, 5*time.Second)
+	r.pause(2 * time.Second)
+	assert.False(r, r.consumesSince(lost), "a session with the wrong peer")
+	at := time.Now()
+	r.proxy.SetTarget(right)
+	r.atNextTry(at, time.Now())
+	r.judge()
+}
+
+// impostor is a server that does nothing but show its certificate. It leaves it to the client to hang up.
+func impostor(t *testing.T, shown rabbit.TLS) (addr string) {
+	t.Helper()
+	pair, err := tls.X509KeyPair(shown.Certificate, shown.Key)
+	require.NoError(t, err)
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	config := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}}
+	var all sync.WaitGroup
+	t.Cleanup(func() {
+		assert.NoError(t, lis.Close())
+		all.Wait()
+	})
+	all.Go(func() {
+		for {
+			conn, err := lis.Accept()
+			if err != nil {
+				return
+			}
+			all.Go(func() {
+				defer func() { _ = conn.Close() }()
+				_ = tls.Server(conn, config).Handshake()
+				_, _ = io.Copy(io.Discard, conn)
+			})
+		}
+	})
+	return lis.Addr().String()
+}
+
+// ---- tokens ----
+
+// tokenKey signs the tokens of the tests; the brokers are given it as the key of an OAuth 2 provider.
+const tokenKey = "a key that is not secret, for the tokens of a test"
+
+// withTokens has a broker take tokens, too.
+func withTokens(cfg rabbit.Config) rabbit.Config {
+	key := base64.RawURLEncoding.EncodeToString([]byte(tokenKey))
+	cfg.Plugins = append(cfg.Plugins, "rabbitmq_auth_backend_oauth2")
+	cfg.Conf = append(cfg.Conf, "auth_backends.1 = internal", "auth_backends.2 = rabbit_auth_backend_oauth2")
+	cfg.Advanced = append(cfg.Advanced, `{rabbitmq_auth_backend_oauth2, [
+  {resource_server_id, <<"rabbitmq">>},
+  {key_config, [{default_key, <<"test">>}, {signing_keys, #{<<"test">> => {map, #{
+    <<"kty">> => <<"oct">>, <<"alg">> => <<"HS256">>, <<"use">> => <<"sig">>,
+    <<"kid">> => <<"test">>, <<"value">> => <<"test">>, <<"k">> => <<"`+key+`">>}}}}]}]}`)
+	return cfg
+}
+
+// token is a signed one (RFC 7519) that is valid for so long and gives the rights, such as "read".
+func token(valid time.Duration, rights ...string) (text string, expires time.Time) {
+	expires = time.Now().Add(valid).Truncate(time.Second)
+	scopes := []string{}
+	for _, right := range rights {
+		scopes = append(scopes, "rabbitmq."+right+":*/*")
+	}
+	part := func(claims map[string]any) string {
+		text, err := json.Marshal(claims)
+		if err != nil {
+			panic(err)
+		}
+		return base64.RawURLEncoding.EncodeToString(text)
+	}
+	text = part(map[string]any{"alg": "HS256", "typ": "JWT", "kid": "test"}) + "." + part(map[string]any{
+		"aud": []string{"rabbitmq"}, "sub": "a-service", "client_id": "a-service", "iss": "test", "scope": scopes, "exp": expires.Unix(),
+	})
+	mac := hmac.New(sha256.New, []byte(tokenKey))
+	mac.Write([]byte(text))
+	return text + "." + base64.RawURLEncoding.EncodeToString(mac.Sum(nil)), expires
+}
+
+// granting are the credentials of a token that is made when they are asked for, and how often they were; without rights it is none. Expires
+// is left out where the consumer is not to know.
+func (r *trial) granting(valid time.Duration, known bool, rights func(asked int64) []string) *atomic.Int64 {
+	asked := new(atomic.Int64)
+	r.opts = append(r.opts, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+		granted := rights(asked.Add(1))
+		text, expires := token(valid, granted...)
+		if granted == nil {
+			text = "this is no token"
+		}
+		if !known {
+			expires = time.Time{}
+		}
+		return steadymq.Credentials{Username: "a-service", Password: text, Expires: expires}, nil
+	}))
+	return asked
+}
+
+func allRights(int64) []string { return []string{"configure", "write", "read"} }
+
+// tokenExpires: the consumer was not told when. Where the broker does not look either, the token is a matter of the next login.
+func tokenExpires(r *trial) {
+	asked := r.granting(6*time.Second, false, allRights)
+	r.begin()
+	at := time.Now()
+	if r.gen == rabbit.Gen43 {
+		change := r.awaitLost(0, at, 7*time.Second)
+		assert.ErrorContains(r, change.Cause, "credential expired")
+		at = change.Time
+	} else {
+		r.pause(8 * time.Second)
+		assert.Zero(r, r.lostSessions())
+		r.note("the broker keeps a connection whose token has expired")
+		at = time.Now()
+		r.proxy.Reset()
+	}
+	r.resumed(at, atOnce)
+	assert.EqualValues(r, 2, asked.Load(), "asked once per dial")
+	r.judge()
+}
+
+func tokenRenewed(r *trial) {
+	asked := r.granting(6*time.Second, true, allRights)
+	r.begin()
+	r.pause(13 * time.Second)
+	assert.Zero(r, r.lostSessions(), "the session lives longer than its token")
+	assert.GreaterOrEqual(r, asked.Load(), int64(3), "renewed twice at least")
+	r.judge()
+}
+
+// renewalRefused: the second token, which is to replace the first, is worth nothing. The broker closes the connection, and the third is good.
+func renewalRefused(r *trial) {
+	r.granting(6*time.Second, true, func(asked int64) []string {
+		if asked == 2 {
+			return nil
+		}
+		return allRights(asked)
+	})
+	r.begin()
+	change := r.awaitLost(0, time.Now(), 6*time.Second)
+	var said *amqp.Error
+	require.ErrorAs(r, change.Cause, &said)
+	assert.Equal(r, amqp.NotAllowed, said.Code)
+	r.resumed(change.Time, atOnce)
+	r.pause(6 * time.Second) // over the next renewal
+	r.judge()
+	assert.EqualValues(r, 1, r.lostSessions(), "the good token is renewed again")
+}
+
+// renewedWithLess: the broker cancels the consumer that may not read any more, and refuses the next, until a token says otherwise.
+func renewedWithLess(r *trial) {
+	var less atomic.Bool
+	r.granting(6*time.Second, true, func(int64) []string {
+		if less.Load() {
+			return []string{"configure", "write"}
+		}
+		return allRights(0)
+	})
+	r.begin()
+	less.Store(true)
+	change := r.awaitLost(0, time.Now(), 6*time.Second)
+	assert.ErrorContains(r, change.Cause, "cancelled")
+	r.told("refused for user", 5*time.Second)
+	r.pause(2 * time.Second)
+	at := time.Now()
+	less.Store(false)
+	r.resumed(at, operatorCap+atOnce)
+	r.judge()
+}
