@@ -52,9 +52,13 @@ type onCluster struct {
 }
 
 // runCluster runs one half of the faults on a cluster of its own: they need a whole cluster each, one after the other.
-func (m *matrix) runCluster(t *testing.T, half int) {
-	c := rabbit.NewCluster(t, 3, rabbit.Config{Generation: rabbit.Gen43, ChannelTick: time.Second, NetTick: netTick})
-	for i, e := range clusterEvents(c) {
+func (m *matrix) runCluster(t *testing.T, g rabbit.Generation, half int) {
+	cfg := rabbit.Config{Generation: g, ChannelTick: time.Second, NetTick: netTick}
+	if pauses(g) {
+		cfg.Conf = []string{"cluster_partition_handling = pause_minority"}
+	}
+	c := rabbit.NewCluster(t, 3, cfg)
+	for i, e := range clusterEvents(c, g) {
 		if i%2 != half || m.parts == "" && !e.quick {
 			continue
 		}
@@ -62,8 +66,8 @@ func (m *matrix) runCluster(t *testing.T, half int) {
 			var parties []party
 			for _, p := range e.places {
 				parties = append(parties, party{
-					name: p.name(), kind: p.kind, label: p.label(), check: p.check,
-					make: func(t *testing.T) *trial { return m.newClusterTrial(t, c, p) },
+					name: p.label(g) + " " + string(p.kind), kind: p.kind, label: p.label(g), check: p.check,
+					make: func(t *testing.T) *trial { return m.newClusterTrial(t, g, c, p) },
 				})
 			}
 			m.happens(t, "", e.event, parties)
@@ -71,23 +75,26 @@ func (m *matrix) runCluster(t *testing.T, half int) {
 	}
 }
 
-func (p place) name() string { return p.label() + " " + string(p.kind) }
+// pauses says whether a node without majority stops serving clients. Up to 4.2 there is a choice, and this is the one that keeps a cluster
+// whole; since 4.3 there is none, and the node goes on.
+func pauses(g rabbit.Generation) bool { return g != rabbit.Gen43 }
 
-func (p place) label() string {
+func (p place) label(g rabbit.Generation) string {
+	text := string(g) + " x 3, "
 	switch {
 	case p.elsewhere:
-		return "4.3 x 3, another node than the consumer's"
+		return text + "another node than the consumer's"
 	case p.stall:
-		return "4.3 x 3, the consumer's node, stall detector"
+		return text + "the consumer's node, stall detector"
 	}
-	return "4.3 x 3, the consumer's node"
+	return text + "the consumer's node"
 }
 
 // newClusterTrial gives the consumer three hosts, each behind its own proxy. Which of the addresses leads to which node is decided by the
 // first dial, so that the consumer's first host is the one asked for, whatever it chooses.
-func (m *matrix) newClusterTrial(t *testing.T, c *rabbit.Cluster, p place) *trial {
+func (m *matrix) newClusterTrial(t *testing.T, g rabbit.Generation, c *rabbit.Cluster, p place) *trial {
 	t.Helper()
-	r := m.newTrial(t, rabbit.Gen43, p.kind, c.Nodes[p.home], cell{args: p.args})
+	r := m.newTrial(t, g, p.kind, c.Nodes[p.home], cell{args: p.args})
 	r.nodes = c.Nodes
 	r.feeder.url = c.Nodes[p.feed].URL()
 	r.proxies = make([]*faultproxy.Proxy, len(c.Nodes))
@@ -177,12 +184,11 @@ func (l *ledger) firstAfter(since time.Time) time.Time {
 
 // ---- the faults ----
 
-func clusterEvents(c *rabbit.Cluster) []onCluster {
+func clusterEvents(c *rabbit.Cluster, g rabbit.Generation) []onCluster {
 	n := c.Nodes
 	nothing := func(context.Context) (times, error) { return times{}, nil } // the check does it
 	leader := func(k kind, check func(*trial, times)) place { return place{kind: k, feed: 1, check: check} }
-	bystander := place{kind: quorum, at: 1, feed: 2, elsewhere: true, check: unimpressed}
-	return []onCluster{
+	events := []onCluster{
 		{
 			event:  event{fault: "node cut off from its clients", rows: "12, 30", apply: nothing},
 			quick:  true,
@@ -190,46 +196,34 @@ func clusterEvents(c *rabbit.Cluster) []onCluster {
 		},
 		{
 			event:  event{fault: "leader's node stopped and started", rows: "1, 33, 35", apply: during(n[0].Stop, 2*time.Second, n[0].Start)},
-			places: []place{leader(quorum, movesOn(elected)), bystander, leader(stream, movesOn(elected)), leader(classic, back(homeless))},
+			places: []place{leader(quorum, movesOn(elected)), bystander(), leader(stream, movesOn(elected)), leader(classic, back(homeless))},
 		},
 		{
 			event:  event{fault: "node drained and revived", rows: "3, 35", apply: during(n[0].Drain, 3*time.Second, n[0].Revive)},
-			places: []place{leader(quorum, movesOn(elected)), bystander, leader(stream, movesOn(elected)), leader(classic, movesOn(elected))},
+			places: []place{leader(quorum, movesOn(elected)), bystander(), leader(stream, movesOn(elected)), leader(classic, movesOn(elected))},
 		},
 		{
 			event: event{
 				fault: fmt.Sprintf("node cut off from its peers for %d s", partitioned/time.Second), rows: "36, 37, 64",
 				apply: during(
 					func(ctx context.Context) error { return c.CutPeers(ctx, 0) }, partitioned,
-					func(ctx context.Context) error { return c.JoinPeers(ctx, 0) }),
+					func(ctx context.Context) error { return errors.Join(c.JoinPeers(ctx, 0), n[0].WaitReady(ctx)) }),
 			},
-			places: []place{
-				{kind: quorum, feed: 1, check: minority},
-				{kind: quorum, feed: 1, stall: true, check: leaves},
-				bystander,
-				{kind: stream, feed: 1, check: forgotten},
-				{kind: stream, feed: 1, stall: true, check: leaves},
-				{kind: classic, home: 1, feed: 1, check: settles(homeless)},
-			},
+			places: cutOff(g),
 		},
 		{
 			event: event{fault: "two of three nodes stopped and started", rows: "36", apply: during(
 				both(n[0].Stop, n[1].Stop), 15*time.Second, both(n[0].Start, n[1].Start))},
-			places: []place{
-				{kind: quorum, home: 2, at: 2, feed: 2, check: settles(elected)},
-				{kind: quorum, home: 2, at: 2, feed: 2, stall: true, backlog: true, check: told},
-				{kind: stream, home: 2, at: 2, feed: 2, check: settles(homeless)},
-				{kind: classic, home: 2, at: 2, feed: 2, check: settles(homeless)},
-			},
+			places: left(g),
 		},
 		{
-			event:  event{fault: "leader's node frozen for 12 s", rows: "17", apply: during(freeze(n[0]), 12*time.Second, n[0].Unpause)},
-			places: []place{leader(quorum, movesOn(elected)), bystander, leader(stream, settles(homeless)), leader(classic, settles(homeless))},
+			event:  event{fault: "leader's node frozen", rows: "17", apply: during(freeze(n[0]), frozenFor(g), n[0].Unpause)},
+			places: []place{leader(quorum, movesOn(elected)), bystander(), leader(stream, settles(homeless)), leader(classic, settles(homeless))},
 		},
 		{
 			event:  event{fault: "leader's node killed and started", rows: "4, 33, 35", apply: during(n[0].Kill, 2*time.Second, n[0].Start)},
 			quick:  true,
-			places: []place{leader(quorum, movesOn(elected)), bystander, leader(stream, movesOn(elected)), leader(classic, back(homeless))},
+			places: []place{leader(quorum, movesOn(elected)), bystander(), leader(stream, movesOn(elected)), leader(classic, back(homeless))},
 		},
 		{
 			event:  event{fault: "rolling restart of all nodes", rows: "1, 3", apply: rolling(n)},
@@ -241,8 +235,91 @@ func clusterEvents(c *rabbit.Cluster) []onCluster {
 		},
 		{
 			event:  event{fault: "stream's replica removed", rows: "60", apply: nothing},
-			places: []place{{kind: stream, at: 2, elsewhere: true, check: replicaRemoved}},
+			places: removed(g),
 		},
+	}
+	if g == rabbit.Gen310 {
+		events = append(events, mirrored(n))
+	}
+	return events
+}
+
+// mirrored is a fault of queues that are mirrored, which they can be up to 3.13: a mirror takes over, and who asked for it is told.
+func mirrored(n []*rabbit.Broker) onCluster {
+	const policy = "mirrored"
+	unmirror := func(ctx context.Context) error {
+		return errors.Join(n[0].Start(ctx), n[1].PolicyOff(ctx, "/", policy))
+	}
+	return onCluster{
+		event: event{
+			fault: "mirrored queue's leader stopped and started", rows: "38",
+			before: func(ctx context.Context) error { return n[0].PolicyOn(ctx, "/", policy, ".*", `{"ha-mode": "all"}`) },
+			prepare: func(r *trial) {
+				r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-cancel-on-ha-failover": true}))
+			},
+			apply: during(n[0].Stop, 2*time.Second, unmirror),
+		},
+		places: []place{{kind: classic, at: 1, feed: 2, elsewhere: true, check: func(r *trial, when times) {
+			change := r.awaitLost(0, when.at, elected)
+			assert.ErrorContains(r, change.Cause, "cancelled")
+			r.resumed(change.Time, elected)
+			r.keptConnection()
+			r.judge()
+		}}},
+	}
+}
+
+// bystander is a consumer on another node than the one that suffers, though that leads its queue.
+func bystander() place {
+	return place{kind: quorum, at: 1, feed: 2, elsewhere: true, check: unimpressed}
+}
+
+// cutOff are the places of a node that its peers cannot reach.
+func cutOff(g rabbit.Generation) []place {
+	elsewhere := place{kind: classic, home: 1, feed: 1, check: settles(homeless)}
+	if pauses(g) {
+		return []place{{kind: quorum, feed: 1, check: paused}, bystander(), {kind: stream, feed: 1, check: paused}, elsewhere}
+	}
+	return []place{
+		{kind: quorum, feed: 1, check: minority},
+		{kind: quorum, feed: 1, stall: true, check: leaves},
+		bystander(),
+		{kind: stream, feed: 1, check: forgotten},
+		{kind: stream, feed: 1, stall: true, check: leaves},
+		elsewhere,
+	}
+}
+
+// frozenFor is long enough for the consumer to leave. Up to 4.2 it is also too short for the others to call the node down: it would come back
+// to a cluster that is split, for good, without ever having been the minority.
+func frozenFor(g rabbit.Generation) time.Duration {
+	if pauses(g) {
+		return netTick * 5 / 8
+	}
+	return netTick * 3 / 2
+}
+
+// removed is the place of a stream whose replica is taken away. RabbitMQ 3.10 does not tell the consumer.
+func removed(g rabbit.Generation) []place {
+	if g == rabbit.Gen310 {
+		return []place{{kind: stream, at: 2, stall: true, check: replicaVanished}}
+	}
+	return []place{{kind: stream, at: 2, elsewhere: true, check: replicaRemoved}}
+}
+
+// left are the places on the last of three nodes.
+func left(g rabbit.Generation) []place {
+	on := func(k kind, limit time.Duration) place {
+		return place{kind: k, home: 2, at: 2, feed: 2, check: settles(limit)}
+	}
+	if pauses(g) {
+		return []place{on(quorum, homeless), on(stream, homeless), on(classic, homeless)}
+	}
+	return []place{
+		on(quorum, elected),
+		{kind: quorum, home: 2, at: 2, feed: 2, stall: true, backlog: true, check: told},
+		on(stream, homeless),
+		on(classic, homeless),
 	}
 }
 
@@ -278,6 +355,15 @@ func cutFromClients(r *trial, _ times) {
 	r.resumed(at, silentPeer+atOnce)
 	r.pause(2 * time.Second)
 	r.proxies[0].Heal()
+	r.judge()
+}
+
+// paused: the node stops serving when it finds that it has no majority, and the others serve.
+func paused(r *trial, when times) {
+	change := r.awaitLost(0, when.at, netTick*5/4+elected)
+	r.note("the node stopped serving %s after the cut", inWords(change.Time.Sub(when.at)))
+	r.resumed(change.Time, elected)
+	require.True(r, r.handledDuring(change.Time, when.healed), "while the node is cut off")
 	r.judge()
 }
 
@@ -341,6 +427,15 @@ func replicaRemoved(r *trial, _ times) {
 	r.ok(r.broker.DeleteReplica(r.Context(), r.queue, 2))
 	change := r.awaitLost(0, at, elected)
 	assert.ErrorContains(r, change.Cause, "cancelled")
+	r.resumed(change.Time, elected)
+	r.judge()
+}
+
+func replicaVanished(r *trial, _ times) {
+	at := time.Now()
+	r.ok(r.broker.DeleteReplica(r.Context(), r.queue, 2))
+	change := r.told("the stream has grown", streamStallBound)
+	r.note("RabbitMQ does not tell; noticed %s after the removal", inWords(change.Time.Sub(at)))
 	r.resumed(change.Time, elected)
 	r.judge()
 }

@@ -175,11 +175,11 @@ func wholeNode(b *rabbit.Broker) []event {
 		},
 		{
 			fault: "memory alarm", rows: "19",
-			apply: during(watermark("0.00001"), 3*time.Second, watermark("0.6")), check: unimpressed,
+			apply: during(alarming(b, "memory", watermark("0.00001")), 3*time.Second, watermark("0.6")), check: unimpressed,
 		},
 		{
 			fault: "alarm of a full disk", rows: "19",
-			apply: during(diskLimit("1000000000000000"), 3*time.Second, diskLimit("50000000")), check: unimpressed,
+			apply: during(alarming(b, "disk", diskLimit("1000000000000000")), 3*time.Second, diskLimit("50000000")), check: unimpressed,
 		},
 		{
 			fault: "consumer timeout of the broker", rows: "39", not: timeoutClosesNothing,
@@ -202,6 +202,25 @@ func wholeNode(b *rabbit.Broker) []event {
 			fault: "stopped (SIGTERM) and started", rows: "1",
 			apply: during(b.Stop, time.Second, b.Start), check: back(afterRefusals),
 		},
+	}
+}
+
+// alarming begins a fault and waits for the alarm about the resource.
+func alarming(b *rabbit.Broker, resource string, begin func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		if err := begin(ctx); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		for ctx.Err() == nil {
+			alarms, err := b.Call(ctx, "rabbit_alarm:get_alarms()")
+			if err == nil && strings.Contains(alarms, resource) {
+				return nil
+			}
+			rest(ctx, 100*time.Millisecond)
+		}
+		return fmt.Errorf("no alarm about %s", resource)
 	}
 }
 

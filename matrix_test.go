@@ -47,14 +47,28 @@ func TestMatrix(t *testing.T) {
 		}
 	}
 	if m.wants("cluster", true) {
-		heavy.Go(func() { t.Run("a cluster", func(t *testing.T) { m.runCluster(t, 0) }) })
-		if m.parts != "" {
-			heavy.Go(func() { t.Run("another cluster", func(t *testing.T) { m.runCluster(t, 1) }) })
-		}
+		m.runClusters(t, &heavy, rabbit.Gen43)
 	}
 	heavy.Wait()
+	if m.wants("cluster", false) { // 18 nodes at a time are too many
+		m.runClusters(t, &heavy, rabbit.Gen310, rabbit.Gen40)
+		heavy.Wait()
+	}
 	if m.wants("herd", false) { // alone: it needs the machine
 		t.Run("a herd", func(t *testing.T) { m.add("%s", herd(t)) })
+	}
+}
+
+// runClusters begins the faults on two clusters of each generation that is wanted, on one in the short form.
+func (m *matrix) runClusters(t *testing.T, all *sync.WaitGroup, gens ...rabbit.Generation) {
+	for _, g := range gens {
+		if !m.wants(string(g), g == rabbit.Gen43) {
+			continue
+		}
+		all.Go(func() { t.Run("a cluster "+string(g), func(t *testing.T) { m.runCluster(t, g, 0) }) })
+		if m.parts != "" {
+			all.Go(func() { t.Run("another cluster "+string(g), func(t *testing.T) { m.runCluster(t, g, 1) }) })
+		}
 	}
 }
 
@@ -464,7 +478,7 @@ func TestEveryRowOfTheFaultTableIsACellOrSaysWhyNot(t *testing.T) {
 	for _, e := range wholeNode(nil) {
 		note(e.rows)
 	}
-	for _, e := range clusterEvents(&rabbit.Cluster{Nodes: make([]*rabbit.Broker, 3)}) {
+	for _, e := range clusterEvents(&rabbit.Cluster{Nodes: make([]*rabbit.Broker, 3)}, rabbit.Gen43) {
 		note(e.rows)
 	}
 	var tests strings.Builder

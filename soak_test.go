@@ -95,7 +95,7 @@ func newSoak(t *testing.T) *soak {
 	s := &soak{T: t, cluster: c, done: make(chan error, 1), final: map[string]string{}}
 	m := newMatrix("soak")
 	for i, k := range []kind{quorum, quorum, quorum, classic, stream} {
-		s.trials = append(s.trials, m.newClusterTrial(t, c, place{kind: k, home: i % 3, at: i % 3, feed: i % 3}))
+		s.trials = append(s.trials, m.newClusterTrial(t, rabbit.Gen43, c, place{kind: k, home: i % 3, at: i % 3, feed: i % 3}))
 	}
 	return s
 }
