@@ -127,6 +127,7 @@ func newSimPlan(seed uint64, virtual time.Duration) *simPlan {
 	p.drawActs(r)
 	p.drawBursts(r)
 	p.drawPublishes(r)
+	p.drawStart(r)
 	return p
 }
 
@@ -236,6 +237,26 @@ func (p *simPlan) drawBursts(r *rand.Rand) {
 		at = p.nextBurst(r, &burst, end)
 	}
 	p.stopInFaults(r)
+}
+
+// drawStart lets one plan in four begin ill, for consumers that have not had a session yet.
+func (p *simPlan) drawStart(r *rand.Rand) {
+	if !oneIn(r, 4) || len(p.bursts) == 0 {
+		return
+	}
+	var kinds []int
+	for k, kind := range simKinds {
+		if kind.longest > 0 && !kind.loses && !kind.harmless {
+			kinds = append(kinds, k)
+		}
+	}
+	number := 0
+	for _, b := range p.bursts {
+		number += len(b.faults)
+	}
+	f := p.drawFault(r, number, pick(r, kinds...), 0)
+	f.last = between(r, 100*time.Millisecond, min(simKinds[f.kind].longest, p.bursts[0].at))
+	p.bursts = slices.Insert(p.bursts, 0, simBurst{faults: []simFault{f}})
 }
 
 func (p *simPlan) drawKinds(r *rand.Rand) []int {
