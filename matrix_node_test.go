@@ -87,6 +87,10 @@ func nodeCells() []cell {
 			fault: "server-named queue", rows: "46", test: serverNamed,
 			not: only("only a classic queue can be named by the server", classic),
 		},
+		{
+			fault: "auto-delete queue", rows: "46", test: autoDeleted,
+			not: only("only a classic queue can delete itself", classic),
+		},
 		{fault: "declared with other arguments", rows: "47", test: inequivalent},
 		{
 			fault: "consumer timeout per consumer", rows: "40", test: consumerTimeoutCancels,
@@ -944,6 +948,20 @@ func serverNamed(r *trial) {
 	r.resumed(at, atOnce)
 	r.feeder.queue = name.Load().(string)
 	assert.NotEqual(r, first, r.feeder.queue, "a new queue has a new name")
+	r.publishAndFinish()
+}
+
+// autoDeleted: the queue ends with its consumer, and the next session makes it anew.
+func autoDeleted(r *trial) {
+	r.ok(r.broker.DeleteQueue(r.queue))
+	r.opts = append(r.opts, steadymq.WithQueue(steadymq.Queue{Type: "classic", AutoDelete: true}))
+	r.start()
+	r.consuming()
+	r.publish(30)
+	r.settledAll()
+	at := time.Now()
+	r.proxy.Reset()
+	r.resumed(at, atOnce)
 	r.publishAndFinish()
 }
 
