@@ -133,6 +133,19 @@ func (b *bench) causes() (causes []error) {
 	return causes
 }
 
+// shortestWait returns the shortest time the consumer has waited in backoff.
+func (b *bench) shortestWait() time.Duration {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	shortest := time.Hour
+	for _, c := range b.changes {
+		if c.To == steadymq.Backoff {
+			shortest = min(shortest, c.RetryIn)
+		}
+	}
+	return shortest
+}
+
 // outage returns how long the consumer was not consuming, the last time.
 func (b *bench) outage() time.Duration {
 	b.mu.Lock()

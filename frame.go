@@ -74,10 +74,10 @@ func (e *notAMQPError) Error() string {
 	switch e.first {
 	case 0x15: // the record of a TLS alert (RFC 8446, 5.1)
 		return text + ": it answers with TLS; use an amqps URL, or the port for AMQP without TLS (5672)"
-	case 'A': // a protocol header (AMQP 0-9-1, 4.2.2)
-		return text + ": it offers another protocol or version"
+	case 'A': // a protocol header, the answer to a greeting that is not understood (AMQP 0-9-1, 4.2.2)
+		return text + ", or did not understand our greeting; is there a proxy that puts bytes before it (PROXY protocol)?"
 	case 'H':
-		return text + ": it answers with HTTP; use the port for AMQP (5672)"
+		return text + ": it answers with HTTP; use the port for AMQP (5672, over TLS 5671)"
 	}
 	return fmt.Sprintf("%s: its first octet is %#x; check host and port", text, e.first)
 }

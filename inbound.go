@@ -26,7 +26,7 @@ type inbound struct {
 
 	begun bool  // the broker has said its first word
 	pass  int64 // bytes of a frame that the driver still gets
-	all   bool  // these are no frames, or not any more: judging that is the driver's work
+	all   bool  // these are no frames any more: judging that is the driver's work
 
 	lane *lane // whose message is being read
 	body int   // bytes of its body frame still to come, with the frame's end

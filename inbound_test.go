@@ -78,13 +78,14 @@ func TestLaneTakesItsDeliveriesAndTheDriverAllElse(t *testing.T) {
 	got := methodOf(1, 60, 71, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 'q', 0, 0, 0, 0)
 	reply := headerOf(3)
 	body := frameOf(frameBody, 1, 'g', 'e', 't')
+	flow := methodOf(1, 20, 20, 1)
 	driver, deliveries, _ := sorted(t, slicesOf(
 		messageOf(1, 1, []byte{0, 0}, "one"), heartbeatFrame,
 		messageOf(2, 5, []byte{0, 0}, "channel 2"),
-		messageOf(1, 2, []byte{0, 0}), others, got, reply, body,
+		messageOf(1, 2, []byte{0, 0}), others, got, reply, body, flow,
 		messageOf(1, 3, []byte{0, 0}, "th", "", "ree"),
 	), 0, whole)
-	assert.Equal(t, slicesOf(heartbeatFrame, messageOf(2, 5, []byte{0, 0}, "channel 2"), others, got, reply, body), driver)
+	assert.Equal(t, slicesOf(heartbeatFrame, messageOf(2, 5, []byte{0, 0}, "channel 2"), others, got, reply, body, flow), driver)
 	require.Len(t, deliveries, 3)
 	for i, want := range []string{"one", "", "three"} {
 		d := deliveries[i]
@@ -171,7 +172,7 @@ func TestBrokenFramesEndTheSocketOrAreTheDrivers(t *testing.T) {
 func TestAnotherProtocolEndsTheSocketAndIsNamed(t *testing.T) {
 	for first, says := range map[string]string{
 		"\x15\x03\x03\x00\x02\x02\x46": "amqps URL",
-		"AMQP\x00\x00\x09\x01":         "another protocol or version",
+		"AMQP\x00\x00\x09\x01":         "PROXY protocol",
 		"HTTP/1.1 400 Bad Request":     "answers with HTTP",
 		"\x00":                         "first octet is 0x0",
 	} {

@@ -32,9 +32,12 @@ const (
 	// It clears when the broker buries that connection, within 3 heartbeats.
 	classLocked
 	// classOperator: someone has to change something: permissions, a virtual
-	// host, a queue, a certificate. It may happen any moment, so keep asking,
-	// slowly.
+	// host, a queue. It may happen any moment, so keep asking, slowly.
 	classOperator
+	// classPeer: the host is not the broker we want: its certificate is not
+	// trusted, or it speaks another protocol. Another host first, and this one
+	// as slowly as what an operator has to mend.
+	classPeer
 )
 
 // classify is the one place that decides what a failure means. What the broker
@@ -47,8 +50,10 @@ func classify(err error) class {
 	switch {
 	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded), errors.Is(err, errStreamAgain):
 		return classChannel
-	case errors.Is(err, errLoginRefused), wrongPeer(err):
+	case errors.Is(err, errLoginRefused):
 		return classOperator
+	case wrongPeer(err):
+		return classPeer
 	}
 	var at *SessionError
 	if errors.As(err, &at) && at.Op == "dial" {
@@ -224,7 +229,9 @@ func (r *retry) wait(err error, now time.Time, anotherHost bool) time.Duration {
 	switch {
 	case kind == classLocked && r.patient(now):
 		return lockedStep + rand.N(lockedStep)
-	case kind == classLocked || kind == classOperator && !lost:
+	case kind == classPeer && anotherHost:
+		return rand.N(atOnce)
+	case kind == classLocked, kind == classPeer, kind == classOperator && !lost:
 		r.asked++
 		return r.drawAt(r.asked, operatorInitial, operatorInitial, operatorCap)
 	}
@@ -293,8 +300,8 @@ const (
 )
 
 // hosts is the order in which hosts are tried: the last good one, then the others
-// at random, and last those that refused, said they close or fell silent, for a
-// minute.
+// at random, and last those that refused, said they close, fell silent or are not the
+// broker, for a minute.
 type hosts struct {
 	endpoints []endpoint
 	avoid     map[string]time.Time // address -> until when it goes last
@@ -370,7 +377,7 @@ func (h *hosts) lasted() {
 
 // failed notes a failure of address.
 func (h *hosts) failed(address string, kind class, now time.Time) {
-	if kind == classForced || kind == classRefused {
+	if kind == classForced || kind == classRefused || kind == classPeer {
 		h.avoid[address] = now.Add(lastFor)
 	}
 }

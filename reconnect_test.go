@@ -53,9 +53,9 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"22 not implemented", at("consume", said(540, "NOT_IMPLEMENTED - consume mode auto-ack")), classOperator},
 		{"23 no leader", at("lost", said(541, "INTERNAL_ERROR - timed out consuming from quorum queue")), classOperator},
 		{"24 token expired", at("lost", said(320, "CONNECTION_FORCED - credential expired")), classForced},
-		{"26 unknown authority", at("open", &tls.CertificateVerificationError{Err: x509.UnknownAuthorityError{}}), classOperator},
-		{"27 plain AMQP on a TLS port", at("open", &notAMQPError{first: 0x15}), classOperator},
-		{"27 TLS on a plain port", at("open", tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}), classOperator},
+		{"26 unknown authority", at("open", &tls.CertificateVerificationError{Err: x509.UnknownAuthorityError{}}), classPeer},
+		{"27 plain AMQP on a TLS port", at("open", &notAMQPError{first: 0x15}), classPeer},
+		{"27 TLS on a plain port", at("open", tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}), classPeer},
 		{"28 proxy cuts", at("lost", errPeerClosed), classNetwork},
 		{"30 no such host", at("dial", &net.DNSError{Err: "no such host", IsNotFound: true}), classRefused},
 		{"30 SYN dropped", at("dial", errors.New("i/o timeout")), classRefused},
@@ -208,6 +208,10 @@ func TestAnUntriedHostIsTriedAtOnceButNotWhenTheBrokerRefuses(t *testing.T) {
 		assert.LessOrEqual(t, r.wait(at("dial", syscall.ECONNREFUSED), time.Now(), true), atOnce)
 	}
 	assert.GreaterOrEqual(t, r.wait(at("open", said(530, "vhost")), time.Now(), true), time.Second)
+
+	wrong := at("open", &notAMQPError{first: 'H'})
+	assert.LessOrEqual(t, r.wait(wrong, time.Now(), true), atOnce, "the next host may be the right one")
+	assert.GreaterOrEqual(t, r.wait(wrong, time.Now(), false), time.Second)
 }
 
 func threeHosts() *hosts {
@@ -230,13 +234,15 @@ func TestHostsAreTriedLastGoodFirstThenShuffledThenThoseThatRefused(t *testing.T
 	}
 	assert.Len(t, second, 2, "the others in random order")
 
-	h := threeHosts()
-	h.worked("b:5672")
-	h.failed("b:5672", classForced, now)
-	assert.NotEqual(t, "b:5672", h.next(now).address)
-	assert.NotEqual(t, "b:5672", h.next(now).address)
-	assert.Equal(t, "b:5672", h.next(now).address, "one that drains goes last")
-	assert.Equal(t, "b:5672", h.next(now.Add(lastFor)).address, "for a minute")
+	for kind, reason := range map[class]string{classForced: "one that drains", classRefused: "one that refuses", classPeer: "one that is no broker"} {
+		h := threeHosts()
+		h.worked("b:5672")
+		h.failed("b:5672", kind, now)
+		assert.NotEqual(t, "b:5672", h.next(now).address)
+		assert.NotEqual(t, "b:5672", h.next(now).address)
+		assert.Equal(t, "b:5672", h.next(now).address, "%s goes last", reason)
+		assert.Equal(t, "b:5672", h.next(now.Add(lastFor)).address, "for a minute")
+	}
 }
 
 func TestEscalationCountsChannelFailuresOfHalfAMinute(t *testing.T) {

@@ -87,11 +87,11 @@ func openSocket(ctx context.Context, dial dialFunc, address string, tlsConfig *t
 	return newSocket(conn, o), nil
 }
 
-// explainTLS says what to do about a peer that answers with something else.
+// explainTLS says what to do about a broker that answers without TLS.
 func explainTLS(err error) error {
 	var record tls.RecordHeaderError
-	if errors.As(err, &record) {
-		return fmt.Errorf("%w; use an amqp URL, or the port for AMQP over TLS (5671)", err)
+	if errors.As(err, &record) && bytes.HasPrefix(record.RecordHeader[:], []byte("AMQP")) {
+		return fmt.Errorf("%w: the peer speaks AMQP without TLS; use its port for TLS (5671), or an amqp URL where the path is safe", err)
 	}
 	return err
 }

@@ -1009,7 +1009,7 @@ func TestTLSSpokenToAPortWithoutSaysWhatToDo(t *testing.T) {
 	_, err = openSocket(t.Context(), defaultDial(5*time.Second, 0), listener.Addr().String(), &tls.Config{}, socketLimits)
 	var record tls.RecordHeaderError
 	assert.ErrorAs(t, err, &record)
-	assert.ErrorContains(t, err, "use an amqp URL")
+	assert.ErrorContains(t, err, "AMQP without TLS")
 	<-answered
 }
 
