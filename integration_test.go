@@ -41,6 +41,7 @@ const (
 	// silentPeer bounds noticing that nothing arrives any more, halfOpen that nothing of ours does: the second is the broker's to
 	// notice, in 2 to 3 heartbeats, because an in-process proxy acknowledges our bytes to the kernel.
 	silentPeer = 3*realHeartbeat/2 + 500*time.Millisecond
+	deadReader = 5*realHeartbeat/2 + 500*time.Millisecond // of the driver, which then sees no heartbeats either
 	halfOpen   = 3*realHeartbeat + time.Second
 	// afterRefusals bounds resuming once a broker that refused accepts; afterSilence once one that swallowed answers.
 	afterRefusals = 1200*time.Millisecond + 300*time.Millisecond // the proxy needs a moment to see it, too
@@ -301,7 +302,7 @@ func gracefulStop(s *scenario) {
 
 	acked := s.ackedMessages()
 	assert.Len(s, acked, 20, "every running handler's ack, and no other")
-	left := s.takeAll()
+	left := s.takeAll(s.queue)
 	assert.Len(s, left, 40)
 	for _, n := range left {
 		assert.NotContains(s, acked, n, "an acked message came again")
@@ -349,7 +350,7 @@ func plainDriverLateAck(s *scenario) {
 	s.must(5*time.Second, "the third ack", func() bool { return len(s.ackedMessages()) == 3 })
 	assert.Contains(s, s.ackedMessages(), 4, "message 4, which nobody has handled, was acknowledged")
 	closeWithin(conn, 2*time.Second)
-	left := s.takeAll()
+	left := s.takeAll(s.queue)
 	assert.NotContains(s, left, 4, "message 4 is lost")
 	assert.Contains(s, left, 2, "and message 2, which was handled, comes again")
 	s.note("a message was lost and its ack returned nil")
@@ -639,7 +640,7 @@ func (s *scenario) inTime(took, limit time.Duration, what string) {
 // plainSetup is how long the driver alone needs from dial to consume-ok now, 0 if it does not get there.
 func (s *scenario) plainSetup() time.Duration {
 	start := time.Now()
-	conn, err := amqp.DialConfig(s.address(), amqp.Config{TLSClientConfig: s.tls, Dial: amqp.DefaultDial(2 * time.Second)})
+	conn, err := amqp.DialConfig(s.address(), amqp.Config{TLSClientConfig: s.tls.Clone(), Dial: amqp.DefaultDial(2 * time.Second)})
 	if err != nil {
 		return 0
 	}
@@ -787,6 +788,9 @@ func (s *scenario) queueEmpty() {
 // had finished before.
 func (s *scenario) acksAreRight() {
 	s.Helper()
+	if s.tls == nil && s.ledger.counts().finished > 0 {
+		assert.NotEmpty(s, s.proxy.Log().Settlements(), "the wire was read")
+	}
 	delivered := map[faultproxy.Ref]faultproxy.Delivery{}
 	for _, d := range s.proxy.Log().Deliveries() {
 		delivered[d.Ref] = d
@@ -851,12 +855,13 @@ func (s *scenario) statsAddUp() {
 	stats := s.consumer.Stats()
 	assert.Equal(s, stats.Delivered, stats.Acked+stats.Requeued+stats.Discarded+stats.Stale, "%+v", stats)
 	assert.EqualValues(s, s.lostSessions()+1, stats.Sessions, "%+v", stats)
+	assert.LessOrEqual(s, stats.Acked, uint64(s.ledger.handlings()), "no ack that no handler had earned")
 	assert.Zero(s, stats.Handling)
 	assert.Zero(s, stats.EventsDropped)
 }
 
-// takeAll takes what is left on the queue.
-func (s *scenario) takeAll() []int {
+// takeAll takes what is left on a queue.
+func (s *scenario) takeAll(queue string) []int {
 	s.Helper()
 	conn, err := amqp.Dial(s.broker.URL())
 	require.NoError(s, err)
@@ -865,7 +870,7 @@ func (s *scenario) takeAll() []int {
 	require.NoError(s, err)
 	var numbers []int
 	for empty := 0; empty < 5; { // what was put back a moment ago may take another
-		d, ok, err := ch.Get(s.queue, true)
+		d, ok, err := ch.Get(queue, true)
 		require.NoError(s, err)
 		if !ok {
 			empty++
@@ -948,6 +953,13 @@ func (l *ledger) finishedAt(d faultproxy.Delivery) (time.Time, bool) {
 	defer l.mu.Unlock()
 	at, ok := l.work[piece{session, d.Tag, n}]
 	return at, ok
+}
+
+// handlings counts finished ones, second ones included.
+func (l *ledger) handlings() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.work)
 }
 
 // missing are the confirmed messages that no handler has finished.

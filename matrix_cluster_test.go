@@ -53,7 +53,7 @@ type onCluster struct {
 
 // runCluster runs one half of the faults on a cluster of its own: they need a whole cluster each, one after the other.
 func (m *matrix) runCluster(t *testing.T, g rabbit.Generation, half int) {
-	cfg := rabbit.Config{Generation: g, ChannelTick: time.Second, NetTick: netTick}
+	cfg := rabbit.Config{Generation: g, ChannelTick: time.Second, NetTick: tick(g)}
 	if pauses(g) {
 		cfg.Conf = []string{"cluster_partition_handling = pause_minority"}
 	}
@@ -78,6 +78,14 @@ func (m *matrix) runCluster(t *testing.T, g rabbit.Generation, half int) {
 // pauses says whether a node without majority stops serving clients. Up to 4.2 there is a choice, and this is the one that keeps a cluster
 // whole; since 4.3 there is none, and the node goes on.
 func pauses(g rabbit.Generation) bool { return g != rabbit.Gen43 }
+
+// tick is the nodes' own heartbeat. It is slower where a node that comes back after it has a split cluster.
+func tick(g rabbit.Generation) time.Duration {
+	if pauses(g) {
+		return 2 * netTick
+	}
+	return netTick
+}
 
 func (p place) label(g rabbit.Generation) string {
 	text := string(g) + " x 3, "
@@ -294,9 +302,9 @@ func cutOff(g rabbit.Generation) []place {
 // to a cluster that is split, for good, without ever having been the minority.
 func frozenFor(g rabbit.Generation) time.Duration {
 	if pauses(g) {
-		return netTick * 5 / 8
+		return tick(g) / 3
 	}
-	return netTick * 3 / 2
+	return tick(g) * 3 / 2
 }
 
 // removed is the place of a stream whose replica is taken away. RabbitMQ 3.10 does not tell the consumer.
@@ -360,7 +368,7 @@ func cutFromClients(r *trial, _ times) {
 
 // paused: the node stops serving when it finds that it has no majority, and the others serve.
 func paused(r *trial, when times) {
-	change := r.awaitLost(0, when.at, netTick*5/4+elected)
+	change := r.awaitLost(0, when.at, tick(r.gen)*5/4+elected)
 	r.note("the node stopped serving %s after the cut", inWords(change.Time.Sub(when.at)))
 	r.resumed(change.Time, elected)
 	require.True(r, r.handledDuring(change.Time, when.healed), "while the node is cut off")

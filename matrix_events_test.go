@@ -114,12 +114,45 @@ func unimpressed(r *trial, _ times) {
 	assert.Zero(r, r.lostSessions())
 }
 
+// alarm is an event that stops publishers and must not stop consumers. Handlers wait for it, so that there is something to do.
+func alarm(b *rabbit.Broker, resource string, begin, end func(context.Context) error) event {
+	const lasts = 3 * time.Second
+	up := make(chan struct{})
+	return event{
+		fault: "alarm about " + resource, rows: "19",
+		prepare: func(r *trial) {
+			r.handle = func(context.Context, *steadymq.Delivery, int) error { <-up; r.pause(20 * time.Millisecond); return nil }
+			r.publish(100)
+		},
+		apply: during(func(ctx context.Context) error {
+			defer close(up)
+			return errors.Join(begin(ctx), alarmed(ctx, b, resource))
+		}, lasts, end),
+		check: func(r *trial, when times) {
+			assert.True(r, r.handledDuring(when.healed.Add(-lasts), when.healed), "messages are handled during the alarm")
+			unimpressed(r, when)
+		},
+	}
+}
+
+// alarmed waits until the broker tells of the alarm.
+func alarmed(ctx context.Context, b *rabbit.Broker, resource string) (err error) {
+	var alarms string
+	for range 50 {
+		if alarms, err = b.Call(ctx, "rabbit_alarm:get_alarms()"); err == nil && strings.Contains(alarms, resource) {
+			return nil
+		}
+		rest(ctx, 100*time.Millisecond)
+	}
+	return errors.Join(err, fmt.Errorf("no alarm about %s: %q", resource, alarms))
+}
+
 // during runs what begins a fault, waits, and runs what ends it.
 func during(begin func(context.Context) error, d time.Duration, end func(context.Context) error) func(context.Context) (times, error) {
 	return func(ctx context.Context) (times, error) {
 		when := times{at: time.Now()}
 		if err := begin(ctx); err != nil {
-			return when, err
+			return when, errors.Join(err, end(ctx))
 		}
 		rest(ctx, d)
 		err := end(ctx)
@@ -173,14 +206,8 @@ func wholeNode(b *rabbit.Broker) []event {
 				r.judge()
 			},
 		},
-		{
-			fault: "memory alarm", rows: "19",
-			apply: during(alarming(b, "memory", watermark("0.00001")), 3*time.Second, watermark("0.6")), check: unimpressed,
-		},
-		{
-			fault: "alarm of a full disk", rows: "19",
-			apply: during(alarming(b, "disk", diskLimit("1000000000000000")), 3*time.Second, diskLimit("50000000")), check: unimpressed,
-		},
+		alarm(b, "memory", watermark("0.00001"), watermark("0.6")),
+		alarm(b, "disk", diskLimit("1000000000000000"), diskLimit("50000000")),
 		{
 			fault: "consumer timeout of the broker", rows: "39", not: timeoutClosesNothing,
 			before:  func(ctx context.Context) error { return b.DefaultTimeout(ctx, 2000) },
@@ -202,25 +229,6 @@ func wholeNode(b *rabbit.Broker) []event {
 			fault: "stopped (SIGTERM) and started", rows: "1",
 			apply: during(b.Stop, time.Second, b.Start), check: back(afterRefusals),
 		},
-	}
-}
-
-// alarming begins a fault and waits for the alarm about the resource.
-func alarming(b *rabbit.Broker, resource string, begin func(context.Context) error) func(context.Context) error {
-	return func(ctx context.Context) error {
-		if err := begin(ctx); err != nil {
-			return err
-		}
-		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		defer cancel()
-		for ctx.Err() == nil {
-			alarms, err := b.Call(ctx, "rabbit_alarm:get_alarms()")
-			if err == nil && strings.Contains(alarms, resource) {
-				return nil
-			}
-			rest(ctx, 100*time.Millisecond)
-		}
-		return fmt.Errorf("no alarm about %s", resource)
 	}
 }
 

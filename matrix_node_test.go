@@ -50,7 +50,7 @@ func nodeCells() []cell {
 			r.weather(func() { r.proxy.Slice(faultproxy.Both, 7, 100*time.Microsecond) }, time.Second+atOnce)
 		}},
 		{fault: "stall of one heartbeat that heals", rows: "29", test: stallThatHeals},
-		{fault: "path swallows both ways after consume-ok", rows: "15", test: deadFromTheStart},
+		{fault: "path swallows both ways after open-ok", rows: "15", test: deadFromTheStart},
 		{fault: "reply nobody asked for", rows: "16", test: strayReply},
 		{fault: "frame the protocol forbids", rows: "20", test: forbiddenFrame},
 		{fault: "dials refused", rows: "30", test: dialsRefused},
@@ -140,6 +140,9 @@ func nodeCells() []cell {
 	}
 }
 
+// allCells are those of one node, and those that need somebody to sign certificates.
+func allCells(ca *authority) []cell { return append(nodeCells(), loginCells(ca)...) }
+
 // runCells runs them on one node per generation, many at a time.
 func (m *matrix) runCells(t *testing.T, gens []rabbit.Generation) {
 	ca := newAuthority(t)
@@ -153,7 +156,7 @@ func (m *matrix) runCells(t *testing.T, gens []rabbit.Generation) {
 		rabbit.NeedCommands(t, b)
 	}
 	var all sync.WaitGroup
-	for n, c := range append(nodeCells(), loginCells(ca)...) {
+	for n, c := range allCells(ca) {
 		for i, g := range gens {
 			for _, k := range m.kindsOf(c, g, n) {
 				all.Go(func() {
@@ -241,7 +244,11 @@ func stallThatHeals(r *trial) {
 func handshakeCut(r *trial) {
 	r.proxy.CutAfter(faultproxy.ToClient, 8)
 	r.start()
-	for _, n := range []int64{200, 480, 510, 530, 545, 560} {
+	cuts := []int64{200, 480, 510, 530, 545, 560}
+	if r.tls != nil {
+		cuts = append(cuts, 800, 1100, 1400) // its handshake comes first
+	}
+	for _, n := range cuts {
 		r.pause(300 * time.Millisecond)
 		r.proxy.Heal()
 		r.proxy.CutAfter(faultproxy.ToClient, n)
@@ -256,13 +263,15 @@ func handshakeCut(r *trial) {
 	r.judge()
 }
 
-// deadFromTheStart: the driver itself never notices a peer that says nothing after the handshake.
+// deadFromTheStart: the peer says nothing after open-ok. The driver by itself would wait for ever.
 func deadFromTheStart(r *trial) {
+	const classConnection, openOK = 10, 41
+	r.proxy.Latency(faultproxy.Both, 200*time.Millisecond) // between open-ok and what follows
 	r.start()
-	r.consuming()
+	r.must(10*time.Second, "open-ok", func() bool { return r.passed(faultproxy.ToClient, classConnection, openOK) > 0 })
 	at := time.Now()
 	r.proxy.BlackHole(faultproxy.Both)
-	change := r.awaitLost(0, at, 5*realHeartbeat/2+500*time.Millisecond)
+	change := r.told("setup limit", realSetup+2*time.Second)
 	r.note("noticed after %s", inWords(change.Time.Sub(at)))
 	healed := time.Now()
 	r.proxy.Heal()
@@ -271,14 +280,25 @@ func deadFromTheStart(r *trial) {
 	r.judge()
 }
 
+// passed counts methods on the wire.
+func (r *trial) passed(d faultproxy.Direction, class, method uint16) (n int) {
+	for _, m := range r.proxy.Log().Methods() {
+		if m.Dir == d && m.Class == class && m.Method == method {
+			n++
+		}
+	}
+	return n
+}
+
 // strayReply is one too many: it parks the driver's reader, for ever.
 func strayReply(r *trial) {
-	r.begin()
 	const classBasic, qosOK = 60, 11
+	r.begin()
+	r.must(5*time.Second, "a delivery", func() bool { return len(r.proxy.Log().Deliveries()) > 0 })
 	channel := r.proxy.Log().Deliveries()[0].Channel
 	at := time.Now()
 	require.Equal(r, 1, r.proxy.Inject(faultproxy.ToClient, faultproxy.MethodFrame(channel, classBasic, qosOK, nil)))
-	change := r.awaitLost(0, at, 5*realHeartbeat/2+500*time.Millisecond)
+	change := r.awaitLost(0, at, deadReader)
 	r.note("noticed after %s", inWords(change.Time.Sub(at)))
 	r.resumed(change.Time, atOnce)
 	r.judge()
@@ -292,6 +312,7 @@ func forbiddenFrame(r *trial) {
 	change := r.awaitLost(0, at, atOnce)
 	var said *amqp.Error
 	require.ErrorAs(r, change.Cause, &said)
+	assert.True(r, said.Server)
 	assert.Equal(r, amqp.ChannelError, said.Code)
 	r.resumed(change.Time, atOnce)
 	r.judge()
@@ -317,6 +338,7 @@ func handshakeStalls(r *trial) {
 	r.proxy.Reset()
 	at := time.Now()
 	r.must(14*time.Second, "the broker hangs up", func() bool { return r.consumer.Stats().Dials > 2 })
+	assert.Greater(r, time.Since(at), 8*time.Second, "it was not us")
 	r.note("the broker hung up after %s", inWords(time.Since(at)))
 	healed := time.Now()
 	r.proxy.Heal()
@@ -520,8 +542,10 @@ func delayedRetry(r *trial) {
 		return nil
 	}
 	r.begin()
+	r.feeder.stop()
 	r.settledAll()
 	mu.Lock()
+	assert.Len(r, tries, 3)
 	for i := 1; i < len(tries); i++ {
 		assert.GreaterOrEqual(r, tries[i].Sub(tries[i-1]), 1500*time.Millisecond, "held back by the broker")
 	}
@@ -530,35 +554,44 @@ func delayedRetry(r *trial) {
 	assert.Zero(r, r.lostSessions())
 }
 
-// deadLetters: what the handler gives up goes where the queue says, also when its reject was lost with the connection.
+// deadLetters: what the handler gives up goes where the queue says, also when the connection is lost before its reject.
 func deadLetters(r *trial) {
 	const dead = "dead"
+	hopeless := func(n int) bool { return n%5 == 0 }
 	r.ok(r.broker.DeclareQueue(dead, nil))
 	r.ok(r.broker.Bind(dead, "amq.fanout"))
+	var mu sync.Mutex
+	tries, again := map[int]int{}, false
 	r.handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
-		r.ledger.finish(n, d)
-		if n%5 == 0 {
-			return steadymq.Discard(errors.New("cannot be handled"))
+		if !hopeless(n) {
+			return nil
 		}
-		return nil
+		r.pause(50 * time.Millisecond)
+		r.ledger.finish(n, d)
+		mu.Lock()
+		defer mu.Unlock()
+		tries[n]++
+		again = again || tries[n] > 1
+		return steadymq.Discard(errors.New("cannot be handled"))
 	}
 	r.begin()
-	at := time.Now()
-	r.proxy.Reset()
-	r.resumed(at, atOnce)
-	r.feeder.stop()
-	r.awaitFinished()
+	r.must(20*time.Second, "one was given up twice", func() bool {
+		lost := r.lostSessions()
+		r.proxy.Reset()
+		r.must(5*time.Second, "consuming again", func() bool { return r.lostSessions() > lost && r.consumer.State() == steadymq.Consuming })
+		r.pause(200 * time.Millisecond)
+		mu.Lock()
+		defer mu.Unlock()
+		return again
+	})
 	r.judge()
 	left := map[int]bool{}
-	r.queue = dead
-	for _, n := range r.takeAll() {
-		assert.Zero(r, n%5, "a dead letter that was handled")
+	for _, n := range r.takeAll(dead) {
+		assert.True(r, hopeless(n), "message %d was handled well", n)
 		left[n] = true
 	}
 	for n := range r.ledger.confirmed {
-		if n%5 == 0 {
-			assert.True(r, left[n], "message %d is in no queue", n)
-		}
+		assert.Equal(r, hopeless(n), left[n], "message %d among the dead letters", n)
 	}
 }
 
@@ -849,7 +882,7 @@ func singleActive(r *trial) {
 
 // lowerPriority: the broker gives everything to the consumer of a higher priority, as long as its prefetch takes more.
 func lowerPriority(r *trial) {
-	r.opts = append(r.opts, steadymq.WithStallDetector(time.Second), steadymq.WithConsumeArgs(amqp.Table{"x-priority": -10}))
+	r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-priority": -10}))
 	other := r.another(false)
 	r.start()
 	r.consuming()
@@ -959,10 +992,15 @@ func autoDeleted(r *trial) {
 	r.consuming()
 	r.publish(30)
 	r.settledAll()
-	at := time.Now()
+	r.proxy.Refuse()
 	r.proxy.Reset()
-	r.resumed(at, atOnce)
+	gone := func() bool { _, err := r.broker.Queue(r.queue); return err != nil }
+	r.must(5*time.Second, "the queue deletes itself", gone)
+	at := time.Now()
+	r.proxy.Heal()
+	r.resumed(at, afterRefusals)
 	r.publishAndFinish()
+	r.must(5*time.Second, "the queue deletes itself at the end, too", gone)
 }
 
 // ---- consumer timeouts ----

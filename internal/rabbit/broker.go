@@ -55,7 +55,7 @@ func (b *Broker) Addr() string {
 	return b.base.Host
 }
 
-// TLSAddr is the host:port of the listener that Config.TLS asks for, "" where the broker is somebody else's.
+// TLSAddr is the host:port of the listener that Config.TLS asks for; without, nobody listens there.
 func (b *Broker) TLSAddr() string {
 	if b.node == nil {
 		return ""

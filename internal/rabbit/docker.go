@@ -35,7 +35,7 @@ type containerNode struct {
 	c       testcontainers.Container
 	host    string
 	port    int
-	portTLS int
+	portTLS int // 0 without Config.TLS
 }
 
 // nodeSpec is what differs between a single node and a node of a cluster.
@@ -82,10 +82,15 @@ func runNode(ctx context.Context, spec nodeSpec) (*Broker, error) {
 
 func createNode(ctx context.Context, spec nodeSpec) (*containerNode, error) {
 	host, bind := publishedHost()
-	port, errPort := freePort()
-	portTLS, errTLS := freePort()
-	if err := errors.Join(errPort, errTLS); err != nil {
+	port, err := freePort()
+	if err != nil {
 		return nil, err
+	}
+	portTLS := 0
+	if spec.cfg.TLS != nil {
+		if portTLS, err = freePort(); err != nil {
+			return nil, err
+		}
 	}
 	req := testcontainers.GenericContainerRequest{
 		ContainerRequest: spec.request(bind, port, portTLS),
@@ -110,7 +115,7 @@ func (s nodeSpec) request(bind netip.Addr, port, portTLS int) testcontainers.Con
 		ports[fmt.Sprintf("%d/tcp", port)] = []map[string]string{{"HostIp": bind.String(), "HostPort": strconv.Itoa(at)}}
 	}
 	publish(amqpPort, port)
-	if s.cfg.TLS != nil {
+	if portTLS != 0 {
 		publish(amqpsPort, portTLS)
 	}
 	req := testcontainers.ContainerRequest{
