@@ -357,7 +357,8 @@ func WithConnectionName(name string) Option {
 
 // WithURLs adds hosts of the same cluster to the URL given to New. The last good
 // one is tried first, then the others in random order; one that refused, fell
-// silent or said that it shuts down goes last for a minute.
+// silent, said that it shuts down, showed a certificate that is not trusted or
+// does not speak AMQP goes last for a minute.
 func WithURLs(urls ...string) Option {
 	return func(c *config) {
 		c.urls = append(c.urls[:1:1], urls...)
