@@ -316,6 +316,9 @@ func WithQueue(q Queue) Option {
 // later sessions of the same Run then resume at the first message not yet
 // settled, instead of skipping what was published while away. A stream has no
 // requeue: a message put back ends the session, which resumes at that message.
+// Where the stream itself is found to be gone, the next one of its name is read
+// from its beginning; one that others delete and declare anew within a moment, or
+// while the consumer is away, looks like the old one: give it a new name.
 func WithConsumeArgs(args amqp.Table) Option {
 	return func(c *config) {
 		c.consumeArgs = cloneTable(args)

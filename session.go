@@ -132,10 +132,8 @@ func (s *session) said(err error) error {
 
 // topology declares what the session needs and returns the queue to consume.
 func (s *session) topology(ctx context.Context) (queue string, err error) {
-	if s.config.topology != nil || s.config.declare != nil {
-		if err := s.checkStream(); err != nil {
-			return "", err
-		}
+	if err := s.checkStream(ctx); err != nil {
+		return "", err
 	}
 	switch {
 	case s.config.topology != nil:
@@ -192,6 +190,7 @@ func (s *session) run() {
 	case cause == nil:
 		s.drain()
 	case errors.Is(cause, errCancelled):
+		s.stream.doubt()
 		s.retire(cause)
 	default:
 		s.lose(cause)

@@ -142,6 +142,33 @@ func TestStreamMadeAnewIsReadFromItsBeginning(t *testing.T) {
 	}
 }
 
+// A busy broker may cancel the consumers of a stream before it forgets the stream.
+func TestStreamThatIsGoneSoonAfterTheCancelIsReadFromItsBeginning(t *testing.T) {
+	for late := time.Duration(0); late < 60*time.Millisecond; late += time.Millisecond { // some hit the moment between look and declare
+		t.Run(late.String(), func(t *testing.T) {
+			bubble(t, func(b *bench) {
+				b.broker.DeleteQueue(queue)
+				b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: "stream"})
+				var finished []string
+				b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+					finished = append(finished, string(d.Body))
+					return nil
+				}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}), steadymq.WithQueue(steadymq.Queue{Type: "stream"}))
+				b.broker.Publish(queue, "old 0", "old 1", "old 2")
+				b.wait(time.Second)
+				b.broker.SetLatency(2 * time.Millisecond)
+				b.broker.CancelConsumers(queue)
+				b.wait(late)
+				b.broker.DeleteQueue(queue)
+				b.wait(10 * time.Second)
+				b.broker.Publish(queue, "new 0", "new 1")
+				b.wait(10 * time.Second)
+				assert.Equal(b, []string{"old 0", "old 1", "old 2", "new 0", "new 1"}, finished)
+			})
+		})
+	}
+}
+
 // Stall detector.
 
 func TestStalledConsumerIsReplaced(t *testing.T) {

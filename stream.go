@@ -1,9 +1,11 @@
 package steadymq
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"sync"
+	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
@@ -19,6 +21,7 @@ type position struct {
 	queue   string // the stream it is about
 	known   bool   // there has been a delivery, next is set
 	next    int64  // offset of the first message not settled for good
+	doubted bool   // the broker has cancelled the consumer, so the stream may be on its way out
 	session uint64 // the one that the rows are about
 	settled row    // what handlers are done with
 	acked   row    // of that, what the broker was told
@@ -71,7 +74,7 @@ func (p *position) resume(session uint64, queue string, args amqp.Table) amqp.Ta
 	if p.queue != queue {
 		p.queue, p.known = queue, false
 	}
-	p.session, p.settled, p.acked = session, newRow(), newRow()
+	p.session, p.settled, p.acked, p.doubted = session, newRow(), newRow(), false
 	if !p.known {
 		return args
 	}
@@ -92,19 +95,39 @@ func (p *position) startOver() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.next, p.session = 0, 0 // what late handlers of the old one settle counts no more
+	p.doubted = false
 }
+
+// doubt notes that the broker has cancelled the consumer.
+func (p *position) doubt() {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.doubted = true
+}
+
+// A busy broker cancels the consumers of a stream that is deleted a moment before
+// it forgets the stream, so after a cancel it is looked for again and again: as
+// long as streamDoubt, at most half of the setup limit.
+const (
+	streamDoubt = 2 * time.Second
+	streamLook  = 20 * time.Millisecond
+)
 
 // checkStream looks whether the stream is there still, before it is declared:
 // afterwards a new one looks like the old one. It takes a channel of its own,
 // which the broker closes if not.
-func (s *session) checkStream() error {
+func (s *session) checkStream(ctx context.Context) error {
 	if s.stream == nil {
 		return nil
 	}
 	s.stream.mu.Lock()
-	queue, known := s.stream.queue, s.stream.known
+	queue, known, doubted := s.stream.queue, s.stream.known, s.stream.doubted
 	s.stream.mu.Unlock()
-	if !known {
+	declares := s.config.topology != nil || s.config.declare != nil
+	if !known || !declares && !doubted {
 		return nil
 	}
 	channel, err := s.conn.amqp.Channel()
@@ -112,10 +135,31 @@ func (s *session) checkStream() error {
 		return err
 	}
 	defer channel.Close() //nolint:errcheck // a failed declare has closed it already
-	if _, err = channel.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{}); noQueue(err) {
-		s.stream.startOver()
+	for since := time.Now(); ; {
+		_, err := channel.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{})
+		switch {
+		case noQueue(err):
+			s.stream.startOver()
+			return nil
+		case err != nil, !doubted, time.Since(since) >= min(streamDoubt, s.config.setupTimeout/2):
+			return nil
+		}
+		if err := pause(ctx, streamLook); err != nil {
+			return err
+		}
 	}
-	return nil
+}
+
+// pause waits, or returns why ctx has ended.
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // noQueue tells that there is none, from one whose node is down.
