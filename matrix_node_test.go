@@ -808,28 +808,22 @@ func urlRotatesLate(r *trial) {
 
 func vhostDeleted(r *trial) {
 	r.opts = append(r.opts, steadymq.WithQueue(steadymq.Queue{Type: string(r.kind)}))
-	r.begin()
-	r.feeder.stop()
-	r.settledAll()
-	r.ok(r.broker.DropVhost(r.Context(), r.vhost))
-	r.told("not found", 10*time.Second)
-	r.pause(2 * time.Second)
-	at := time.Now()
-	r.ok(r.broker.NewVhost(r.Context(), r.vhost))
-	r.atNextTry(at, time.Now())
-	r.feed()
-	r.judge()
+	r.withoutVhost(r.broker.DropVhost, "not found", r.broker.NewVhost)
 }
 
-func vhostDown(r *trial) {
+func vhostDown(r *trial) { r.withoutVhost(r.broker.StopVhost, "is down", r.broker.StartVhost) }
+
+// withoutVhost takes the virtual host away for two seconds after the consumer was told so.
+func (r *trial) withoutVhost(take func(context.Context, string) error, reason string, giveBack func(context.Context, string) error) {
+	r.Helper()
 	r.begin()
 	r.feeder.stop()
 	r.settledAll()
-	r.ok(r.broker.StopVhost(r.Context(), r.vhost))
-	r.told("is down", 5*time.Second)
+	r.ok(take(r.Context(), r.vhost))
+	r.told(reason, 10*time.Second)
 	r.pause(2 * time.Second)
 	at := time.Now()
-	r.ok(r.broker.StartVhost(r.Context(), r.vhost))
+	r.ok(giveBack(r.Context(), r.vhost))
 	r.atNextTry(at, time.Now())
 	r.feed()
 	r.judge()

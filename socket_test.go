@@ -993,7 +993,7 @@ func TestTLSRefusedSaysWhy(t *testing.T) {
 	<-refused
 }
 
-func TestTLSSpokenToAPortWithoutSaysWhatToDo(t *testing.T) {
+func TestTLSSpokenToAPortWithoutItSaysSo(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer listener.Close()
