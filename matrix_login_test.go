@@ -36,6 +36,13 @@ func loginCells(a *authority) []cell {
 		return func(r *trial) {
 			r.tls = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: a.pool()}
 			r.proxy.SetTarget(r.broker.TLSAddr())
+			r.must(20*time.Second, "the listener for TLS, which comes up last", func() bool {
+				conn, err := tls.Dial("tcp", r.broker.TLSAddr(), r.tls.Clone())
+				if err == nil {
+					_ = conn.Close()
+				}
+				return err == nil
+			})
 			test(r)
 		}
 	}
@@ -144,7 +151,7 @@ func (r *trial) misled(wrong, right, reason string) {
 	assert.False(r, r.consumesSince(lost), "a session with the wrong peer")
 	for _, c := range r.history() {
 		var failed *steadymq.SessionError
-		if errors.As(c.Cause, &failed) && failed.Op == "open" {
+		if c.Time.After(lost) && errors.As(c.Cause, &failed) && failed.Op == "open" {
 			assert.GreaterOrEqual(r, c.RetryIn, time.Second, "it is asked slowly")
 		}
 	}
