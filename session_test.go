@@ -108,6 +108,19 @@ func TestSlowHandlerOfAStreamCostsNoMoreDuplicatesThanThePrefetch(t *testing.T) 
 	})
 }
 
+// reading consumes a stream of the queue's name and returns what was finished.
+func (b *bench) reading(opts ...steadymq.Option) *[]string {
+	b.Helper()
+	b.broker.DeleteQueue(queue)
+	b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: "stream"})
+	finished := new([]string)
+	b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		*finished = append(*finished, string(d.Body))
+		return nil
+	}, opts...)
+	return finished
+}
+
 func TestStreamMadeAnewIsReadFromItsBeginning(t *testing.T) {
 	for name, options := range map[string][]steadymq.Option{
 		"declared by us":      opts(steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}), steadymq.WithQueue(steadymq.Queue{Type: "stream"})),
@@ -115,13 +128,7 @@ func TestStreamMadeAnewIsReadFromItsBeginning(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(b *bench) {
-				b.broker.DeleteQueue(queue)
-				b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: "stream"})
-				var finished []string
-				b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
-					finished = append(finished, string(d.Body))
-					return nil
-				}, options...)
+				finished := b.reading(options...)
 				b.broker.Publish(queue, "old 0", "old 1", "old 2")
 				b.wait(time.Second)
 				b.broker.DeleteQueue(queue)
@@ -132,11 +139,11 @@ func TestStreamMadeAnewIsReadFromItsBeginning(t *testing.T) {
 				b.wait(10 * time.Second)
 				b.broker.Publish(queue, "new 0", "new 1")
 				b.wait(10 * time.Second)
-				assert.Equal(b, []string{"old 0", "old 1", "old 2", "new 0", "new 1"}, finished)
+				assert.Equal(b, []string{"old 0", "old 1", "old 2", "new 0", "new 1"}, *finished)
 				b.broker.Reset() // and resumes at its place in the new one
 				b.broker.Publish(queue, "new 2")
 				b.wait(10 * time.Second)
-				assert.Equal(b, []string{"old 0", "old 1", "old 2", "new 0", "new 1", "new 2"}, finished)
+				assert.Equal(b, []string{"old 0", "old 1", "old 2", "new 0", "new 1", "new 2"}, *finished)
 			})
 		})
 	}
@@ -147,13 +154,7 @@ func TestStreamThatIsGoneSoonAfterTheCancelIsReadFromItsBeginning(t *testing.T) 
 	for late := time.Duration(0); late < 60*time.Millisecond; late += time.Millisecond { // some hit the moment between look and declare
 		t.Run(late.String(), func(t *testing.T) {
 			bubble(t, func(b *bench) {
-				b.broker.DeleteQueue(queue)
-				b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: "stream"})
-				var finished []string
-				b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
-					finished = append(finished, string(d.Body))
-					return nil
-				}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}), steadymq.WithQueue(steadymq.Queue{Type: "stream"}))
+				finished := b.reading(steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}), steadymq.WithQueue(steadymq.Queue{Type: "stream"}))
 				b.broker.Publish(queue, "old 0", "old 1", "old 2")
 				b.wait(time.Second)
 				b.broker.SetLatency(2 * time.Millisecond)
@@ -163,7 +164,7 @@ func TestStreamThatIsGoneSoonAfterTheCancelIsReadFromItsBeginning(t *testing.T) 
 				b.wait(10 * time.Second)
 				b.broker.Publish(queue, "new 0", "new 1")
 				b.wait(10 * time.Second)
-				assert.Equal(b, []string{"old 0", "old 1", "old 2", "new 0", "new 1"}, finished)
+				assert.Equal(b, []string{"old 0", "old 1", "old 2", "new 0", "new 1"}, *finished)
 			})
 		})
 	}

@@ -87,13 +87,16 @@ func openSocket(ctx context.Context, dial dialFunc, address string, tlsConfig *t
 	return newSocket(conn, o), nil
 }
 
-// explainTLS says what to do about a broker that answers without TLS.
+// explainTLS says what to do about a peer that answers without TLS.
 func explainTLS(err error) error {
 	var record tls.RecordHeaderError
-	if errors.As(err, &record) && bytes.HasPrefix(record.RecordHeader[:], []byte("AMQP")) {
+	if !errors.As(err, &record) {
+		return err
+	}
+	if bytes.HasPrefix(record.RecordHeader[:], []byte("AMQP")) {
 		return fmt.Errorf("%w: the peer speaks AMQP without TLS; use its port for TLS (5671), or an amqp URL where the path is safe", err)
 	}
-	return err
+	return fmt.Errorf("%w; check host and port (5671 for AMQP over TLS)", err)
 }
 
 // dialWithin returns when ctx ends even if dial does not look at it.

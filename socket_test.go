@@ -994,23 +994,28 @@ func TestTLSRefusedSaysWhy(t *testing.T) {
 }
 
 func TestTLSSpokenToAPortWithoutItSaysSo(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	defer listener.Close()
-	answered := make(chan struct{})
-	go func() {
-		defer close(answered)
-		if conn, err := listener.Accept(); err == nil {
-			_, _ = conn.Write([]byte("AMQP\x00\x00\x09\x01"))
-			_, _ = io.Copy(io.Discard, conn)
-			_ = conn.Close()
-		}
-	}()
-	_, err = openSocket(t.Context(), defaultDial(5*time.Second, 0), listener.Addr().String(), &tls.Config{}, socketLimits)
-	var record tls.RecordHeaderError
-	assert.ErrorAs(t, err, &record)
-	assert.ErrorContains(t, err, "AMQP without TLS")
-	<-answered
+	for answer, says := range map[string]string{
+		"AMQP\x00\x00\x09\x01":     "AMQP without TLS",
+		"HTTP/1.1 400 Bad Request": "check host and port",
+	} {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		require.NoError(t, err)
+		answered := make(chan struct{})
+		go func() {
+			defer close(answered)
+			if conn, err := listener.Accept(); err == nil {
+				_, _ = conn.Write([]byte(answer))
+				_, _ = io.Copy(io.Discard, conn)
+				_ = conn.Close()
+			}
+		}()
+		_, err = openSocket(t.Context(), defaultDial(5*time.Second, 0), listener.Addr().String(), &tls.Config{}, socketLimits)
+		var record tls.RecordHeaderError
+		assert.ErrorAs(t, err, &record)
+		assert.ErrorContains(t, err, says)
+		<-answered
+		require.NoError(t, listener.Close())
+	}
 }
 
 func TestKillOverTLSDoesNotWaitForThePeer(t *testing.T) {

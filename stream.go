@@ -108,9 +108,9 @@ func (p *position) doubt() {
 	p.doubted = true
 }
 
-// A busy broker cancels the consumers of a stream that is deleted a moment before
-// it forgets the stream, so after a cancel it is looked for again and again: as
-// long as streamDoubt, at most half of the setup limit.
+// A busy broker may cancel the consumers of a stream that is deleted a moment
+// before it forgets the stream, so after a cancel it is looked for again and
+// again: as long as streamDoubt, at most half of the setup limit.
 const (
 	streamDoubt = 2 * time.Second
 	streamLook  = 20 * time.Millisecond
