@@ -67,6 +67,7 @@ type Delivery struct {
 type settler interface {
 	settle(d *Delivery, o Outcome) error
 	number() uint64
+	source() (queue, host string)
 }
 
 // fence is a Delivery seen as the Acknowledger of its own amqp.Delivery.
@@ -116,6 +117,26 @@ func (d *Delivery) Session() uint64 {
 		return 0
 	}
 	return d.settler.number()
+}
+
+// Queue returns the queue the message came from, the broker's own name for it if
+// it has one; "" for NewDelivery.
+func (d *Delivery) Queue() string {
+	if d.settler == nil {
+		return ""
+	}
+	queue, _ := d.settler.source()
+	return queue
+}
+
+// Host returns the address of the broker that delivered the message; "" for
+// NewDelivery.
+func (d *Delivery) Host() string {
+	if d.settler == nil {
+		return ""
+	}
+	_, host := d.settler.source()
+	return host
 }
 
 // Attempt returns how often the message has been delivered, this time included,
@@ -214,6 +235,8 @@ func rejected(requeue bool) Outcome {
 type loose struct{ to amqp.Acknowledger }
 
 func (l loose) number() uint64 { return 0 }
+
+func (l loose) source() (queue, host string) { return "", "" }
 
 func (l loose) settle(d *Delivery, o Outcome) error {
 	if l.to == nil {

@@ -52,11 +52,11 @@ type connection struct {
 func openConnection(ctx context.Context, c *config, e endpoint) (*connection, error) {
 	tlsConfig, err := e.tlsConfig(c.tls)
 	if err != nil {
-		return nil, &SessionError{Op: "open", Err: err}
+		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
 	login, expires, err := c.login(ctx, e)
 	if err != nil {
-		return nil, &SessionError{Op: "open", Err: err}
+		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
 	var dialed atomic.Bool
 	socket, err := openSocket(ctx, c.dialer(&dialed), e.address, tlsConfig, c.socketOptions())
@@ -66,7 +66,7 @@ func openConnection(ctx context.Context, c *config, e endpoint) (*connection, er
 		if dialed.Load() {
 			op = "open"
 		}
-		return nil, &SessionError{Op: op, Err: err}
+		return nil, &SessionError{Host: e.address, Op: op, Err: err}
 	}
 	unguard := context.AfterFunc(ctx, func() { socket.kill(context.Cause(ctx)) })
 	defer unguard()
@@ -80,7 +80,7 @@ func openConnection(ctx context.Context, c *config, e endpoint) (*connection, er
 			_ = conn.Close() // the socket is dead: it only frees the driver's goroutines
 		}
 		socket.wait()
-		return nil, &SessionError{Op: "open", Err: err}
+		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
 	opened := &connection{
 		host:         e.address,

@@ -1,6 +1,7 @@
 package steadymq
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -95,6 +96,9 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	return newSupervisor(ctx, c, h).run()
 }
 
+// Queue returns the queue given to New, "" if a TopologyFunc or the broker names it.
+func (c *Consumer) Queue() string { return c.config.queue }
+
 // State returns what the Consumer is doing.
 func (c *Consumer) State() State { return State(c.state.Load()) }
 
@@ -160,7 +164,6 @@ type supervisor struct {
 	config   *config
 	stats    *counters
 	ctx      context.Context // of Run: its end asks for the stop
-	handlers context.Context // the same values, without its end
 
 	retry    *retry
 	hosts    *hosts
@@ -171,7 +174,7 @@ type supervisor struct {
 	session *session
 	last    *link // where the workers go next
 	number  uint64
-	stream  *position
+	scope   *scope // what its sessions share
 	tag     string
 	tries   atomic.Uint64 // of a session: two may overlap if one was left behind
 	host    string
@@ -196,7 +199,6 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 		config:   c.config,
 		stats:    c.stats,
 		ctx:      ctx,
-		handlers: context.WithoutCancel(ctx),
 		retry:    newRetry(c.config),
 		hosts:    newHosts(c.config),
 		reporter: reporter,
@@ -208,9 +210,15 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 			stop:     make(chan struct{}),
 			done:     make(chan struct{}),
 		},
-		last:   newLink(nil),
-		stream: newPosition(c.config),
-		tag:    c.config.tagPrefix + "-" + hex.EncodeToString(random),
+		last: newLink(nil),
+		scope: &scope{
+			config:   c.config,
+			stats:    c.stats,
+			reporter: reporter,
+			handlers: context.WithoutCancel(ctx), // the same values, without its end
+			stream:   newPosition(c.config),
+		},
+		tag: c.config.tagPrefix + "-" + hex.EncodeToString(random),
 	}
 }
 
@@ -270,6 +278,7 @@ func (s *supervisor) connecting() stateFunc {
 		var at *SessionError
 		if errors.As(a.err, &at) {
 			at.Session = number
+			at.Queue = cmp.Or(at.Queue, s.config.queue)
 		}
 		return s.failed(a.err)
 	}
@@ -288,7 +297,7 @@ func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, num
 	}
 	// A tag is never used again, not even by the next try for this session.
 	tag := fmt.Sprintf("%s.%d-%d", s.tag, s.tries.Add(1), number)
-	session, err := conn.openSession(ctx, s.handlers, s.config, s.stats, number, tag, s.stream)
+	session, err := conn.openSession(ctx, s.scope, number, tag)
 	return attempt{conn: conn, session: session, err: err}
 }
 
@@ -502,10 +511,14 @@ func (s *supervisor) enter(to State, cause error) {
 		Time:    time.Now(),
 		From:    from,
 		To:      to,
+		Queue:   s.config.queue,
 		Session: s.number,
 		Host:    s.host,
 		Attempt: s.retry.failures,
 		Cause:   cause,
+	}
+	if s.session != nil {
+		change.Queue, change.ConsumerTag = s.session.queue, s.session.tag
 	}
 	if to == Backoff {
 		change.RetryIn = s.retryIn

@@ -58,6 +58,11 @@ var (
 // it, else the error of the network (net.Error, io.EOF, *tls.CertificateVerificationError)
 // or one of the library's limits. It never holds a password.
 type SessionError struct {
+	// Queue is the queue consumed from, "" as long as the broker or a
+	// TopologyFunc has still to name it.
+	Queue string
+	// Host is the broker's address, "" where none was involved.
+	Host string
 	// Op is the step: "dial" (TCP, DNS), "open" (TLS, login, virtual host),
 	// "channel", "qos", "topology", "consume", or "lost" for a session that
 	// was consuming.
@@ -69,9 +74,17 @@ type SessionError struct {
 	Err error
 }
 
-// Error tells step, session and reason in one line.
+// Error tells queue, session, step, host and reason in one line.
 func (e *SessionError) Error() string {
-	return fmt.Sprintf("steadymq: session %d: %s: %v", e.Session, e.Op, e.Err)
+	where := ""
+	if e.Queue != "" {
+		where = "queue " + e.Queue + ": "
+	}
+	step := e.Op
+	if e.Host != "" {
+		step += " " + e.Host
+	}
+	return fmt.Sprintf("steadymq: %ssession %d: %s: %v", where, e.Session, step, e.Err)
 }
 
 // Unwrap returns the reason.

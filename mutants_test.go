@@ -34,12 +34,21 @@ var (
 type mutant struct {
 	name  string
 	edits []edit
+	// test names the quick test that has to fail, of a slip where the simulation
+	// never goes; "" leaves it to the simulation.
+	test string
 }
 
 type edit struct{ file, old, new string }
 
 func change(name, file, before, after string) mutant {
-	return mutant{name, []edit{{file, before, after}}}
+	return mutant{name: name, edits: []edit{{file, before, after}}}
+}
+
+// inTest is a planted bug that the test has to catch, not the simulation.
+func inTest(test string, m mutant) mutant {
+	m.test = test
+	return m
 }
 
 var mutants = []mutant{
@@ -52,14 +61,14 @@ var mutants = []mutant{
 	change("a delivery may be settled twice", "ack.go",
 		"if !d.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {",
 		"if d.outcome.Store(uint32(o)); false {"),
-	{"late acks go to the newest session", []edit{
+	{name: "late acks go to the newest session", edits: []edit{
 		{
 			"session.go", "func (s *session) settle(d *Delivery, o Outcome) error {",
 			"var newest sync.Map\n\nfunc (s *session) settle(d *Delivery, o Outcome) error {\n\tif n, ok := newest.Load(s.config); ok && s.over.Load() {\n\t\treturn n.(*session).send(d, o)\n\t}",
 		},
 		{"session.go", "\ts.since = time.Now()\n", "\ts.since = time.Now()\n\tnewest.Store(s.config, s)\n"},
 	}},
-	{"late acks are sent", []edit{
+	{name: "late acks are sent", edits: []edit{
 		{"session.go", "\tif s.over.Load() {\n\t\ts.stats.stale.Add(1)\n\t\treturn ErrStale", "\tif false {\n\t\treturn ErrStale"},
 		{"lane.go", "if l.closed || s.out.off", "if s.out.off"},
 	}},
@@ -75,7 +84,7 @@ var mutants = []mutant{
 		"func Discard(err error) error { return &verdict{outcome: Discarded,", "func Discard(err error) error { return &verdict{outcome: Requeued,"),
 	change("forgets to settle after a panic", "worker.go",
 		"\t\ts.conclude(d, err)\n", "\t\tif !errors.As(err, new(*PanicError)) {\n\t\t\ts.conclude(d, err)\n\t\t}\n"),
-	{"handlers start for sessions that are over", []edit{
+	{name: "handlers start for sessions that are over", edits: []edit{
 		{"worker.go", "if !s.gate.enter() {", "if s.gate.count.Add(2); false {"},
 	}},
 
@@ -131,7 +140,7 @@ var mutants = []mutant{
 	change("a channel closed by the broker still delivers", "lane.go", "\tif l.refused {\n\t\treturn\n\t}\n", ""),
 	change("the old connection is not closed", "connection.go", "\t\tc.leave <- limit\n", ""),
 	change("the password is in an error", "connection.go",
-		"return nil, &SessionError{Op: op, Err: err}", `return nil, &SessionError{Op: op, Err: fmt.Errorf("%s: %w", e.uri, err)}`),
+		"return nil, &SessionError{Host: e.address, Op: op, Err: err}", `return nil, &SessionError{Op: op, Err: fmt.Errorf("%s: %w", e.uri, err)}`),
 
 	// Stopping.
 	change("a stop drops the session instead of draining it", "session.go",
@@ -144,7 +153,7 @@ var mutants = []mutant{
 		"\ts.ended.notify(errStopped)\n\ts.holds.release()\n", "\ts.ended.notify(errStopped)\n"),
 	change("messages that were not started are not handed back", "session.go",
 		"\t\treturn s.lost(s.diagnose(nil))\n\t}\n\ts.handBackRest()\n", "\t\treturn s.lost(s.diagnose(nil))\n\t}\n"),
-	{"close-ok is not awaited", []edit{
+	{name: "close-ok is not awaited", edits: []edit{
 		{"session.go", "\terr := s.channel.Close()\n", "\tvar err error\n"},
 		{"connection.go", "\t\t_ = c.amqp.CloseDeadline(time.Now().Add(limit))\n", "\t\tgo func() { _ = c.amqp.CloseDeadline(time.Now().Add(limit)) }()\n"},
 	}},
@@ -204,11 +213,19 @@ func (m *mutant) try(t *testing.T) mutantResult {
 	}
 	run := exec.Command(program, "-test.run", "TestSim$", "-test.timeout", "10m", "-seeds", strconv.Itoa(*mutantsSeeds),
 		"-failures", "1", "-shrink=false", "-stuck", "20s", "-progress")
+	if m.test != "" {
+		run = exec.Command(program, "-test.run", "^"+m.test+"$", "-test.timeout", "2m", "-test.v")
+	}
 	var out bytes.Buffer
 	run.Stdout, run.Stderr = &out, &out
 	err := run.Run()
 	r := mutantResult{seeds: strings.Count(out.String(), "sim: seed "), took: time.Since(start)}
-	if err != nil {
+	switch {
+	case m.test != "" && !strings.Contains(out.String(), "=== RUN   "+m.test):
+		t.Errorf("planted bug %q: there is no test %s", m.name, m.test)
+	case err != nil && m.test != "":
+		r.by = m.test
+	case err != nil:
 		r.by = invariantOf(out.String())
 	}
 	return r

@@ -110,6 +110,12 @@ type StateChange struct {
 	Time time.Time
 	// From and To are the states.
 	From, To State
+	// Queue is the queue consumed from: the one given to New until a session
+	// knows better.
+	Queue string
+	// ConsumerTag is the tag of the current session's subscription, which the
+	// broker's management page lists; "" where there is no session.
+	ConsumerTag string
 	// Session is the number of the current or last session, 0 before the first.
 	Session uint64
 	// Host is the broker's address, "" where none is involved.
@@ -142,10 +148,12 @@ type reporter struct {
 	broken  *notifier // ended by the first panic of a hook
 }
 
-// report is a change of state or, with panicked set, a handler's panic.
+// report is a change of state or, with one of the others set, a handler's panic or
+// a warning.
 type report struct {
 	change   StateChange
 	panicked *PanicError
+	warning  *slog.Record
 }
 
 func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *reporter {
@@ -161,6 +169,13 @@ func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *report
 	}
 	go r.run()
 	return r
+}
+
+// warn logs one line in its place among the changes of state. It never blocks.
+func (r *reporter) warn(message string, attrs ...slog.Attr) {
+	record := slog.NewRecord(time.Now(), slog.LevelWarn, "steadymq: "+message, 0)
+	record.AddAttrs(attrs...)
+	r.tell(report{warning: &record})
 }
 
 // tell queues e and never blocks.
@@ -204,7 +219,7 @@ func (r *reporter) deliver(e report) {
 	}
 	defer r.guard()
 	r.log(e)
-	if e.panicked == nil && r.hook != nil && r.broken.cause() == nil {
+	if e.panicked == nil && e.warning == nil && r.hook != nil && r.broken.cause() == nil {
 		r.hook(e.change)
 	}
 }
@@ -235,6 +250,12 @@ func (r *reporter) log(e report) {
 			slog.Any("panic", e.panicked.Error()), slog.String("stack", string(e.panicked.Stack)))
 		return
 	}
+	if e.warning != nil {
+		if r.logger.Enabled(r.ctx, e.warning.Level) {
+			_ = r.logger.Handler().Handle(r.ctx, *e.warning)
+		}
+		return
+	}
 	c := e.change
 	level := slog.LevelInfo
 	switch {
@@ -247,6 +268,10 @@ func (r *reporter) log(e report) {
 		return
 	}
 	record := slog.NewRecord(c.Time, level, "steadymq: "+c.To.String(), 0)
+	record.AddAttrs(slog.String("queue", c.Queue))
+	if c.ConsumerTag != "" {
+		record.AddAttrs(slog.String("consumer", c.ConsumerTag))
+	}
 	record.AddAttrs(slog.Uint64("session", c.Session))
 	if c.Host != "" {
 		record.AddAttrs(slog.String("host", c.Host))

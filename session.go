@@ -1,9 +1,11 @@
 package steadymq
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,10 +24,9 @@ import (
 //	          -> retired, then over      basic.cancel: running handlers may still settle
 //	          -> drained, then over      stop was asked
 type session struct {
-	id     uint64
-	config *config
-	stats  *counters
-	conn   *connection
+	*scope
+	id   uint64
+	conn *connection
 
 	channel *amqp.Channel
 	lane    *lane // the way of the deliveries and settlements
@@ -41,7 +42,6 @@ type session struct {
 	gate    *gate         // handlers of this session at work
 	holds   holds         // deliveries that wait for their requeue
 	broken  *notifier     // we ourselves want another session, and why
-	stream  *position     // where to resume, nil unless it is a stream
 	stop    chan struct{} // closed to ask for the drain
 	ended   *notifier     // no more deliveries, and why
 	over    atomic.Bool   // no more settlements
@@ -56,21 +56,29 @@ type session struct {
 	closing time.Duration // what the close took of the close limit; read after gone
 }
 
+// scope is what the sessions of one Run share.
+type scope struct {
+	config   *config
+	stats    *counters
+	reporter *reporter
+	handlers context.Context // what the contexts of handlers are made from
+	stream   *position       // where to resume, nil unless it is a stream
+}
+
 // openSession opens a channel on c, sets it up and subscribes, all within ctx:
 // the driver's calls take no context, so the end of ctx closes the socket under
-// them. handlers is the context handlers' contexts are made from.
-func (c *connection) openSession(ctx, handlers context.Context, cfg *config, stats *counters, id uint64, tag string, stream *position) (*session, error) {
+// them.
+func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag string) (*session, error) {
 	unguard := context.AfterFunc(ctx, func() { c.socket.kill(context.Cause(ctx)) })
 	defer unguard()
 
 	channel, err := c.amqp.Channel()
 	if err != nil {
-		return nil, &SessionError{Op: "channel", Session: id, Err: c.explain(err)}
+		return nil, &SessionError{Queue: of.config.queue, Host: c.host, Op: "channel", Session: id, Err: c.explain(err)}
 	}
 	s := &session{
+		scope:   of,
 		id:      id,
-		config:  cfg,
-		stats:   stats,
 		conn:    c,
 		channel: channel,
 		tag:     tag,
@@ -78,23 +86,22 @@ func (c *connection) openSession(ctx, handlers context.Context, cfg *config, sta
 		cancels: channel.NotifyCancel(make(chan string, 1)),
 		gate:    newGate(),
 		broken:  newNotifier(),
-		stream:  stream,
 		stop:    make(chan struct{}),
 		ended:   newNotifier(),
 		gone:    make(chan struct{}),
 		probed:  make(chan struct{}),
 	}
-	s.lane = c.socket.lane(tag, cfg.prefetch)
+	s.lane = c.socket.lane(tag, of.config.prefetch)
 	if op, err := s.subscribe(ctx); err != nil {
 		s.lane.abandon()
 		_ = channel.Close() // also bounded by ctx, through the socket
 		if err = s.said(err); noQueue(err) {
-			stream.startOver()
+			s.stream.startOver()
 		}
-		return nil, &SessionError{Op: op, Session: id, Err: c.explain(err)}
+		return nil, s.failure(op, c.explain(err))
 	}
 	s.since = time.Now()
-	s.ctx, s.cancel = context.WithCancelCause(handlers)
+	s.ctx, s.cancel = context.WithCancelCause(of.handlers)
 	go s.run()
 	return s, nil
 }
@@ -173,8 +180,18 @@ func (s *session) consume() error {
 	return s.lost(s.diagnose(err))
 }
 
-func (s *session) lost(err error) error {
-	return &SessionError{Op: "lost", Session: s.id, Err: err}
+func (s *session) lost(err error) error { return s.failure("lost", err) }
+
+func (s *session) failure(op string, err error) error {
+	return &SessionError{Queue: cmp.Or(s.queue, s.config.queue), Host: s.conn.host, Session: s.id, Op: op, Err: err}
+}
+
+// warn logs what an operator should know and no change of state tells.
+func (s *session) warn(message string, attrs ...slog.Attr) {
+	s.reporter.warn(message, append([]slog.Attr{
+		slog.String("queue", s.queue), slog.String("consumer", s.tag),
+		slog.Uint64("session", s.id), slog.String("host", s.conn.host),
+	}, attrs...)...)
 }
 
 // diagnose finds the one cause. err is what the channel's NotifyClose said, nil
@@ -331,6 +348,9 @@ func (s *session) began(d *Delivery) {
 
 // number implements settler.
 func (s *session) number() uint64 { return s.id }
+
+// source implements settler.
+func (s *session) source() (queue, host string) { return s.queue, s.conn.host }
 
 // settle implements settler: it puts one settlement on the wire of this
 // session's channel, or none. A failed handler is a reject, which counts towards
