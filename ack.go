@@ -60,6 +60,7 @@ type Delivery struct {
 	// change it.
 	tag     uint64
 	outcome atomic.Uint32
+	tries   uint32 // in place, before this one
 	settler settler
 }
 
@@ -79,6 +80,13 @@ func (d *Delivery) init(s settler) {
 	d.tag = d.DeliveryTag
 	d.settler = s
 	d.Acknowledger = (*fence)(d)
+}
+
+// again returns the delivery of the next try in place.
+func (d *Delivery) again() *Delivery {
+	next := &Delivery{Delivery: d.Delivery, tries: d.tries + 1}
+	next.DeliveryTag = d.tag
+	return next
 }
 
 // NewDelivery makes a Delivery of no session, for testing handlers. If m has an
@@ -143,7 +151,10 @@ func (d *Delivery) Host() string {
 // as far as the broker tells: x-delivery-count + 1 on a quorum queue; else 1 for
 // a first delivery and 2 for a redelivered one. On classic queues publishers can
 // forge the header: use it for policy, not for security.
-func (d *Delivery) Attempt() int {
+func (d *Delivery) Attempt() int { return d.counted() + int(d.tries) }
+
+// counted is what the broker tells of it.
+func (d *Delivery) counted() int {
 	if n, ok := headerInt(d.Headers["x-delivery-count"]); ok && n >= 0 && n < 1<<31-1 {
 		return int(n) + 1
 	}
@@ -283,9 +294,8 @@ func RequeueAfter(err error, d time.Duration) error {
 // dead-letter it if the queue has a dead-letter exchange. err may be nil.
 func Discard(err error) error { return &verdict{outcome: Discarded, err: err} }
 
-// judge turns a handler's error into an outcome and how long to hold the
-// delivery before it.
-func judge(err error, requeueDelay time.Duration) (Outcome, time.Duration) {
+// judge turns a handler's error into an outcome and how long to hold d before it.
+func judge(err error, d *Delivery, c *config) (Outcome, time.Duration) {
 	if err == nil {
 		return Acked, 0
 	}
@@ -293,7 +303,7 @@ func judge(err error, requeueDelay time.Duration) (Outcome, time.Duration) {
 	if errors.As(err, &v) {
 		return v.outcome, v.delay
 	}
-	return Requeued, jitter(requeueDelay)
+	return Requeued, c.hold(d.Attempt())
 }
 
 // jitter spreads d over [d/2, d*3/2), so that messages that failed together do

@@ -111,15 +111,25 @@ type Stats struct {
 	Sessions, Connections, Dials uint64
 	// Handling is the number of handlers running now.
 	Handling int
-	// Delivered counts deliveries given to a handler. It is the sum of Acked,
-	// Requeued, Discarded and Stale plus those not settled yet.
+	// Held is the number of messages that failed and wait, unsettled, until they
+	// go back to the queue or, of a stream, are tried again. They take up the
+	// prefetch: once all of it is held nothing else is delivered.
+	Held int
+	// Overdue is the number of handlers that are still running a second or more
+	// after their timeout (WithHandlerTimeout).
+	Overdue int
+	// Delivered counts deliveries given to a handler, each try in place included.
+	// It is the sum of Acked, Requeued, Discarded and Stale plus those not settled yet.
 	Delivered uint64
-	// Acked, Requeued and Discarded count settlements that were sent.
+	// Acked, Requeued and Discarded count settlements that were sent; of a stream
+	// Requeued counts the tries in place, which send nothing.
 	Acked, Requeued, Discarded uint64
 	// Stale counts settlements that came after the end of their session and
 	// were not sent; the broker delivers those messages again.
 	Stale uint64
-	// Failed counts handlers that returned an error or panicked.
+	// Failed counts handlers that returned an error or panicked. An error after the
+	// end of the handler's session, or after the drain limit, is none: it cost
+	// nothing, for the broker has the message back.
 	Failed uint64
 	// Abandoned counts what could not be ended in time: a user's function
 	// that ignored its context, or a teardown that outlasted its limit.
@@ -138,6 +148,8 @@ func (c *Consumer) Stats() Stats {
 		Connections:   n.connections.Load(),
 		Dials:         n.dials.Load(),
 		Handling:      int(n.handling.Load()),
+		Held:          int(n.held.Load()),
+		Overdue:       max(int(n.overdue.Load()), 0), // one that returns as it is counted
 		Delivered:     n.delivered.Load(),
 		Acked:         n.outcomes[Acked].Load(),
 		Requeued:      n.outcomes[Requeued].Load(),
@@ -151,7 +163,7 @@ func (c *Consumer) Stats() Stats {
 
 type counters struct {
 	sessions, connections, dials atomic.Uint64
-	handling                     atomic.Int64
+	handling, held, overdue      atomic.Int64
 	delivered, failed, stale     atomic.Uint64
 	outcomes                     [Stale]atomic.Uint64 // by Outcome
 	abandoned, eventsDropped     atomic.Uint64
@@ -207,6 +219,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 			config:   c.config,
 			stats:    c.stats,
 			reporter: reporter,
+			ctx:      ctx,
 			stop:     make(chan struct{}),
 			done:     make(chan struct{}),
 		},
@@ -217,6 +230,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 			reporter: reporter,
 			handlers: context.WithoutCancel(ctx), // the same values, without its end
 			stream:   newPosition(c.config),
+			told:     new(notices),
 		},
 		tag: c.config.tagPrefix + "-" + hex.EncodeToString(random),
 	}

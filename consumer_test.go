@@ -850,7 +850,7 @@ func TestPanicIsReportedWithItsStack(t *testing.T) {
 		failed := make(chan error, 1)
 		b.consuming(func(context.Context, *steadymq.Delivery) error { panic("kaputt") },
 			steadymq.WithHooks(steadymq.Hooks{HandlerFailed: func(_ *steadymq.Delivery, err error) { failed <- err }}),
-			steadymq.WithRequeueDelay(time.Hour))
+			steadymq.WithRequeueDelay(time.Hour, time.Hour))
 		b.broker.Publish(queue, "x")
 		b.wait(time.Second)
 		var p *steadymq.PanicError
@@ -1159,7 +1159,7 @@ func TestNewRefusesBadInputAllAtOnceWithoutShowingTheURL(t *testing.T) {
 		{
 			"durations", "amqp://h/", "q", opts(
 				steadymq.WithDialTimeout(0), steadymq.WithSetupTimeout(-1), steadymq.WithCloseTimeout(0), steadymq.WithDrainTimeout(5),
-				steadymq.WithHandlerTimeout(0), steadymq.WithRequeueDelay(-time.Second), steadymq.WithHeartbeat(1500*time.Millisecond),
+				steadymq.WithHandlerTimeout(0), steadymq.WithRequeueDelay(-time.Second, time.Minute), steadymq.WithHeartbeat(1500*time.Millisecond),
 				steadymq.WithBackoff(0, 0), steadymq.WithWriteDelay(-1), steadymq.WithMaxMessageSize(0)),
 			[]string{
 				"WithDialTimeout", "WithSetupTimeout", "WithCloseTimeout", "WithDrainTimeout", "WithHandlerTimeout",

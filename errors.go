@@ -47,7 +47,6 @@ var (
 	errCancelled    = errors.New("the broker cancelled the consumer (basic.cancel): the queue was deleted or moved, or a delivery was held longer than the consumer timeout")
 	errChannelEnded = errors.New("the channel ended without a reason from the broker")
 	errStopped      = errors.New("the consumer was stopped")
-	errStreamAgain  = errors.New("a message of the stream was put back, so the session resumes at it")
 )
 
 // SessionError says at which step a session failed and why. It is the error

@@ -1,15 +1,32 @@
 package steadymq
 
 import (
+	"log/slog"
 	"sync"
 	"time"
 )
 
-// holds are the deliveries of a session that wait for their requeue.
+// holds are the deliveries of a session that failed and wait until they go back
+// or, of a stream, are tried again.
 type holds struct {
+	session *session
+
 	mu       sync.Mutex
 	timers   map[*Delivery]*time.Timer
 	released bool
+	crowded  time.Time   // since when they take up half of the prefetch, zero if they do not
+	telling  *time.Timer // of that; there is none before
+}
+
+// hold returns how long a message waits that has failed for the n-th time, as far
+// as the broker counts: twice as long as the last time. Where nothing is counted
+// it stays short.
+func (c *config) hold(n int) time.Duration {
+	d := c.requeueFirst
+	for ; n > 1 && d < c.requeueLongest; n-- {
+		d *= 2
+	}
+	return min(jitter(min(d, c.requeueLongest)), c.requeueLongest)
 }
 
 // add requeues d after delay, or at once when the session no longer holds.
@@ -34,6 +51,11 @@ func (h *holds) keep(d *Delivery, delay time.Duration) bool {
 			_ = d.Requeue()
 		}
 	})
+	h.session.stats.held.Add(1)
+	if h.crowded.IsZero() && h.crowd() {
+		h.crowded = time.Now()
+		h.telling = time.AfterFunc(0, h.tell)
+	}
 	return true
 }
 
@@ -41,7 +63,10 @@ func (h *holds) remove(d *Delivery) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	_, ok := h.timers[d]
-	delete(h.timers, d)
+	if ok {
+		delete(h.timers, d)
+		h.session.stats.held.Add(-1)
+	}
 	return ok
 }
 
@@ -49,11 +74,53 @@ func (h *holds) remove(d *Delivery) bool {
 // their session lives and as stale after it.
 func (h *holds) release() {
 	h.mu.Lock()
-	held := h.timers
-	h.timers, h.released = nil, true
+	held, telling := h.timers, h.telling
+	h.timers, h.telling, h.released = nil, nil, true
+	h.session.stats.held.Add(-int64(len(held)))
 	h.mu.Unlock()
+	if telling != nil {
+		telling.Stop()
+	}
 	for d, timer := range held {
 		timer.Stop()
 		_ = d.Requeue()
 	}
+}
+
+// crowd tells whether what is held leaves half of the prefetch or less. Of a
+// stream one is enough: what is done behind it cannot be acked before it is. It is
+// called with mu held.
+func (h *holds) crowd() bool {
+	taken := int64(len(h.timers))
+	if taken > 0 && h.session.stream != nil {
+		taken = h.session.lane.owed.Load()
+	}
+	return taken > 0 && 2*taken >= int64(h.session.config.prefetch)
+}
+
+// heldAgain is when a warning of held messages is first repeated; then after as
+// long as they have been there.
+const heldAgain = 2 * time.Minute
+
+// tell warns of held messages, again and again as long as there are too many.
+func (h *holds) tell() {
+	h.mu.Lock()
+	held, since := len(h.timers), h.crowded
+	if h.released || !h.crowd() {
+		h.crowded = time.Time{}
+		h.mu.Unlock()
+		return
+	}
+	lasts := time.Since(since)
+	h.telling = time.AfterFunc(max(lasts, heldAgain), h.tell)
+	h.mu.Unlock()
+	s := h.session
+	if lasts < heldAgain { // of this session; the last one may have told just now
+		if _, ok := s.told.held.pass(time.Minute); !ok {
+			return
+		}
+	}
+	s.warn("failed messages are held and take up the prefetch, what stands behind them waits: mend what fails, "+
+		"return Discard for what never can succeed, or raise WithPrefetch",
+		slog.Int("held", held), slog.Int("prefetch", s.config.prefetch), slog.Time("since", since))
 }

@@ -218,7 +218,7 @@ func twentyKills(s *scenario) {
 
 func handlersPanic(s *scenario) {
 	var panics atomic.Int64
-	s.opts = append(s.opts, steadymq.WithRequeueDelay(50*time.Millisecond), steadymq.WithHooks(steadymq.Hooks{
+	s.opts = append(s.opts, steadymq.WithRequeueDelay(50*time.Millisecond, time.Second), steadymq.WithHooks(steadymq.Hooks{
 		StateChanged: s.changed,
 		HandlerFailed: func(_ *steadymq.Delivery, err error) {
 			var p *steadymq.PanicError

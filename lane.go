@@ -232,6 +232,7 @@ type inbox struct {
 	mu   sync.Mutex
 	shut bool
 	rest []*Delivery // more than the prefetch, or after the inbox was shut
+	done bool        // it was cleared
 	more atomic.Bool // rest is not empty
 }
 
@@ -283,6 +284,26 @@ func (i *inbox) refill() {
 	i.more.Store(len(i.rest) > 0)
 }
 
+// takeBack takes what a worker does not start. It returns false if that is too late
+// for clear.
+func (i *inbox) takeBack(d *Delivery) bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.done {
+		return false
+	}
+	i.rest = append(i.rest, d)
+	i.more.Store(true)
+	return true
+}
+
+// waiting returns how many deliveries no worker has taken.
+func (i *inbox) waiting() int {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return len(i.next) + len(i.rest)
+}
+
 // close lets waiting workers go. What is left, and what still comes, is for clear.
 func (i *inbox) close() {
 	i.mu.Lock()
@@ -301,6 +322,6 @@ func (i *inbox) clear() []*Delivery {
 	for d := range i.next {
 		all = append(all, d)
 	}
-	all, i.rest = append(all, i.rest...), nil
+	all, i.rest, i.done = append(all, i.rest...), nil, true
 	return all
 }

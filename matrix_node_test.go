@@ -454,7 +454,7 @@ func resumesExactly(r *trial) {
 
 func streamPutBack(r *trial) {
 	var failed atomic.Bool
-	r.opts = append(r.opts, steadymq.WithRequeueDelay(50*time.Millisecond))
+	r.opts = append(r.opts, steadymq.WithRequeueDelay(50*time.Millisecond, time.Second))
 	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
 		if n == 15 && failed.CompareAndSwap(false, true) {
 			return errors.New("not now")
@@ -462,9 +462,9 @@ func streamPutBack(r *trial) {
 		return nil
 	}
 	r.begin()
-	change := r.awaitLost(0, time.Now(), 2*time.Second)
-	assert.ErrorContains(r, change.Cause, "put back")
-	r.resumed(change.Time, atOnce)
+	r.pause(time.Second)
+	assert.True(r, failed.Load())
+	assert.Zero(r, r.lostSessions(), "it is tried again in place")
 	r.judge()
 }
 
@@ -497,7 +497,7 @@ func requeuePace(r *trial) {
 func deliveryLimit(r *trial) {
 	var mu sync.Mutex
 	var attempts, dropped []int
-	r.opts = append(r.opts, steadymq.WithRequeueDelay(20*time.Millisecond))
+	r.opts = append(r.opts, steadymq.WithRequeueDelay(20*time.Millisecond, 20*time.Millisecond))
 	r.handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
 		mu.Lock()
 		defer mu.Unlock()
@@ -529,7 +529,7 @@ func deliveryLimit(r *trial) {
 func delayedRetry(r *trial) {
 	var mu sync.Mutex
 	var tries []time.Time
-	r.opts = append(r.opts, steadymq.WithRequeueDelay(20*time.Millisecond))
+	r.opts = append(r.opts, steadymq.WithRequeueDelay(20*time.Millisecond, 20*time.Millisecond))
 	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
 		mu.Lock()
 		defer mu.Unlock()

@@ -75,17 +75,17 @@ var mutants = []mutant{
 	change("settlements go to channel 1", "lane.go",
 		"binary.BigEndian.PutUint16(frame[1:], l.channel)", "binary.BigEndian.PutUint16(frame[1:], 1)"),
 	change("acks before the handler has returned", "worker.go",
-		"\terr = p.invoke(s.ctx, d, &err)", "\t_ = d.Ack()\n\terr = p.invoke(s.ctx, d, &err)"),
+		"\terr = p.invoke(s, d, &err)", "\t_ = d.Ack()\n\terr = p.invoke(s, d, &err)"),
 	change("a failed message is acked", "ack.go",
-		"return Requeued, jitter(requeueDelay)", "return Acked, 0"),
+		"return Requeued, c.hold(d.Attempt())", "return Acked, 0"),
 	change("a failed message goes back at once", "ack.go",
-		"return Requeued, jitter(requeueDelay)", "return Requeued, 0"),
+		"return Requeued, c.hold(d.Attempt())", "return Requeued, 0"),
 	change("discard requeues", "ack.go",
 		"func Discard(err error) error { return &verdict{outcome: Discarded,", "func Discard(err error) error { return &verdict{outcome: Requeued,"),
 	change("forgets to settle after a panic", "worker.go",
 		"\t\ts.conclude(d, err)\n", "\t\tif !errors.As(err, new(*PanicError)) {\n\t\t\ts.conclude(d, err)\n\t\t}\n"),
 	{name: "handlers start for sessions that are over", edits: []edit{
-		{"worker.go", "if !s.gate.enter() {", "if s.gate.count.Add(2); false {"},
+		{"worker.go", "|| !s.gate.enter() {", "|| s.gate.count.Add(2) < 0 {"},
 	}},
 
 	// Workers and contexts.

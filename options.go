@@ -86,7 +86,8 @@ type config struct {
 	closeTimeout   time.Duration
 	drainTimeout   time.Duration
 	handlerTimeout time.Duration
-	requeueDelay   time.Duration
+	requeueFirst   time.Duration
+	requeueLongest time.Duration
 	writeDelay     time.Duration
 	maxMessage     uint64
 	stallAfter     time.Duration
@@ -115,22 +116,23 @@ type config struct {
 
 func defaults(url, queue string) *config {
 	return &config{
-		urls:         []string{url},
-		queue:        queue,
-		concurrency:  1,
-		prefetch:     32,
-		retryInitial: 250 * time.Millisecond,
-		retryCap:     10 * time.Second,
-		heartbeat:    10 * time.Second,
-		dialTimeout:  5 * time.Second,
-		setupTimeout: 15 * time.Second,
-		closeTimeout: 5 * time.Second,
-		drainTimeout: 30 * time.Second,
-		requeueDelay: time.Second,
-		writeDelay:   time.Millisecond,
-		tagPrefix:    "steadymq",
-		logger:       slog.Default(),
-		set:          make(map[string]bool),
+		urls:           []string{url},
+		queue:          queue,
+		concurrency:    1,
+		prefetch:       32,
+		retryInitial:   250 * time.Millisecond,
+		retryCap:       10 * time.Second,
+		heartbeat:      10 * time.Second,
+		dialTimeout:    5 * time.Second,
+		setupTimeout:   15 * time.Second,
+		closeTimeout:   5 * time.Second,
+		drainTimeout:   20 * time.Second,
+		requeueFirst:   time.Second,
+		requeueLongest: 15 * time.Minute,
+		writeDelay:     time.Millisecond,
+		tagPrefix:      "steadymq",
+		logger:         slog.Default(),
+		set:            make(map[string]bool),
 	}
 }
 
@@ -256,8 +258,15 @@ func WithHandlerTimeout(d time.Duration) Option {
 // [d/2, 3d/2). It keeps a failing message from spinning between broker and
 // consumer. Default 1 s, range 1 ms to 24 h. A held message occupies one place
 // of the prefetch but no worker.
-func WithRequeueDelay(d time.Duration) Option {
-	return func(c *config) { c.requeueDelay = d; c.duration("WithRequeueDelay", d) }
+func WithRequeueDelay(first, longest time.Duration) Option {
+	return func(c *config) {
+		c.requeueFirst, c.requeueLongest = first, longest
+		c.duration("WithRequeueDelay", first)
+		c.duration("WithRequeueDelay", longest)
+		if longest < first {
+			c.refuse("WithRequeueDelay", "the longest hold must not be below the first, got %v and %v", longest, first)
+		}
+	}
 }
 
 // WithWriteDelay is the upper bound on how long an ack may wait for others to

@@ -48,7 +48,7 @@ func classify(err error) class {
 		return classifySaid(said)
 	}
 	switch {
-	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded), errors.Is(err, errStreamAgain):
+	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded):
 		return classChannel
 	case errors.Is(err, errLoginRefused):
 		return classOperator

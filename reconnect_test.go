@@ -75,7 +75,6 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"59 stream needs qos", at("consume", said(406, "PRECONDITION_FAILED - consumer prefetch count is not set for stream queue")), classOperator},
 		{"60 no local replica", at("consume", said(406, "PRECONDITION_FAILED - queue 'q' does not have a running replica on the local node")), classNetwork},
 		{"60 replica not there yet", at("consume", said(406, "PRECONDITION_FAILED - queue 'queue 'q' in vhost '/'' does not have a replica on the local node")), classNetwork},
-		{"stream message put back", at("lost", errStreamAgain), classChannel},
 	}
 	for _, r := range rows {
 		t.Run(r.row, func(t *testing.T) { assert.Equal(t, r.want, classify(r.err)) })

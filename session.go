@@ -40,7 +40,8 @@ type session struct {
 	cancel context.CancelCauseFunc
 
 	gate    *gate         // handlers of this session at work
-	holds   holds         // deliveries that wait for their requeue
+	holds   holds         // deliveries that failed and wait
+	pace    pace          // whether handlers keep up with the prefetch
 	broken  *notifier     // we ourselves want another session, and why
 	stop    chan struct{} // closed to ask for the drain
 	ended   *notifier     // no more deliveries, and why
@@ -63,6 +64,7 @@ type scope struct {
 	reporter *reporter
 	handlers context.Context // what the contexts of handlers are made from
 	stream   *position       // where to resume, nil unless it is a stream
+	told     *notices
 }
 
 // openSession opens a channel on c, sets it up and subscribes, all within ctx:
@@ -91,6 +93,7 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 		gone:    make(chan struct{}),
 		probed:  make(chan struct{}),
 	}
+	s.holds.session = s
 	s.lane = c.socket.lane(tag, of.config.prefetch)
 	if op, err := s.subscribe(ctx); err != nil {
 		s.lane.abandon()
@@ -102,6 +105,7 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 	}
 	s.since = time.Now()
 	s.ctx, s.cancel = context.WithCancelCause(of.handlers)
+	s.watchPace()
 	go s.run()
 	return s, nil
 }
@@ -242,6 +246,7 @@ func (s *session) lose(cause error) {
 	s.cancel(cause)
 	s.ended.notify(cause)
 	s.holds.release()
+	s.pace.stop()
 }
 
 // retire ends a session that the broker cancelled. Its channel lives, so running
@@ -313,6 +318,15 @@ func (s *session) handBackRest() {
 	}
 }
 
+// unstarted takes back what a worker took and may not start. It goes to the queue
+// with the others, behind the basic.cancel: before it the broker would give it to
+// this consumer once more.
+func (s *session) unstarted(d *Delivery) {
+	if !s.lane.takeBack(d) {
+		s.handBack(d.DeliveryTag)
+	}
+}
+
 // handBack returns a delivery that no handler saw. Of a session that is over the
 // broker has taken back everything itself.
 func (s *session) handBack(tag uint64) {
@@ -378,7 +392,7 @@ func (s *session) send(d *Delivery, o Outcome) error {
 	case s.stream == nil:
 		return s.reject(d.tag, o == Requeued)
 	case o == Requeued: // a stream would take it as done
-		s.broken.notify(errStreamAgain)
+		s.tryAgain(d)
 		return nil
 	}
 	for _, done := range s.stream.ready(s.id, d) {
@@ -388,6 +402,17 @@ func (s *session) send(d *Delivery, o Outcome) error {
 		s.stream.told(s.id, done)
 	}
 	return nil
+}
+
+// againAfter keeps a message that is tried again at once from spinning.
+const againAfter = 10 * time.Millisecond
+
+// tryAgain gives the message of d to a worker once more, in place: to the broker it
+// is the same delivery, to the handler one of its own, so that nothing of the try
+// before can settle it. Once the session has ended nobody takes it any more.
+func (s *session) tryAgain(d *Delivery) {
+	again := d.again()
+	time.AfterFunc(againAfter, func() { s.lane.put(again) })
 }
 
 func (s *session) ack(tag uint64) error { return s.lane.settle(basicAck, tag, 0) }
@@ -404,9 +429,12 @@ func (s *session) reject(tag uint64, requeue bool) error {
 // settled it by itself.
 func (s *session) conclude(d *Delivery, err error) {
 	if d.Outcome() != Unsettled {
+		if err != nil {
+			s.contradicted(d, err)
+		}
 		return
 	}
-	o, delay := judge(err, s.config.requeueDelay)
+	o, delay := judge(err, d, s.config)
 	if delay > 0 {
 		s.holds.add(d, delay)
 		return

@@ -582,7 +582,7 @@ func (c *simConsumer) options() []steadymq.Option {
 		steadymq.WithCloseTimeout(p.shut),
 		steadymq.WithDrainTimeout(p.drain),
 		steadymq.WithBackoff(p.initial, p.limit),
-		steadymq.WithRequeueDelay(p.hold),
+		steadymq.WithRequeueDelay(p.hold, 8*p.hold),
 		steadymq.WithWriteDelay(p.writeDelay),
 		steadymq.WithLogger(slog.New(&simLog{c: c})),
 		steadymq.WithHooks(steadymq.Hooks{StateChanged: c.changed, HandlerFailed: c.handlerFailed}),

@@ -15,6 +15,7 @@ type pool struct {
 	config   *config
 	stats    *counters
 	reporter *reporter
+	ctx      context.Context // of Run, as it was given: no handler starts once it has ended
 
 	stop  chan struct{} // closed when there will be no more sessions
 	alive atomic.Int64
@@ -83,8 +84,8 @@ func (p *pool) serve(s *session) {
 			return
 		}
 		// What had been delivered before the session ended is still there.
-		if !s.gate.enter() {
-			s.handBack(d.DeliveryTag)
+		if p.ctx.Err() != nil || !s.gate.enter() {
+			s.unstarted(d)
 			return
 		}
 		d.init(s)
@@ -100,22 +101,25 @@ func (p *pool) handle(s *session, d *Delivery) {
 	var err error
 	defer func() {
 		p.stats.handling.Add(-1)
+		failed := err != nil && !s.cutOff(err)
 		s.conclude(d, err)
 		s.gate.leave()
-		if err != nil {
+		if failed {
 			p.failed(d, err)
 		}
 	}()
-	err = p.invoke(s.ctx, d, &err)
+	err = p.invoke(s, d, &err)
 }
 
 // invoke turns a panic into an error. goexit is set for a handler that ends its
 // goroutine, which runs deferred functions but returns nothing.
-func (p *pool) invoke(ctx context.Context, d *Delivery, goexit *error) (err error) {
+func (p *pool) invoke(s *session, d *Delivery, goexit *error) (err error) {
+	ctx := s.ctx
 	if p.config.handlerTimeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, p.config.handlerTimeout, ErrHandlerTimeout)
 		defer cancel()
+		defer s.overdue(d)()
 	}
 	returned := false
 	defer func() {
@@ -128,6 +132,13 @@ func (p *pool) invoke(ctx context.Context, d *Delivery, goexit *error) (err erro
 	err = p.handler(ctx, d)
 	returned = true
 	return err
+}
+
+// cutOff tells whether a handler returned err because its session was lost or the
+// drain limit passed: that is no failure of its own, and the broker has the message
+// already. A panic is one whenever it comes.
+func (s *session) cutOff(err error) bool {
+	return s.ctx.Err() != nil && !errors.As(err, new(*PanicError))
 }
 
 // failed reports what a handler returned; a panic is logged as well, for it is a

@@ -1,0 +1,143 @@
+package steadymq
+
+import (
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// notices is what the sessions of one Run have told, so that a mistake that every
+// message shows is no flood.
+type notices struct {
+	held, overdue, settled thinned
+	slow                   atomic.Bool
+}
+
+// thinned lets one line pass at a time and counts the others.
+type thinned struct {
+	mu   sync.Mutex
+	last time.Time
+	left int
+}
+
+// pass tells whether a line may be told, at most one each interval, and how many
+// were left out before it.
+func (t *thinned) pass(interval time.Duration) (left int, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now := time.Now()
+	if !t.last.IsZero() && now.Sub(t.last) < interval {
+		t.left++
+		return 0, false
+	}
+	left, t.last, t.left = t.left, now, 0
+	return left, true
+}
+
+// overdueGrace is what a handler is given to return in once its context has ended.
+const overdueGrace = time.Second
+
+// overdue watches a handler that has a timeout. The function it returns is called
+// when the handler has returned.
+func (s *session) overdue(d *Delivery) (returned func()) {
+	limit := s.config.handlerTimeout
+	timer := time.AfterFunc(limit+overdueGrace, func() {
+		now := s.stats.overdue.Add(1)
+		if left, ok := s.told.overdue.pass(time.Minute); ok {
+			s.warn("a handler is running past its timeout, it ignores the end of its context",
+				slog.Duration("timeout", limit), slog.Uint64("delivery_tag", d.tag),
+				slog.Int64("overdue", now), slog.Int("left_out", left))
+		}
+	})
+	return func() {
+		if !timer.Stop() {
+			s.stats.overdue.Add(-1)
+		}
+	}
+}
+
+// contradicted tells of a handler that settled its message by itself and whose
+// error, which then decides nothing, says something else.
+func (s *session) contradicted(d *Delivery, err error) {
+	o := d.Outcome()
+	if decided, _ := judge(err, d, s.config); o == decided || o == Stale {
+		return
+	}
+	if left, ok := s.told.settled.pass(time.Second); ok {
+		s.warn("a handler settled its message by itself and then returned an error, which changes nothing any more",
+			slog.String("outcome", o.String()), slog.String("error", err.Error()),
+			slog.Uint64("delivery_tag", d.tag), slog.Int("left_out", left))
+	}
+}
+
+// defaultConsumerTimeout is how long RabbitMQ lets a delivery be unsettled.
+const defaultConsumerTimeout = 30 * time.Minute
+
+// consumerTimeout is what the broker will allow, as far as the consumer was told.
+func (c *config) consumerTimeout() time.Duration {
+	limit := c.consumeArgs["x-consumer-timeout"]
+	if limit == nil && c.declare != nil {
+		limit = c.declare.Args["x-consumer-timeout"]
+	}
+	if ms, ok := headerInt(limit); ok && ms > 0 && ms <= maxDuration.Milliseconds() {
+		return time.Duration(ms) * time.Millisecond
+	}
+	return defaultConsumerTimeout
+}
+
+// pace looks, a few times within a consumer timeout, whether deliveries wait too
+// long for a worker. That costs a delivery nothing, and sees how long handlers take
+// together and not how long the odd one does.
+type pace struct {
+	session *session
+	timeout time.Duration
+	base    uint64            // deliveries given to handlers before the session
+	arrived [looks / 2]uint64 // deliveries of the session at the last looks, oldest first
+
+	mu    sync.Mutex
+	timer *time.Timer // nil when there are no more looks
+}
+
+// looks is how often within a consumer timeout.
+const looks = 8
+
+func (s *session) watchPace() {
+	p := &s.pace
+	p.session, p.timeout, p.base = s, s.config.consumerTimeout(), s.stats.delivered.Load()
+	if !s.told.slow.Load() {
+		p.timer = time.AfterFunc(p.every(), p.look)
+	}
+}
+
+func (p *pace) every() time.Duration { return max(p.timeout/looks, time.Second) }
+
+// look finds out whether a delivery waits that was there already half a consumer
+// timeout ago.
+func (p *pace) look() {
+	s := p.session
+	taken := s.stats.delivered.Load() - p.base // first: what is taken meanwhile must not count twice
+	late := taken < p.arrived[0]
+	copy(p.arrived[:], p.arrived[1:])
+	p.arrived[len(p.arrived)-1] = taken + uint64(s.lane.waiting())
+	if late && s.told.slow.CompareAndSwap(false, true) {
+		s.warn("handlers are so slow that deliveries wait for them longer than half of the consumer timeout, "+
+			"after which the broker takes them back: lower WithPrefetch, or raise WithConcurrency",
+			slog.Duration("consumer_timeout", p.timeout), slog.Int("prefetch", s.config.prefetch),
+			slog.Int("concurrency", s.config.concurrency))
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.timer != nil && !s.told.slow.Load() {
+		p.timer.Reset(p.every())
+	}
+}
+
+func (p *pace) stop() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.timer != nil {
+		p.timer.Stop()
+		p.timer = nil
+	}
+}
