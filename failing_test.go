@@ -363,6 +363,37 @@ func TestHandlerThatStopsItsConsumerIsTheLastInRealTime(t *testing.T) {
 	}
 }
 
+// Up to RabbitMQ 4.2 every way back to the queue counts towards the delivery limit.
+func TestStopCostsWhatWasNotStartedOneDelivery(t *testing.T) {
+	for range 20 {
+		bubble(t, func(b *bench) {
+			b.of("quorum")
+			b.publish(20, "job")
+			b.run(func(context.Context, *steadymq.Delivery) error { b.stopRun(); return nil })
+			require.NoError(b, <-b.result)
+			b.result = nil
+			for _, m := range b.broker.Ledger().Messages {
+				assert.Equal(b, 1, m.Deliveries)
+			}
+		}, steadymqtest.WithVersion(4, 0))
+	}
+}
+
+func TestDrainLimitFitsIntoTheGraceOfKubernetes(t *testing.T) {
+	bubble(t, func(b *bench) {
+		release := make(chan struct{})
+		b.consuming(hold(make(chan *steadymq.Delivery, 1), release))
+		b.broker.Publish(queue, "x")
+		b.wait(time.Second)
+		since := time.Now()
+		var drain *steadymq.DrainError
+		require.ErrorAs(b, b.stop(), &drain)
+		assert.Equal(b, 20*time.Second, drain.Limit)
+		assert.Less(b, time.Since(since), 30*time.Second)
+		close(release)
+	})
+}
+
 // What is told.
 
 // told counts the lines of the log that hold text.
