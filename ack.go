@@ -17,7 +17,8 @@ const (
 	Unsettled Outcome = iota
 	// Acked: basic.ack, the message is done.
 	Acked
-	// Requeued: basic.reject with requeue, the message goes back to its queue.
+	// Requeued: basic.reject with requeue, the message goes back to its queue. Of a
+	// stream nothing is sent: the message is given to a handler again.
 	Requeued
 	// Discarded: basic.reject without requeue, the message is dropped or, if
 	// its queue has a dead-letter exchange, dead-lettered.
@@ -106,8 +107,8 @@ func (d *Delivery) Ack() error { return d.settle(Acked) }
 
 // Requeue puts the message back into its queue at once (basic.reject with
 // requeue, which counts towards a quorum queue's delivery limit). Errors as Ack.
-// A stream has nothing to requeue into; there it ends the session, which resumes
-// at this message.
+// A stream has nothing to requeue into; there a handler gets the message again, as
+// another Delivery with Attempt one higher, after 10 ms.
 func (d *Delivery) Requeue() error { return d.settle(Requeued) }
 
 // Discard drops the message, or dead-letters it if its queue has a dead-letter
@@ -277,15 +278,19 @@ func (v *verdict) Unwrap() error { return v.err }
 
 // Requeue returns an error that makes a handler put its message back at once,
 // without the hold of WithRequeueDelay. The message may come straight back, to
-// this consumer too: use it for "another consumer should take this". err may be
-// nil; errors.Is and errors.As see through to it.
+// this consumer too: use it for "another consumer should take this". On a quorum
+// queue with a delivery limit (20 by default since RabbitMQ 4.0) that many tries
+// take milliseconds, and then the broker drops the message. A message of a stream
+// is tried again in place after 10 ms. err may be nil; errors.Is and errors.As see
+// through to it.
 func Requeue(err error) error { return &verdict{outcome: Requeued, err: err} }
 
-// RequeueAfter returns an error that makes a handler put its message back after
-// d. Until then the message stays unsettled and occupies one place of the
-// prefetch, but no worker. It goes back at once when the consumer stops. Keep d
-// well below the broker's consumer timeout (30 minutes by default). A d of zero
-// or less means at once. err may be nil.
+// RequeueAfter returns an error that makes a handler put its message back, or try
+// it again in place if it is one of a stream, after d. It counts towards a delivery
+// limit like any other way back. Until then the message stays unsettled and occupies
+// one place of the prefetch (see WithRequeueDelay), but no worker. When the consumer
+// stops it goes back at once. Keep d well below the broker's consumer timeout (30
+// minutes by default). A d of zero or less means at once. err may be nil.
 func RequeueAfter(err error, d time.Duration) error {
 	return &verdict{outcome: Requeued, delay: max(d, 0), err: err}
 }

@@ -14,7 +14,24 @@ import (
 // Handler handles one delivery. Its error decides the outcome: nil acks the
 // message; Discard drops or dead-letters it; Requeue and RequeueAfter put it
 // back; any other error, and a panic, puts it back after the hold of
-// WithRequeueDelay. Nothing is ever dropped unless the handler says so.
+// WithRequeueDelay, which grows with every failure. The library drops nothing
+// unless the handler says so.
+//
+// RabbitMQ does: a quorum queue with a delivery limit, which is 20 by default since
+// RabbitMQ 4.0 (none before), drops a message, or dead-letters it, that was put back
+// more often. Up to 4.2 every way back counts, also that of messages no handler has
+// seen; since 4.3 only what a handler failed with. With the default holds a message
+// that always fails gets there after some hours. Classic queues and streams count
+// nothing.
+//
+// A failed message comes later than those behind it, also with one worker, and is
+// held until then: as many failing messages as the prefetch stop everything behind
+// them (see WithRequeueDelay). A stream has no way back: there a message that was not
+// acked or discarded is given to a handler again, in place, with Attempt one higher,
+// and no ack overtakes it.
+//
+// An error returned after ctx ended because the session was lost or the drain limit
+// passed is no failure: the broker has the message back already.
 //
 // Up to WithConcurrency handlers run at once. ctx carries the values of Run's
 // context and ends when the delivery's session is lost (context.Cause is a

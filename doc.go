@@ -18,8 +18,9 @@
 //     bound, for ever, until its context ends.
 //  3. Nothing of a dead session stays behind: socket, goroutines and timers are
 //     gone within a stated bound, also when the path swallows packets.
-//  4. Stopping drains: no new work, running handlers finish within the drain
-//     limit, their acks are confirmed by close-ok, everything else goes back.
+//  4. Stopping drains: no handler starts once Run's context has ended, running
+//     handlers finish within the drain limit, their acks are confirmed by close-ok,
+//     everything else goes back.
 //  5. At-least-once, with numbers: at most prefetch duplicates per lost session,
 //     none on a clean stop.
 //
@@ -39,7 +40,8 @@
 // for a late ack to settle another message, because the channel it belongs to is
 // closed for good. The handler's error decides the outcome: nil acks, [Discard]
 // drops or dead-letters, [Requeue] and [RequeueAfter] put back, any other error and
-// a panic put back after a short hold.
+// a panic put back after a hold that grows with every failure. On a stream a message
+// is tried again in place instead.
 //
 // # How a failure flows
 //
@@ -57,11 +59,11 @@
 //
 // consumer.go has [Consumer] and the supervisor, one function per state, on the
 // goroutine of [Consumer.Run]; worker.go the workers, which outlive sessions, so
-// that the concurrency holds across reconnects; reconnect.go decides what a
-// failure means and how long to wait; connection.go and session.go are the two
-// lifetimes; socket.go is the net.Conn the driver is given; notify.go has what
-// comes in from the driver and what goes out to hooks and log; ack.go the fence
-// and the outcomes. stream.go remembers where to resume a stream, and probe.go
+// that the concurrency holds across reconnects; hold.go what failed and waits; late.go
+// looks for handlers that take too long; reconnect.go decides what a failure means
+// and how long to wait; connection.go and session.go are the two lifetimes; socket.go
+// is the net.Conn the driver is given; notify.go has what comes in from the driver
+// and what goes out to hooks and log; ack.go the fence and the outcomes. stream.go remembers where to resume a stream, and probe.go
 // looks for consumers that are alive on paper: each has state of its own that the
 // session would only be longer for. inbound.go sorts what the socket reads into the
 // driver's and the lanes'; lane.go is the way of one session's deliveries and
@@ -88,7 +90,10 @@
 //   - A failed handler is basic.reject, a delivery never started basic.nack: since
 //     RabbitMQ 4.3 only the former counts towards a quorum queue's delivery limit.
 //   - A message that is put back after a hold keeps its place in the prefetch but
-//     not its worker, so one poison message cannot stop the others.
+//     not its worker: fewer poison messages than the prefetch cannot stop the others.
+//     As many can, which is logged from half of the prefetch on ([Stats], Held).
+//   - A message of a stream that is tried again is another [Delivery] each time, so
+//     that nothing left over of an earlier try can settle it.
 //   - Planted bugs are patches of the source that the simulation is compiled with,
 //     not switches in it: what ships is what is tested.
 //

@@ -99,8 +99,9 @@ type Hooks struct {
 	StateChanged func(StateChange)
 
 	// HandlerFailed is called when a handler returned an error or panicked
-	// (*PanicError), on the goroutine of its worker, concurrently with other
-	// workers, after the outcome was decided. It delays that worker.
+	// (*PanicError), but not for an error after its session was lost or the drain
+	// limit had passed. It is called on the goroutine of its worker, concurrently
+	// with other workers, after the outcome was decided. It delays that worker.
 	HandlerFailed func(d *Delivery, err error)
 }
 

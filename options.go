@@ -154,7 +154,8 @@ func (c *config) count(option string, n int) {
 }
 
 // WithConcurrency sets how many handlers run at once, across reconnects too.
-// Default 1, which also keeps the order of a session's messages. Range 1 to 65535.
+// Default 1, which also starts handlers in the order of a session's deliveries; a
+// message that failed comes later than those behind it. Range 1 to 65535.
 func WithConcurrency(n int) Option {
 	return func(c *config) { c.concurrency = n; c.count("WithConcurrency", n) }
 }
@@ -165,10 +166,18 @@ func WithConcurrency(n int) Option {
 // broker and the whole queue in memory here, and is refused.
 //
 // It is also the most messages that can be delivered twice when a session is
-// lost, and each of them counts towards a quorum queue's delivery limit (20
-// since RabbitMQ 4.0): keep it small. The last prefetched message waits
-// prefetch/concurrency handlers long; keep that below half the broker's
-// consumer timeout (https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout).
+// lost. Up to RabbitMQ 4.2 each of them counts towards a quorum queue's delivery
+// limit (20 since RabbitMQ 4.0), also those no handler has seen, and so it is when a
+// consumer stops in order: 21 restarts while the same messages are prefetched, and
+// the broker drops them. Keep it small there, or set x-delivery-limit. Since 4.3 only
+// failures count.
+//
+// What is prefetched here no other consumer gets: two consumers with slow work share
+// the queue prefetch by prefetch, and one may be idle while the other has a prefetch
+// to do. The last prefetched message waits prefetch/concurrency handlers long; keep
+// that below half the broker's consumer timeout
+// (https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout), or it is logged,
+// once in a Run.
 func WithPrefetch(n int) Option {
 	return func(c *config) { c.prefetch = n; c.set["WithPrefetch"] = true; c.count("WithPrefetch", n) }
 }
@@ -240,24 +249,41 @@ func WithCloseTimeout(d time.Duration) Option {
 
 // WithDrainTimeout bounds how long running handlers may take to finish once the
 // consumer stops, or once the broker has cancelled it and handlers still hold
-// deliveries of the old channel. Default 30 s, range 1 ms to 24 h.
+// deliveries of the old channel. Default 20 s, which with the close limit and a
+// second more is less than the 30 s Kubernetes gives (terminationGracePeriodSeconds);
+// range 1 ms to 24 h.
 func WithDrainTimeout(d time.Duration) Option {
 	return func(c *config) { c.drainTimeout = d; c.duration("WithDrainTimeout", d) }
 }
 
 // WithHandlerTimeout ends a handler's context after d with the cause
-// ErrHandlerTimeout; what the handler then returns decides the outcome as ever.
+// ErrHandlerTimeout; what the handler then returns decides the outcome as ever. One
+// that goes on all the same keeps its worker: it is logged, at most once a minute,
+// and counted in Stats.Overdue.
 // Off by default; range 1 ms to 24 h. Keep it below half the broker's consumer
 // timeout (30 minutes by default), which would otherwise end the session.
 func WithHandlerTimeout(d time.Duration) Option {
 	return func(c *config) { c.handlerTimeout = d; c.duration("WithHandlerTimeout", d) }
 }
 
-// WithRequeueDelay sets how long a message whose handler returned a plain error
-// is held, unsettled, before it goes back to the queue; each hold is drawn from
-// [d/2, 3d/2). It keeps a failing message from spinning between broker and
-// consumer. Default 1 s, range 1 ms to 24 h. A held message occupies one place
-// of the prefetch but no worker.
+// WithRequeueDelay sets how long a message whose handler returned a plain error is
+// held, unsettled, before it goes back to the queue: first, then twice as long for
+// every delivery the broker has counted (Delivery.Attempt), up to longest. Each hold
+// is drawn from half to one and a half of that, and is never above longest. Default 1 s
+// and 15 min, half of RabbitMQ's consumer timeout; range 1 ms to 24 h, and longest not
+// below first. Classic queues count nothing, so there a hold is at most 3 times first.
+// On a stream the message is not put back but tried again in place, with the same
+// holds.
+//
+// It keeps a failing message from spinning between broker and consumer, and the
+// default delivery limit of RabbitMQ (20 since 4.0) from being used up while a
+// dependency is away: that takes two to three hours instead of 25 s.
+//
+// A held message occupies one place of the prefetch but no worker. Fewer failing
+// messages than the prefetch do not stop the others; as many as the prefetch do, and
+// one is enough on a stream, where nothing behind it is acked. From half of the
+// prefetch on this is logged, and Stats.Held tells it. Return Discard for messages that
+// can never succeed.
 func WithRequeueDelay(first, longest time.Duration) Option {
 	return func(c *config) {
 		c.requeueFirst, c.requeueLongest = first, longest
@@ -324,7 +350,7 @@ func WithQueue(q Queue) Option {
 // "x-stream-offset" here (first, last, next, a number or a time) or by WithQueue:
 // later sessions of the same Run then resume at the first message not yet
 // settled, instead of skipping what was published while away. A stream has no
-// requeue: a message put back ends the session, which resumes at that message.
+// requeue: a message put back is given to a handler again, see WithRequeueDelay.
 // Where the stream itself is found to be gone, the next one of its name is read
 // from its beginning; one that others delete and declare anew within a moment, or
 // while the consumer is away, looks like the old one: give it a new name.
