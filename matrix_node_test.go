@@ -482,7 +482,7 @@ func requeuePace(r *trial) {
 		return nil
 	}
 	r.begin()
-	r.pause(4 * time.Second)
+	r.pause(5 * time.Second)
 	well.Store(true)
 	assert.Zero(r, r.lostSessions())
 	mu.Lock()

@@ -85,7 +85,7 @@ var mutants = []mutant{
 	change("forgets to settle after a panic", "worker.go",
 		"\t\ts.conclude(d, err)\n", "\t\tif !errors.As(err, new(*PanicError)) {\n\t\t\ts.conclude(d, err)\n\t\t}\n"),
 	{name: "handlers start for sessions that are over", edits: []edit{
-		{"worker.go", "|| !s.gate.enter() {", "|| s.gate.count.Add(2) < 0 {"},
+		{"worker.go", "p.ctx.Err() != nil || !s.gate.enter() {", "s.gate.count.Add(2) < 0 {"},
 	}},
 
 	// Workers and contexts.
