@@ -105,6 +105,8 @@ const looks = 8
 func (s *session) watchPace() {
 	p := &s.pace
 	p.session, p.timeout, p.base = s, s.config.consumerTimeout(), s.stats.delivered.Load()
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if !s.told.slow.Load() {
 		p.timer = time.AfterFunc(p.every(), p.look)
 	}

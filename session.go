@@ -235,6 +235,7 @@ func (s *session) diagnose(err error) error {
 // shut lets no more handlers start.
 func (s *session) shut() {
 	s.gate.shut()
+	s.pace.stop()
 	s.lane.close()
 }
 
@@ -246,7 +247,6 @@ func (s *session) lose(cause error) {
 	s.cancel(cause)
 	s.ended.notify(cause)
 	s.holds.release()
-	s.pace.stop()
 }
 
 // retire ends a session that the broker cancelled. Its channel lives, so running
