@@ -172,7 +172,6 @@ type supervisor struct {
 
 	conn    *connection
 	session *session
-	last    *link // where the workers go next
 	number  uint64
 	scope   *scope // what its sessions share
 	tag     string
@@ -207,10 +206,10 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 			config:   c.config,
 			stats:    c.stats,
 			reporter: reporter,
+			changed:  make(chan struct{}),
 			stop:     make(chan struct{}),
 			done:     make(chan struct{}),
 		},
-		last: newLink(nil),
 		scope: &scope{
 			config:   c.config,
 			stats:    c.stats,
@@ -233,7 +232,7 @@ func (s *supervisor) run() error {
 		case <-ctx.Done():
 		}
 	}()
-	s.pool.start(s.last)
+	s.pool.start()
 	for state := s.connecting; state != nil; {
 		state = state()
 	}
@@ -329,7 +328,7 @@ func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
 	s.retry.consuming()
 	s.hosts.worked(s.host)
-	s.last = s.last.follow(s.session)
+	s.pool.serve(s.session)
 	s.enter(Consuming, nil)
 	select {
 	case <-s.session.ended.ended:
@@ -351,6 +350,7 @@ func (s *supervisor) consuming() stateFunc {
 // not worth keeping.
 func (s *supervisor) release() {
 	s.leaving = append(s.leaving, s.session.gone, s.session.probed)
+	s.pool.serve(nil)
 	s.session = nil
 }
 

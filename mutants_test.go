@@ -90,7 +90,7 @@ var mutants = []mutant{
 
 	// Workers and contexts.
 	change("a worker is lost after Goexit", "worker.go",
-		"\t\t\tgo p.work(at)\n\t\t\treturn\n", "\t\t\treturn\n"),
+		"\t\t\tgo p.work()\n\t\t\treturn\n", "\t\t\treturn\n"),
 	change("one worker too many", "worker.go", "for range n {", "for range n + 1 {"),
 	change("handlers never learn of a lost session", "session.go",
 		"\ts.shut()\n\ts.cancel(cause)\n", "\ts.shut()\n"),
