@@ -35,11 +35,12 @@ type connection struct {
 	amqp         *amqp.Connection
 	closeTimeout time.Duration
 
-	closed chan *amqp.Error   // the driver's NotifyClose
-	end    *notifier          // the first cause of its end
-	leave  chan time.Duration // asks for an orderly close within a limit
-	left   bool               // leave was asked; its owner's
-	gone   chan struct{}      // closed when nothing of it is left
+	closed  chan *amqp.Error // the driver's NotifyClose
+	end     *notifier        // the first cause of its end
+	tenants tenants          // the sessions on it
+	leave   chan departure   // asks for an orderly close
+	left    bool             // leave was asked; its owner's
+	gone    chan struct{}    // closed when nothing of it is left
 
 	channelFailures []time.Time // recent ones, for the escalation; the supervisor's
 
@@ -49,17 +50,18 @@ type connection struct {
 
 // openConnection dials e and opens an AMQP connection there, all within ctx.
 // The error is a *SessionError without its number.
-func openConnection(ctx context.Context, c *config, e endpoint) (*connection, error) {
+// abandoned is told of each function of the user that had to be left behind.
+func openConnection(ctx context.Context, c *config, e endpoint, abandoned func()) (*connection, error) {
 	tlsConfig, err := e.tlsConfig(c.tls)
 	if err != nil {
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
-	login, expires, err := c.login(ctx, e)
+	login, expires, err := c.login(ctx, e, abandoned)
 	if err != nil {
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
 	var dialed atomic.Bool
-	socket, err := openSocket(ctx, c.dialer(&dialed), e.address, tlsConfig, c.socketOptions())
+	socket, err := openSocket(ctx, c.dialer(&dialed, abandoned), e.address, tlsConfig, c.socketOptions())
 	if err != nil {
 		// A TCP connect that fails costs the broker nothing; a TLS handshake does.
 		op := "dial"
@@ -89,50 +91,32 @@ func openConnection(ctx context.Context, c *config, e endpoint) (*connection, er
 		closeTimeout: c.closeTimeout,
 		closed:       conn.NotifyClose(make(chan *amqp.Error, 1)),
 		end:          newNotifier(),
-		leave:        make(chan time.Duration, 1),
+		leave:        make(chan departure, 1),
 		gone:         make(chan struct{}),
 		refreshed:    make(chan struct{}),
 	}
 	// The refresh lives as long as the connection, not as this try.
 	life, stop := context.WithCancel(context.WithoutCancel(ctx))
 	opened.stopRefresh = stop
-	go opened.refresh(life, c, expires)
+	go opened.refresh(life, c, expires, abandoned)
 	go opened.watch()
 	return opened, nil
 }
 
 // login returns the mechanisms for this dial and, if they expire, when.
-func (c *config) login(ctx context.Context, e endpoint) ([]amqp.Authentication, time.Time, error) {
+func (c *config) login(ctx context.Context, e endpoint, abandoned func()) ([]amqp.Authentication, time.Time, error) {
 	if c.credentials == nil {
 		return e.login(c.sasl), time.Time{}, nil
 	}
-	fresh, err := c.askCredentials(ctx)
+	fresh, err := c.askCredentials(ctx, abandoned)
 	if err != nil {
 		return nil, time.Time{}, err
 	}
 	return []amqp.Authentication{&amqp.PlainAuth{Username: fresh.Username, Password: fresh.Password}}, fresh.Expires, nil
 }
 
-// askCredentials returns when ctx ends, even if the user's function does not.
-func (c *config) askCredentials(ctx context.Context) (Credentials, error) {
-	type answer struct {
-		fresh Credentials
-		err   error
-	}
-	asked := make(chan answer, 1)
-	go func() {
-		fresh, err := c.credentials(ctx)
-		asked <- answer{fresh, err}
-	}()
-	select {
-	case a := <-asked:
-		if a.err != nil {
-			return Credentials{}, fmt.Errorf("WithCredentials: %w", a.err)
-		}
-		return a.fresh, nil
-	case <-ctx.Done():
-		return Credentials{}, fmt.Errorf("WithCredentials: %w", context.Cause(ctx))
-	}
+func (c *config) askCredentials(ctx context.Context, abandoned func()) (Credentials, error) {
+	return userCall[Credentials]{option: "WithCredentials", f: c.credentials, left: abandoned}.run(ctx)
 }
 
 const minRefresh = time.Second
@@ -141,7 +125,7 @@ const minRefresh = time.Second
 // of their life (connection.update-secret). Where it fails it tries again in 70 %
 // of what is left; in the end the broker closes the connection and the next dial
 // asks afresh.
-func (c *connection) refresh(life context.Context, cfg *config, expires time.Time) {
+func (c *connection) refresh(life context.Context, cfg *config, expires time.Time, abandoned func()) {
 	defer close(c.refreshed)
 	for !expires.IsZero() {
 		timer := time.NewTimer(max(time.Until(expires)*7/10, minRefresh))
@@ -152,7 +136,7 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 			return
 		}
 		ctx, cancel := context.WithTimeoutCause(life, cfg.setupTimeout, errSetupTimeout)
-		if fresh, err := cfg.askCredentials(ctx); err == nil && c.updateSecret(ctx, fresh.Password) == nil {
+		if fresh, err := cfg.askCredentials(ctx, abandoned); err == nil && c.updateSecret(ctx, fresh.Password) == nil {
 			expires = fresh.Expires
 		}
 		cancel()
@@ -172,14 +156,26 @@ func (c *connection) updateSecret(ctx context.Context, secret string) error {
 }
 
 // dialer bounds the dial and notes that it succeeded.
-func (c *config) dialer(dialed *atomic.Bool) dialFunc {
+func (c *config) dialer(dialed *atomic.Bool, abandoned func()) dialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		ctx, cancel := context.WithTimeout(ctx, c.dialTimeout)
 		defer cancel()
-		conn, err := c.dial(ctx, network, address)
+		conn, err := c.dialOnce(ctx, network, address, abandoned)
 		dialed.Store(err == nil)
 		return conn, err
 	}
+}
+
+func (c *config) dialOnce(ctx context.Context, network, address string, abandoned func()) (net.Conn, error) {
+	if c.dial == nil {
+		return defaultDial(c.dialTimeout, c.heartbeat*3/2)(ctx, network, address)
+	}
+	return userCall[net.Conn]{
+		option: "WithDialer",
+		f:      func(ctx context.Context) (net.Conn, error) { return c.dial(ctx, network, address) },
+		left:   abandoned,
+		late:   abort,
+	}.run(ctx)
 }
 
 func (c *config) socketOptions() socketOptions {
@@ -272,10 +268,26 @@ func (c *connection) watch() {
 		c.end.notify(c.explain(errorOrNil(err)))
 	case <-c.socket.done():
 		c.end.notify(c.endOfSocket())
-	case limit = <-c.leave:
+	case asked := <-c.leave:
+		c.awaitTenants(asked.stay)
+		limit = asked.limit
 	}
 	c.teardown(limit)
 	c.end.notify(errStopped)
+}
+
+// awaitTenants lets the sessions that still live on the connection go first.
+func (c *connection) awaitTenants(stay time.Duration) {
+	over := time.NewTimer(stay)
+	defer over.Stop()
+	select {
+	case <-c.tenants.vacated():
+	case err := <-c.closed:
+		c.end.notify(c.explain(errorOrNil(err)))
+	case <-c.socket.done():
+		c.end.notify(c.endOfSocket())
+	case <-over.C:
+	}
 }
 
 // endOfSocket explains a socket that ended before the driver said why. The
@@ -317,16 +329,22 @@ func (c *connection) teardown(limit time.Duration) {
 	c.socket.wait()
 }
 
-// close asks for an orderly close within limit and returns at once; gone tells
-// the end. Only its owner calls it.
-func (c *connection) close(limit time.Duration) {
+// departure is how a connection is asked to close.
+type departure struct {
+	stay  time.Duration // how long sessions may stay on it
+	limit time.Duration // how long the close may take after that
+}
+
+// close asks for an orderly close and returns at once; gone tells the end. Only the owner of
+// the connection calls it.
+func (c *connection) close(d departure) {
 	if !c.left {
 		c.left = true
-		c.leave <- limit
+		c.leave <- d
 	}
 }
 
 // alive tells whether a new session may be opened on it.
 func (c *connection) alive() bool {
-	return !c.left && c.end.cause() == nil && !c.amqp.IsClosed()
+	return !c.left && c.end.cause() == nil && !c.amqp.IsClosed() && !c.tenants.wornOut()
 }

@@ -27,7 +27,7 @@ func TestBrokersCloseIsAnsweredHoweverSlowlyItReads(t *testing.T) {
 		require.NoError(t, err)
 		played := make(chan error, 1)
 		go func() { played <- broker(far) }()
-		conn, err := openConnection(t.Context(), c, e)
+		conn, err := openConnection(t.Context(), c, e, func() {})
 		require.NoError(t, err)
 		require.NoError(t, <-played)
 

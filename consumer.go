@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 )
@@ -92,7 +93,9 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 //     inequivalent queue, refused combination) or refuses the login three times
 //     in a row. Once there has been a session Run never gives up. WithFatal
 //     replaces this rule;
-//   - *OptionError if h is nil, or if a hook has panicked (with the *PanicError);
+//   - *OptionError if h or the handler of a middleware is nil, or if a hook has panicked (with
+//     the *PanicError);
+//   - *PanicError if the making of a middleware, or WithFatal, has panicked;
 //   - ErrRunning if the Consumer is running already.
 //
 // A Consumer may be run again after Run has returned.
@@ -110,6 +113,10 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 		return ErrRunning
 	}
 	defer c.running.Store(false)
+	h, err := c.config.wrap(ctx, h, func() { c.stats.abandoned.Add(1) })
+	if err != nil {
+		return err
+	}
 	return newSupervisor(ctx, c, h).run()
 }
 
@@ -201,15 +208,14 @@ type supervisor struct {
 
 	conn    *connection
 	session *session
-	last    *link // where the workers go next
 	number  uint64
 	scope   *scope // what its sessions share
 	tag     string
 	tries   atomic.Uint64 // of a session: two may overlap if one was left behind
 	host    string
 
-	leaving []<-chan struct{} // old sessions and connections on their way out
-	cause   error             // of the last failure
+	leaving []leaver
+	cause   error // of the last failure
 	retryIn time.Duration
 	err     error // what Run returns
 }
@@ -217,12 +223,19 @@ type supervisor struct {
 type stateFunc func() stateFunc
 
 func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
-	for i := len(c.config.middleware) - 1; i >= 0; i-- {
-		h = c.config.middleware[i](h)
-	}
 	random := make([]byte, 4)
 	_, _ = rand.Read(random) // never fails
 	reporter := newReporter(ctx, c.config, &c.stats.eventsDropped)
+	workers := &pool{
+		handler:  h,
+		config:   c.config,
+		stats:    c.stats,
+		reporter: reporter,
+		ctx:      ctx,
+		changed:  make(chan struct{}),
+		stop:     make(chan struct{}),
+		done:     make(chan struct{}),
+	}
 	return &supervisor{
 		consumer: c,
 		config:   c.config,
@@ -231,21 +244,13 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 		retry:    newRetry(c.config),
 		hosts:    newHosts(c.config),
 		reporter: reporter,
-		pool: &pool{
-			handler:  h,
-			config:   c.config,
-			stats:    c.stats,
-			reporter: reporter,
-			ctx:      ctx,
-			stop:     make(chan struct{}),
-			done:     make(chan struct{}),
-		},
-		last: newLink(nil),
+		pool:     workers,
 		scope: &scope{
 			config:   c.config,
 			stats:    c.stats,
 			reporter: reporter,
 			handlers: context.WithoutCancel(ctx), // the same values, without its end
+			running:  workers.alive.Load,
 			stream:   newPosition(c.config),
 			told:     new(notices),
 		},
@@ -264,7 +269,7 @@ func (s *supervisor) run() error {
 		case <-ctx.Done():
 		}
 	}()
-	s.pool.start(s.last)
+	s.pool.start()
 	for state := s.connecting; state != nil; {
 		state = state()
 	}
@@ -293,7 +298,7 @@ func (s *supervisor) connecting() stateFunc {
 	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
 	defer cancel()
 	if s.conn != nil && !s.conn.alive() {
-		s.dropConnection(s.config.closeTimeout)
+		s.dropConnection()
 	}
 	conn, number := s.conn, s.number+1
 	e := endpoint{}
@@ -301,7 +306,8 @@ func (s *supervisor) connecting() stateFunc {
 		e = s.hosts.next(time.Now())
 		s.host = e.address
 	}
-	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number) }, func() { s.stats.abandoned.Add(1) })
+	step := newStep("dial")
+	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, step) }, step)
 	if a.conn != nil {
 		s.conn, s.host = a.conn, a.conn.host
 	}
@@ -319,8 +325,9 @@ func (s *supervisor) connecting() stateFunc {
 
 // open is one try. It runs on a goroutine of its own and touches nothing of the
 // supervisor that changes.
-func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, number uint64) attempt {
-	if conn == nil {
+func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, number uint64, step *step) attempt {
+	own := conn == nil
+	if own {
 		var err error
 		if conn, err = s.connect(ctx, e); err != nil {
 			return attempt{err: err}
@@ -328,8 +335,8 @@ func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, num
 	}
 	// A tag is never used again, not even by the next try for this session.
 	tag := fmt.Sprintf("%s.%d-%d", s.tag, s.tries.Add(1), number)
-	session, err := conn.openSession(ctx, s.scope, number, tag)
-	return attempt{conn: conn, session: session, err: err}
+	session, err := conn.openSession(ctx, s.scope, number, tag, step)
+	return attempt{conn: conn, own: own, session: session, err: err}
 }
 
 func (s *supervisor) connect(ctx context.Context, e endpoint) (*connection, error) {
@@ -340,7 +347,7 @@ func (s *supervisor) connect(ctx context.Context, e endpoint) (*connection, erro
 		}
 	}
 	s.stats.dials.Add(1)
-	conn, err := openConnection(ctx, s.config, e)
+	conn, err := openConnection(ctx, s.config, e, s.scope.abandoned)
 	if err == nil {
 		s.stats.connections.Add(1)
 	}
@@ -348,9 +355,9 @@ func (s *supervisor) connect(ctx context.Context, e endpoint) (*connection, erro
 }
 
 func (s *supervisor) askURL(ctx context.Context) (e endpoint, err error) {
-	text, err := s.config.urlFunc(ctx)
+	text, err := userCall[string]{option: "WithURLFunc", f: s.config.urlFunc, left: s.scope.abandoned}.run(ctx)
 	if err != nil {
-		return endpoint{}, fmt.Errorf("WithURLFunc: %w", err)
+		return endpoint{}, err
 	}
 	return parseEndpoint(text)
 }
@@ -360,7 +367,7 @@ func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
 	s.retry.consuming()
 	s.hosts.worked(s.host)
-	s.last = s.last.follow(s.session)
+	s.pool.serve(s.session)
 	s.enter(Consuming, nil)
 	select {
 	case <-s.session.ended.ended:
@@ -381,7 +388,8 @@ func (s *supervisor) consuming() stateFunc {
 // release lets the session go its way out, and with it its connection if that is
 // not worth keeping.
 func (s *supervisor) release() {
-	s.leaving = append(s.leaving, s.session.gone, s.session.probed)
+	s.leaving = append(s.leaving, leaver{s.session.gone, s.session}, leaver{gone: s.session.probed})
+	s.pool.serve(nil)
 	s.session = nil
 }
 
@@ -398,16 +406,26 @@ func (s *supervisor) failed(err error) stateFunc {
 		s.hosts.silent(s.host, now)
 	}
 	if errors.Is(err, errStalled) && len(s.hosts.endpoints) > 1 {
-		s.dropConnection(s.config.closeTimeout) // the node may be the one that is cut off
+		s.dropConnection() // the node may be the one that is cut off
 	}
 	s.keepOrReplace(kind, now)
-	if s.retry.givesUp(err) {
-		s.err = err
+	if gives, broken := s.givesUp(err); gives || broken != nil {
+		s.note(broken)
+		s.note(err)
 		return s.draining
 	}
 	another := s.conn == nil && len(s.hosts.endpoints) > 1 && !s.hosts.allTried()
 	s.cause, s.retryIn = err, s.retry.wait(err, now, another)
 	return s.backoff
+}
+
+// givesUp tells whether err ends Run. A WithFatal that does not return properly ends it, too.
+func (s *supervisor) givesUp(err error) (bool, error) {
+	gives := s.retry.givesUp(err)
+	if s.config.fatal == nil {
+		return gives, nil
+	}
+	return s.config.isFatal(s.ctx, err, s.scope.abandoned)
 }
 
 // keepOrReplace gives the connection up unless it stands and has not failed its
@@ -419,32 +437,42 @@ func (s *supervisor) keepOrReplace(kind class, now time.Time) {
 	if s.conn.alive() && (kind == classLocked || !s.conn.escalates(now)) {
 		return
 	}
-	s.dropConnection(s.config.closeTimeout)
+	s.dropConnection()
 }
 
-func (s *supervisor) dropConnection(limit time.Duration) {
-	if s.conn == nil {
-		return
-	}
-	s.conn.close(limit)
-	s.leaving = append(s.leaving, s.conn.gone)
-	s.conn = nil
+// dropConnection gives the connection up. It closes when the handlers of a session that the
+// broker has cancelled have settled there, at the latest after the drain limit.
+func (s *supervisor) dropConnection() {
+	s.closeConnection(departure{stay: s.config.drainTimeout + s.config.closeTimeout, limit: s.config.closeTimeout})
 	s.sweep()
 }
 
-// sweep forgets what has gone.
-func (s *supervisor) sweep() {
-	still := s.leaving[:0]
-	for _, gone := range s.leaving {
-		select {
-		case <-gone:
-		default:
-			still = append(still, gone)
-		}
+func (s *supervisor) closeConnection(d departure) {
+	if s.conn == nil {
+		return
 	}
-	clear(s.leaving[len(still):])
-	s.leaving = still
+	s.conn.close(d)
+	s.leaving = append(s.leaving, leaver{gone: s.conn.gone})
+	s.conn = nil
 }
+
+// leaver is an old session or connection on its way out.
+type leaver struct {
+	gone    <-chan struct{}
+	session *session // nil if it is something else
+}
+
+func (l leaver) left() bool {
+	select {
+	case <-l.gone:
+		return true
+	default:
+		return false
+	}
+}
+
+// sweep forgets what has gone.
+func (s *supervisor) sweep() { s.leaving = slices.DeleteFunc(s.leaving, leaver.left) }
 
 // backoff waits for the next try.
 func (s *supervisor) backoff() stateFunc {
@@ -469,6 +497,7 @@ const teardownGrace = 500 * time.Millisecond
 // out within the close limit.
 func (s *supervisor) draining() stateFunc {
 	s.enter(Draining, nil)
+	s.sweep()
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	close(s.pool.stop)
@@ -476,14 +505,15 @@ func (s *supervisor) draining() stateFunc {
 	if s.session != nil {
 		close(s.session.stop)
 		<-s.session.gone // bounded by the drain limit and the close limit
-		s.leaving = append(s.leaving, s.session.probed)
+		s.leaving = append(s.leaving, leaver{gone: s.session.probed})
 		s.note(s.session.drained)
 		left -= s.session.closing
 	}
 	if !s.handlersDone(limit.C) && !errors.Is(s.err, ErrDrainTimeout) {
-		s.note(&DrainError{Handlers: int(s.stats.handling.Load()), Limit: s.config.drainTimeout})
+		s.note(s.scope.drainError())
 	}
-	s.dropConnection(max(left, time.Millisecond))
+	left = max(left, time.Millisecond)
+	s.closeConnection(departure{stay: left / 2, limit: left / 2})
 	s.awaitLeaving()
 	return nil
 }
@@ -525,9 +555,12 @@ func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 func (s *supervisor) awaitLeaving() {
 	limit := time.NewTimer(s.config.closeTimeout + teardownGrace)
 	defer limit.Stop()
-	for i, gone := range s.leaving {
+	for i, l := range s.leaving {
 		select {
-		case <-gone:
+		case <-l.gone:
+			if l.session != nil {
+				s.note(l.session.drained)
+			}
 		case <-limit.C:
 			s.stats.abandoned.Add(uint64(len(s.leaving) - i))
 			return

@@ -44,6 +44,7 @@ var (
 var (
 	errSetupTimeout = errors.New("setup limit passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)")
 	errCloseTimeout = errors.New("close limit passed without an answer, so the socket was closed (WithCloseTimeout)")
+	errDrainLimit   = errors.New("drain limit passed before the broker answered")
 	errCancelled    = errors.New("the broker cancelled the consumer (basic.cancel): the queue was deleted or moved, or a delivery was held longer than the consumer timeout")
 	errChannelEnded = errors.New("the channel ended without a reason from the broker")
 	errStopped      = errors.New("the consumer was stopped")

@@ -70,6 +70,9 @@ func (s *socket) fill() error {
 	if in.want > len(in.buf) {
 		in.buf = append(make([]byte, 0, in.want), in.buf[:in.w]...)[:in.want]
 	}
+	if in.took || in.body > 0 {
+		s.delivered.Store(s.heard.Load())
+	}
 	s.rest()
 	n, err := s.conn.Read(in.buf[in.w:])
 	s.resting.Store(false)

@@ -196,8 +196,10 @@ func (s *socket) lane(tag string, prefetch int) *lane {
 	return l
 }
 
-// abandon forgets a lane that was never opened.
-func (l *lane) abandon() {
+// forget ends a lane whose subscription has failed.
+func (l *lane) forget() {
+	l.inbox.close()
+	l.bury()
 	l.socket.mu.Lock()
 	defer l.socket.mu.Unlock()
 	delete(l.socket.lanes.expected, l.tag)

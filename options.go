@@ -658,9 +658,6 @@ func (c *config) checkTogether() {
 	if c.tls != nil && c.tls.InsecureSkipVerify && c.tls.VerifyConnection == nil && c.tls.VerifyPeerCertificate == nil && !c.insecure {
 		c.refuse("WithTLSConfig", "InsecureSkipVerify lets anyone on the path read the password; set RootCAs instead, or add WithInsecureSkipVerify in tests")
 	}
-	if c.dial == nil {
-		c.dial = defaultDial(c.dialTimeout, c.heartbeat*3/2)
-	}
 }
 
 // stream tells whether the consumer reads a stream, as far as it was told.

@@ -153,15 +153,15 @@ func (s *session) inspectAt(e endpoint) (amqp.Queue, error) {
 	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
 	defer cancel()
 	a := within(ctx, func() attempt {
-		c, err := openConnection(ctx, s.config, e)
-		return attempt{conn: c, err: err}
-	}, func() { s.stats.abandoned.Add(1) })
+		c, err := openConnection(ctx, s.config, e, s.abandoned)
+		return attempt{conn: c, own: true, err: err}
+	}, newStep("open"))
 	if a.err != nil {
 		return amqp.Queue{}, a.err
 	}
 	unguard := context.AfterFunc(ctx, func() { a.conn.socket.kill(context.Cause(ctx)) })
 	defer func() {
-		a.conn.close(s.config.closeTimeout)
+		a.conn.close(departure{limit: s.config.closeTimeout})
 		<-a.conn.gone
 		unguard()
 	}()

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -197,15 +198,12 @@ func (r *retry) healthy() {
 	r.failures, r.free = 0, 0
 }
 
-// givesUp tells whether err ends Run.
+// givesUp tells whether err ends Run, unless WithFatal decides that.
 func (r *retry) givesUp(err error) bool {
 	if loginRefused(err) {
 		r.refusals++
 	} else {
 		r.refusals = 0
-	}
-	if r.config.fatal != nil {
-		return r.config.fatal(err)
 	}
 	if r.proven {
 		return false
@@ -399,58 +397,73 @@ func fellSilent(err error) bool {
 	return false
 }
 
-// attempt is one try to get a session: the connection it is on, which may be new.
+// attempt is one try to get a session.
 type attempt struct {
-	conn    *connection
+	conn    *connection // that the session is on
+	own     bool        // this try has opened the connection
 	session *session
 	err     error
 }
 
-// abandonGrace is how long a user's function may outlive its context before the
-// try is given up with it.
-const abandonGrace = 500 * time.Millisecond
+var errNoResult = errors.New("the try ended without a result: did a function of yours call runtime.Goexit?")
 
-// within runs try and returns its result, or an error once ctx has ended and try
-// does not come back: a user's dialer, topology or URL function may ignore its
-// context, and must not hold up the healing. A result that comes too late is
-// closed.
-func within(ctx context.Context, try func() attempt, abandoned func()) attempt {
+// step is how far a try has come. It may be read while the try goes on.
+type step struct{ name atomic.Value }
+
+func newStep(name string) *step {
+	s := new(step)
+	s.at(name)
+	return s
+}
+
+func (s *step) at(name string) { s.name.Store(name) }
+func (s *step) String() string { return s.name.Load().(string) }
+
+// tryGrace is how long a try may outlive its context: a moment longer than the user's
+// function in it may.
+const tryGrace = abandonGrace + 100*time.Millisecond
+
+// within runs try and returns its result, or an error once ctx has ended and try does not
+// come back: a call of the driver that hangs returns with the end of its connection, which
+// waits until no other session lives there. A result that comes too late is closed. step
+// tells how far the try has come.
+func within(ctx context.Context, try func() attempt, step *step) attempt {
 	result := make(chan attempt)
 	give := make(chan struct{})
 	go func() {
-		a := try()
-		select {
-		case result <- a:
-		case <-give:
-			a.discard()
-		}
+		a := attempt{err: &SessionError{Op: step.String(), Err: errNoResult}} // of a runtime.Goexit
+		defer func() {
+			select {
+			case result <- a:
+			case <-give:
+				a.discard()
+			}
+		}()
+		a = try()
 	}()
 	select {
 	case a := <-result:
 		return a
 	case <-ctx.Done():
 	}
-	grace := time.NewTimer(abandonGrace)
+	grace := time.NewTimer(tryGrace)
 	defer grace.Stop()
 	select {
 	case a := <-result:
 		return a
 	case <-grace.C:
 		close(give)
-		abandoned()
-		return attempt{err: &SessionError{Op: "topology", Err: errors.Join(context.Cause(ctx), errIgnoresContext)}}
+		return attempt{err: &SessionError{Op: step.String(), Err: context.Cause(ctx)}}
 	}
 }
 
-var errIgnoresContext = errors.New("a topology, dial or URL function did not return when its context ended; it was left behind")
-
-// discard closes what a late try has opened.
+// discard closes what a late try has opened. The connection it was given belongs to another.
 func (a attempt) discard() {
 	if a.session != nil {
 		close(a.session.stop)
 		<-a.session.gone
 	}
-	if a.conn != nil {
-		a.conn.close(a.conn.closeTimeout)
+	if a.own && a.conn != nil {
+		a.conn.close(departure{limit: a.conn.closeTimeout})
 	}
 }

@@ -28,13 +28,13 @@ type session struct {
 	id   uint64
 	conn *connection
 
-	channel *amqp.Channel
-	lane    *lane // the way of the deliveries and settlements
-	queue   string
-	tag     string
-	closes  chan *amqp.Error     // the driver's NotifyClose
-	cancels chan string          // the driver's NotifyCancel
-	driver  <-chan amqp.Delivery // brings nothing, for all goes by the lane, but ends
+	channel    *amqp.Channel
+	lane       *lane // the way of the deliveries and settlements
+	queue      string
+	tag        string
+	cancels    chan string // the driver's NotifyCancel
+	channelEnd *notifier   // what its NotifyClose said, errChannelEnded if that was nothing
+	tenancy    *tenancy    // of the connection
 
 	ctx    context.Context // of the handlers
 	cancel context.CancelCauseFunc
@@ -53,7 +53,8 @@ type session struct {
 
 	received atomic.Uint64 // deliveries given to handlers, for the stall detector
 
-	drained error         // of the drain; read after gone
+	givenUp bool          // a call on the channel was not answered in time
+	drained error         // why acks may not have arrived, or handlers were left; read after gone
 	closing time.Duration // what the close took of the close limit; read after gone
 }
 
@@ -63,41 +64,55 @@ type scope struct {
 	stats    *counters
 	reporter *reporter
 	handlers context.Context // what the contexts of handlers are made from
+	running  func() int64    // how many workers are at work, once the pool has been stopped
 	stream   *position       // where to resume, nil unless it is a stream
 	told     *notices
 }
 
+// abandoned counts a user's function that had to be left behind.
+func (s *scope) abandoned() { s.stats.abandoned.Add(1) }
+
+func (s *scope) drainError() error {
+	return &DrainError{Handlers: int(s.running()), Limit: s.config.drainTimeout}
+}
+
 // openSession opens a channel on c, sets it up and subscribes, all within ctx:
-// the driver's calls take no context, so the end of ctx closes the socket under
-// them.
-func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag string) (*session, error) {
-	unguard := context.AfterFunc(ctx, func() { c.socket.kill(context.Cause(ctx)) })
+// the driver's calls take no context, so the end of ctx ends the connection under them, or the
+// stay there if another session lives on it.
+func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag string, step *step) (*session, error) {
+	tenancy := c.moveIn()
+	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(context.Cause(ctx)) })
 	defer unguard()
 
+	step.at("channel")
 	channel, err := c.amqp.Channel()
 	if err != nil {
+		tenancy.moveOut()
 		return nil, &SessionError{Queue: of.config.queue, Host: c.host, Op: "channel", Session: id, Err: c.explain(err)}
 	}
 	s := &session{
-		scope:   of,
-		id:      id,
-		conn:    c,
-		channel: channel,
-		tag:     tag,
-		closes:  channel.NotifyClose(make(chan *amqp.Error, 1)),
-		cancels: channel.NotifyCancel(make(chan string, 1)),
-		gate:    newGate(),
-		broken:  newNotifier(),
-		stop:    make(chan struct{}),
-		ended:   newNotifier(),
-		gone:    make(chan struct{}),
-		probed:  make(chan struct{}),
+		scope:      of,
+		id:         id,
+		conn:       c,
+		channel:    channel,
+		tag:        tag,
+		tenancy:    tenancy,
+		channelEnd: newNotifier(),
+		cancels:    channel.NotifyCancel(make(chan string, 1)),
+		gate:       newGate(),
+		broken:     newNotifier(),
+		stop:       make(chan struct{}),
+		ended:      newNotifier(),
+		gone:       make(chan struct{}),
+		probed:     make(chan struct{}),
 	}
 	s.holds.session = s
+	go s.watchChannel(channel.NotifyClose(make(chan *amqp.Error, 1)))
 	s.lane = c.socket.lane(tag, of.config.prefetch)
-	if op, err := s.subscribe(ctx); err != nil {
-		s.lane.abandon()
+	if op, err := s.subscribe(ctx, step); err != nil {
 		_ = channel.Close() // also bounded by ctx, through the socket
+		s.lane.forget()
+		tenancy.moveOut()
 		if err = s.said(err); noQueue(err) {
 			s.stream.startOver()
 		}
@@ -111,16 +126,19 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 }
 
 // subscribe returns the step that failed, and why.
-func (s *session) subscribe(ctx context.Context) (op string, err error) {
+func (s *session) subscribe(ctx context.Context, step *step) (op string, err error) {
+	step.at("topology")
 	s.queue, err = s.topology(ctx)
 	if err != nil {
 		return "topology", err
 	}
 	// Per consumer (global=false): RabbitMQ refuses or ignores the other form.
+	step.at("qos")
 	if err := s.channel.Qos(s.config.prefetch, 0, false); err != nil {
 		return "qos", err
 	}
-	s.driver, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.queue, s.config.consumeArgs))
+	step.at("consume")
+	_, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.queue, s.config.consumeArgs))
 	return "consume", err
 }
 
@@ -130,14 +148,20 @@ func (s *session) said(err error) error {
 	if !errors.Is(err, amqp.ErrClosed) {
 		return err
 	}
-	select {
-	case e := <-s.closes:
-		if e != nil {
-			return e
-		}
-	default:
+	<-s.channelEnd.ended // ErrClosed says that it is on its way
+	if said := s.channelEnd.cause(); !errors.Is(said, errChannelEnded) {
+		return said
 	}
 	return err
+}
+
+// watchChannel keeps why the driver's channel ended, and reads its NotifyClose to the end.
+func (s *session) watchChannel(closes <-chan *amqp.Error) {
+	if e := <-closes; e != nil {
+		s.channelEnd.notify(e)
+	}
+	s.channelEnd.notify(errChannelEnded)
+	drain(closes)
 }
 
 // run is the session's life after consume-ok.
@@ -159,29 +183,28 @@ func (s *session) run() {
 		s.lose(cause)
 	}
 	s.closeChannel()
+	s.lose(cmp.Or(cause, error(errStopped)))
 	s.lane.bury()
+	s.tenancy.moveOut()
 }
 
 // consume waits for the first sign of the session's end. The driver promises no
 // order among its signs, so what ended is decided on the state after any of
 // them. It returns nil when the drain was asked for.
 func (s *session) consume() error {
-	var err error
 	select {
-	case e := <-s.closes:
-		err = errorOrNil(e)
+	case <-s.channelEnd.ended:
 	case _, cancelled := <-s.cancels:
 		if cancelled {
 			return s.lost(errCancelled)
 		}
 	case <-s.conn.end.ended:
-	case <-s.driver:
 	case <-s.broken.ended:
 		return s.lost(s.broken.cause())
 	case <-s.stop:
 		return nil
 	}
-	return s.lost(s.diagnose(err))
+	return s.lost(s.diagnose())
 }
 
 func (s *session) lost(err error) error { return s.failure("lost", err) }
@@ -198,38 +221,20 @@ func (s *session) warn(message string, attrs ...slog.Attr) {
 	}, attrs...)...)
 }
 
-// diagnose finds the one cause. err is what the channel's NotifyClose said, nil
-// if another sign came first.
-func (s *session) diagnose(err error) error {
+// diagnose finds the one cause.
+func (s *session) diagnose() error {
 	if s.conn.amqp.IsClosed() || s.conn.end.cause() != nil {
 		<-s.conn.end.ended // bounded: the connection is on its way down
 		return s.conn.end.cause()
 	}
-	if err != nil {
-		return err
-	}
-	// A deliveries chan or NotifyCancel that ended without a value: a cancel
-	// or a close is right behind it, or we see a connection on its way down.
+	// A NotifyCancel that ended without a value: a close is right behind it, or we see a
+	// connection on its way down.
 	select {
-	case _, cancelled := <-s.cancels:
-		if cancelled {
-			return errCancelled
-		}
-	default:
-	}
-	select {
-	case e := <-s.closes:
-		if e != nil {
-			return e
-		}
+	case <-s.channelEnd.ended:
 	case <-s.conn.end.ended:
-		return s.conn.end.cause()
 	case <-time.After(s.config.closeTimeout):
 	}
-	if cause := s.conn.end.cause(); cause != nil {
-		return cause
-	}
-	return errChannelEnded
+	return cmp.Or(s.conn.end.cause(), s.channelEnd.cause(), error(errChannelEnded))
 }
 
 // shut lets no more handlers start.
@@ -264,50 +269,88 @@ func (s *session) retire(cause error) {
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	select {
-	case <-s.gate.empty:
-	case <-s.closes:
+	case <-s.gate.empty: // closeChannel proves what they have settled
+		return
+	case <-s.channelEnd.ended:
+		s.drained = s.lost(s.diagnose())
 	case <-s.conn.end.ended:
+		s.drained = s.lost(s.conn.end.cause())
 	case <-limit.C:
 	}
 	s.lose(cause)
 }
 
-// drain ends a session in order: no new deliveries, the unstarted ones back to
-// the queue, running handlers within the limit. closeChannel then proves their
-// acks by its close-ok.
+// drain ends a session in order: no new deliveries, the unstarted ones back to the queue,
+// running handlers within the limit. closeChannel then proves their acks by its close-ok.
 func (s *session) drain() {
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	s.shut()
 	s.ended.notify(errStopped)
 	s.holds.release()
-	if err := s.unsubscribe(); err != nil {
-		s.drained = err
-		s.lose(err)
-		return
+	s.drained = s.unsubscribe(limit.C)
+	if s.drained == nil {
+		s.drained = s.awaitHandlers(limit.C)
 	}
-	select {
-	case <-s.gate.empty:
-		return
-	case e := <-s.closes:
-		s.drained = s.lost(s.diagnose(errorOrNil(e)))
-	case <-s.conn.end.ended:
-		s.drained = s.lost(s.conn.end.cause())
-	case <-limit.C:
-		s.drained = &DrainError{Handlers: int(s.stats.handling.Load()), Limit: s.config.drainTimeout}
+	if s.drained != nil {
+		s.lose(s.drained)
 	}
-	s.lose(s.drained)
 }
 
 // unsubscribe sends basic.cancel and hands back what no worker took.
-func (s *session) unsubscribe() error {
-	limit := time.AfterFunc(s.config.closeTimeout, func() { s.conn.socket.kill(errCloseTimeout) })
-	defer limit.Stop()
-	if err := s.channel.Cancel(s.tag, false); err != nil {
-		return s.lost(s.diagnose(nil))
+func (s *session) unsubscribe(limit <-chan time.Time) error {
+	err := s.call(limit, func() error { return s.channel.Cancel(s.tag, false) })
+	switch {
+	case err == nil:
+		s.handBackRest()
+		return nil
+	case errors.Is(err, errDrainLimit) && s.gate.busy():
+		return s.drainError()
+	case errors.Is(err, errDrainLimit), errors.Is(err, errCloseTimeout):
+		return s.lost(errCloseTimeout)
 	}
-	s.handBackRest()
-	return nil
+	return s.lost(s.diagnose())
+}
+
+func (s *session) awaitHandlers(limit <-chan time.Time) error {
+	select {
+	case <-s.gate.empty:
+		return nil
+	case <-s.channelEnd.ended:
+		return s.lost(s.diagnose())
+	case <-s.conn.end.ended:
+		return s.lost(s.conn.end.cause())
+	case <-limit:
+		return s.drainError()
+	}
+}
+
+// call bounds a call of the driver on the session's channel. Its answer stands behind what the
+// broker has sent ahead, so it is the silence after the last delivery that counts against the
+// close limit; limit ends the wait in any case. A call that is not answered in time holds the
+// channel for good, and the session gives it up.
+func (s *session) call(limit <-chan time.Time, f func() error) error {
+	answer := make(chan error, 1)
+	go func() { answer <- f() }()
+	overdue := errCloseTimeout
+	silence := time.NewTimer(s.config.closeTimeout)
+	defer silence.Stop()
+	for {
+		select {
+		case err := <-answer:
+			return err
+		case <-silence.C:
+			if left := s.config.closeTimeout - s.conn.socket.sinceDelivery(); left > 0 {
+				silence.Reset(left)
+				continue
+			}
+		case <-limit:
+			overdue = errDrainLimit
+		}
+		s.givenUp = true
+		s.tenancy.giveUp(errCloseTimeout)
+		return overdue
+	}
 }
 
 // handBackRest returns to the queue what was delivered and no worker took.
@@ -336,20 +379,28 @@ func (s *session) handBack(tag uint64) {
 	_ = s.lane.settle(basicNack, tag, nackRequeue)
 }
 
-// closeChannel waits for close-ok, the only proof AMQP 0-9-1 has that the acks
-// before it arrived, within the close limit.
+// closeChannel waits for close-ok, the only proof AMQP 0-9-1 has that the acks before it arrived,
+// within the close limit. The driver's Close returns nil for a channel that has ended already,
+// so what counts is why it ended.
 func (s *session) closeChannel() {
-	limit := time.AfterFunc(s.config.closeTimeout, func() { s.conn.socket.kill(errCloseTimeout) })
-	defer limit.Stop()
 	since := time.Now()
-	err := s.channel.Close()
-	s.closing = time.Since(since)
-	if err != nil && !s.over.Load() {
-		s.drained = s.lost(s.diagnose(s.said(err)))
+	err := error(errCloseTimeout)
+	if !s.givenUp {
+		err = s.call(nil, s.channel.Close)
 	}
-	s.lose(errStopped)
-	drain(s.closes)
-	drain(s.cancels)
+	s.closing = time.Since(since)
+	if s.givenUp { // its goroutines end with the connection
+		go drain(s.cancels)
+	} else {
+		<-s.channelEnd.ended
+		drain(s.cancels)
+		if cause := s.channelEnd.cause(); !errors.Is(cause, errChannelEnded) {
+			err = s.diagnose()
+		}
+	}
+	if err != nil && !s.over.Load() {
+		s.drained = s.lost(err)
+	}
 }
 
 // began notes that a handler is given d, where that matters.
@@ -475,6 +526,9 @@ func (g *gate) leave() {
 		g.once.Do(func() { close(g.empty) })
 	}
 }
+
+// busy tells whether a handler is inside.
+func (g *gate) busy() bool { return g.count.Load() > 1 }
 
 // shut may be called more than once, by the session's own goroutine only.
 func (g *gate) shut() {

@@ -72,7 +72,7 @@ func defaultDial(timeout, userTimeout time.Duration) dialFunc {
 // openSocket dials address, shakes hands if tlsConfig is given, and returns
 // the started socket. All of it ends with ctx, whose cause is then in the error.
 func openSocket(ctx context.Context, dial dialFunc, address string, tlsConfig *tls.Config, o socketOptions) (*socket, error) {
-	raw, err := dialWithin(ctx, dial, address)
+	raw, err := dial(ctx, "tcp", address)
 	if err != nil {
 		return nil, withCause(ctx, err)
 	}
@@ -80,7 +80,7 @@ func openSocket(ctx context.Context, dial dialFunc, address string, tlsConfig *t
 		return newSocket(raw, o), nil
 	}
 	conn := tls.Client(raw, clientTLS(tlsConfig, address))
-	if err := conn.HandshakeContext(ctx); err != nil {
+	if err := protect("WithTLSConfig", func() error { return conn.HandshakeContext(ctx) }); err != nil {
 		abort(raw)
 		return nil, withCause(ctx, fmt.Errorf("tls handshake with %s: %w", address, explainTLS(err)))
 	}
@@ -97,40 +97,6 @@ func explainTLS(err error) error {
 		return fmt.Errorf("%w: the peer speaks AMQP without TLS; use its port for TLS (5671), or an amqp URL where the path is safe", err)
 	}
 	return fmt.Errorf("%w; check host and port (5671 for AMQP over TLS)", err)
-}
-
-// dialWithin returns when ctx ends even if dial does not look at it.
-func dialWithin(ctx context.Context, dial dialFunc, address string) (net.Conn, error) {
-	type result struct {
-		conn net.Conn
-		err  error
-	}
-	dialed := make(chan result, 1)
-	go func() {
-		conn, err := dial(ctx, "tcp", address)
-		dialed <- result{conn, err}
-	}()
-
-	select {
-	case r := <-dialed:
-		return r.conn, r.err
-	case <-ctx.Done():
-	}
-	// A dialer that heeds ctx is back at once and leaves nothing behind.
-	late := time.NewTimer(time.Second)
-	defer late.Stop()
-	closeLate := func(r result) {
-		if r.conn != nil {
-			abort(r.conn)
-		}
-	}
-	select {
-	case r := <-dialed:
-		closeLate(r)
-	case <-late.C:
-		go func() { closeLate(<-dialed) }()
-	}
-	return nil, fmt.Errorf("dial %s: %w", address, ctx.Err())
 }
 
 // clientTLS copies the caller's config: the name to verify differs per host,
@@ -167,8 +133,9 @@ type socket struct {
 	raw  net.Conn // what kill closes: conn, or the connection under its TLS
 	opts socketOptions
 
-	start time.Time
-	heard atomic.Int64 // when Read last read bytes, since start
+	start     time.Time
+	heard     atomic.Int64 // when Read last read bytes, since start
+	delivered atomic.Int64 // when bytes of a delivery last came, since start
 
 	first   atomic.Pointer[ending] // why it ends; the first one stays
 	over    atomic.Bool
@@ -227,6 +194,11 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 		s.running.Go(s.watch)
 	}
 	return s
+}
+
+// sinceDelivery returns how long ago bytes of a delivery last came.
+func (s *socket) sinceDelivery() time.Duration {
+	return time.Since(s.start) - time.Duration(s.delivered.Load())
 }
 
 func (s *socket) done() <-chan struct{} { return s.ended }

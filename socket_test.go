@@ -913,21 +913,6 @@ func TestOpenSocketEndsWithItsContext(t *testing.T) {
 			assert.Equal(t, 15*time.Second, time.Since(began))
 		})
 	})
-	t.Run("dial that does not look at its context", func(t *testing.T) {
-		inBubble(t, func(t *testing.T) {
-			near, far := net.Pipe()
-			dial := func(context.Context, string, string) (net.Conn, error) {
-				time.Sleep(time.Minute)
-				return near, nil
-			}
-			began := time.Now()
-			_, err := openSocket(limited(t), dial, "mq.example:5672", nil, socketLimits)
-			assert.ErrorIs(t, err, reason)
-			assert.Equal(t, 16*time.Second, time.Since(began))
-			_, err = far.Read(make([]byte, 1))
-			assert.ErrorIs(t, err, io.EOF, "the connection that came too late is closed")
-		})
-	})
 	t.Run("dial that fails", func(t *testing.T) {
 		inBubble(t, func(t *testing.T) {
 			refused := errors.New("connection refused")

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime/debug"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
@@ -30,12 +29,11 @@ func (s *session) topology(ctx context.Context) (queue string, err error) {
 }
 
 func (s *session) callTopology(ctx context.Context) (queue string, err error) {
-	defer func() {
-		if v := recover(); v != nil {
-			err = &PanicError{Value: v, Stack: debug.Stack()}
-		}
-	}()
-	return s.config.topology(ctx, s.channel)
+	return userCall[string]{
+		option: "WithTopology",
+		f:      func(ctx context.Context) (string, error) { return s.config.topology(ctx, s.channel) },
+		left:   s.abandoned,
+	}.run(ctx)
 }
 
 func declareQueue(ch *amqp.Channel, name string, q *Queue) (string, error) {

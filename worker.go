@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 )
 
@@ -17,44 +18,49 @@ type pool struct {
 	reporter *reporter
 	ctx      context.Context // of Run, as it was given: no handler starts once it has ended
 
+	mu      sync.Mutex
+	session *session      // the newest one, nil while there is none
+	changed chan struct{} // closed once session is another one
+
 	stop  chan struct{} // closed when there will be no more sessions
 	alive atomic.Int64
 	done  chan struct{} // closed when the last worker has returned
 }
 
-// link is one session in the row of sessions the workers walk along.
-type link struct {
-	session  *session
-	next     *link
-	replaced chan struct{} // closed once next is set
+// serve gives the workers a session, or takes the last one away from them. A worker
+// that is busy with an older one comes as soon as its handler returns.
+func (p *pool) serve(s *session) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.session = s
+	if s != nil {
+		close(p.changed)
+		p.changed = make(chan struct{})
+	}
 }
 
-func newLink(s *session) *link {
-	return &link{session: s, replaced: make(chan struct{})}
+// newest returns the session to work for and what closes when there is another.
+func (p *pool) newest() (*session, <-chan struct{}) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.session, p.changed
 }
 
-// follow makes s the session after this one.
-func (l *link) follow(s *session) *link {
-	l.next = newLink(s)
-	close(l.replaced)
-	return l.next
-}
-
-// start starts the workers, who wait for the session after first.
-func (p *pool) start(first *link) {
+// start starts the workers, who wait for the first session.
+func (p *pool) start() {
 	n := p.config.concurrency
 	p.alive.Store(int64(n))
 	for range n {
-		go p.work(first)
+		go p.work()
 	}
 }
 
 // work serves one session after the other.
-func (p *pool) work(at *link) {
+func (p *pool) work() {
 	returned := false
 	defer func() {
 		if !returned { // the handler called runtime.Goexit: another worker takes over
-			go p.work(at)
+			go p.work()
 			return
 		}
 		if p.alive.Add(-1) == 0 {
@@ -62,12 +68,12 @@ func (p *pool) work(at *link) {
 		}
 	}()
 	for {
-		if at.session != nil {
-			p.serve(at.session)
+		s, changed := p.newest()
+		if s != nil {
+			p.handleAll(s)
 		}
 		select {
-		case <-at.replaced:
-			at = at.next
+		case <-changed:
 			continue
 		case <-p.stop:
 		}
@@ -76,8 +82,8 @@ func (p *pool) work(at *link) {
 	}
 }
 
-// serve handles the deliveries of s until there are no more.
-func (p *pool) serve(s *session) {
+// handleAll handles the deliveries of s until there are no more.
+func (p *pool) handleAll(s *session) {
 	for {
 		d, ok := s.lane.take()
 		if !ok {

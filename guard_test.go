@@ -1,0 +1,151 @@
+package steadymq_test
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/steadymqtest"
+)
+
+// A topology function that ends its goroutine (require in a test, runtime.Goexit)
+// takes the try with it: within never gets its result, nobody owns the connection
+// any more, and its guard is switched off by the deferred unguard. Every retry
+// leaves one more open connection behind.
+func TestTopologyThatCallsGoexitLeaksNoConnection(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.run(ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			runtime.Goexit()
+			return "", nil
+		}))
+		b.wait(5 * time.Minute)
+		assert.LessOrEqual(b, b.open(), 1, "open connections")
+		b.stop()
+		b.wait(time.Minute)
+		assert.Zero(b, b.open(), "open connections after Run")
+		b.broker.Reset()
+	})
+}
+
+// A topology function that panics is a failed try (*PanicError). The other functions
+// of the user run on goroutines of the library too, where no user can recover: a panic
+// in WithURLFunc, WithCredentials or WithDialer ends the process.
+func TestPanicInAUsersFunctionEndsNoProcess(t *testing.T) {
+	if which := os.Getenv("STEADYMQ_PANIC_IN"); which != "" {
+		b := steadymqtest.NewBroker(t)
+		b.DeclareQueue("q", steadymqtest.QueueOptions{})
+		opt := map[string]steadymq.Option{
+			"WithURLFunc":     steadymq.WithURLFunc(func(context.Context) (string, error) { panic("user") }),
+			"WithCredentials": steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) { panic("user") }),
+			"WithDialer":      steadymq.WithDialer(func(context.Context, string, string) (net.Conn, error) { panic("user") }),
+		}[which]
+		c, err := steadymq.New(b.URL, "q", steadymq.WithDialer(b.Dialer()), steadymq.WithLogger(slog.New(slog.DiscardHandler)), opt)
+		require.NoError(t, err)
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		_ = c.Run(ctx, ack)
+		return
+	}
+	for _, which := range []string{"WithURLFunc", "WithCredentials", "WithDialer"} {
+		t.Run(which, func(t *testing.T) {
+			cmd := exec.Command(os.Args[0], "-test.run=^TestPanicInAUsersFunctionEndsNoProcess$")
+			cmd.Env = append(os.Environ(), "STEADYMQ_PANIC_IN="+which)
+			out, err := cmd.CombinedOutput()
+			assert.NoError(t, err, "%s", strings.SplitN(string(out), "\n", 2)[0])
+		})
+	}
+}
+
+// A try that is left behind (its topology function ignores the context) on the
+// supervisor's own connection closes that connection once it returns: attempt.discard
+// calls connection.close, which is "its owner's" and has no lock. Run with -race.
+func TestLateTryDoesNotTouchTheSupervisorsConnection(t *testing.T) {
+	for range 40 { // the detector sees it in two runs of five
+		lateTry(t)
+	}
+}
+
+func lateTry(t *testing.T) {
+	bubble(t, func(b *bench) {
+		release := make(chan struct{})
+		var calls atomic.Int32
+		b.consuming(ack, steadymq.WithSetupTimeout(2*time.Second), steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			if calls.Add(1) == 2 {
+				<-release
+			}
+			return queue, nil
+		}))
+		b.broker.CloseChannels(406, "x timed out") // the second session is set up on the same connection
+		time.Sleep(2*time.Second + 505*time.Millisecond)
+		close(release)
+		b.wait(10 * time.Second)
+	})
+}
+
+func TestDialerThatIgnoresItsContextIsLeftBehindAndWhatItOpensLateIsClosed(t *testing.T) {
+	bubble(t, func(b *bench) {
+		dial := b.broker.Dialer()
+		var calls atomic.Int32
+		b.run(ack, steadymq.WithDialer(func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if calls.Add(1) == 1 {
+				time.Sleep(time.Minute)
+			}
+			return dial(context.WithoutCancel(ctx), network, addr)
+		}))
+		b.wait(5*time.Second + 399*time.Millisecond)
+		assert.Empty(b, b.causes(), "it has the dial limit and a moment more")
+		b.wait(5 * time.Second)
+		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		assert.ErrorContains(b, b.causes()[0], "WithDialer")
+		assert.EqualValues(b, 1, b.consumer.Stats().Abandoned)
+		b.wait(time.Minute)
+		assert.Equal(b, 1, b.open(), "open connections")
+	})
+}
+
+func TestFunctionOfTheUserThatPanicsIsAnErrorThatNamesIt(t *testing.T) {
+	for name, option := range map[string]steadymq.Option{
+		"WithMiddleware": steadymq.WithMiddleware(func(steadymq.Handler) steadymq.Handler { panic("user") }),
+		"WithFatal":      steadymq.WithFatal(func(error) bool { panic("user") }),
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(b *bench) {
+				b.broker.RefuseConsume(404, "no queue 'orders' in vhost '/'")
+				b.run(ack, option)
+				b.wait(time.Minute)
+				require.Len(b, b.result, 1, "Run has returned")
+				err := <-b.result
+				b.result = nil
+				assert.ErrorContains(b, err, name)
+				var panicked *steadymq.PanicError
+				require.ErrorAs(b, err, &panicked)
+				assert.Contains(b, string(panicked.Stack), "guard_test.go")
+			})
+		})
+	}
+}
+
+func TestMiddlewareThatMakesNoHandlerIsRefusedByRun(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.run(ack, steadymq.WithMiddleware(func(steadymq.Handler) steadymq.Handler { return nil }))
+		b.wait(time.Second)
+		require.Len(b, b.result, 1)
+		var option *steadymq.OptionError
+		require.ErrorAs(b, <-b.result, &option)
+		b.result = nil
+		assert.Equal(b, "WithMiddleware", option.Option)
+		assert.Empty(b, b.broker.Ledger().Dials)
+	})
+}
