@@ -224,7 +224,7 @@ var mutants = []mutant{
 	inTest("TestRunTellsOfAcksThatACancelledSessionLostWhileDraining", change("what a cancelled session loses is read by nobody", "consumer.go",
 		"\t\t\t\ts.note(l.session.drained)\n", "\t\t\t\t_ = l.session.drained\n")),
 	inTest("TestTopologyThatCallsGoexitLeaksNoConnection", change("a function of the user that ends its goroutine is waited for", "guard.go",
-		"if !returned { // recover gives nil after a runtime.Goexit", "if v := recover(); v != nil {")),
+		"\t\tdone <- a\n", "\t\tif returned {\n\t\t\tdone <- a\n\t\t}\n")),
 	inTest("TestDialerThatIgnoresItsContextIsLeftBehindAndWhatItOpensLateIsClosed", change("what a dialer opens late stays open", "connection.go",
 		"\t\tlate:   abort,\n", "")),
 	inTest("TestMiddlewareThatMakesNoHandlerIsRefusedByRun", change("a nil handler of a middleware is found per message", "guard.go",
