@@ -32,6 +32,8 @@ type session struct {
 	lane    *lane // the way of the deliveries and settlements
 	queue   string
 	tag     string
+	terms   terms                // of its declaration
+	limit   int                  // delivery limit of its queue, 0 for none that takes messages away
 	closes  chan *amqp.Error     // the driver's NotifyClose
 	cancels chan string          // the driver's NotifyCancel
 	driver  <-chan amqp.Delivery // brings nothing, for all goes by the lane, but ends
@@ -63,6 +65,9 @@ type scope struct {
 	reporter *reporter
 	handlers context.Context // what the contexts of handlers are made from
 	stream   *position       // where to resume, nil unless it is a stream
+
+	limitTold atomic.Bool // that the queue keeps its delivery limit
+	limits    thinned     // warnings of messages near it
 }
 
 // openSession opens a channel on c, sets it up and subscribes, all within ctx:
@@ -72,6 +77,17 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 	unguard := context.AfterFunc(ctx, func() { c.socket.kill(context.Cause(ctx)) })
 	defer unguard()
 
+	t := terms{limit: c.limitTerm(of.config.declare)}
+	for {
+		s, err := c.trySession(ctx, of, id, tag, t)
+		if err == nil || !t.concede(err) {
+			return s, err
+		}
+	}
+}
+
+// trySession is openSession on these terms.
+func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag string, t terms) (*session, error) {
 	channel, err := c.amqp.Channel()
 	if err != nil {
 		return nil, &SessionError{Queue: of.config.queue, Host: c.host, Op: "channel", Session: id, Err: c.explain(err)}
@@ -82,6 +98,7 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 		conn:    c,
 		channel: channel,
 		tag:     tag,
+		terms:   t,
 		closes:  channel.NotifyClose(make(chan *amqp.Error, 1)),
 		cancels: channel.NotifyCancel(make(chan string, 1)),
 		gate:    newGate(),
@@ -101,6 +118,8 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 		return nil, s.failure(op, c.explain(err))
 	}
 	s.since = time.Now()
+	s.limit = s.deliveryLimit()
+	s.keepsLimit()
 	s.ctx, s.cancel = context.WithCancelCause(of.handlers)
 	go s.run()
 	return s, nil
@@ -344,6 +363,9 @@ func (s *session) began(d *Delivery) {
 		s.received.Add(1)
 	}
 	s.stream.began(s.id, &d.Delivery)
+	if d.Redelivered && s.limit > 0 {
+		s.nearsLimit(d)
+	}
 }
 
 // number implements settler.
