@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rabbit"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -31,13 +32,12 @@ func generations(t *testing.T, test func(b *bench, major int)) {
 }
 
 // declaring runs a consumer of the queue jobs that declares it; url parameters may be added.
-func (b *bench) declaring(h steadymq.Handler, q steadymq.Queue, params string, opts ...steadymq.Option) {
+func (b *bench) declaring(h steadymq.Handler, q steadymq.Queue, params string) {
 	b.Helper()
-	c, err := steadymq.New(b.broker.URL+params, jobs, append([]steadymq.Option{
+	c, err := steadymq.New(b.broker.URL+params, jobs,
 		steadymq.WithQueue(q), steadymq.WithDialer(b.broker.Dialer()),
 		steadymq.WithLogger(slog.New(slog.NewTextHandler(b.log, nil))),
-		steadymq.WithHooks(steadymq.Hooks{StateChanged: b.changed}),
-	}, opts...)...)
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: b.changed}))
 	require.NoError(b, err)
 	b.consumer = c
 	b.start(h)
@@ -55,6 +55,13 @@ func (b *bench) warnings(text string) (lines []string) {
 }
 
 func fail(context.Context, *steadymq.Delivery) error { return errors.New("the database is away") }
+
+// failEvery is fail with a steady pace.
+func failEvery(d time.Duration) steadymq.Handler {
+	return func(context.Context, *steadymq.Delivery) error {
+		return steadymq.RequeueAfter(errors.New("the database is away"), d)
+	}
+}
 
 func TestHandlerThatFailsForADayLosesNothing(t *testing.T) {
 	generations(t, func(b *bench, _ int) {
@@ -129,7 +136,7 @@ func TestQueueWithALimitIsTakenAsItIs(t *testing.T) {
 func TestQueueThatIsGoneIsDeclaredAnewWithoutALimit(t *testing.T) {
 	bubble(t, func(b *bench) {
 		b.broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})
-		b.declaring(fail, steadymq.Queue{}, "")
+		b.declaring(failEvery(time.Minute), steadymq.Queue{}, "")
 		b.broker.DeleteQueue(jobs)
 		b.wait(time.Minute)
 		b.broker.Publish(jobs, "1")
@@ -180,7 +187,7 @@ func TestDeadLettersGoWhereTheQueueSays(t *testing.T) {
 		c, err := steadymq.New(b.broker.URL, "jobs.dead", steadymq.WithDialer(b.broker.Dialer()), steadymq.WithLogger(slog.New(slog.DiscardHandler)))
 		require.NoError(b, err)
 		b.consumer = c
-		b.start(fail)
+		b.start(failEvery(time.Minute))
 		b.wait(time.Hour)
 		assert.Equal(b, 1, b.broker.QueueLen("jobs.dead")+b.broker.Unsettled("jobs.dead"))
 	})
@@ -295,10 +302,10 @@ func TestMessageNearTheLimitOfOthersIsTold(t *testing.T) {
 	generations(t, func(b *bench, major int) {
 		b.broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})
 		c, err := steadymq.New(b.broker.URL, jobs, steadymq.WithDialer(b.broker.Dialer()),
-			steadymq.WithLogger(slog.New(slog.NewTextHandler(b.log, nil))), steadymq.WithRequeueDelay(10*time.Second))
+			steadymq.WithLogger(slog.New(slog.NewTextHandler(b.log, nil))))
 		require.NoError(b, err)
 		b.consumer = c
-		b.start(fail)
+		b.start(failEvery(10 * time.Second))
 		b.wait(time.Second)
 		for range 30 {
 			b.broker.Publish(jobs, "1")
@@ -310,7 +317,7 @@ func TestMessageNearTheLimitOfOthersIsTold(t *testing.T) {
 			return
 		}
 		require.NotEmpty(b, told)
-		assert.Less(b, len(told), 300/2+2, "one a second, for 5 minutes at most")
+		assert.LessOrEqual(b, len(told), 12, "one a second, of 180")
 		assert.Contains(b, told[0], "returns=15 limit=20")
 		assert.Contains(b, told[0], "queue="+jobs)
 		assert.NotContains(b, strings.Join(told[1:], ""), "more=0 ", "the others are counted")
@@ -319,10 +326,86 @@ func TestMessageNearTheLimitOfOthersIsTold(t *testing.T) {
 
 func TestMessageNearTheUsersOwnLimitIsTold(t *testing.T) {
 	bubble(t, func(b *bench) {
-		b.declaring(fail, steadymq.Queue{Args: amqp.Table{"x-delivery-limit": 3}}, "", steadymq.WithRequeueDelay(10*time.Second))
+		b.declaring(failEvery(time.Second), steadymq.Queue{Args: amqp.Table{"x-delivery-limit": 3}}, "")
 		b.broker.Publish(jobs, "1")
 		b.wait(time.Hour)
 		require.Len(b, b.warnings("come back so often"), 1)
 		assert.Contains(b, b.log.String(), "returns=3 limit=3")
 	})
+}
+
+// TestDeliveryLimitOnRealBrokers lets a message come back 25 times, to a queue that the consumer declares, and to one that exists with
+// the default limit, and to such a one under the policy that the warning names.
+func TestDeliveryLimitOnRealBrokers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts brokers")
+	}
+	var configs []rabbit.Config
+	for _, g := range rabbit.Generations() {
+		configs = append(configs, rabbit.Config{Generation: g})
+	}
+	for _, b := range rabbit.StartAll(t, configs...) {
+		old := strings.HasPrefix(b.Version(), "3.")
+		for name, test := range map[string]struct {
+			exists, policy bool
+			kept           bool
+		}{
+			"declared":       {kept: true},
+			"exists":         {exists: true, kept: old},
+			"exists, policy": {exists: true, policy: true, kept: !old},
+		} {
+			t.Run(b.Version()+"/"+name, func(t *testing.T) {
+				if test.policy && old {
+					t.Skip("before 4.0 a policy cannot say so")
+				}
+				queue := "limit-" + strings.ReplaceAll(strings.ReplaceAll(name, ",", ""), " ", "-")
+				if test.exists {
+					require.NoError(t, b.DeclareQueue(queue, amqp.Table{"x-queue-type": "quorum"}))
+				}
+				if test.policy {
+					rabbit.NeedCommands(t, b)
+					require.NoError(t, b.PolicyOn(t.Context(), "/", "unlimited", "^"+queue+"$", `{"delivery-limit": -1}`))
+				}
+				log := new(logBuffer)
+				assert.Equal(t, test.kept, comesBack(t, b, queue, 25, log))
+				assert.Equal(t, test.exists && !old, strings.Contains(log.String(), "which stays"))
+				require.NoError(t, b.DeleteQueue(queue))
+			})
+		}
+	}
+}
+
+// comesBack tells whether a message is delivered again after n returns.
+func comesBack(t *testing.T, b *rabbit.Broker, queue string, n int, log *logBuffer) bool {
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	returned := make(chan int, n+1)
+	seen := 0
+	handle := func(context.Context, *steadymq.Delivery) error {
+		if seen++; seen > n {
+			returned <- seen
+			return nil
+		}
+		return steadymq.Requeue(nil)
+	}
+	c, err := steadymq.New(b.URL(), queue, steadymq.WithQueue(steadymq.Queue{}), steadymq.WithLogger(slog.New(slog.NewTextHandler(log, nil))))
+	require.NoError(t, err)
+	done := make(chan error, 1)
+	go func() { done <- c.Run(ctx, handle) }()
+	require.Eventually(t, func() bool { return c.State() == steadymq.Consuming }, 20*time.Second, 10*time.Millisecond)
+	conn, err := amqp.Dial(b.URL())
+	require.NoError(t, err)
+	defer conn.Close()
+	ch, err := conn.Channel()
+	require.NoError(t, err)
+	require.NoError(t, ch.PublishWithContext(ctx, "", queue, false, false, amqp.Publishing{DeliveryMode: amqp.Persistent}))
+	came := false
+	select {
+	case <-returned:
+		came = true
+	case <-time.After(5 * time.Second):
+	}
+	stop()
+	require.NoError(t, <-done)
+	return came
 }
