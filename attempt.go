@@ -70,6 +70,14 @@ func (d *Delivery) returns() int {
 	return max(n, here)
 }
 
+// arrivesCounted tells the first delivery of a message that another queue has
+// dead-lettered with the count n, since 4.3. The limit of this queue acts on it.
+func (d *Delivery) arrivesCounted(n int) bool {
+	acquired, known := d.count(acquiredCount)
+	_, elsewhere := d.rejections()
+	return known && acquired == n && elsewhere > 0
+}
+
 // rejections counts in x-death how often the message was rejected from this queue,
 // and how often from others, there also by the delivery limit. Its newest entry is
 // first. If that is a rejection from this queue, then no broker has brought the message

@@ -34,10 +34,10 @@ type attempts struct {
 func all(n ...int) [3][]int { return [3][]int{n, n, n} }
 
 var (
-	putBack = []steadymq.Outcome{steadymq.Requeued, steadymq.Requeued, steadymq.Acked}
-	loops   = []steadymq.Outcome{steadymq.Discarded, steadymq.Discarded, steadymq.Requeued, steadymq.Discarded, steadymq.Acked}
-	atOnce0 = []bool{false}
-	later   = []bool{true, true, false}
+	putBack  = []steadymq.Outcome{steadymq.Requeued, steadymq.Requeued, steadymq.Acked}
+	loops    = []steadymq.Outcome{steadymq.Discarded, steadymq.Discarded, steadymq.Requeued, steadymq.Discarded, steadymq.Acked}
+	straight = []bool{false}
+	later    = []bool{true, true, false}
 )
 
 var attemptTable = []attempts{
@@ -45,13 +45,13 @@ var attemptTable = []attempts{
 	{name: "put back", kind: "quorum", outcomes: putBack, want: all(1, 2, 3)},
 	{name: "retry loop", kind: "classic", loop: true, outcomes: loops, want: all(1, 2, 3, 3, 4)},
 	{name: "retry loop", kind: "quorum", loop: true, outcomes: loops, want: [3][]int{{1, 2, 3, 3, 4}, {1, 2, 3, 3, 4}, {1, 2, 3, 4, 5}}},
-	{name: "rejected elsewhere at once", kind: "classic", from: "classic", before: atOnce0, outcomes: putBack, want: [3][]int{{1, 2, 2}, {1, 2, 2}, {2, 2, 2}}},
-	{name: "rejected elsewhere at once", kind: "classic", from: "quorum", before: atOnce0, outcomes: putBack, want: [3][]int{{1, 2, 2}, {1, 2, 2}, {2, 2, 2}}},
-	{name: "rejected elsewhere at once", kind: "quorum", from: "classic", before: atOnce0, outcomes: putBack, want: [3][]int{{1, 2, 3}, {1, 1, 3}, {1, 2, 3}}},
-	{name: "rejected elsewhere at once", kind: "quorum", from: "quorum", before: atOnce0, outcomes: putBack, want: [3][]int{{1, 2, 3}, {1, 1, 3}, {1, 2, 3}}},
+	{name: "rejected elsewhere at once", kind: "classic", from: "classic", before: straight, outcomes: putBack, want: [3][]int{{1, 2, 2}, {1, 2, 2}, {2, 2, 2}}},
+	{name: "rejected elsewhere at once", kind: "classic", from: "quorum", before: straight, outcomes: putBack, want: [3][]int{{1, 2, 2}, {1, 2, 2}, {2, 2, 2}}},
+	{name: "rejected elsewhere at once", kind: "quorum", from: "classic", before: straight, outcomes: putBack, want: [3][]int{{1, 2, 3}, {1, 1, 3}, {1, 2, 3}}},
+	{name: "rejected elsewhere at once", kind: "quorum", from: "quorum", before: straight, outcomes: putBack, want: [3][]int{{1, 2, 3}, {1, 1, 3}, {1, 2, 3}}},
 	{name: "rejected elsewhere later", kind: "quorum", from: "classic", before: later, outcomes: putBack, want: [3][]int{{1, 2, 3}, {1, 1, 3}, {1, 2, 3}}},
 	{name: "rejected elsewhere later", kind: "quorum", from: "quorum", before: later, outcomes: putBack, want: [3][]int{{1, 2, 3}, {1, 1, 3}, {1, 2, 3}}},
-	{name: "rejected elsewhere, then in a loop", kind: "quorum", from: "quorum", before: atOnce0, loop: true, outcomes: loops, want: [3][]int{{1, 2, 3, 3, 4}, {1, 2, 3, 3, 4}, {1, 2, 3, 3, 4}}},
+	{name: "rejected elsewhere, then in a loop", kind: "quorum", from: "quorum", before: straight, loop: true, outcomes: loops, want: [3][]int{{1, 2, 3, 3, 4}, {1, 2, 3, 3, 4}, {1, 2, 3, 3, 4}}},
 	{name: "past the limit elsewhere", kind: "quorum", from: "quorum", args: amqp.Table{"x-delivery-limit": int32(1)}, before: []bool{true, true}, outcomes: putBack, want: [3][]int{{1, 2, 3}, {1, 1, 3}, {1, 2, 3}}},
 	{name: "past the limit elsewhere", kind: "classic", from: "quorum", args: amqp.Table{"x-delivery-limit": int32(1)}, before: []bool{true, true}, outcomes: putBack, want: [3][]int{{1, 2, 2}, {1, 2, 2}, {2, 2, 2}}},
 	{name: "waited elsewhere", kind: "classic", from: "classic", args: amqp.Table{"x-message-ttl": int32(20)}, outcomes: putBack, want: all(1, 2, 2)},

@@ -92,8 +92,8 @@ func (s *session) keepsLimit() {
 // nearsLimit tells of a redelivered message that the limit will soon take away.
 func (s *session) nearsLimit(d *Delivery) {
 	n, _ := d.count(deliveryCount)
-	if n < s.limit-s.limit/4 || n > s.limit || n == 0 {
-		return
+	if n == 0 || n < s.limit-s.limit/4 || n > s.limit && !d.arrivesCounted(n) {
+		return // more than the limit shows that there is none
 	}
 	left, ok := s.limits.pass(time.Now())
 	if !ok {

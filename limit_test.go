@@ -324,6 +324,27 @@ func TestMessageNearTheLimitOfOthersIsTold(t *testing.T) {
 	})
 }
 
+// Since 4.3 a dead letter brings its count along, and the first return from a queue with a limit drops it.
+func TestDeadLetterThatArrivesBeyondTheLimitIsTold(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})
+		b.broker.DeclareQueue("before", steadymqtest.QueueOptions{Type: "quorum", DeadLetter: jobs})
+		before, err := steadymq.New(b.broker.URL, "before", steadymq.WithDialer(b.broker.Dialer()), steadymq.WithLogger(slog.New(slog.DiscardHandler)))
+		require.NoError(b, err)
+		b.consumer = before
+		b.start(failEvery(time.Second))
+		b.broker.Publish("before", "1")
+		b.wait(time.Minute)
+		require.NoError(b, b.stop())
+		require.Equal(b, 1, b.broker.QueueLen(jobs))
+		b.declaring(failEvery(time.Second), steadymq.Queue{}, "")
+		b.wait(time.Minute)
+		require.Len(b, b.warnings("come back so often"), 1)
+		assert.Contains(b, b.log.String(), "returns=21 limit=20")
+		assert.Zero(b, b.broker.QueueLen(jobs)+b.broker.Unsettled(jobs), "it is gone")
+	})
+}
+
 func TestMessageNearTheUsersOwnLimitIsTold(t *testing.T) {
 	bubble(t, func(b *bench) {
 		b.declaring(failEvery(time.Second), steadymq.Queue{Args: amqp.Table{"x-delivery-limit": 3}}, "")
