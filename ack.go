@@ -92,7 +92,8 @@ func (d *Delivery) again() *Delivery {
 
 // NewDelivery makes a Delivery of no session, for testing handlers. If m has an
 // Acknowledger the settlement is passed on to it, once; else it is only
-// recorded, see Outcome.
+// recorded, see Outcome. For an Attempt above 1 set Redelivered too, as a broker
+// does.
 func NewDelivery(m amqp.Delivery) *Delivery {
 	d := &Delivery{Delivery: m}
 	d.init(loose{m.Acknowledger})
@@ -146,46 +147,6 @@ func (d *Delivery) Host() string {
 	}
 	_, host := d.settler.source()
 	return host
-}
-
-// Attempt returns how often the message has been delivered, this time included,
-// as far as the broker tells: x-delivery-count + 1 on a quorum queue; else 1 for
-// a first delivery and 2 for a redelivered one. On classic queues publishers can
-// forge the header: use it for policy, not for security.
-func (d *Delivery) Attempt() int { return d.counted() + int(d.tries) }
-
-// counted is what the broker tells of it.
-func (d *Delivery) counted() int {
-	if n, ok := headerInt(d.Headers["x-delivery-count"]); ok && n >= 0 && n < 1<<31-1 {
-		return int(n) + 1
-	}
-	if d.Redelivered {
-		return 2
-	}
-	return 1
-}
-
-// headerInt reads any of the integer types a broker may choose for a header.
-func headerInt(v any) (int64, bool) {
-	switch n := v.(type) {
-	case int64:
-		return n, true
-	case int32:
-		return int64(n), true
-	case int16:
-		return int64(n), true
-	case int8:
-		return int64(n), true
-	case int:
-		return int64(n), true
-	case uint8:
-		return int64(n), true
-	case uint16:
-		return int64(n), true
-	case uint32:
-		return int64(n), true
-	}
-	return 0, false
 }
 
 // settle claims the delivery by compare-and-swap and only then sends: of two

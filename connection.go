@@ -242,12 +242,12 @@ func handshakeCause(err error, s *socket, took time.Duration) error {
 	return fmt.Errorf("lost in the handshake: %w", lost)
 }
 
-// explain prefers what the broker said, then what the socket saw, to the
-// driver's catch-all "501".
+// explain prefers what the broker said, and to what, then what the socket saw, to
+// the driver's catch-all "501".
 func (c *connection) explain(err error) error {
 	var said *amqp.Error
 	if errors.As(err, &said) && said.Server {
-		return said
+		return err
 	}
 	if cause := c.socket.cause(); cause != nil {
 		return cause

@@ -1220,7 +1220,7 @@ func TestConsumerPrintsNoPassword(t *testing.T) {
 }
 
 func TestNewDeliveryServesHandlerTests(t *testing.T) {
-	d := steadymq.NewDelivery(amqp.Delivery{Body: []byte("x"), Headers: amqp.Table{"x-delivery-count": int64(3)}})
+	d := steadymq.NewDelivery(amqp.Delivery{Body: []byte("x"), Redelivered: true, Headers: amqp.Table{"x-delivery-count": int64(3)}})
 	assert.Equal(t, 4, d.Attempt())
 	assert.Equal(t, steadymq.Unsettled, d.Outcome())
 	require.NoError(t, d.Ack())

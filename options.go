@@ -1,12 +1,15 @@
 package steadymq
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
+	"strings"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -43,16 +46,64 @@ type Queue struct {
 	// AutoDelete deletes the queue when its last consumer leaves. Only for
 	// classic queues.
 	AutoDelete bool
+	// Exchange is declared before the queue, for Bindings that name no other.
+	// nil: they name exchanges that exist already.
+	Exchange *Exchange
 	// Bindings are made after the declare.
 	Bindings []Binding
+	// DeadLetter is where messages go that the queue gives up: discarded ones,
+	// those that expire or overflow, and those that the delivery limit takes.
+	// nil: Args says so, or nowhere: they are gone. Not for streams.
+	DeadLetter *DeadLetter
 	// Args are further arguments of the declare, such as "x-delivery-limit"
-	// or "x-dead-letter-exchange".
+	// or "x-message-ttl".
+	//
+	// Since 4.0 RabbitMQ drops a message of a quorum queue that has come back
+	// more than 20 times. So a quorum queue that has no dead-letter exchange,
+	// and no x-delivery-limit here, is declared with x-delivery-limit=-1 there:
+	// no limit. Everybody else who declares that queue has to say the same, or
+	// gets 406. A queue that was declared before with a limit is taken as it
+	// is, with one warning per Run. Before 4.0 nothing is said, for there is no
+	// limit, and -1 would drop a message at its first return.
 	Args amqp.Table
 }
 
-// Binding binds the queue to an exchange that exists already.
+// Exchange is the common declare of an exchange, for Queue.Exchange.
+type Exchange struct {
+	// Name of the exchange, 1 to 255 bytes.
+	Name string
+	// Kind is "direct" (default), "fanout", "topic", "headers" or that of a
+	// plugin, which begins with "x-".
+	Kind string
+	// Transient makes the exchange not survive a broker restart.
+	Transient bool
+	// Args are further arguments of the declare, such as "alternate-exchange".
+	Args amqp.Table
+}
+
+// DeadLetter is where a queue sends what it gives up: to a queue, or to an exchange.
+type DeadLetter struct {
+	// Queue is the name of a queue, reached through the default exchange. It is
+	// declared before the queue itself: durable, a quorum queue without a
+	// delivery limit where the queue is a quorum queue, else a classic one. If
+	// it exists in another form it is taken as it is. Nothing consumes it
+	// unless you do.
+	//
+	// A quorum queue that you declare yourself for dead letters should have
+	// x-delivery-limit=-1 from RabbitMQ 4.0 on: since 4.3 a message arrives there
+	// with the count of its old life, and beyond the limit its first return
+	// drops it.
+	Queue string
+	// Exchange, in place of Queue, is an exchange that exists. "" is the default
+	// exchange, which leads to the queue that Key names.
+	Exchange string
+	// Key is the routing key to it, in place of the message's own.
+	Key string
+}
+
+// Binding binds the queue to an exchange.
 type Binding struct {
-	// Exchange is the exchange's name.
+	// Exchange is the name of an exchange that exists; "" is Queue.Exchange.
 	Exchange string
 	// Key is the routing key, or pattern on a topic exchange.
 	Key string
@@ -336,11 +387,14 @@ func WithTopology(declare TopologyFunc) Option {
 	}
 }
 
-// WithQueue declares the queue given to New, and its bindings, before every
+// WithQueue declares the queue given to New, and what goes with it, before every
 // session. Without WithQueue or WithTopology the queue must exist, and is waited
 // for while it does not.
 func WithQueue(q Queue) Option {
-	return func(c *config) { c.declare = &q }
+	return func(c *config) {
+		own := q // New completes it
+		c.declare = &own
+	}
 }
 
 // WithConsumeArgs sets arguments of basic.consume, such as "x-priority",
@@ -615,9 +669,15 @@ func (c *config) checkQueue() {
 	if len(c.queue) > 255 {
 		c.refuse("New", "the queue name has %d bytes, AMQP allows 255", len(c.queue))
 	}
-	if q == nil {
-		return
+	if q != nil {
+		c.checkDeclare(q)
+		c.checkExchange(q)
+		c.checkDeadLetter(q)
 	}
+}
+
+// checkDeclare also completes q.
+func (c *config) checkDeclare(q *Queue) {
 	switch q.Type {
 	case "":
 		q.Type = "quorum"
@@ -637,9 +697,92 @@ func (c *config) checkQueue() {
 	if err := q.Args.Validate(); err != nil {
 		c.refuse("WithQueue", "Args holds a value AMQP cannot carry: %v", err)
 	}
-	q.Args = cloneTable(q.Args)
+	if q.Args = cloneTable(q.Args); q.Args == nil {
+		q.Args = amqp.Table{}
+	}
 	if t, ok := q.Args["x-queue-type"]; ok && t != q.Type {
 		c.refuse("WithQueue", "Args has x-queue-type %v, Type says %q", t, q.Type)
+	}
+}
+
+// checkExchange also gives the bindings their exchange.
+func (c *config) checkExchange(q *Queue) {
+	own := ""
+	if q.Exchange != nil {
+		x := *q.Exchange
+		x.Args = cloneTable(x.Args)
+		if x.Kind == "" {
+			x.Kind = "direct"
+		}
+		c.checkKind(&x)
+		own, q.Exchange = x.Name, &x
+	}
+	q.Bindings = slices.Clone(q.Bindings)
+	used := false
+	for i := range q.Bindings {
+		b := &q.Bindings[i]
+		if b.Exchange == "" && q.Exchange == nil {
+			c.refuse("WithQueue", "Bindings[%d] names no exchange; the default exchange leads to every queue by its name already, and takes no bindings", i)
+			continue
+		}
+		b.Exchange = cmp.Or(b.Exchange, own)
+		used = used || b.Exchange == own
+		c.checkName("Bindings' Exchange", b.Exchange)
+		c.checkName("Bindings' Key", b.Key)
+	}
+	if q.Exchange != nil && !used {
+		c.refuse("WithQueue", "Exchange %q is declared, and none of Bindings uses it; add Binding{Key: ...}, which is bound to it", own)
+	}
+}
+
+func (c *config) checkKind(x *Exchange) {
+	switch {
+	case x.Name == "":
+		c.refuse("WithQueue", "Exchange needs a Name")
+	case !slices.Contains([]string{"direct", "fanout", "topic", "headers"}, x.Kind) && !strings.HasPrefix(x.Kind, "x-"):
+		c.refuse("WithQueue", `Exchange.Kind must be "direct", "fanout", "topic", "headers" or begin with "x-", got %q`, x.Kind)
+	}
+	c.checkName("Exchange.Name", x.Name)
+	c.checkName("Exchange.Kind", x.Kind)
+	if err := x.Args.Validate(); err != nil {
+		c.refuse("WithQueue", "Exchange.Args holds a value AMQP cannot carry: %v", err)
+	}
+}
+
+// checkName checks what AMQP calls a short string.
+func (c *config) checkName(what, name string) {
+	if len(name) > 255 {
+		c.refuse("WithQueue", "%s has %d bytes, AMQP allows 255", what, len(name))
+	}
+}
+
+// checkDeadLetter also turns it into arguments.
+func (c *config) checkDeadLetter(q *Queue) {
+	if q.DeadLetter == nil {
+		return
+	}
+	dead := *q.DeadLetter
+	q.DeadLetter = &dead
+	_, exchange := q.Args["x-dead-letter-exchange"]
+	_, key := q.Args["x-dead-letter-routing-key"]
+	switch {
+	case q.Type == "stream":
+		c.refuse("WithQueue", "DeadLetter is not for streams: they keep all messages and give up none")
+	case exchange || key:
+		c.refuse("WithQueue", "DeadLetter and x-dead-letter-exchange or x-dead-letter-routing-key in Args say the same; leave one out")
+	case dead.Queue != "" && (dead.Exchange != "" || dead.Key != ""):
+		c.refuse("WithQueue", "DeadLetter takes either Queue, which is declared, or Exchange and Key, which exist already")
+	case dead == DeadLetter{}:
+		c.refuse("WithQueue", "DeadLetter is empty; give it a Queue, or an Exchange, or leave it out")
+	case dead.Queue != "" && dead.Queue == c.queue, dead.Exchange == "" && dead.Key != "" && dead.Key == c.queue:
+		c.refuse("WithQueue", "DeadLetter leads back into the queue %q itself, at once and for ever", c.queue)
+	}
+	c.checkName("DeadLetter.Queue", dead.Queue)
+	c.checkName("DeadLetter.Exchange", dead.Exchange)
+	c.checkName("DeadLetter.Key", dead.Key)
+	q.Args["x-dead-letter-exchange"] = dead.Exchange
+	if to := cmp.Or(dead.Queue, dead.Key); to != "" {
+		q.Args["x-dead-letter-routing-key"] = to
 	}
 }
 

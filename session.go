@@ -35,6 +35,8 @@ type session struct {
 	cancels    chan string // the driver's NotifyCancel
 	channelEnd *notifier   // what its NotifyClose said, errChannelEnded if that was nothing
 	tenancy    *tenancy    // of the connection
+	terms      terms       // of its declaration
+	limit      int         // delivery limit of its queue, 0 for none that takes messages away
 
 	ctx    context.Context // of the handlers
 	cancel context.CancelCauseFunc
@@ -84,10 +86,24 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(context.Cause(ctx)) })
 	defer unguard()
 
+	t := terms{limit: c.limitTerm(of.config.declare)}
+	for {
+		s, err := c.trySession(ctx, of, id, tag, t, tenancy, step)
+		if err != nil && t.concede(err) {
+			continue
+		}
+		if err != nil {
+			tenancy.moveOut()
+		}
+		return s, err
+	}
+}
+
+// trySession is openSession on these terms.
+func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag string, t terms, tenancy *tenancy, step *step) (*session, error) {
 	step.at("channel")
 	channel, err := c.amqp.Channel()
 	if err != nil {
-		tenancy.moveOut()
 		return nil, &SessionError{Queue: of.config.queue, Host: c.host, Op: "channel", Session: id, Err: c.explain(err)}
 	}
 	s := &session{
@@ -96,6 +112,7 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 		conn:       c,
 		channel:    channel,
 		tag:        tag,
+		terms:      t,
 		tenancy:    tenancy,
 		channelEnd: newNotifier(),
 		cancels:    channel.NotifyCancel(make(chan string, 1)),
@@ -112,13 +129,14 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 	if op, err := s.subscribe(ctx, step); err != nil {
 		_ = channel.Close() // also bounded by ctx, through the socket
 		s.lane.forget()
-		tenancy.moveOut()
 		if err = s.said(err); noQueue(err) {
 			s.stream.startOver()
 		}
 		return nil, s.failure(op, c.explain(err))
 	}
 	s.since = time.Now()
+	s.limit = s.deliveryLimit()
+	s.keepsLimit()
 	s.ctx, s.cancel = context.WithCancelCause(of.handlers)
 	s.watchPace()
 	go s.run()
@@ -409,6 +427,9 @@ func (s *session) began(d *Delivery) {
 		s.received.Add(1)
 	}
 	s.stream.began(s.id, &d.Delivery)
+	if d.Redelivered && s.limit > 0 {
+		s.nearsLimit(d)
+	}
 }
 
 // number implements settler.

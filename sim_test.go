@@ -274,9 +274,10 @@ func (s *sim) brokerOptions() []steadymqtest.Option {
 	return o
 }
 
-func (q *simQueuePlan) args() map[string]any {
+// args are those of a broker; an old one has no limit unless it is told, and -1 would drop everything.
+func (q *simQueuePlan) args(old bool) map[string]any {
 	args := map[string]any{"x-queue-type": q.kind}
-	if q.kind == "quorum" {
+	if q.kind == "quorum" && (q.limit >= 0 || !old) {
 		args["x-delivery-limit"] = q.limit
 	}
 	if q.dead {
@@ -286,8 +287,18 @@ func (q *simQueuePlan) args() map[string]any {
 	return args
 }
 
+// args are those that the consumer is told: of the limit it knows by itself.
+func (c *simConsumer) args() map[string]any {
+	q := &c.s.plan.queues[c.plan.queue]
+	args := q.args(c.s.plan.old)
+	if q.limit < 0 && !q.dead {
+		delete(args, "x-delivery-limit")
+	}
+	return args
+}
+
 func (s *sim) declare(q simQueuePlan) {
-	s.broker.DeclareQueue(q.name, steadymqtest.QueueOptions{Args: q.args()})
+	s.broker.DeclareQueue(q.name, steadymqtest.QueueOptions{Args: q.args(s.plan.old)})
 }
 
 // simEvent is something that happens at a time that the plan has set.
@@ -600,7 +611,7 @@ func (c *simConsumer) moreOptions() []steadymq.Option {
 		o = append(o, steadymq.WithExclusive())
 	}
 	if c.plan.declare {
-		o = append(o, steadymq.WithQueue(steadymq.Queue{Type: q.kind, Args: q.args()}))
+		o = append(o, steadymq.WithQueue(steadymq.Queue{Type: q.kind, Args: c.args()}))
 	}
 	if c.plan.topology {
 		o = append(o, steadymq.WithTopology(c.topology))
@@ -628,7 +639,7 @@ func (c *simConsumer) topology(ctx context.Context, ch *amqp.Channel) (string, e
 		return "", errors.New("the topology came too late")
 	}
 	q := &c.s.plan.queues[c.plan.queue]
-	_, err := ch.QueueDeclare(q.name, true, false, false, false, q.args())
+	_, err := ch.QueueDeclare(q.name, true, false, false, false, q.args(c.s.plan.old))
 	return q.name, err
 }
 

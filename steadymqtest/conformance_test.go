@@ -220,6 +220,7 @@ type script struct {
 	prefix string
 	lines  []string
 	conns  []*amqp.Connection
+	moves  int // queues that moved has made
 }
 
 var scripts atomic.Int64
@@ -375,7 +376,7 @@ func (s *script) clean() {
 	}
 	defer conn.Close()
 	ch, err := conn.Channel()
-	for _, name := range []string{"q", "q2", "dead", "mine", "s", "bad", "classic", "quorum"} {
+	for _, name := range []string{"q", "q2", "dead", "mine", "s", "bad", "classic", "quorum", "classic-later", "quorum-later"} {
 		if err == nil {
 			_, err = ch.QueueDelete(s.prefix+name, false, false, false)
 		}
@@ -393,7 +394,7 @@ func notifyClose(ch *amqp.Channel) chan *amqp.Error {
 
 var quorum = amqp.Table{"x-queue-type": "quorum"}
 
-var conformance = slices.Concat(common, byGeneration)
+var conformance = slices.Concat(common, byGeneration, counts)
 
 var common = []scenario{
 	{name: "order and tags", script: func(s *script) {

@@ -55,7 +55,6 @@
 //	                            client, once the overdue ones are settled
 //	transient shared queues     4.3.0 to 4.3.5 refuse them by 541; the     refused by 541 from 4.3 on
 //	                            4.3.6 of Debian does not
-//	dead letters of 4.0         between quorum queues: a delivery counted  counted from 4.3 on, between all kinds
 //	x-stream-offset=last        the last chunk                             the last message
 //	streams                     retention, single active consumer          kept for ever, all consumers active
 //	memory and disk alarms      by themselves                              [Broker.Blocked]

@@ -135,7 +135,7 @@ func (b *Broker) publishDead(e *entry, reason string) {
 	id := e.msg.id
 	m := newMessage(&props, q.deadExchange, key)
 	m.id = id
-	m.delivered = e.carried(reason)
+	m.delivered, m.acquired = e.carried(reason)
 	for _, target := range b.route(m, nil) {
 		if !cycles(props.Headers["x-death"], target.name) {
 			target.publish(m)
@@ -143,21 +143,27 @@ func (b *Broker) publishDead(e *entry, reason string) {
 	}
 }
 
-// carried is how many deliveries a dead-lettered message takes along: since 4.3 it arrives redelivered, and a quorum queue counts on.
-func (e *entry) carried(reason string) int {
+// carried is what a dead-lettered message takes along: the deliveries that quorum queues have counted, which stay with it, and since
+// 4.3 those of a classic queue, which the next queue is told.
+func (e *entry) carried(reason string) (delivered, acquired int) {
 	rejected := 0
 	if reason == "rejected" {
 		rejected = 1
 	}
-	switch {
-	case !e.q.b.since(4, 3):
-		return 0
-	case e.q.kind == kindQuorum:
-		return e.failures + rejected
-	case rejected > 0:
-		return e.acquired + rejected
+	old := e.msg.delivered
+	switch b := e.q.b; {
+	case !b.since(4, 0):
+		return 0, 0
+	case e.q.kind == kindClassic && !b.since(4, 3):
+		return old, 0
+	case e.q.kind == kindClassic:
+		return old, e.acquired + rejected
+	case b.since(4, 3):
+		return e.failures + rejected, 0
+	case reason == "expired" && e.acquired > 0: // one for each queue that it was taken from
+		return old + 1, 0
 	}
-	return 0
+	return old + rejected, 0
 }
 
 // cycles reports whether the message has been in this queue before and was never rejected since.

@@ -128,7 +128,8 @@ type message struct {
 	body       []byte
 	transient  bool
 	expiration string
-	delivered  int // by the queue that dead-lettered it
+	delivered  int // by the quorum queues that dead-lettered it
+	acquired   int // by the classic queue that dead-lettered it last
 }
 
 func newMessage(m *Message, exchange, key string) *message {

@@ -46,7 +46,8 @@ type queue struct {
 	deadExchange   string
 	deadKey        string
 	deadLetters    bool
-	limit          int // delivery limit, -1: none
+	limited        bool // by the delivery limit
+	limit          int
 	maxLength      int // -1: none
 	rejectWhenFull bool
 	ttl            time.Duration // -1: none
@@ -62,8 +63,8 @@ type entry struct {
 	q           *queue
 	key         uint64 // its place in the queue
 	redelivered bool
-	failures    int // what x-delivery-count says
-	acquired    int // how often it was taken before
+	failures    int // what the delivery limit counts, and x-delivery-count says
+	acquired    int // how often it was taken from this queue before
 	expires     time.Time
 	at          time.Time // when it was published
 	record      int       // in the ledger, -1 without one
@@ -86,15 +87,15 @@ func (r *returned) Pop() any {
 
 // newQueue reads the arguments that the broker understands.
 func (b *Broker) newQueue(name string, args map[string]any) *queue {
-	q := &queue{b: b, name: name, kind: kindClassic, args: args, limit: -1, maxLength: -1, ttl: -1}
+	q := &queue{b: b, name: name, kind: kindClassic, args: args, maxLength: -1, ttl: -1}
 	if kind, ok := args["x-queue-type"].(string); ok {
 		q.kind = queueKind(kind)
 	}
 	if q.kind == kindQuorum && b.since(4, 0) {
-		q.limit = defaultDeliveryLimit
+		q.limit, q.limited = defaultDeliveryLimit, true
 	}
 	if n, ok := integer(args["x-delivery-limit"]); ok && q.kind == kindQuorum {
-		q.limit = n
+		q.limit, q.limited = n, n >= 0 || !b.since(4, 0) // before 4.0 any count is more than -1
 	}
 	if n, ok := integer(args["x-max-length"]); ok {
 		q.maxLength = n
@@ -178,7 +179,12 @@ func (q *queue) publish(m *message) bool {
 	}
 	q.lastKey++
 	e := &entry{msg: m, q: q, key: q.lastKey, at: q.b.now, record: q.b.ledger.addMessage(m, q.name, q.b.now)}
-	e.redelivered, e.failures, e.acquired = m.delivered > 0, m.delivered, m.delivered
+	if q.kind == kindQuorum || q.b.since(4, 3) {
+		e.redelivered = m.delivered+m.acquired > 0
+	}
+	if q.b.since(4, 3) {
+		e.failures = max(m.delivered, m.acquired)
+	}
 	q.touch()
 	if q.kind == kindStream {
 		q.log = append(q.log, e)
@@ -276,7 +282,7 @@ func (q *queue) requeue(e *entry, failure bool) {
 		if failure {
 			e.failures++
 		}
-		if q.limit >= 0 && e.failures > q.limit {
+		if q.limited && e.failures > q.limit {
 			q.discard(e, "delivery_limit")
 			return
 		}
@@ -313,13 +319,20 @@ func (e *entry) properties() []byte {
 	return e.msg.props
 }
 
+// counted adds what the broker counts. Of a message that another queue has dead-lettered the first delivery shows what it counted there;
+// up to 4.2 the later ones forget that.
 func (e *entry) counted() []byte {
+	count, acquired := e.failures, e.acquired
+	if e.acquired == 0 {
+		count = max(e.msg.delivered, e.msg.acquired)
+		acquired = count
+	}
 	m := e.msg
-	if e.failures > 0 {
-		m = &message{props: m.withHeader("x-delivery-count", int64(e.failures))}
+	if count > 0 {
+		m = &message{props: m.withHeader("x-delivery-count", int64(count))}
 	}
 	if e.q.b.since(4, 3) {
-		return m.withHeader("x-acquired-count", int64(e.acquired))
+		return m.withHeader("x-acquired-count", int64(acquired))
 	}
 	return m.props
 }
@@ -532,8 +545,8 @@ func (q *queue) equivalent(c *conn, flags queueFlags, args map[string]any) *refu
 
 // checkedArguments are the arguments of a queue that a declaration must repeat.
 var checkedArguments = []string{
-	"x-expires", "x-message-ttl", "x-dead-letter-exchange", "x-dead-letter-routing-key", "x-max-length", "x-max-length-bytes",
-	"x-max-priority", "x-overflow", "x-single-active-consumer", "x-queue-mode", "x-delivery-limit",
+	"x-delivery-limit", "x-expires", "x-message-ttl", "x-dead-letter-exchange", "x-dead-letter-routing-key", "x-max-length", "x-max-length-bytes",
+	"x-max-priority", "x-overflow", "x-single-active-consumer", "x-queue-mode",
 }
 
 // equivalentKind: no kind means classic; since 4.0 the texts say so.

@@ -1,0 +1,135 @@
+package steadymq
+
+import amqp "github.com/rabbitmq/amqp091-go"
+
+// The headers that brokers count in. Publishers can write them too.
+const (
+	deliveryCount = "x-delivery-count" // of a quorum queue
+	acquiredCount = "x-acquired-count" // of a quorum queue since 4.3
+	deathHeader   = "x-death"
+	lastDeath     = "x-last-death-queue" // since 3.13
+)
+
+// Attempt returns the number of this try, 1 for the first, as far as the broker
+// tells:
+//
+//   - On a quorum queue, 1 + what it has counted (x-delivery-count).
+//   - Where a dead-letter exchange leads back to the queue, by way of a queue that
+//     waits: 1 + how often it has been rejected from this queue (x-death), on queues
+//     of all kinds.
+//   - Else 2 for a redelivered message: a classic queue counts nothing.
+//
+// Of these the highest, and one more for each try in place (on a stream).
+//
+// It counts what the broker counts, which is not always a handler that has failed:
+// up to RabbitMQ 4.2 a quorum queue counts every return, so one for each lost
+// session, also for messages that were prefetched and that no handler has seen.
+//
+// A message that another queue has dead-lettered, or that was published again with
+// the headers of its old life, begins at 1, but for what no header tells. Since 4.3
+// one that arrives on a classic queue after a handler had it elsewhere is marked as
+// redelivered from the start, and counts 2. From 3.13 to 4.2 the second delivery on a
+// quorum queue still counts 1 if the message was rejected elsewhere once. One that
+// expired elsewhere, after it had been returned there, brings that count along.
+// Publishers can forge the headers, and on classic queues nothing takes them out: use
+// the number for policy, not for security.
+func (d *Delivery) Attempt() int {
+	n := d.returns()
+	if n == 0 && d.Redelivered {
+		n = 1
+		if _, counted := d.count(deliveryCount); counted {
+			n = 0 // in another queue
+		}
+	}
+	return n + 1 + int(d.tries)
+}
+
+// returns is how often the message has come back to this queue.
+//
+// What RabbitMQ shows was measured; TestAttemptOnRealBrokers and the conformance
+// scripts of steadymqtest keep it. A quorum queue marks as redelivered whatever it
+// has counted, so without the mark the count is that of an old life. With it, the
+// first delivery of a dead-lettered message shows what the other queue has counted:
+// from 3.13 to 4.2 how often it was rejected, since 4.3 all, in both headers. Later
+// deliveries show, up to 4.2, what this queue has counted; since 4.3 the acquired count
+// does, while the other one goes on.
+func (d *Delivery) returns() int {
+	here, elsewhere := d.rejections()
+	n, _ := d.count(deliveryCount)
+	acquired, known := d.count(acquiredCount)
+	_, carries := d.Headers[lastDeath]
+	switch {
+	case !d.Redelivered:
+		n = 0
+	case elsewhere == 0 || !carries:
+	case known && n == acquired, !known && n == here+elsewhere:
+		n = 0
+	case known:
+		n = min(n, acquired)
+	}
+	return max(n, here)
+}
+
+// arrivesCounted tells the first delivery of a message that another queue has
+// dead-lettered with the count n, since 4.3. The limit of this queue acts on it.
+func (d *Delivery) arrivesCounted(n int) bool {
+	acquired, known := d.count(acquiredCount)
+	_, elsewhere := d.rejections()
+	return known && acquired == n && elsewhere > 0
+}
+
+// rejections counts in x-death how often the message was rejected from this queue,
+// and how often from others, there also by the delivery limit. Its newest entry is
+// first. If that is a rejection from this queue, then no broker has brought the message
+// back: it was published again, with what it had been through.
+func (d *Delivery) rejections() (here, elsewhere int) {
+	deaths, _ := d.Headers[deathHeader].([]any)
+	for i, entry := range deaths {
+		death, _ := entry.(amqp.Table)
+		n, ok := headerInt(death["count"])
+		if !ok || n < 0 || n > maxCount {
+			continue
+		}
+		rejected := death["reason"] == "rejected"
+		switch mine := death["queue"] == d.Queue(); {
+		case mine && rejected && i > 0:
+			here = int(n)
+		case !mine && (rejected || death["reason"] == "delivery_limit"):
+			elsewhere = min(elsewhere+int(n), maxCount)
+		}
+	}
+	return here, elsewhere
+}
+
+const maxCount = 1<<31 - 2 // so that one more is an int everywhere
+
+func (d *Delivery) count(header string) (n int, ok bool) {
+	v, ok := headerInt(d.Headers[header])
+	if !ok || v < 0 || v > maxCount {
+		return 0, false
+	}
+	return int(v), true
+}
+
+// headerInt reads any of the integer types a broker may choose for a header.
+func headerInt(v any) (int64, bool) {
+	switch n := v.(type) {
+	case int64:
+		return n, true
+	case int32:
+		return int64(n), true
+	case int16:
+		return int64(n), true
+	case int8:
+		return int64(n), true
+	case int:
+		return int64(n), true
+	case uint8:
+		return int64(n), true
+	case uint16:
+		return int64(n), true
+	case uint32:
+		return int64(n), true
+	}
+	return 0, false
+}
