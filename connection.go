@@ -31,6 +31,7 @@ func (c Credentials) Format(f fmt.State, _ rune) {
 // repaired, only replaced. One goroutine, watch, owns its end.
 type connection struct {
 	host         string
+	heartbeat    time.Duration // asked for
 	socket       *socket
 	amqp         *amqp.Connection
 	closeTimeout time.Duration
@@ -59,7 +60,7 @@ func openConnection(ctx context.Context, c *config, e endpoint) (*connection, er
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
 	var dialed atomic.Bool
-	socket, err := openSocket(ctx, c.dialer(&dialed), e.address, tlsConfig, c.socketOptions())
+	socket, err := openSocket(ctx, c.dialer(e, &dialed), e.address, tlsConfig, c.socketOptions(e))
 	if err != nil {
 		// A TCP connect that fails costs the broker nothing; a TLS handshake does.
 		op := "dial"
@@ -84,6 +85,7 @@ func openConnection(ctx context.Context, c *config, e endpoint) (*connection, er
 	}
 	opened := &connection{
 		host:         e.address,
+		heartbeat:    c.heartbeatOf(e),
 		socket:       socket,
 		amqp:         conn,
 		closeTimeout: c.closeTimeout,
@@ -171,21 +173,26 @@ func (c *connection) updateSecret(ctx context.Context, secret string) error {
 	return c.amqp.UpdateSecret(secret, "the old one expires")
 }
 
-// dialer bounds the dial and notes that it succeeded.
-func (c *config) dialer(dialed *atomic.Bool) dialFunc {
+// dialer bounds the dial to e and notes that it succeeded.
+func (c *config) dialer(e endpoint, dialed *atomic.Bool) dialFunc {
+	limit, dial := c.dialTimeoutOf(e), c.dial
+	if dial == nil {
+		dial = defaultDial(limit, c.heartbeatOf(e)*3/2)
+	}
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		ctx, cancel := context.WithTimeout(ctx, c.dialTimeout)
+		ctx, cancel := context.WithTimeout(ctx, limit)
 		defer cancel()
-		conn, err := c.dial(ctx, network, address)
+		conn, err := dial(ctx, network, address)
 		dialed.Store(err == nil)
 		return conn, err
 	}
 }
 
-func (c *config) socketOptions() socketOptions {
+func (c *config) socketOptions(e endpoint) socketOptions {
+	interval := c.heartbeatOf(e)
 	return socketOptions{
-		idleTimeout:  2 * c.heartbeat,
-		writeTimeout: c.heartbeat,
+		idleTimeout:  2 * interval,
+		writeTimeout: interval,
 		writeDelay:   c.writeDelay,
 		maxMessage:   c.maxMessage,
 	}
@@ -207,7 +214,7 @@ func (c *config) amqpConfig(e endpoint, login []amqp.Authentication) amqp.Config
 	return amqp.Config{
 		SASL:       login,
 		Vhost:      e.uri.Vhost,
-		Heartbeat:  c.heartbeat,
+		Heartbeat:  c.heartbeatOf(e),
 		Locale:     "en_US",
 		Properties: properties,
 		ChannelMax: e.uri.ChannelMax,

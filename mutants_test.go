@@ -135,7 +135,7 @@ var mutants = []mutant{
 		"range rand.Perm(len(h.endpoints))", "range []int{0}"),
 
 	// Sockets and connections.
-	change("no inbound watchdog", "connection.go", "idleTimeout:  2 * c.heartbeat,", "idleTimeout:  0,"),
+	change("no inbound watchdog", "connection.go", "idleTimeout:  2 * interval,", "idleTimeout:  0,"),
 	change("the driver does not hear of deliveries", "inbound.go", "if in.took && in.pass == 0 &&", "if false && in.pass == 0 &&"),
 	change("a channel closed by the broker still delivers", "lane.go", "\tif l.refused {\n\t\treturn\n\t}\n", ""),
 	change("the old connection is not closed", "connection.go", "\t\tc.leave <- limit\n", ""),
