@@ -31,6 +31,7 @@ func (c Credentials) Format(f fmt.State, _ rune) {
 // repaired, only replaced. One goroutine, watch, owns its end.
 type connection struct {
 	host         string
+	heartbeat    time.Duration // asked for
 	socket       *socket
 	amqp         *amqp.Connection
 	closeTimeout time.Duration
@@ -61,7 +62,7 @@ func openConnection(ctx context.Context, c *config, e endpoint, abandoned func()
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
 	var dialed atomic.Bool
-	socket, err := openSocket(ctx, c.dialer(&dialed, abandoned), e.address, tlsConfig, c.socketOptions())
+	socket, err := openSocket(ctx, c.dialer(e, &dialed, abandoned), e.address, tlsConfig, c.socketOptions(e))
 	if err != nil {
 		// A TCP connect that fails costs the broker nothing; a TLS handshake does.
 		op := "dial"
@@ -86,6 +87,7 @@ func openConnection(ctx context.Context, c *config, e endpoint, abandoned func()
 	}
 	opened := &connection{
 		host:         e.address,
+		heartbeat:    c.heartbeatOf(e),
 		socket:       socket,
 		amqp:         conn,
 		closeTimeout: c.closeTimeout,
@@ -155,33 +157,39 @@ func (c *connection) updateSecret(ctx context.Context, secret string) error {
 	return c.amqp.UpdateSecret(secret, "the old one expires")
 }
 
-// dialer bounds the dial and notes that it succeeded.
-func (c *config) dialer(dialed *atomic.Bool, abandoned func()) dialFunc {
+// dialer bounds the dial to e and notes that it succeeded.
+func (c *config) dialer(e endpoint, dialed *atomic.Bool, abandoned func()) dialFunc {
+	limit := c.dialTimeoutOf(e)
+	dial := defaultDial(limit, c.heartbeatOf(e)*3/2)
+	if c.dial != nil {
+		dial = c.guardedDial(abandoned)
+	}
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		ctx, cancel := context.WithTimeout(ctx, c.dialTimeout)
+		ctx, cancel := context.WithTimeout(ctx, limit)
 		defer cancel()
-		conn, err := c.dialOnce(ctx, network, address, abandoned)
+		conn, err := dial(ctx, network, address)
 		dialed.Store(err == nil)
 		return conn, err
 	}
 }
 
-func (c *config) dialOnce(ctx context.Context, network, address string, abandoned func()) (net.Conn, error) {
-	if c.dial == nil {
-		return defaultDial(c.dialTimeout, c.heartbeat*3/2)(ctx, network, address)
+// guardedDial is the user's dial.
+func (c *config) guardedDial(abandoned func()) dialFunc {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		return userCall[net.Conn]{
+			option: "WithDialer",
+			f:      func(ctx context.Context) (net.Conn, error) { return c.dial(ctx, network, address) },
+			left:   abandoned,
+			late:   abort,
+		}.run(ctx)
 	}
-	return userCall[net.Conn]{
-		option: "WithDialer",
-		f:      func(ctx context.Context) (net.Conn, error) { return c.dial(ctx, network, address) },
-		left:   abandoned,
-		late:   abort,
-	}.run(ctx)
 }
 
-func (c *config) socketOptions() socketOptions {
+func (c *config) socketOptions(e endpoint) socketOptions {
+	interval := c.heartbeatOf(e)
 	return socketOptions{
-		idleTimeout:  2 * c.heartbeat,
-		writeTimeout: c.heartbeat,
+		idleTimeout:  2 * interval,
+		writeTimeout: interval,
 		writeDelay:   c.writeDelay,
 		maxMessage:   c.maxMessage,
 	}
@@ -203,7 +211,7 @@ func (c *config) amqpConfig(e endpoint, login []amqp.Authentication) amqp.Config
 	return amqp.Config{
 		SASL:       login,
 		Vhost:      e.uri.Vhost,
-		Heartbeat:  c.heartbeat,
+		Heartbeat:  c.heartbeatOf(e),
 		Locale:     "en_US",
 		Properties: properties,
 		ChannelMax: e.uri.ChannelMax,

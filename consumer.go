@@ -55,9 +55,16 @@ type Consumer struct {
 // New checks url, queue and options and returns a Consumer. It dials nothing.
 //
 // url is amqp://user:password@host:port/vhost, or amqps for TLS; see
-// https://www.rabbitmq.com/docs/uri-spec. queue must exist when the consumer
-// subscribes (until then it keeps asking), unless WithQueue or WithTopology
-// declares it.
+// https://www.rabbitmq.com/docs/uri-spec. Special characters in user, password and
+// vhost are percent-encoded (net/url.UserPassword does it); a URL that one of them
+// may have cut wrongly is refused. Without a port it is 5672, or 5671 for TLS. Of the parameters
+// (https://www.rabbitmq.com/docs/uri-query-parameters) these count: heartbeat (1 to
+// 600 s), connection_timeout (ms), channel_max, auth_mechanism (plain, amqplain,
+// external; several times, best first) and, for TLS, cacertfile, certfile with
+// keyfile, server_name_indication, verify=verify_peer. Others are refused.
+//
+// queue must exist when the consumer subscribes (until then it keeps asking), unless
+// WithQueue or WithTopology declares it.
 //
 // The error joins one *OptionError per problem; it never holds the URL.
 func New(url, queue string, opts ...Option) (*Consumer, error) {
@@ -294,7 +301,6 @@ func (s *supervisor) connecting() stateFunc {
 	if s.ctx.Err() != nil {
 		return s.draining
 	}
-	s.enter(Connecting, nil)
 	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
 	defer cancel()
 	if s.conn != nil && !s.conn.alive() {
@@ -302,20 +308,25 @@ func (s *supervisor) connecting() stateFunc {
 	}
 	conn, number := s.conn, s.number+1
 	e := endpoint{}
-	if conn == nil && s.config.urlFunc == nil {
-		e = s.hosts.next(time.Now())
-		s.host = e.address
+	if conn == nil {
+		if s.config.urlFunc == nil {
+			e = s.hosts.next(time.Now())
+		}
+		s.host = e.address // "" until WithURLFunc has named it
 	}
+	s.enter(Connecting, nil)
 	step := newStep("dial")
 	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, step) }, step)
 	if a.conn != nil {
 		s.conn, s.host = a.conn, a.conn.host
+		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
 	}
 	if a.err != nil {
 		var at *SessionError
 		if errors.As(a.err, &at) {
 			at.Session = number
 			at.Queue = cmp.Or(at.Queue, s.config.queue)
+			s.host = cmp.Or(s.host, at.Host)
 		}
 		return s.failed(a.err)
 	}
@@ -359,7 +370,10 @@ func (s *supervisor) askURL(ctx context.Context) (e endpoint, err error) {
 	if err != nil {
 		return endpoint{}, err
 	}
-	return parseEndpoint(text)
+	if e, err = s.config.endpointOf(text); err != nil {
+		return endpoint{}, &urlError{"WithURLFunc", err}
+	}
+	return e, nil
 }
 
 // consuming waits for the end of the session or of Run's context.

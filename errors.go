@@ -74,7 +74,7 @@ type SessionError struct {
 	Err error
 }
 
-// Error tells queue, session, step, host and reason in one line.
+// Error tells queue, session, step, host, reason and, where the broker refuses, what to do.
 func (e *SessionError) Error() string {
 	where := ""
 	if e.Queue != "" {
@@ -84,7 +84,7 @@ func (e *SessionError) Error() string {
 	if e.Host != "" {
 		step += " " + e.Host
 	}
-	return fmt.Sprintf("steadymq: %ssession %d: %s: %v", where, e.Session, step, e.Err)
+	return fmt.Sprintf("steadymq: %ssession %d: %s: %v%s", where, e.Session, step, e.Err, advice(e.Op, e.Err))
 }
 
 // Unwrap returns the reason.

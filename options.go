@@ -265,7 +265,7 @@ func WithFatal(fatal func(error) bool) Option {
 
 // WithHeartbeat sets the heartbeat interval asked of the broker, in whole
 // seconds from 1 s to 10 min; the lower of the broker's and this one is used.
-// Default 10 s, or the heartbeat parameter of the URL. A silent peer is noticed
+// Default 10 s, or the heartbeat parameter of the URL dialled. A silent peer is noticed
 // within 1.5 intervals. Below 5 s a busy network raises false alarms
 // (https://www.rabbitmq.com/docs/heartbeats#false-positives).
 func WithHeartbeat(d time.Duration) Option {
@@ -278,10 +278,11 @@ func WithHeartbeat(d time.Duration) Option {
 	}
 }
 
-// WithDialTimeout bounds one TCP connect, name resolution included. Default 5 s,
-// range 1 ms to 24 h. WithSetupTimeout bounds it as well.
+// WithDialTimeout bounds one TCP connect, name resolution included. Default 5 s, or the
+// connection_timeout parameter of the URL dialled, in milliseconds; range 1 ms to 24 h.
+// WithSetupTimeout bounds it as well.
 func WithDialTimeout(d time.Duration) Option {
-	return func(c *config) { c.dialTimeout = d; c.duration("WithDialTimeout", d) }
+	return func(c *config) { c.dialTimeout = d; c.set["WithDialTimeout"] = true; c.duration("WithDialTimeout", d) }
 }
 
 // WithSetupTimeout bounds a whole try, from dial to the broker's consume-ok,
@@ -463,7 +464,9 @@ func WithURLs(urls ...string) Option {
 // WithURLFunc asks f for the URL before every dial, for credentials that rotate
 // or hosts that move. It takes the place of the URL given to New, which may then
 // be "". ctx ends with the setup limit; an error is retried like a failed dial
-// and must not hold a secret, for it is logged.
+// and must not hold a secret, for it is logged. A URL that New would refuse is not
+// dialled: so is amqp where WithTLSConfig is given. It is retried as slowly as what
+// someone has to mend, every 1 to 30 s.
 func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
 	return func(c *config) {
 		c.urlFunc = f
@@ -640,22 +643,73 @@ func (c *config) checkURLs() {
 		return
 	}
 	for i, u := range c.urls {
-		option := "New"
-		if i > 0 {
-			option = "WithURLs"
-		}
 		e, err := parseEndpoint(u)
-		if err != nil {
-			c.refuse(option, "%v", err)
+		switch {
+		case err != nil && i == 0:
+			c.refuse("New", "%v", err)
+			continue
+		case err != nil:
+			c.refuse("WithURLs", "URL %d: %v", i, err)
 			continue
 		}
-		if e.uri.Scheme == "amqp" && c.tls != nil {
-			c.refuse("WithTLSConfig", "the URL of host %s has the scheme amqp, which is not encrypted; use amqps", e.address)
+		which := "the URL"
+		if i > 0 {
+			which = fmt.Sprintf("URL %d of WithURLs", i)
 		}
-		if e.heartbeat != 0 && !c.set["WithHeartbeat"] {
-			c.heartbeat = e.heartbeat
+		for _, problem := range c.contradicts(e, which) {
+			c.problems = append(c.problems, problem)
 		}
 	}
+}
+
+// contradicts returns what the options make of a URL that is fine in itself. It shows none of it.
+func (c *config) contradicts(e endpoint, which string) (problems []*OptionError) {
+	refuse := func(option, reason string) {
+		problems = append(problems, &OptionError{option, fmt.Sprintf(reason, which)})
+	}
+	u := e.uri
+	if u.Scheme == "amqp" && c.tls != nil {
+		refuse("WithTLSConfig", "%s has the scheme amqp, which is not encrypted; use amqps")
+	}
+	if c.tls != nil && (u.CACertFile != "" || u.CertFile != "" || u.ServerName != "") {
+		refuse("WithTLSConfig", "takes the place of cacertfile, certfile, keyfile and server_name_indication, but %s has some; use RootCAs, Certificates and ServerName of the configuration in their place")
+	}
+	if u.AuthMechanism != nil && c.sasl != nil {
+		refuse("WithSASL", "takes the place of auth_mechanism, but %s has it; leave one of them out")
+	}
+	if u.AuthMechanism != nil && c.credentials != nil {
+		refuse("WithCredentials", "logs in by the mechanism PLAIN, but %s has an auth_mechanism; leave that out")
+	}
+	return problems
+}
+
+// endpointOf reads a URL that WithURLFunc returned as New would.
+func (c *config) endpointOf(text string) (endpoint, error) {
+	e, err := parseEndpoint(text)
+	if err != nil {
+		return endpoint{}, err
+	}
+	for _, problem := range c.contradicts(e, "the URL") {
+		return endpoint{}, &urlError{reason: problem.Option + ": " + problem.Reason}
+	}
+	return e, nil
+}
+
+// heartbeatOf returns the heartbeat to ask for at e: that of its own URL, unless WithHeartbeat is
+// given.
+func (c *config) heartbeatOf(e endpoint) time.Duration {
+	if e.heartbeat != 0 && !c.set["WithHeartbeat"] {
+		return e.heartbeat
+	}
+	return c.heartbeat
+}
+
+// dialTimeoutOf is to connection_timeout and WithDialTimeout what heartbeatOf is to heartbeats.
+func (c *config) dialTimeoutOf(e endpoint) time.Duration {
+	if e.dialTimeout != 0 && !c.set["WithDialTimeout"] {
+		return e.dialTimeout
+	}
+	return c.dialTimeout
 }
 
 func (c *config) checkQueue() {

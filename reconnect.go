@@ -1,6 +1,7 @@
 package steadymq
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -51,7 +52,7 @@ func classify(err error) class {
 	switch {
 	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded):
 		return classChannel
-	case errors.Is(err, errLoginRefused):
+	case errors.Is(err, errLoginRefused), errors.As(err, new(*urlError)):
 		return classOperator
 	case wrongPeer(err):
 		return classPeer
@@ -181,6 +182,8 @@ type retry struct {
 	locked   time.Time // since when the resource has been locked; zero if it is not
 	refusals int       // logins refused in a row
 	proven   bool      // there has been a session
+
+	heartbeat time.Duration // the longest of the connections so far, 0 before the first
 }
 
 func newRetry(c *config) *retry { return &retry{config: c} }
@@ -259,7 +262,7 @@ func (r *retry) patient(now time.Time) bool {
 	if r.locked.IsZero() {
 		r.locked = now
 	}
-	return now.Sub(r.locked) < 3*r.config.heartbeat+lockedExtra
+	return now.Sub(r.locked) < 3*cmp.Or(r.heartbeat, r.config.heartbeat)+lockedExtra
 }
 
 // draw is the pace of what costs the broker something. Refused dials do not count:

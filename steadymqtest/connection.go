@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -21,6 +22,9 @@ const (
 	stateClosing // connection.close was sent: everything but close-ok is ignored
 	stateEnded
 )
+
+// tlsAlert is what RabbitMQ answers to AMQP on its port for TLS: fatal, protocol_version.
+const tlsAlert = "\x15\x03\x03\x00\x02\x02\x46"
 
 // Times of RabbitMQ.
 const (
@@ -117,6 +121,9 @@ func (c *conn) secure() (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), tlsHandshakeTimeout)
 	defer cancel()
 	if err := t.HandshakeContext(ctx); err != nil {
+		if plain := (tls.RecordHeaderError{}); errors.As(err, &plain) && plain.Conn != nil {
+			_, _ = plain.Conn.Write([]byte(tlsAlert)) // crypto/tls says nothing to what is no TLS, RabbitMQ does
+		}
 		return nil, fmt.Errorf("tls: %w", err)
 	}
 	c.b.lock()
