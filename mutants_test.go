@@ -101,11 +101,11 @@ var mutants = []mutant{
 
 	// Sessions.
 	change("ignores basic.cancel", "session.go",
-		"\t\tif cancelled {\n\t\t\treturn s.lost(errCancelled)\n\t\t}\n\tcase <-s.conn.end.ended:\n\tcase <-s.driver:\n",
+		"\t\t\tif cancelled {\n\t\t\t\treturn s.lost(errCancelled)\n\t\t\t}\n\t\tcase <-s.conn.end.ended:\n\t\tcase <-s.driver:\n",
 		"\t\tif cancelled {\n\t\t\tselect {\n\t\t\tcase e := <-s.closes:\n\t\t\t\treturn s.lost(s.diagnose(errorOrNil(e)))\n\t\t\tcase <-s.conn.end.ended:\n\t\t\t\treturn s.lost(s.diagnose(nil))\n\t\t\tcase <-s.stop:\n\t\t\t\treturn nil\n\t\t\t}\n\t\t}\n\tcase <-s.conn.end.ended:\n"),
 	change("ignores the end of its channel", "session.go",
-		"\tcase e := <-s.closes:\n\t\terr = errorOrNil(e)\n\tcase _, cancelled := <-s.cancels:\n\t\tif cancelled {\n\t\t\treturn s.lost(errCancelled)\n\t\t}\n\tcase <-s.conn.end.ended:\n\tcase <-s.driver:\n",
-		"\tcase <-s.conn.end.ended:\n"),
+		"\t\tcase e := <-s.closes:\n\t\t\terr = errorOrNil(e)\n\t\tcase _, cancelled := <-s.cancels:\n\t\t\tif cancelled {\n\t\t\t\treturn s.lost(errCancelled)\n\t\t\t}\n\t\tcase <-s.conn.end.ended:\n\t\tcase <-s.driver:\n",
+		"\t\tcase <-s.conn.end.ended:\n"),
 	change("a cancelled session gives its handlers no time", "session.go",
 		"\t\ts.retire(cause)\n", "\t\ts.lose(cause)\n"),
 	change("no prefetch", "session.go", "s.channel.Qos(s.config.prefetch, 0, false)", "s.channel.Qos(0, 0, false)"),

@@ -63,6 +63,8 @@ type scope struct {
 	reporter *reporter
 	handlers context.Context // what the contexts of handlers are made from
 	stream   *position       // where to resume, nil unless it is a stream
+
+	complaints oneASecond // of messages that no handler can be given; the consuming session's
 }
 
 // openSession opens a channel on c, sets it up and subscribes, all within ctx:
@@ -162,22 +164,27 @@ func (s *session) run() {
 // order among its signs, so what ended is decided on the state after any of
 // them. It returns nil when the drain was asked for.
 func (s *session) consume() error {
-	var err error
-	select {
-	case e := <-s.closes:
-		err = errorOrNil(e)
-	case _, cancelled := <-s.cancels:
-		if cancelled {
-			return s.lost(errCancelled)
+	for {
+		var err error
+		select {
+		case <-s.lane.aside.more:
+			s.setAside()
+			continue
+		case e := <-s.closes:
+			err = errorOrNil(e)
+		case _, cancelled := <-s.cancels:
+			if cancelled {
+				return s.lost(errCancelled)
+			}
+		case <-s.conn.end.ended:
+		case <-s.driver:
+		case <-s.broken.ended:
+			return s.lost(s.broken.cause())
+		case <-s.stop:
+			return nil
 		}
-	case <-s.conn.end.ended:
-	case <-s.driver:
-	case <-s.broken.ended:
-		return s.lost(s.broken.cause())
-	case <-s.stop:
-		return nil
+		return s.lost(s.diagnose(err))
 	}
-	return s.lost(s.diagnose(err))
 }
 
 func (s *session) lost(err error) error { return s.failure("lost", err) }
