@@ -178,12 +178,11 @@ func (s *socket) next() (complete bool, err error) {
 	case b[0] == frameMethod:
 		return in.method(l, b, int(whole))
 	case b[0] == frameBody && l.headed:
-		in.piecemeal(l, int(whole))
+		return in.piecemeal(l, int(whole)), l.announced(whole - frameHead - 1)
 	default:
 		l.interrupt()
 		return s.theirs(b, whole)
 	}
-	return true, nil
 }
 
 // theirs leaves a frame to the driver. It has no way to skip a body, and makes room
@@ -200,9 +199,10 @@ func (s *socket) theirs(b []byte, whole uint64) (complete bool, err error) {
 }
 
 // piecemeal has a lane take a frame as it comes.
-func (in *inbound) piecemeal(l *lane, whole int) {
+func (in *inbound) piecemeal(l *lane, whole int) (complete bool) {
 	in.lane, in.body, in.took = l, whole-frameHead, true
 	in.r += frameHead
+	return true
 }
 
 // reading returns the lane of a channel, nil if there is none.
@@ -250,8 +250,7 @@ func (in *inbound) method(l *lane, b []byte, whole int) (complete bool, err erro
 func (in *inbound) header(l *lane, b []byte, whole int) (complete bool, err error) {
 	if whole > maxHeader {
 		l.skipHead(binary.BigEndian.Uint64(b[frameHead+4:]))
-		in.piecemeal(l, whole)
-		return true, nil
+		return in.piecemeal(l, whole), nil
 	}
 	if len(b) < whole {
 		return false, nil
@@ -279,11 +278,13 @@ func (in *inbound) takeBody() error {
 	in.r += len(b)
 	in.body -= len(b)
 	if in.body > 0 {
-		return in.lane.add(b, false)
+		in.lane.add(b, false)
+		return nil
 	}
 	end := len(b) - 1
 	if b[end] != frameEnd {
 		return garbled(errEnd)
 	}
-	return in.lane.add(b[:end], true)
+	in.lane.add(b[:end], true)
+	return nil
 }

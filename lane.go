@@ -2,6 +2,7 @@ package steadymq
 
 import (
 	"encoding/binary"
+	"errors"
 	"sync"
 	"sync/atomic"
 )
@@ -30,6 +31,8 @@ type lane struct {
 	refused bool          // the broker has closed the channel
 	memos   memos
 }
+
+var errBodySize = errors.New("a body longer than announced")
 
 // begun tells whether a message's content header is next.
 func (l *lane) begun() bool { return l.message != nil && !l.headed }
@@ -77,17 +80,21 @@ func (l *lane) head(payload []byte) {
 }
 
 // add takes a part of the body. Only at the end of a frame a message is whole.
-func (l *lane) add(part []byte, end bool) error {
-	if l.unfit != nil {
-		return l.skip(uint64(len(part)), end)
+func (l *lane) add(part []byte, end bool) {
+	if l.unfit == nil {
+		l.message.Body = append(l.message.Body, part...)
+	} else {
+		l.skip(uint64(len(part)), end)
 	}
-	d := l.message
-	if uint64(len(d.Body)+len(part)) > l.size {
-		return garbled(errBodySize)
-	}
-	d.Body = append(d.Body, part...)
 	if end {
 		l.finish()
+	}
+}
+
+// announced checks that a part of the body is not more than is still to come.
+func (l *lane) announced(part uint64) error {
+	if part > l.size-uint64(len(l.message.Body)) {
+		return garbled(errBodySize)
 	}
 	return nil
 }

@@ -1,7 +1,6 @@
 package steadymq
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -69,21 +68,12 @@ func (l *lane) skipHead(size uint64) {
 
 // skip goes over n bytes of a message that no handler can be given: of its header, if
 // that is too large, and of its body.
-func (l *lane) skip(n uint64, end bool) error {
+func (l *lane) skip(n uint64, end bool) {
 	if l.headed {
-		if n > l.size {
-			return garbled(errBodySize)
-		}
 		l.size -= n
 	}
-	if end {
-		l.headed = true
-		l.finish()
-	}
-	return nil
+	l.headed = l.headed || end
 }
-
-var errBodySize = errors.New("a body longer than announced")
 
 // setAside sees to the messages that no handler can be given.
 func (s *session) setAside() {
