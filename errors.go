@@ -98,11 +98,12 @@ func (e *SessionError) Unwrap() error { return e.Err }
 // read, or its body is larger than WithMaxMessageSize accepts. It is given to
 // Hooks.Unreadable and ends no session.
 //
-// The message is kept unsettled for about 15 minutes, where it occupies one place of
+// The message is kept unsettled for 7.5 to 22.5 minutes, where it occupies one place of
 // the prefetch, and then put back into its queue (basic.nack with requeue, which a
-// quorum queue's delivery limit counts up to RabbitMQ 4.2 only). So it may get another
-// consumer, and is told again when it comes back. To get rid of it, take it out of the
-// queue with a client that can read it. A stream keeps its messages, so there it is
+// quorum queue's delivery limit counts up to RabbitMQ 4.2 only); a stop puts it back at
+// once. So another consumer may get it, and it is told again when it comes back. To get
+// rid of it, take it out of the queue with a client that can read it. As many of them as
+// the prefetch stop what stands behind them. A stream keeps its messages, so there it is
 // stepped over as if a handler had acked it.
 type MessageError struct {
 	// Queue is the queue the message came from, Host the address of the broker,

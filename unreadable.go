@@ -84,8 +84,8 @@ func (s *session) setAside() {
 		s.complain(m.err)
 		d := m.delivery
 		d.init(passed{s})
+		s.began(d)
 		if s.stream != nil {
-			s.began(d)
 			placed(d)
 			_ = d.Ack()
 			continue

@@ -298,10 +298,8 @@ func TestAcksArriveBeforeASessionIsEndedForGarbage(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(b *bench) {
-				var tag string
 				busy := make(chan struct{})
 				b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
-					tag = d.ConsumerTag
 					if string(d.Body) == "slow" && d.Session() == 1 {
 						<-ctx.Done()
 						<-busy
@@ -311,7 +309,7 @@ func TestAcksArriveBeforeASessionIsEndedForGarbage(t *testing.T) {
 				b.broker.Publish(queue, "slow", "a", "b", "c", "d", "e", "f", "g", "h", "i")
 				b.wait(10 * time.Millisecond)
 				require.Less(b, len(b.broker.Ledger().Settlements), 5, "most of them wait for company")
-				b.broker.Garbage(garbage(tag)...)
+				b.broker.Garbage(garbage(b.broker.Ledger().Deliveries[0].ConsumerTag)...)
 				b.wait(30 * time.Second)
 				close(busy)
 				assert.GreaterOrEqual(b, b.consumer.Stats().Sessions, uint64(2))
