@@ -162,6 +162,9 @@ type Stats struct {
 	// end of the handler's session, or after the drain limit, is none: it cost
 	// nothing, for the broker has the message back.
 	Failed uint64
+	// Unreadable counts deliveries that no handler could be given, see MessageError.
+	// They are in none of the numbers above.
+	Unreadable uint64
 	// Abandoned counts what could not be ended in time: a user's function
 	// that ignored its context, or a teardown that outlasted its limit.
 	Abandoned uint64
@@ -187,6 +190,7 @@ func (c *Consumer) Stats() Stats {
 		Discarded:     n.outcomes[Discarded].Load(),
 		Stale:         n.stale.Load(),
 		Failed:        n.failed.Load(),
+		Unreadable:    n.unreadable.Load(),
 		Abandoned:     n.abandoned.Load(),
 		EventsDropped: n.eventsDropped.Load(),
 	}
@@ -196,6 +200,7 @@ type counters struct {
 	sessions, connections, dials atomic.Uint64
 	handling, held, overdue      atomic.Int64
 	delivered, failed, stale     atomic.Uint64
+	unreadable                   atomic.Uint64
 	outcomes                     [Stale]atomic.Uint64 // by Outcome
 	abandoned, eventsDropped     atomic.Uint64
 }

@@ -67,7 +67,8 @@
 // looks for consumers that are alive on paper: each has state of its own that the
 // session would only be longer for. inbound.go sorts what the socket reads into the
 // driver's and the lanes'; lane.go is the way of one session's deliveries and
-// settlements past the driver; frame.go has the little of the protocol they need.
+// settlements past the driver; unreadable.go sees to the messages that no handler can
+// be given; frame.go has the little of the protocol they need.
 //
 // Use goes one way: consumer to reconnect to session to connection to socket.
 //
@@ -87,6 +88,10 @@
 //     fuzz test compares them with the driver's. Deliveries on a channel that the
 //     broker has closed, and a second channel.close, are dropped on the way; the
 //     driver would close the connection for them.
+//   - Headers are read that the driver refuses, because RabbitMQ accepts them: any
+//     number of them, tables nested 32,768 deep, a frame of 1 MiB where less was agreed.
+//     What still cannot be read, or is larger than WithMaxMessageSize, ends no session,
+//     for the next one would be given it again: see [MessageError].
 //   - A failed handler is basic.reject, a delivery never started basic.nack: since
 //     RabbitMQ 4.3 only the former counts towards a quorum queue's delivery limit.
 //   - A message that is put back after a hold keeps its place in the prefetch but

@@ -40,8 +40,9 @@ const (
 // heartbeat is a whole heartbeat frame.
 var heartbeat = []byte{frameBeat, 0, 0, 0, 0, 0, 0, frameEnd}
 
-// errGarbled says that the broker's frames make no sense.
-var errGarbled = errors.New("the broker sent a message that cannot be read")
+// errGarbled says that the broker's frames make no sense: where the next one begins,
+// or which message is meant, is anybody's guess.
+var errGarbled = errors.New("the broker sent frames that cannot be read")
 
 // methodID returns class and method of the frame that p begins with; 0 if it
 // is no method frame.
@@ -82,8 +83,9 @@ func (e *notAMQPError) Error() string {
 	return fmt.Sprintf("%s: its first octet is %#x; check host and port", text, e.first)
 }
 
-// fields reads the payload of a frame. It takes and refuses what the driver
-// takes and refuses, and gives values the same Go types.
+// fields reads the payload of a frame. What the driver takes it takes too, and
+// gives values the same Go types. It takes more, for the driver refuses headers
+// that RabbitMQ accepts: any number of them, nested deeper, of the type L.
 type fields struct {
 	b   []byte
 	err error // the first one; what is read after it is zero
@@ -143,12 +145,17 @@ func (f *fields) timestamp() time.Time {
 func (f *fields) shortstr() []byte { return f.take(int(f.octet())) }
 
 func (f *fields) longstr() []byte {
+	return f.take(f.size())
+}
+
+// size reads that of a string, table or array.
+func (f *fields) size() int {
 	n := f.long()
 	if n > math.MaxInt32 {
-		f.fail(errSyntax)
-		return nil
+		f.fail(errSize)
+		return 0
 	}
-	return f.take(int(n))
+	return int(n)
 }
 
 func (f *fields) fail(err error) {
@@ -157,17 +164,20 @@ func (f *fields) fail(err error) {
 	}
 }
 
-var errSyntax = errors.New("invalid field")
+// maxDepth is how deep tables and arrays may nest: deeper than fits into a frame of
+// 128 KiB, the largest that RabbitMQ takes by default, at 5 bytes a level. It bounds
+// the stack, of the reader here and of whoever goes over the headers later.
+const maxDepth = 32 << 10
 
-// The driver's limits: how deep tables and arrays may nest, and how much is in one.
-const (
-	maxDepth   = 32
-	maxEntries = 8192
+var (
+	errDepth = fmt.Errorf("tables nest deeper than %d levels", maxDepth)
+	errSize  = errors.New("a size is negative")
+	errEnd   = errors.New("no end of the frame where it should be")
 )
 
 func (f *fields) table(depth int) amqp.Table {
 	if depth > maxDepth {
-		f.fail(errSyntax)
+		f.fail(errDepth)
 		return nil
 	}
 	in := fields{b: f.longstr()}
@@ -175,11 +185,7 @@ func (f *fields) table(depth int) amqp.Table {
 	t := make(amqp.Table)
 	for len(in.b) > 0 && in.err == nil {
 		key := string(in.shortstr())
-		value := in.value(depth)
-		if len(t) >= maxEntries {
-			in.fail(errSyntax)
-		}
-		t[key] = value
+		t[key] = in.value(depth)
 	}
 	f.err = in.err
 	return t
@@ -188,17 +194,13 @@ func (f *fields) table(depth int) amqp.Table {
 // array ends, as the driver's does, where a value is missing.
 func (f *fields) array(depth int) []any {
 	if depth > maxDepth {
-		f.fail(errSyntax)
+		f.fail(errDepth)
 		return nil
 	}
-	n := f.long()
-	if n > math.MaxInt32 {
-		f.fail(errSyntax)
-	}
+	size := min(f.size(), len(f.b))
 	if f.err != nil {
 		return nil
 	}
-	size := min(int(n), len(f.b))
 	in := fields{b: f.b[:size]}
 	var all []any
 	for {
@@ -206,9 +208,6 @@ func (f *fields) array(depth int) []any {
 		if errors.Is(in.err, io.EOF) {
 			f.b = f.b[size-len(in.b):]
 			return all
-		}
-		if len(all) >= maxEntries {
-			in.fail(errSyntax)
 		}
 		if in.err != nil {
 			f.err = in.err
@@ -234,7 +233,7 @@ func (f *fields) value(depth int) any {
 		return int32(f.long())
 	case 'i':
 		return f.long()
-	case 'l':
+	case 'l', 'L': // L is in the specification, and no client of today writes it
 		return int64(f.longlong())
 	case 'f':
 		return math.Float32frombits(f.long())
@@ -254,8 +253,9 @@ func (f *fields) value(depth int) any {
 		return append([]byte{}, f.longstr()...)
 	case 'V':
 		return nil
+	default:
+		f.fail(fmt.Errorf("a field is of the unknown type %q", typ))
 	}
-	f.fail(errSyntax)
 	return nil
 }
 
@@ -332,3 +332,11 @@ func (m *memos) properties(f *fields, d *amqp.Delivery) {
 }
 
 func garbled(err error) error { return fmt.Errorf("%w: %w", errGarbled, err) }
+
+// unread says that what cannot be read, and why.
+func unread(what string, why error) error {
+	if errors.Is(why, io.EOF) || errors.Is(why, io.ErrUnexpectedEOF) {
+		return fmt.Errorf("its %s cannot be read: something is cut off", what)
+	}
+	return fmt.Errorf("its %s cannot be read: %w", what, why)
+}

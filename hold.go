@@ -29,6 +29,11 @@ func (c *config) hold(n int) time.Duration {
 	return min(jitter(min(d, c.requeueLongest)), c.requeueLongest)
 }
 
+// longestHold is that of a message which no handler can be given.
+func (c *config) longestHold() time.Duration {
+	return min(jitter(c.requeueLongest), c.requeueLongest)
+}
+
 // add requeues d after delay, or at once when the session no longer holds.
 func (h *holds) add(d *Delivery, delay time.Duration) {
 	if delay > 0 && h.keep(d, delay) {

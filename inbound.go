@@ -2,12 +2,19 @@ package steadymq
 
 import (
 	"encoding/binary"
+	"fmt"
+	"math"
 	"time"
 )
 
 const (
 	// readBuffer makes one read of the socket serve many small frames.
 	readBuffer = 64 << 10
+
+	// maxHeader is how large the frame with the headers of a message may be. It may be
+	// larger than agreed: RabbitMQ adds headers to what a publisher sent, x-death above
+	// all, and cuts only bodies into frames.
+	maxHeader = 1 << 20
 
 	// beatEvery is how often the driver hears that the broker lives while the
 	// broker sends nothing but deliveries, which the driver does not see. The
@@ -22,14 +29,13 @@ const (
 type inbound struct {
 	buf  []byte
 	r, w int
-	want int // a frame of that size has to fit into buf
 
 	begun bool  // the broker has said its first word
 	pass  int64 // bytes of a frame that the driver still gets
 	all   bool  // these are no frames any more: judging that is the driver's work
 
 	lane *lane // whose message is being read
-	body int   // bytes of its body frame still to come, with the frame's end
+	body int   // bytes of its frame still to come, with the frame's end
 
 	beat  []byte        // for the driver, in place of what it does not see
 	given time.Duration // when the driver last got a frame, since the socket's start
@@ -41,7 +47,7 @@ func (s *socket) Read(p []byte) (int, error) {
 	for len(p) > 0 && !s.over.Load() {
 		n, err := s.sift(p)
 		if err != nil {
-			s.kill(err)
+			s.dismiss(err)
 			break
 		}
 		if n > 0 {
@@ -65,11 +71,7 @@ func (s *socket) fill() error {
 		in.given = time.Duration(s.heard.Load())
 		return nil
 	}
-	in.w = copy(in.buf, in.buf[in.r:in.w])
-	in.r = 0
-	if in.want > len(in.buf) {
-		in.buf = append(make([]byte, 0, in.want), in.buf[:in.w]...)[:in.want]
-	}
+	in.makeRoom()
 	if in.took || in.body > 0 {
 		s.delivered.Store(s.heard.Load())
 	}
@@ -82,6 +84,25 @@ func (s *socket) fill() error {
 	in.w += n
 	s.heard.Store(int64(time.Since(s.start)))
 	return nil
+}
+
+// makeRoom lets the buffer grow with what comes, whatever is announced, and shrink
+// again behind a large frame.
+func (in *inbound) makeRoom() {
+	if in.r > 0 {
+		in.w = copy(in.buf, in.buf[in.r:in.w])
+		in.r = 0
+	}
+	size := len(in.buf)
+	switch {
+	case in.w == size:
+		size *= 2
+	case size > readBuffer && in.w == 0:
+		size = readBuffer
+	default:
+		return
+	}
+	in.buf = append(make([]byte, 0, size), in.buf[:in.w]...)[:size]
 }
 
 // sift goes over what was read. It copies to p what is for the driver and
@@ -149,29 +170,42 @@ func (s *socket) next() (complete bool, err error) {
 		in.all = true
 		return true, nil
 	}
-	if b[0] == frameHeader {
-		if size := binary.BigEndian.Uint64(b[frameHead+4:]); s.opts.maxMessage > 0 && size > s.opts.maxMessage {
-			return false, &errMessageTooLarge{size: size, limit: s.opts.maxMessage}
-		}
-	}
 	l := s.reading(binary.BigEndian.Uint16(b[1:]))
-	if l == nil || whole > frameSize { // the driver refuses what is longer than agreed
-		in.pass = int64(whole)
-		return true, nil
-	}
 	switch {
+	case l == nil:
+		return s.theirs(b, whole)
+	case b[0] == frameHeader && l.begun() && whole <= math.MaxInt32:
+		return in.header(l, b, int(whole))
+	case whole > frameSize: // the driver refuses what is longer than agreed
+		return s.theirs(b, whole)
 	case b[0] == frameMethod:
 		return in.method(l, b, int(whole))
-	case b[0] == frameHeader && l.begun():
-		return in.header(l, b, int(whole))
 	case b[0] == frameBody && l.headed:
-		in.lane, in.body, in.took = l, int(whole)-frameHead, true
-		in.r += frameHead
+		return in.piecemeal(l, int(whole)), l.announced(whole - frameHead - 1)
 	default:
 		l.interrupt()
-		in.pass = int64(whole)
+		return s.theirs(b, whole)
 	}
+}
+
+// theirs leaves a frame to the driver. It has no way to skip a body, and makes room
+// for one as large as announced.
+func (s *socket) theirs(b []byte, whole uint64) (complete bool, err error) {
+	if b[0] == frameHeader {
+		size := binary.BigEndian.Uint64(b[frameHead+4:])
+		if err := s.opts.tooLarge(size); err != nil {
+			return false, fmt.Errorf("a message of %d bytes, not for this consumer but for what WithTopology does: %w", size, err)
+		}
+	}
+	s.in.pass = int64(whole)
 	return true, nil
+}
+
+// piecemeal has a lane take a frame as it comes.
+func (in *inbound) piecemeal(l *lane, whole int) (complete bool) {
+	in.lane, in.body, in.took = l, whole-frameHead, true
+	in.r += frameHead
+	return true
 }
 
 // reading returns the lane of a channel, nil if there is none.
@@ -196,7 +230,7 @@ func (in *inbound) method(l *lane, b []byte, whole int) (complete bool, err erro
 		in.pass = int64(whole)
 		return true, nil
 	}
-	if in.missing(b, whole) {
+	if len(b) < whole {
 		return false, nil
 	}
 	if again {
@@ -217,19 +251,18 @@ func (in *inbound) method(l *lane, b []byte, whole int) (complete bool, err erro
 
 // header takes the content header of the lane's message.
 func (in *inbound) header(l *lane, b []byte, whole int) (complete bool, err error) {
-	if in.missing(b, whole) {
+	if whole > maxHeader {
+		l.skipHead(binary.BigEndian.Uint64(b[frameHead+4:]))
+		return in.piecemeal(l, whole), nil
+	}
+	if len(b) < whole {
 		return false, nil
 	}
 	if err := in.skip(b, whole); err != nil { // first: the header may complete the message
 		return true, err
 	}
-	return true, l.head(b[frameHead+4 : whole-1])
-}
-
-// missing tells whether a frame is still incomplete, and makes room for it.
-func (in *inbound) missing(b []byte, whole int) bool {
-	in.want = whole
-	return len(b) < whole
+	l.head(b[frameHead+4 : whole-1])
+	return true, nil
 }
 
 // skip goes behind a frame that a lane took.
@@ -237,22 +270,24 @@ func (in *inbound) skip(b []byte, whole int) error {
 	in.r += whole
 	in.took = true
 	if b[whole-1] != frameEnd {
-		return garbled(errSyntax)
+		return garbled(errEnd)
 	}
 	return nil
 }
 
-// takeBody gives the lane what is there of a body frame.
+// takeBody gives the lane what is there of a frame that it takes as it comes.
 func (in *inbound) takeBody() error {
 	b := in.buf[in.r:min(in.w, in.r+in.body)]
 	in.r += len(b)
 	in.body -= len(b)
 	if in.body > 0 {
-		return in.lane.add(b, false)
+		in.lane.add(b, false)
+		return nil
 	}
 	end := len(b) - 1
 	if b[end] != frameEnd {
-		return garbled(errSyntax)
+		return garbled(errEnd)
 	}
-	return in.lane.add(b[:end], true)
+	in.lane.add(b[:end], true)
+	return nil
 }

@@ -21,19 +21,24 @@ type lane struct {
 	closed   bool         // under the socket's mutex, as is channel
 	owed     atomic.Int64 // deliveries that are not settled
 
+	aside aside // what no handler can be given
+
 	// The message that is being read; touched by the socket's Read only.
 	message *Delivery
-	headed  bool   // its content header was read
-	size    uint64 // of its body
-	refused bool   // the broker has closed the channel
+	headed  bool          // its content header was read
+	size    uint64        // of its body; of what is still to come of it, where unfit is set
+	unfit   *MessageError // why no handler can be given it
+	refused bool          // the broker has closed the channel
 	memos   memos
 }
+
+var errBodySize = errors.New("a body longer than announced")
 
 // begun tells whether a message's content header is next.
 func (l *lane) begun() bool { return l.message != nil && !l.headed }
 
 // interrupt drops a message that is not complete, as the driver does.
-func (l *lane) interrupt() { l.message, l.headed = nil, false }
+func (l *lane) interrupt() { l.message, l.headed, l.unfit = nil, false, nil }
 
 // begin reads a basic.deliver. It returns false if that is another consumer's.
 func (l *lane) begin(payload []byte) (mine bool, err error) {
@@ -45,36 +50,51 @@ func (l *lane) begin(payload []byte) (mine bool, err error) {
 	l.message = new(Delivery)
 	l.message.ConsumerTag = l.tag
 	l.memos.deliver(&f, &l.message.Delivery)
-	if f.err != nil {
-		return true, garbled(f.err)
+	switch {
+	case f.err == nil:
+	case l.message.DeliveryTag == 0: // nobody could ever settle it
+		return true, garbled(unread("delivery tag", f.err))
+	default:
+		l.refuse(unread("exchange and routing key", f.err))
 	}
 	return true, nil
 }
 
 // head reads a content header from the body size on.
-func (l *lane) head(payload []byte) error {
+func (l *lane) head(payload []byte) {
 	f := fields{b: payload}
 	l.size = f.longlong()
 	l.memos.properties(&f, &l.message.Delivery)
-	if f.err != nil {
-		return garbled(f.err)
-	}
 	l.headed = true
-	// What is announced is not there yet: no more than one frame is believed.
-	l.message.Body = make([]byte, 0, min(l.size, frameSize))
+	if err := l.socket.opts.tooLarge(l.size); err != nil {
+		l.refuse(err)
+	}
+	if f.err != nil {
+		l.refuse(unread("headers", f.err))
+	}
+	if l.unfit == nil {
+		// What is announced is not there yet: no more than one frame is believed.
+		l.message.Body = make([]byte, 0, min(l.size, frameSize))
+	}
 	l.finish()
-	return nil
 }
 
 // add takes a part of the body. Only at the end of a frame a message is whole.
-func (l *lane) add(part []byte, end bool) error {
-	d := l.message
-	if uint64(len(d.Body)+len(part)) > l.size {
-		return garbled(errors.New("a body longer than announced"))
+func (l *lane) add(part []byte, end bool) {
+	if l.unfit == nil {
+		l.message.Body = append(l.message.Body, part...)
+	} else {
+		l.skip(uint64(len(part)), end)
 	}
-	d.Body = append(d.Body, part...)
 	if end {
 		l.finish()
+	}
+}
+
+// announced checks that a part of the body is not more than is still to come.
+func (l *lane) announced(part uint64) error {
+	if part > l.size-uint64(len(l.message.Body)) {
+		return garbled(errBodySize)
 	}
 	return nil
 }
@@ -84,12 +104,16 @@ func (l *lane) finish() {
 	if uint64(len(l.message.Body)) < l.size {
 		return
 	}
-	d := l.message
+	d, unfit := l.message, l.unfit
 	l.interrupt()
 	if l.refused {
 		return
 	}
 	l.owed.Add(1)
+	if unfit != nil {
+		l.aside.put(d, unfit)
+		return
+	}
 	l.put(d)
 }
 
@@ -189,7 +213,7 @@ func (ls *lanes) busy() bool {
 // lane makes the way for a consumer that is about to subscribe. It opens with
 // the basic.consume that has the tag.
 func (s *socket) lane(tag string, prefetch int) *lane {
-	l := &lane{inbox: newInbox(prefetch), socket: s, tag: tag, prefetch: int64(prefetch), closed: true}
+	l := &lane{inbox: newInbox(prefetch), aside: newAside(), socket: s, tag: tag, prefetch: int64(prefetch), closed: true}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lanes.expected[tag] = l
@@ -203,6 +227,15 @@ func (l *lane) forget() {
 	l.socket.mu.Lock()
 	defer l.socket.mu.Unlock()
 	delete(l.socket.lanes.expected, l.tag)
+}
+
+// clear empties a closed lane.
+func (l *lane) clear() []*Delivery {
+	all := l.inbox.clear()
+	for _, m := range l.aside.take() {
+		all = append(all, m.delivery)
+	}
+	return all
 }
 
 // bury leaves of a lane that is done with only what drops late deliveries: its

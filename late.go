@@ -10,8 +10,8 @@ import (
 // notices is what the sessions of one Run have told, so that a mistake that every
 // message shows is no flood.
 type notices struct {
-	held, overdue, settled, limit thinned
-	slow, limitKept               atomic.Bool
+	held, overdue, settled, limit, unreadable thinned
+	slow, limitKept                           atomic.Bool
 }
 
 // thinned lets one line pass at a time and counts the others.

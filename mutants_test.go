@@ -101,10 +101,10 @@ var mutants = []mutant{
 
 	// Sessions.
 	change("ignores basic.cancel", "session.go",
-		"\t\tif cancelled {\n\t\t\treturn s.lost(errCancelled)\n\t\t}\n\tcase <-s.conn.end.ended:\n",
+		"\t\t\tif cancelled {\n\t\t\t\treturn s.lost(errCancelled)\n\t\t\t}\n\t\tcase <-s.conn.end.ended:\n",
 		"\t\tif cancelled {\n\t\t\tselect {\n\t\t\tcase <-s.channelEnd.ended:\n\t\t\t\treturn s.lost(s.diagnose())\n\t\t\tcase <-s.conn.end.ended:\n\t\t\t\treturn s.lost(s.diagnose())\n\t\t\tcase <-s.stop:\n\t\t\t\treturn nil\n\t\t\t}\n\t\t}\n\tcase <-s.conn.end.ended:\n"),
 	change("ignores the end of its channel", "session.go",
-		"\tcase <-s.channelEnd.ended:\n\tcase _, cancelled := <-s.cancels:\n\t\tif cancelled {\n\t\t\treturn s.lost(errCancelled)\n\t\t}\n\tcase <-s.conn.end.ended:\n",
+		"\t\tcase <-s.channelEnd.ended:\n\t\tcase _, cancelled := <-s.cancels:\n\t\t\tif cancelled {\n\t\t\t\treturn s.lost(errCancelled)\n\t\t\t}\n\t\tcase <-s.conn.end.ended:\n",
 		"\tcase <-s.conn.end.ended:\n"),
 	change("a cancelled session gives its handlers no time", "session.go",
 		"\t\ts.retire(cause)\n", "\t\ts.lose(cause)\n"),
@@ -253,6 +253,29 @@ var mutants = []mutant{
 		"late := taken < p.arrived[0]", "late := false")),
 	inTest("TestHandlersTooSlowForThePrefetchAreToldBeforeTheConsumerTimeout", change("busy handlers are slow ones", "late.go",
 		"late := taken < p.arrived[0]", "late := taken < p.arrived[len(p.arrived)-1]")),
+	// Messages that cannot be read.
+	change("headers nest as deep as the driver allows", "frame.go", "const maxDepth = 32 << 10", "const maxDepth = 32"),
+	inTest("TestHeadersThatRabbitMQAcceptsAreRead", change("a header frame above frame_max is the driver's", "inbound.go",
+		"l.begun() && whole <= math.MaxInt32:", "l.begun() && whole <= min(frameSize, math.MaxInt32):")),
+	inTest("TestMessageThatCannotBeReadStopsNothing", change("a handler gets what cannot be read", "lane.go",
+		"\tif unfit != nil {\n\t\tl.aside.put(d, unfit)\n\t\treturn\n\t}\n", "\t_ = unfit\n")),
+	inTest("TestMessageThatCannotBeReadStopsNothing", change("what cannot be read is acked", "unreadable.go",
+		"return p.lane.settle(basicNack, d.tag, nackRequeue)", "return p.lane.settle(basicAck, d.tag, 0)")),
+	inTest("TestMessageThatCannotBeReadStopsNothing", change("what cannot be read counts as a failure of a handler", "unreadable.go",
+		"return p.lane.settle(basicNack, d.tag, nackRequeue)", "return p.lane.settle(basicReject, d.tag, rejectRequeue)")),
+	inTest("TestMessageThatCannotBeReadStopsNothing", change("what cannot be read goes back at once", "unreadable.go",
+		"s.holds.add(d, s.config.longestHold())", "s.holds.add(d, time.Millisecond)")),
+	inTest("TestManyUnreadableMessagesMakeOneLogLineASecond", change("each message that cannot be read is logged", "unreadable.go",
+		"\tif !ok {\n\t\treturn\n\t}\n", "\t_ = ok\n")),
+	inTest("TestStreamStepsOverAMessageThatCannotBeRead", change("a stream waits for what cannot be read", "unreadable.go",
+		"\t\t\tplaced(d)\n", "")),
+	inTest("TestSkippedBodyTakesNoMemory", change("a body that is too large is read all the same", "lane.go",
+		"\tif l.unfit == nil {\n\t\t// What", "\tif true {\n\t\t// What")),
+	inTest("TestHeadersTakeMemoryAsTheyCome", change("room for large headers is never given back", "inbound.go",
+		"case size > readBuffer && in.w == 0:", "case false:")),
+	inTest("TestAcksArriveBeforeASessionIsEndedForGarbage", change("garbage takes acks along that were given", "inbound.go",
+		"\t\t\ts.dismiss(err)\n", "\t\t\ts.kill(err)\n")),
+
 	change("a hook is called after Run", "worker.go", " || p.reporter.muted.Load() {", " {"),
 
 	// Sessions that share a connection, and functions of the user.

@@ -103,6 +103,12 @@ type Hooks struct {
 	// limit had passed. It is called on the goroutine of its worker, concurrently
 	// with other workers, after the outcome was decided. It delays that worker.
 	HandlerFailed func(d *Delivery, err error)
+
+	// Unreadable is called for every delivery of a message that no handler can be
+	// given, because its headers cannot be read or its body is too large. It is called
+	// where StateChanged is, with the same limits. See MessageError for what becomes of
+	// the message.
+	Unreadable func(*MessageError)
 }
 
 // StateChange is one change of a Consumer's state.
@@ -139,7 +145,7 @@ const (
 type reporter struct {
 	ctx    context.Context // for the values a slog.Handler may look for
 	logger *slog.Logger
-	hook   func(StateChange)
+	hooks  Hooks
 
 	events  chan report
 	quit    chan struct{}
@@ -149,19 +155,20 @@ type reporter struct {
 	broken  *notifier // ended by the first panic of a hook
 }
 
-// report is a change of state or, with one of the others set, a handler's panic or
-// a warning.
+// report is a change of state or, with one of the others set, a handler's panic, a
+// warning or a message that no handler can be given.
 type report struct {
 	change   StateChange
 	panicked *PanicError
 	warning  *slog.Record
+	message  *MessageError
 }
 
 func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *reporter {
 	r := &reporter{
 		ctx:     context.WithoutCancel(ctx),
 		logger:  c.logger,
-		hook:    c.hooks.StateChanged,
+		hooks:   c.hooks,
 		events:  make(chan report, reportBacklog),
 		quit:    make(chan struct{}),
 		done:    make(chan struct{}),
@@ -220,8 +227,17 @@ func (r *reporter) deliver(e report) {
 	}
 	defer r.guard()
 	r.log(e)
-	if e.panicked == nil && e.warning == nil && r.hook != nil && r.broken.cause() == nil {
-		r.hook(e.change)
+	if r.broken.cause() != nil {
+		return
+	}
+	switch {
+	case e.panicked != nil, e.warning != nil:
+	case e.message != nil:
+		if r.hooks.Unreadable != nil {
+			r.hooks.Unreadable(e.message)
+		}
+	case r.hooks.StateChanged != nil:
+		r.hooks.StateChanged(e.change)
 	}
 }
 
@@ -246,6 +262,9 @@ func (e *hookError) Unwrap() []error {
 // log writes one line for a change of state, none for a step that is only on
 // the way to the next one.
 func (r *reporter) log(e report) {
+	if e.message != nil {
+		return // a warning tells
+	}
 	if e.panicked != nil {
 		r.logger.LogAttrs(r.ctx, slog.LevelError, "steadymq: handler panicked",
 			slog.Any("panic", e.panicked.Error()), slog.String("stack", string(e.panicked.Stack)))

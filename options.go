@@ -361,11 +361,12 @@ func WithWriteDelay(d time.Duration) Option {
 	}
 }
 
-// WithMaxMessageSize refuses messages with a larger body, in bytes, at their
-// header and before any of the body is buffered: the session ends with an error
-// that names the size. The message stays in the queue and will come again, so
-// set it well above what publishers may send and treat the error as an alarm.
-// Off by default (the broker's own max_message_size, 16 MiB since RabbitMQ 4.0,
+// WithMaxMessageSize gives no handler a message with a larger body, in bytes. None of
+// the body is kept in memory, but all of it crosses the network. The session goes on;
+// Hooks.Unreadable and a log line tell, and MessageError says what becomes of the
+// message. It will come again, so set the limit well above what publishers may send and
+// treat the hook as an alarm. A larger message that a TopologyFunc fetches (basic.get)
+// ends the connection. Off by default (the broker's own max_message_size, 16 MiB since RabbitMQ 4.0,
 // applies to publishers). Range: 1 and up.
 func WithMaxMessageSize(bytes int64) Option {
 	return func(c *config) {
@@ -613,7 +614,7 @@ func WithLogger(logger *slog.Logger) Option {
 func WithHooks(hooks Hooks) Option {
 	return func(c *config) {
 		c.hooks = hooks
-		if hooks.StateChanged == nil && hooks.HandlerFailed == nil {
+		if hooks.StateChanged == nil && hooks.HandlerFailed == nil && hooks.Unreadable == nil {
 			c.refuse("WithHooks", "all hooks are nil; set at least one or leave the option out")
 		}
 	}

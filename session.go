@@ -210,19 +210,24 @@ func (s *session) run() {
 // order among its signs, so what ended is decided on the state after any of
 // them. It returns nil when the drain was asked for.
 func (s *session) consume() error {
-	select {
-	case <-s.channelEnd.ended:
-	case _, cancelled := <-s.cancels:
-		if cancelled {
-			return s.lost(errCancelled)
+	for {
+		select {
+		case <-s.lane.aside.more:
+			s.setAside()
+			continue
+		case <-s.channelEnd.ended:
+		case _, cancelled := <-s.cancels:
+			if cancelled {
+				return s.lost(errCancelled)
+			}
+		case <-s.conn.end.ended:
+		case <-s.broken.ended:
+			return s.lost(s.broken.cause())
+		case <-s.stop:
+			return nil
 		}
-	case <-s.conn.end.ended:
-	case <-s.broken.ended:
-		return s.lost(s.broken.cause())
-	case <-s.stop:
-		return nil
+		return s.lost(s.diagnose())
 	}
-	return s.lost(s.diagnose())
 }
 
 func (s *session) lost(err error) error { return s.failure("lost", err) }

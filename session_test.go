@@ -573,20 +573,6 @@ func impersonated() net.Conn {
 
 // Limits.
 
-func TestMessageOverTheSizeLimitEndsTheSessionWithAClearError(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack, steadymq.WithMaxMessageSize(1000))
-		b.broker.Publish(queue, strings.Repeat("x", 1000))
-		b.wait(time.Second)
-		assert.EqualValues(b, 1, b.consumer.Stats().Acked)
-		b.broker.Publish(queue, strings.Repeat("x", 1001))
-		b.wait(time.Second)
-		require.NotEmpty(b, b.causes())
-		assert.ErrorContains(b, b.causes()[0], "message of 1001 bytes is larger than the limit of 1000 bytes")
-		assert.EqualValues(b, 1, b.consumer.Stats().Delivered)
-	})
-}
-
 func TestStopDoesNotWaitForAQuestionToThisHost(t *testing.T) {
 	bubble(t, func(b *bench) {
 		b.consuming(ack, steadymq.WithStallDetector(10*time.Second), steadymq.WithSetupTimeout(2*time.Minute))

@@ -368,8 +368,15 @@ func (s *sim) end(f simFault) {
 }
 
 func (s *sim) publish(x simPublish) {
-	for range x.count {
-		s.broker.PublishMessage(s.plan.queues[x.queue].name, steadymqtest.Message{Body: []byte("work"), Transient: x.transient})
+	for i := range x.count {
+		m := steadymqtest.Message{Body: []byte("work"), Transient: x.transient}
+		switch i % 8 { // headers that the driver refuses
+		case 3:
+			m.RawHeaders = nestedArrays(40)
+		case 6:
+			m.RawHeaders = header('L', 0, 0, 0, 0, 0, 0, 0, 1)
+		}
+		s.broker.PublishMessage(s.plan.queues[x.queue].name, m)
 	}
 }
 

@@ -40,23 +40,19 @@ var (
 	errWriteTimeout = errors.New("the peer takes no more data: write deadline passed")
 )
 
-// errMessageTooLarge says that the broker announced a larger message than
-// this consumer accepts. Nothing of its body was buffered.
-type errMessageTooLarge struct {
-	size, limit uint64
-}
-
-func (e *errMessageTooLarge) Error() string {
-	return fmt.Sprintf("message of %d bytes is larger than the limit of %d bytes: "+
-		"raise the limit or move the message out of the queue", e.size, e.limit)
-}
-
 // socketOptions are the limits of one socket; zero switches a limit off.
 type socketOptions struct {
 	idleTimeout  time.Duration // no byte read for this long ends the socket
 	writeTimeout time.Duration // deadline of every write to the wire
 	writeDelay   time.Duration // upper bound a settlement may wait to share a write
-	maxMessage   uint64        // refuse a content header announcing a larger body
+	maxMessage   uint64        // keep no larger body
+}
+
+func (o *socketOptions) tooLarge(size uint64) error {
+	if o.maxMessage == 0 || size <= o.maxMessage {
+		return nil
+	}
+	return fmt.Errorf("%w of %d bytes: raise it, or take the message out of the queue", ErrMessageTooLarge, o.maxMessage)
 }
 
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
@@ -224,6 +220,28 @@ func (s *socket) cause() error {
 func (s *socket) kill(cause error) {
 	s.blame(cause)
 	s.end(true)
+}
+
+// dismiss ends the socket for what the broker sent. The acks that handlers have
+// given go out before, within drainGrace: a reset would take them along, and so would
+// a plain close while there is more to read. Read's caller calls it.
+func (s *socket) dismiss(cause error) {
+	s.blame(cause)
+	limit := time.AfterFunc(drainGrace, func() { s.end(true) })
+	defer limit.Stop()
+	s.mu.Lock()
+	s.closing = true
+	s.mu.Unlock()
+	s.nudge()
+	select {
+	case <-s.writer:
+	case <-s.ended:
+	}
+	if c, ok := s.raw.(interface{ CloseWrite() error }); ok && s.in.begun {
+		_ = c.CloseWrite()
+		_, _ = io.Copy(io.Discard, s.raw)
+	}
+	s.end(false)
 }
 
 // blame keeps the first cause.

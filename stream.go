@@ -12,6 +12,17 @@ import (
 
 const offsetKey = "x-stream-offset"
 
+// unknownOffset is that of a message whose headers cannot be read: behind the one
+// before, at least.
+const unknownOffset = -1
+
+// placed gives d an offset if the broker's cannot be read.
+func placed(d *Delivery) {
+	if _, ok := headerInt(d.Headers[offsetKey]); !ok {
+		d.Headers = amqp.Table{offsetKey: int64(unknownOffset)}
+	}
+}
+
 // position remembers how far a stream has been handled, over the sessions of one
 // Run: a stream keeps its messages and starts a consumer where the consumer says,
 // so without it the successor of a lost session would skip what was published
@@ -205,6 +216,10 @@ func (p *position) told(session uint64, d settledAt) {
 		return
 	}
 	for _, d := range p.acked.add(d) {
+		if d.offset == unknownOffset {
+			p.next++
+			continue
+		}
 		p.next = d.offset + 1
 	}
 }

@@ -476,7 +476,7 @@ func (ch *channel) published(p *publication) *refusal {
 	b := ch.c.b
 	m := &message{exchange: p.exchange, key: p.key, props: p.props, body: p.body}
 	props, ok := decodeProperties(p.props)
-	if !ok {
+	if !ok || props.RawHeaders != nil {
 		return refuse(502, "content header cannot be read")
 	}
 	if m.id = props.ID; m.id == "" {

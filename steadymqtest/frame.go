@@ -119,9 +119,12 @@ func appendLongstr(out []byte, s string) []byte {
 }
 
 // appendTable writes a field table, keys in order so that the same table always gives the same bytes.
-func appendTable(out []byte, t map[string]any) []byte {
+func appendTable(out []byte, t map[string]any) []byte { return appendRawTable(out, nil, t) }
+
+// appendRawTable writes a field table with entries that are already encoded before the others.
+func appendRawTable(out, raw []byte, t map[string]any) []byte {
 	mark := len(out)
-	out = append(out, 0, 0, 0, 0)
+	out = append(append(out, 0, 0, 0, 0), raw...)
 	keys := make([]string, 0, len(t))
 	for k := range t {
 		keys = append(keys, k)
@@ -251,10 +254,21 @@ func (d *decoder) shortstr() string { return string(d.take(int(d.octet()))) }
 
 func (d *decoder) longstr() string { return string(d.take(int(d.long()))) }
 
-// maxDepth bounds how deep tables may nest: hostile input must not exhaust the stack.
-const maxDepth = 32
+// maxDepth bounds how deep tables may nest: hostile input must not exhaust the stack. No frame of 128 KiB can hold a deeper one.
+const maxDepth = 32 << 10
 
 func (d *decoder) table() map[string]any { return d.tableAt(0) }
+
+// headers reads a table. If that cannot be read it returns what is in it, as it came.
+func (d *decoder) headers() (t map[string]any, raw []byte) {
+	whole := *d
+	if t = d.table(); !d.bad {
+		return t, nil
+	}
+	raw = whole.take(int(whole.long()))
+	*d = whole
+	return nil, raw
+}
 
 func (d *decoder) tableAt(depth int) map[string]any {
 	in := decoder{b: d.take(int(d.long())), bad: d.bad || depth > maxDepth}
@@ -293,7 +307,7 @@ func (d *decoder) field(depth int) any {
 		return int32(d.long())
 	case 'i':
 		return d.long()
-	case 'l':
+	case 'l', 'L':
 		return int64(d.longlong())
 	case 'f':
 		return math.Float32frombits(d.long())

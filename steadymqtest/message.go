@@ -10,9 +10,13 @@ import (
 // Message is a message to publish, see [Broker.PublishMessage]. The zero value of a field leaves that property out.
 type Message struct {
 	// ID becomes the message-id property. Empty: the broker makes one, so that every message can be told apart in the [Ledger].
-	ID              string
-	Body            []byte
-	Headers         map[string]any
+	ID      string
+	Body    []byte
+	Headers map[string]any
+	// RawHeaders are encoded headers, each a name and a value, that are delivered as they are in front of Headers. So a test can
+	// send what no client would write and some clients cannot read: a type they do not know, a table cut off in the middle, more
+	// than fits into a frame. From a publisher on the network the broker takes, as RabbitMQ does, only what it can read.
+	RawHeaders      []byte
 	ContentType     string
 	ContentEncoding string
 	CorrelationID   string
@@ -58,9 +62,9 @@ func appendProperties(out []byte, m *Message) []byte {
 	}
 	text(propContentType, m.ContentType)
 	text(propContentEncoding, m.ContentEncoding)
-	if len(m.Headers) > 0 {
+	if len(m.Headers) > 0 || len(m.RawHeaders) > 0 {
 		flags |= propHeaders
-		out = appendTable(out, m.Headers)
+		out = appendRawTable(out, m.RawHeaders, m.Headers)
 	}
 	flags |= propDeliveryMode
 	out = append(out, 2-bit(m.Transient, 0))
@@ -83,7 +87,7 @@ func appendProperties(out []byte, m *Message) []byte {
 	return out
 }
 
-// decodeProperties reads flags and list as a client or appendProperties wrote them.
+// decodeProperties reads flags and list as a client or appendProperties wrote them. Headers that cannot be read are in RawHeaders.
 func decodeProperties(props []byte) (Message, bool) {
 	d := decoder{b: props}
 	flags := d.short()
@@ -96,7 +100,7 @@ func decodeProperties(props []byte) (Message, bool) {
 	text(propContentType, &m.ContentType)
 	text(propContentEncoding, &m.ContentEncoding)
 	if flags&propHeaders != 0 {
-		m.Headers = d.table()
+		m.Headers, m.RawHeaders = d.headers()
 	}
 	if flags&propDeliveryMode != 0 {
 		m.Transient = d.octet() != 2
