@@ -47,7 +47,8 @@ func (o Outcome) String() string {
 // amqp.Delivery has the body, headers and properties.
 //
 // A delivery is settled at most once, with multiple=false, on the channel that
-// delivered it and no other; all methods are safe for concurrent use. The
+// delivered it and no other; all methods are safe for concurrent use. A copy of a
+// Delivery, made by value, is the same delivery and shares its outcome. The
 // embedded Acknowledger is the same fence, so amqp.Delivery's own Ack, Nack and
 // Reject are safe too, and refuse multiple=true with ErrMultiple.
 //
@@ -56,12 +57,21 @@ func (o Outcome) String() string {
 type Delivery struct {
 	amqp.Delivery
 
+	fence *fence // shared by all copies, nil for one that nobody delivered
+}
+
+// fence is what a delivery shares with its copies, so that all of them together
+// settle once. It is the Acknowledger of their amqp.Delivery.
+type fence struct {
+	origin Delivery // in one allocation with its fence
 	// tag is a copy: the exported DeliveryTag belongs to the caller, who may
 	// change it.
 	tag     uint64
 	outcome atomic.Uint32
 	settler settler
 }
+
+var _ amqp.Acknowledger = (*fence)(nil)
 
 // settler puts one settlement on the wire. It is called once per delivery.
 type settler interface {
@@ -70,22 +80,25 @@ type settler interface {
 	source() (queue, host string)
 }
 
-// fence is a Delivery seen as the Acknowledger of its own amqp.Delivery.
-type fence Delivery
-
-var _ amqp.Acknowledger = (*fence)(nil)
+// newDelivery makes one that is still to be filled and given to init.
+func newDelivery() *Delivery {
+	f := new(fence)
+	f.origin.fence = f
+	return &f.origin
+}
 
 func (d *Delivery) init(s settler) {
-	d.tag = d.DeliveryTag
-	d.settler = s
-	d.Acknowledger = (*fence)(d)
+	d.fence.tag = d.DeliveryTag
+	d.fence.settler = s
+	d.Acknowledger = d.fence
 }
 
 // NewDelivery makes a Delivery of no session, for testing handlers. If m has an
 // Acknowledger the settlement is passed on to it, once; else it is only
 // recorded, see Outcome.
 func NewDelivery(m amqp.Delivery) *Delivery {
-	d := &Delivery{Delivery: m}
+	d := newDelivery()
+	d.Delivery = m
 	d.init(loose{m.Acknowledger})
 	return d
 }
@@ -107,35 +120,40 @@ func (d *Delivery) Requeue() error { return d.settle(Requeued) }
 func (d *Delivery) Discard() error { return d.settle(Discarded) }
 
 // Outcome returns what became of the delivery so far.
-func (d *Delivery) Outcome() Outcome { return Outcome(d.outcome.Load()) }
+func (d *Delivery) Outcome() Outcome {
+	if d.fence == nil {
+		return Unsettled
+	}
+	return Outcome(d.fence.outcome.Load())
+}
 
 // Session returns the number of the session that delivered the message, counted
 // from 1 in each Run; 0 for NewDelivery. (Session, DeliveryTag) is the only
 // identity AMQP 0-9-1 gives a delivery.
 func (d *Delivery) Session() uint64 {
-	if d.settler == nil {
+	if d.fence == nil {
 		return 0
 	}
-	return d.settler.number()
+	return d.fence.settler.number()
 }
 
 // Queue returns the queue the message came from, the broker's own name for it if
 // it has one; "" for NewDelivery.
 func (d *Delivery) Queue() string {
-	if d.settler == nil {
+	if d.fence == nil {
 		return ""
 	}
-	queue, _ := d.settler.source()
+	queue, _ := d.fence.settler.source()
 	return queue
 }
 
 // Host returns the address of the broker that delivered the message; "" for
 // NewDelivery.
 func (d *Delivery) Host() string {
-	if d.settler == nil {
+	if d.fence == nil {
 		return ""
 	}
-	_, host := d.settler.source()
+	_, host := d.fence.settler.source()
 	return host
 }
 
@@ -176,21 +194,25 @@ func headerInt(v any) (int64, bool) {
 	return 0, false
 }
 
+func (d *Delivery) settle(o Outcome) error {
+	if d.fence == nil {
+		return errUndelivered
+	}
+	return d.fence.settle(d.fence.settler, o)
+}
+
 // settle claims the delivery by compare-and-swap and only then sends: of two
 // settlements at the same moment one frame reaches the wire.
-func (d *Delivery) settle(o Outcome) error {
-	if !d.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {
-		if d.Outcome() == Stale {
+func (f *fence) settle(by settler, o Outcome) error {
+	if !f.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {
+		if f.origin.Outcome() == Stale {
 			return ErrStale
 		}
 		return ErrSettled
 	}
-	if d.settler == nil {
-		return nil
-	}
-	err := d.settler.settle(d, o)
+	err := by.settle(&f.origin, o)
 	if errors.Is(err, ErrStale) {
-		d.outcome.Store(uint32(Stale))
+		f.outcome.Store(uint32(Stale))
 	}
 	return err
 }
@@ -200,14 +222,16 @@ func (f *fence) claim(tag uint64, multiple bool, o Outcome) error {
 	if multiple {
 		return ErrMultiple
 	}
-	d := (*Delivery)(f)
-	if tag != d.tag {
+	if tag != f.tag {
 		return errOtherTag
 	}
-	return d.settle(o)
+	return f.settle(f.settler, o)
 }
 
-var errOtherTag = errors.New("steadymq: the delivery tag was changed; a delivery can only settle itself; nothing was sent")
+var (
+	errOtherTag    = errors.New("steadymq: the delivery tag was changed; a delivery can only settle itself; nothing was sent")
+	errUndelivered = errors.New("steadymq: this Delivery is of no broker; make one for a test with NewDelivery; nothing was sent")
+)
 
 // Ack implements amqp.Acknowledger.
 func (f *fence) Ack(tag uint64, multiple bool) error {
@@ -243,9 +267,9 @@ func (l loose) settle(d *Delivery, o Outcome) error {
 		return nil
 	}
 	if o == Acked {
-		return l.to.Ack(d.tag, false)
+		return l.to.Ack(d.fence.tag, false)
 	}
-	return l.to.Reject(d.tag, o == Requeued)
+	return l.to.Reject(d.fence.tag, o == Requeued)
 }
 
 // verdict is an outcome that travels in a handler's error.

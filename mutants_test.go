@@ -59,8 +59,11 @@ var mutants = []mutant{
 	change("acks are multiple", "session.go",
 		"s.lane.settle(basicAck, tag, 0)", "s.lane.settle(basicAck, tag, 1)"),
 	change("a delivery may be settled twice", "ack.go",
-		"if !d.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {",
-		"if d.outcome.Store(uint32(o)); false {"),
+		"if !f.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {",
+		"if f.outcome.Store(uint32(o)); false {"),
+	inTest("TestCopiesOfADeliverySettleOnce", change("a copy of a delivery settles by itself", "ack.go",
+		"\treturn d.fence.settle(d.fence.settler, o)\n",
+		"\tcopied := &fence{origin: *d, tag: d.fence.tag, settler: d.fence.settler}\n\treturn copied.settle(copied.settler, o)\n")),
 	{name: "late acks go to the newest session", edits: []edit{
 		{
 			"session.go", "func (s *session) settle(d *Delivery, o Outcome) error {",

@@ -374,9 +374,9 @@ func (s *session) settle(d *Delivery, o Outcome) error {
 func (s *session) send(d *Delivery, o Outcome) error {
 	switch {
 	case s.stream == nil && o == Acked:
-		return s.ack(d.tag)
+		return s.ack(d.fence.tag)
 	case s.stream == nil:
-		return s.reject(d.tag, o == Requeued)
+		return s.reject(d.fence.tag, o == Requeued)
 	case o == Requeued: // a stream would take it as done
 		s.broken.notify(errStreamAgain)
 		return nil
