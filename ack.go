@@ -1,8 +1,10 @@
 package steadymq
 
 import (
+	"context"
 	"errors"
 	"math/rand/v2"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -306,6 +308,43 @@ func RequeueAfter(err error, d time.Duration) error {
 // Discard returns an error that makes a handler drop its message, or
 // dead-letter it if the queue has a dead-letter exchange. err may be nil.
 func Discard(err error) error { return &verdict{outcome: Discarded, err: err} }
+
+// OutcomeOf returns the outcome that a handler's error asks for, and whether it does
+// so explicitly: true for nil, which acks, and for what Discard, Requeue and
+// RequeueAfter return, wrapped or not; false for any other error, which puts the
+// message back after a hold. A middleware that has a policy for failures leaves the
+// explicit ones alone.
+func OutcomeOf(err error) (o Outcome, explicit bool) {
+	if err == nil {
+		return Acked, true
+	}
+	if v := (*verdict)(nil); errors.As(err, &v) {
+		return v.outcome, true
+	}
+	return Requeued, false
+}
+
+// Invoke runs h on d as a Consumer does, without its holds, so that a test of a
+// handler can assert what becomes of the message: a panic is an error
+// (*PanicError), and the error settles d unless h has settled it by itself. It
+// returns the outcome and the error. Make d with NewDelivery; middleware wraps h
+// before: Invoke(ctx, policy(handle), d).
+func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) {
+	returned := false
+	defer func() {
+		if !returned {
+			err = &PanicError{Value: recover(), Stack: debug.Stack()}
+		}
+		if d.Outcome() == Unsettled {
+			wanted, _ := OutcomeOf(err)
+			_ = d.settle(wanted)
+		}
+		o = d.Outcome()
+	}()
+	err = h(ctx, d)
+	returned = true
+	return o, err
+}
 
 // judge turns a handler's error into an outcome and how long to hold the
 // delivery before it.

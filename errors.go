@@ -74,7 +74,9 @@ type SessionError struct {
 	Err error
 }
 
-// Error tells queue, session, step, host and reason in one line.
+// Error tells queue, session, step, host and reason in one line, each once: errors
+// of net are quoted without their addresses, those of the broker as "403
+// ACCESS_REFUSED - ...".
 func (e *SessionError) Error() string {
 	where := ""
 	if e.Queue != "" {
@@ -84,7 +86,7 @@ func (e *SessionError) Error() string {
 	if e.Host != "" {
 		step += " " + e.Host
 	}
-	return fmt.Sprintf("steadymq: %ssession %d: %s: %v", where, e.Session, step, e.Err)
+	return fmt.Sprintf("steadymq: %ssession %d: %s: %s", where, e.Session, step, e.reason())
 }
 
 // Unwrap returns the reason.
@@ -119,7 +121,7 @@ func (e *PanicError) Error() string {
 	if e.Value == nil {
 		return "steadymq: panic: runtime.Goexit was called"
 	}
-	return fmt.Sprintf("steadymq: panic: %v", e.Value)
+	return oneLine(fmt.Sprintf("steadymq: panic: %v", e.Value))
 }
 
 // Unwrap returns the value if it was an error.

@@ -45,15 +45,15 @@ func (h *holds) remove(d *Delivery) bool {
 	return ok
 }
 
-// release ends all holds: the deliveries are settled at once, as requeued while
-// their session lives and as stale after it.
-func (h *holds) release() {
+// release ends all holds: the deliveries are settled by their session at once, as
+// requeued while it lives and as stale after it.
+func (h *holds) release(by settler) {
 	h.mu.Lock()
 	held := h.timers
 	h.timers, h.released = nil, true
 	h.mu.Unlock()
 	for d, timer := range held {
 		timer.Stop()
-		_ = d.Requeue()
+		_ = d.fence.settle(by, Requeued)
 	}
 }

@@ -86,7 +86,7 @@ var mutants = []mutant{
 	change("discard requeues", "ack.go",
 		"func Discard(err error) error { return &verdict{outcome: Discarded,", "func Discard(err error) error { return &verdict{outcome: Requeued,"),
 	change("forgets to settle after a panic", "worker.go",
-		"\t\ts.conclude(d, err)\n", "\t\tif !errors.As(err, new(*PanicError)) {\n\t\t\ts.conclude(d, err)\n\t\t}\n"),
+		"\t\theld = s.conclude(d, err)\n", "\t\tif !errors.As(err, new(*PanicError)) {\n\t\t\theld = s.conclude(d, err)\n\t\t}\n"),
 	{name: "handlers start for sessions that are over", edits: []edit{
 		{"worker.go", "if !s.gate.enter() {", "if s.gate.count.Add(2); false {"},
 	}},
@@ -153,15 +153,15 @@ var mutants = []mutant{
 	change("no drain limit", "session.go",
 		"func (s *session) drain() {\n\tlimit := time.NewTimer(s.config.drainTimeout)", "func (s *session) drain() {\n\tlimit := time.NewTimer(24 * time.Hour)"),
 	change("held messages are not released by the drain", "session.go",
-		"\ts.ended.notify(errStopped)\n\ts.holds.release()\n", "\ts.ended.notify(errStopped)\n"),
+		"\ts.ended.notify(errStopped)\n\ts.releaseHeld()\n", "\ts.ended.notify(errStopped)\n"),
 	change("messages that were not started are not handed back", "session.go",
 		"\t\treturn s.lost(s.diagnose(nil))\n\t}\n\ts.handBackRest()\n", "\t\treturn s.lost(s.diagnose(nil))\n\t}\n"),
 	{name: "close-ok is not awaited", edits: []edit{
 		{"session.go", "\terr := s.channel.Close()\n", "\tvar err error\n"},
 		{"connection.go", "\t\t_ = c.amqp.CloseDeadline(time.Now().Add(limit))\n", "\t\tgo func() { _ = c.amqp.CloseDeadline(time.Now().Add(limit)) }()\n"},
 	}},
-	change("a lost connection hides handlers left behind", "consumer.go", "\tcase err != nil:\n\t\ts.err = errors.Join(s.err, err)\n", ""),
-	change("a hook is called after Run", "worker.go", " || p.reporter.muted.Load() {", " {"),
+	change("a lost connection hides handlers left behind", "consumer.go", "\tcase err != nil:\n\t\ts.err = join(s.err, err)\n", ""),
+	change("a hook is called after Run", "notify.go", "\tif r.muted.Load() {\n", "\tif false {\n"),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.

@@ -438,7 +438,7 @@ func within(ctx context.Context, try func() attempt, abandoned func()) attempt {
 	case <-grace.C:
 		close(give)
 		abandoned()
-		return attempt{err: &SessionError{Op: "topology", Err: errors.Join(context.Cause(ctx), errIgnoresContext)}}
+		return attempt{err: &SessionError{Op: "topology", Err: join(context.Cause(ctx), errIgnoresContext)}}
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"runtime/debug"
 	"sync/atomic"
+	"time"
 )
 
 // pool is the workers. They outlive sessions, so that the concurrency holds
@@ -87,7 +88,7 @@ func (p *pool) serve(s *session) {
 			s.handBack(d.DeliveryTag)
 			return
 		}
-		d.init(s)
+		d.init(s.settler)
 		s.began(d)
 		p.handle(s, d)
 	}
@@ -98,13 +99,16 @@ func (p *pool) handle(s *session, d *Delivery) {
 	p.stats.delivered.Add(1)
 	p.stats.handling.Add(1)
 	var err error
+	var held time.Duration
+	defer func() {
+		if err != nil {
+			p.failed(s, d, held, err)
+		}
+	}()
+	defer s.gate.leave() // even if the hook that conclude calls ends the goroutine
 	defer func() {
 		p.stats.handling.Add(-1)
-		s.conclude(d, err)
-		s.gate.leave()
-		if err != nil {
-			p.failed(d, err)
-		}
+		held = s.conclude(d, err)
 	}()
 	err = p.invoke(s.ctx, d, &err)
 }
@@ -130,17 +134,15 @@ func (p *pool) invoke(ctx context.Context, d *Delivery, goexit *error) (err erro
 	return err
 }
 
-// failed reports what a handler returned; a panic is logged as well, for it is a
-// fault of the program that no handler could log itself.
-func (p *pool) failed(d *Delivery, err error) {
+// failed reports what a handler returned. An error of a handler whose context ended
+// with its session is not logged: the message comes again whatever it says.
+func (p *pool) failed(s *session, d *Delivery, held time.Duration, err error) {
 	p.stats.failed.Add(1)
 	var panicked *PanicError
-	if errors.As(err, &panicked) {
-		p.reporter.tell(report{panicked: panicked})
+	if errors.As(err, &panicked) || s.ctx.Err() == nil {
+		p.reporter.failed(failure{session: s, delivery: d, held: held, err: err, panicked: panicked})
 	}
-	if p.config.hooks.HandlerFailed == nil || p.reporter.muted.Load() {
-		return // nothing is told once Run has returned
+	if hook := p.config.hooks.HandlerFailed; hook != nil {
+		p.reporter.call(func() { hook(d, err) })
 	}
-	defer p.reporter.guard()
-	p.config.hooks.HandlerFailed(d, err)
 }
