@@ -60,7 +60,8 @@ func (e *SessionError) reason() string {
 func plain(text string, err error, addressed bool) string {
 	switch e := err.(type) { //nolint:errorlint // every error of the tree is looked at
 	case *net.OpError:
-		if addressed && e.Err != nil && e.Addr != nil {
+		told := e.Op == "remote error" || e.Op == "local error" // of TLS: whose it is, no address
+		if addressed && e.Err != nil && !told {
 			text = strings.ReplaceAll(text, e.Error(), e.Err.Error())
 		}
 	case *os.SyscallError:
