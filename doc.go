@@ -60,8 +60,9 @@
 // that the concurrency holds across reconnects; reconnect.go decides what a
 // failure means and how long to wait; connection.go and session.go are the two
 // lifetimes; socket.go is the net.Conn the driver is given; notify.go has what
-// comes in from the driver and what goes out to hooks and log; ack.go the fence
-// and the outcomes. stream.go remembers where to resume a stream, and probe.go
+// comes in from the driver and what goes out to hooks, log.go how much of it is
+// logged; ack.go the fence and the outcomes; reason.go and show.go how errors and
+// deliveries read. stream.go remembers where to resume a stream, and probe.go
 // looks for consumers that are alive on paper: each has state of its own that the
 // session would only be longer for. inbound.go sorts what the socket reads into the
 // driver's and the lanes'; lane.go is the way of one session's deliveries and

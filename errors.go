@@ -109,8 +109,8 @@ func (e *OptionError) Error() string {
 // PanicError is a panic of a handler, a topology function or a hook, turned
 // into an error: one bad message must not end the process.
 type PanicError struct {
-	// Value is what the function panicked with. It is nil for a handler that
-	// ended its goroutine by runtime.Goexit, as testing.T.FailNow does.
+	// Value is what the function panicked with. It is nil for a handler or a hook
+	// that ended its goroutine by runtime.Goexit, as testing.T.FailNow does.
 	Value any
 	// Stack is the stack of the goroutine at the panic.
 	Stack []byte
