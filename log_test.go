@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log"
 	"log/slog"
 	"strings"
 	"testing"
@@ -289,18 +290,24 @@ type unreadable struct{ text string }
 func (u *unreadable) Error() string { return u.text }
 
 func TestDefaultLoggerIsLookedUpWhenRunBegins(t *testing.T) {
-	before := slog.Default()
-	defer slog.SetDefault(before)
+	before, writer, flags := slog.Default(), log.Writer(), log.Flags()
+	defer func() { // SetDefault turns the log package to its handler as well
+		slog.SetDefault(before)
+		log.SetOutput(writer)
+		log.SetFlags(flags)
+	}()
 	synctest.Test(t, func(t *testing.T) {
 		b := steadymqtest.NewBroker(t)
 		b.DeclareQueue(queue, steadymqtest.QueueOptions{})
+		atNew, atRun := new(logBuffer), new(logBuffer)
+		slog.SetDefault(slog.New(slog.NewTextHandler(atNew, nil)))
 		c, err := steadymq.New(b.URL, queue, steadymq.WithDialer(b.Dialer()))
 		require.NoError(t, err)
-		log := new(logBuffer)
-		slog.SetDefault(slog.New(slog.NewTextHandler(log, nil)))
+		slog.SetDefault(slog.New(slog.NewTextHandler(atRun, nil)))
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		require.NoError(t, c.Run(ctx, ack))
-		assert.Contains(t, log.String(), "steadymq: consuming")
+		assert.Contains(t, atRun.String(), "steadymq: consuming")
+		assert.Empty(t, atNew.String())
 	})
 }
