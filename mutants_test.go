@@ -235,7 +235,7 @@ var mutants = []mutant{
 		"Headers:         d.Headers,")),
 	inTest("TestInvokeDecidesAsAConsumerDoes", change("Invoke lets a panic pass", "ack.go",
 		"err = &PanicError{Value: recover(), Stack: debug.Stack()}",
-		"err = &PanicError{}")),
+		"err = &PanicError{Stack: debug.Stack()}")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
