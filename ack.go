@@ -1,8 +1,10 @@
 package steadymq
 
 import (
+	"context"
 	"errors"
 	"math/rand/v2"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -48,7 +50,8 @@ func (o Outcome) String() string {
 // amqp.Delivery has the body, headers and properties.
 //
 // A delivery is settled at most once, with multiple=false, on the channel that
-// delivered it and no other; all methods are safe for concurrent use. The
+// delivered it and no other; all methods are safe for concurrent use. A copy of a
+// Delivery, made by value, is the same delivery and shares its outcome. The
 // embedded Acknowledger is the same fence, so amqp.Delivery's own Ack, Nack and
 // Reject are safe too, and refuse multiple=true with ErrMultiple.
 //
@@ -57,6 +60,13 @@ func (o Outcome) String() string {
 type Delivery struct {
 	amqp.Delivery
 
+	fence *fence // shared by all copies, nil for one that nobody delivered
+}
+
+// fence is what a delivery shares with its copies, so that all of them together
+// settle once. It is the Acknowledger of their amqp.Delivery.
+type fence struct {
+	origin Delivery // in one allocation with its fence
 	// tag is a copy: the exported DeliveryTag belongs to the caller, who may
 	// change it.
 	tag     uint64
@@ -65,6 +75,8 @@ type Delivery struct {
 	settler settler
 }
 
+var _ amqp.Acknowledger = (*fence)(nil)
+
 // settler puts one settlement on the wire. It is called once per delivery.
 type settler interface {
 	settle(d *Delivery, o Outcome) error
@@ -72,21 +84,25 @@ type settler interface {
 	source() (queue, host string)
 }
 
-// fence is a Delivery seen as the Acknowledger of its own amqp.Delivery.
-type fence Delivery
-
-var _ amqp.Acknowledger = (*fence)(nil)
+// newDelivery makes one that is still to be filled and given to init.
+func newDelivery() *Delivery {
+	f := new(fence)
+	f.origin.fence = f
+	return &f.origin
+}
 
 func (d *Delivery) init(s settler) {
-	d.tag = d.DeliveryTag
-	d.settler = s
-	d.Acknowledger = (*fence)(d)
+	d.fence.tag = d.DeliveryTag
+	d.fence.settler = s
+	d.Acknowledger = d.fence
 }
 
 // again returns the delivery of the next try in place.
 func (d *Delivery) again() *Delivery {
-	next := &Delivery{Delivery: d.Delivery, tries: d.tries + 1}
-	next.DeliveryTag = d.tag
+	next := newDelivery()
+	next.Delivery = d.Delivery
+	next.DeliveryTag = d.fence.tag
+	next.fence.tries = d.fence.tries + 1
 	return next
 }
 
@@ -95,7 +111,8 @@ func (d *Delivery) again() *Delivery {
 // recorded, see Outcome. For an Attempt above 1 set Redelivered too, as a broker
 // does.
 func NewDelivery(m amqp.Delivery) *Delivery {
-	d := &Delivery{Delivery: m}
+	d := newDelivery()
+	d.Delivery = m
 	d.init(loose{m.Acknowledger})
 	return d
 }
@@ -117,53 +134,62 @@ func (d *Delivery) Requeue() error { return d.settle(Requeued) }
 func (d *Delivery) Discard() error { return d.settle(Discarded) }
 
 // Outcome returns what became of the delivery so far.
-func (d *Delivery) Outcome() Outcome { return Outcome(d.outcome.Load()) }
+func (d *Delivery) Outcome() Outcome {
+	if d.fence == nil {
+		return Unsettled
+	}
+	return Outcome(d.fence.outcome.Load())
+}
 
 // Session returns the number of the session that delivered the message, counted
 // from 1 in each Run; 0 for NewDelivery. (Session, DeliveryTag) is the only
 // identity AMQP 0-9-1 gives a delivery.
 func (d *Delivery) Session() uint64 {
-	if d.settler == nil {
+	if d.fence == nil {
 		return 0
 	}
-	return d.settler.number()
+	return d.fence.settler.number()
 }
 
 // Queue returns the queue the message came from, the broker's own name for it if
 // it has one; "" for NewDelivery.
 func (d *Delivery) Queue() string {
-	if d.settler == nil {
+	if d.fence == nil {
 		return ""
 	}
-	queue, _ := d.settler.source()
+	queue, _ := d.fence.settler.source()
 	return queue
 }
 
 // Host returns the address of the broker that delivered the message; "" for
 // NewDelivery.
 func (d *Delivery) Host() string {
-	if d.settler == nil {
+	if d.fence == nil {
 		return ""
 	}
-	_, host := d.settler.source()
+	_, host := d.fence.settler.source()
 	return host
+}
+
+func (d *Delivery) settle(o Outcome) error {
+	if d.fence == nil {
+		return errUndelivered
+	}
+	return d.fence.settle(d.fence.settler, o)
 }
 
 // settle claims the delivery by compare-and-swap and only then sends: of two
 // settlements at the same moment one frame reaches the wire.
-func (d *Delivery) settle(o Outcome) error {
-	if !d.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {
-		if d.Outcome() == Stale {
+func (f *fence) settle(by settler, o Outcome) error {
+	if !f.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {
+		if f.origin.Outcome() == Stale {
 			return ErrStale
 		}
 		return ErrSettled
 	}
-	if d.settler == nil {
-		return nil
-	}
-	err := d.settler.settle(d, o)
+	err := by.settle(&f.origin, o)
 	if errors.Is(err, ErrStale) {
-		d.outcome.Store(uint32(Stale))
+		f.outcome.Store(uint32(Stale))
 	}
 	return err
 }
@@ -173,14 +199,16 @@ func (f *fence) claim(tag uint64, multiple bool, o Outcome) error {
 	if multiple {
 		return ErrMultiple
 	}
-	d := (*Delivery)(f)
-	if tag != d.tag {
+	if tag != f.tag {
 		return errOtherTag
 	}
-	return d.settle(o)
+	return f.settle(f.settler, o)
 }
 
-var errOtherTag = errors.New("steadymq: the delivery tag was changed; a delivery can only settle itself; nothing was sent")
+var (
+	errOtherTag    = errors.New("steadymq: the delivery tag was changed; a delivery can only settle itself; nothing was sent")
+	errUndelivered = errors.New("steadymq: this Delivery is of no broker; make one for a test with NewDelivery; nothing was sent")
+)
 
 // Ack implements amqp.Acknowledger.
 func (f *fence) Ack(tag uint64, multiple bool) error {
@@ -216,9 +244,9 @@ func (l loose) settle(d *Delivery, o Outcome) error {
 		return nil
 	}
 	if o == Acked {
-		return l.to.Ack(d.tag, false)
+		return l.to.Ack(d.fence.tag, false)
 	}
-	return l.to.Reject(d.tag, o == Requeued)
+	return l.to.Reject(d.fence.tag, o == Requeued)
 }
 
 // verdict is an outcome that travels in a handler's error.
@@ -259,6 +287,43 @@ func RequeueAfter(err error, d time.Duration) error {
 // Discard returns an error that makes a handler drop its message, or
 // dead-letter it if the queue has a dead-letter exchange. err may be nil.
 func Discard(err error) error { return &verdict{outcome: Discarded, err: err} }
+
+// OutcomeOf returns the outcome that a handler's error asks for, and whether it does
+// so explicitly: true for nil, which acks, and for what Discard, Requeue and
+// RequeueAfter return, wrapped or not; false for any other error, which puts the
+// message back after a hold. A middleware that has a policy for failures leaves the
+// explicit ones alone.
+func OutcomeOf(err error) (o Outcome, explicit bool) {
+	if err == nil {
+		return Acked, true
+	}
+	if v := (*verdict)(nil); errors.As(err, &v) {
+		return v.outcome, true
+	}
+	return Requeued, false
+}
+
+// Invoke runs h on d as a Consumer does, without its holds, so that a test of a
+// handler can assert what becomes of the message: a panic is an error
+// (*PanicError), and the error settles d unless h has settled it by itself. It
+// returns the outcome and the error. Make d with NewDelivery; middleware wraps h
+// before: Invoke(ctx, policy(handle), d).
+func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) {
+	returned := false
+	defer func() {
+		if !returned {
+			err = &PanicError{Value: recover(), Stack: debug.Stack()}
+		}
+		if d.Outcome() == Unsettled {
+			wanted, _ := OutcomeOf(err)
+			_ = d.settle(wanted)
+		}
+		o = d.Outcome()
+	}()
+	err = h(ctx, d)
+	returned = true
+	return o, err
+}
 
 // judge turns a handler's error into an outcome and how long to hold d before it.
 func judge(err error, d *Delivery, c *config) (Outcome, time.Duration) {

@@ -41,7 +41,10 @@ func (d *Delivery) Attempt() int {
 			n = 0 // in another queue
 		}
 	}
-	return n + 1 + int(d.tries)
+	if d.fence != nil {
+		n += int(d.fence.tries)
+	}
+	return n + 1
 }
 
 // returns is how often the message has come back to this queue.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"sync/atomic"
@@ -22,10 +23,21 @@ type Credentials struct {
 	Expires time.Time
 }
 
-// Format implements fmt.Formatter: no verb prints the password.
-func (c Credentials) Format(f fmt.State, _ rune) {
-	fmt.Fprintf(f, "{%s (password not shown) expires %v}", c.Username, c.Expires)
+// String tells the user name and the expiry.
+func (c Credentials) String() string {
+	expires := "never"
+	if !c.Expires.IsZero() {
+		expires = c.Expires.Format(time.RFC3339)
+	}
+	return fmt.Sprintf("%s (password not shown, expires %s)", c.Username, expires)
 }
+
+// Format implements fmt.Formatter: no verb prints the password.
+func (c Credentials) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
+
+// MarshalText implements encoding.TextMarshaler, for encoding/json, log/slog and
+// others: none of them shows the password.
+func (c Credentials) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
 
 // connection is one socket with one *amqp.Connection on it. It is never
 // repaired, only replaced. One goroutine, watch, owns its end.
@@ -181,6 +193,7 @@ func (c *config) guardedDial(abandoned func()) dialFunc {
 			f:      func(ctx context.Context) (net.Conn, error) { return c.dial(ctx, network, address) },
 			left:   abandoned,
 			late:   abort,
+			bare:   true,
 		}.run(ctx)
 	}
 }

@@ -295,7 +295,7 @@ func (s *supervisor) result() error {
 	var broken *hookError
 	if errors.As(s.reporter.broken.cause(), &broken) {
 		s.consumer.broken.Store(broken)
-		return errors.Join(broken, s.err)
+		return join(broken, s.err)
 	}
 	return s.err
 }
@@ -544,7 +544,7 @@ func (s *supervisor) note(err error) {
 	case s.err == nil:
 		s.err = err
 	case err != nil:
-		s.err = errors.Join(s.err, err)
+		s.err = join(s.err, err)
 	}
 }
 
@@ -606,5 +606,5 @@ func (s *supervisor) enter(to State, cause error) {
 	if to == Backoff {
 		change.RetryIn = s.retryIn
 	}
-	s.reporter.tell(report{change: change})
+	s.reporter.changed(change)
 }

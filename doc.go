@@ -60,10 +60,14 @@
 // consumer.go has [Consumer] and the supervisor, one function per state, on the
 // goroutine of [Consumer.Run]; worker.go the workers, which outlive sessions, so
 // that the concurrency holds across reconnects; hold.go what failed and waits; late.go
-// looks for handlers that take too long; reconnect.go decides what a failure means
-// and how long to wait; connection.go and session.go are the two lifetimes; socket.go
-// is the net.Conn the driver is given; notify.go has what comes in from the driver
-// and what goes out to hooks and log; ack.go the fence and the outcomes. stream.go remembers where to resume a stream, and probe.go
+// looks for handlers that take too long; unreadable.go has the messages that no handler
+// can be given, limit.go and attempt.go what brokers count. reconnect.go decides what a
+// failure means and how long to wait; connection.go and session.go are the two
+// lifetimes, tenancy.go who shares a connection, guard.go how functions of the user are
+// called; socket.go is the net.Conn the driver is given; notify.go has what comes in from
+// the driver and what goes out to hooks, log.go how much of it is logged; ack.go the
+// fence and the outcomes; reason.go and show.go how errors and deliveries read.
+// stream.go remembers where to resume a stream, and probe.go
 // looks for consumers that are alive on paper: each has state of its own that the
 // session would only be longer for. inbound.go sorts what the socket reads into the
 // driver's and the lanes'; lane.go is the way of one session's deliveries and

@@ -78,7 +78,9 @@ type SessionError struct {
 	Err error
 }
 
-// Error tells queue, session, step, host, reason and, where the broker refuses, what to do.
+// Error tells queue, session, step, host, reason and, where the broker refuses, what to do, in one
+// line and each once: errors of net are quoted without their addresses, those of the broker as
+// "403 ACCESS_REFUSED - ...".
 func (e *SessionError) Error() string {
 	where := ""
 	if e.Queue != "" {
@@ -88,7 +90,7 @@ func (e *SessionError) Error() string {
 	if e.Host != "" {
 		step += " " + e.Host
 	}
-	return fmt.Sprintf("steadymq: %ssession %d: %s: %v%s", where, e.Session, step, e.Err, advice(e.Op, e.Err))
+	return fmt.Sprintf("steadymq: %ssession %d: %s: %s%s", where, e.Session, step, e.reason(), advice(e.Op, e.Err))
 }
 
 // Unwrap returns the reason.
@@ -150,8 +152,8 @@ func (e *OptionError) Error() string {
 // PanicError is a panic of a handler, a topology function or a hook, turned
 // into an error: one bad message must not end the process.
 type PanicError struct {
-	// Value is what the function panicked with. It is nil for a handler that
-	// ended its goroutine by runtime.Goexit, as testing.T.FailNow does.
+	// Value is what the function panicked with. It is nil for a handler or a hook
+	// that ended its goroutine by runtime.Goexit, as testing.T.FailNow does.
 	Value any
 	// Stack is the stack of the goroutine at the panic.
 	Stack []byte
@@ -162,7 +164,7 @@ func (e *PanicError) Error() string {
 	if e.Value == nil {
 		return "steadymq: panic: runtime.Goexit was called"
 	}
-	return fmt.Sprintf("steadymq: panic: %v", e.Value)
+	return oneLine(fmt.Sprintf("steadymq: panic: %v", e.Value))
 }
 
 // Unwrap returns the value if it was an error.

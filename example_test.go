@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 
+	amqp "github.com/rabbitmq/amqp091-go"
+
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
@@ -92,6 +94,62 @@ func ExampleWithMiddleware() {
 	// attempt 1
 	// attempt 2
 	// discarded: 1
+}
+
+func ExampleOutcomeOf() {
+	// Gives up on what has failed often, but leaves alone what the handler decided.
+	giveUpAfter := func(n int, next steadymq.Handler) steadymq.Handler {
+		return func(ctx context.Context, d *steadymq.Delivery) error {
+			err := next(ctx, d)
+			if _, explicit := steadymq.OutcomeOf(err); !explicit && d.Attempt() >= n {
+				return steadymq.Discard(err)
+			}
+			return err
+		}
+	}
+	busy := giveUpAfter(1, func(context.Context, *steadymq.Delivery) error { return steadymq.Requeue(nil) })
+	broken := giveUpAfter(1, func(context.Context, *steadymq.Delivery) error { return errors.New("cannot be parsed") })
+	ctx := context.Background()
+	fmt.Println(steadymq.Invoke(ctx, busy, steadymq.NewDelivery(amqp.Delivery{})))
+	fmt.Println(steadymq.Invoke(ctx, broken, steadymq.NewDelivery(amqp.Delivery{})))
+	// Output:
+	// requeued steadymq: message requeued
+	// discarded cannot be parsed
+}
+
+func ExampleInvoke() {
+	// In a test of the handler: what becomes of this message?
+	handle := func(_ context.Context, d *steadymq.Delivery) error {
+		if len(d.Body) == 0 {
+			return steadymq.Discard(errors.New("empty order"))
+		}
+		return nil
+	}
+	outcome, err := steadymq.Invoke(context.Background(), handle, steadymq.NewDelivery(amqp.Delivery{}))
+	fmt.Println(outcome, err)
+	// Output: discarded empty order
+}
+
+func ExampleHooks_settled() {
+	broker, options := exampleBroker("tea", "poison")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	settled := func(d *steadymq.Delivery, o steadymq.Outcome) {
+		fmt.Printf("%s: %v\n", d.Body, o)
+		if string(d.Body) == "poison" {
+			stop()
+		}
+	}
+	_ = steadymq.Consume(ctx, broker.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
+		if string(d.Body) == "poison" {
+			return steadymq.Discard(nil)
+		}
+		return nil
+	}, append(options, steadymq.WithHooks(steadymq.Hooks{Settled: settled}))...)
+	// Output:
+	// tea: acked
+	// poison: discarded
 }
 
 func ExampleNew_refused() {

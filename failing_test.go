@@ -500,10 +500,13 @@ func TestHandlerThatSettledAndThenFailedIsTold(t *testing.T) {
 				b.publish(50, "x")
 				b.wait(500 * time.Millisecond)
 				assert.Equal(b, c.told, b.told("settled its message by itself"))
+				if c.told == 0 {
+					return
+				}
 				b.wait(time.Second)
 				b.publish(1, "x")
 				b.wait(time.Second)
-				assert.Equal(b, c.told, b.told("left_out=49"))
+				assert.Equal(b, 1, b.told("suppressed=49"))
 			})
 		})
 	}

@@ -19,6 +19,7 @@ type userCall[T any] struct {
 	f      func(context.Context) (T, error)
 	left   func()  // is told when the function is left behind
 	late   func(T) // takes what it returns after that; nil if nothing is to be done
+	bare   bool    // what it returns itself is not named, as a dialer's "connection refused"
 }
 
 // run calls the function on a goroutine of its own, for it may panic, end its goroutine or
@@ -29,14 +30,14 @@ func (c userCall[T]) run(ctx context.Context) (T, error) {
 	go c.answer(ctx, done)
 	select {
 	case a := <-done:
-		return a.value, c.named(a.err)
+		return a.value, c.returned(a.err)
 	case <-ctx.Done():
 	}
 	grace := time.NewTimer(abandonGrace)
 	defer grace.Stop()
 	select {
 	case a := <-done:
-		return a.value, c.named(a.err)
+		return a.value, c.returned(a.err)
 	case <-grace.C:
 	}
 	c.left()
@@ -68,6 +69,13 @@ func (c userCall[T]) answer(ctx context.Context, done chan<- answer[T]) {
 	}()
 	a.value, a.err = c.f(ctx)
 	returned = true
+}
+
+func (c userCall[T]) returned(err error) error {
+	if c.bare && !errors.As(err, new(*PanicError)) {
+		return err
+	}
+	return c.named(err)
 }
 
 func (c userCall[T]) named(err error) error {

@@ -75,9 +75,9 @@ func (h *holds) remove(d *Delivery) bool {
 	return ok
 }
 
-// release ends all holds: the deliveries are settled at once, as requeued while
-// their session lives and as stale after it.
-func (h *holds) release() {
+// release ends all holds: the deliveries are settled by their session at once, as
+// requeued while it lives and as stale after it.
+func (h *holds) release(by settler) {
 	h.mu.Lock()
 	held, telling := h.timers, h.telling
 	h.timers, h.telling, h.released = nil, nil, true
@@ -88,7 +88,11 @@ func (h *holds) release() {
 	}
 	for d, timer := range held {
 		timer.Stop()
-		_ = d.Requeue()
+		if _, unreadable := d.fence.settler.(passed); unreadable {
+			_ = d.Requeue() // nobody is told: no handler had it
+			continue
+		}
+		_ = d.fence.settle(by, Requeued)
 	}
 }
 

@@ -47,7 +47,7 @@ func (l *lane) begin(payload []byte) (mine bool, err error) {
 	if tag := f.shortstr(); string(tag) != l.tag && !l.refused {
 		return false, nil
 	}
-	l.message = new(Delivery)
+	l.message = newDelivery()
 	l.message.ConsumerTag = l.tag
 	l.memos.deliver(&f, &l.message.Delivery)
 	switch {

@@ -10,8 +10,8 @@ import (
 // notices is what the sessions of one Run have told, so that a mistake that every
 // message shows is no flood.
 type notices struct {
-	held, overdue, settled, limit, unreadable thinned
-	slow, limitKept                           atomic.Bool
+	held, overdue, limit, unreadable thinned
+	slow, limitKept                  atomic.Bool
 }
 
 // thinned lets one line pass at a time and counts the others.
@@ -46,7 +46,7 @@ func (s *session) overdue(d *Delivery) (returned func()) {
 		now := s.stats.overdue.Add(1)
 		if left, ok := s.told.overdue.pass(time.Minute); ok {
 			s.warn("a handler is running past its timeout, it ignores the end of its context",
-				slog.Duration("timeout", limit), slog.Uint64("delivery_tag", d.tag),
+				slog.Duration("timeout", limit), slog.Uint64("delivery_tag", d.fence.tag),
 				slog.Int64("overdue", now), slog.Int("left_out", left))
 		}
 	})
@@ -54,20 +54,6 @@ func (s *session) overdue(d *Delivery) (returned func()) {
 		if !timer.Stop() {
 			s.stats.overdue.Add(-1)
 		}
-	}
-}
-
-// contradicted tells of a handler that settled its message by itself and whose
-// error, which then decides nothing, says something else.
-func (s *session) contradicted(d *Delivery, err error) {
-	o := d.Outcome()
-	if decided, _ := judge(err, d, s.config); o == decided || o == Stale {
-		return
-	}
-	if left, ok := s.told.settled.pass(time.Second); ok {
-		s.warn("a handler settled its message by itself and then returned an error, which changes nothing any more",
-			slog.String("outcome", o.String()), slog.String("error", err.Error()),
-			slog.Uint64("delivery_tag", d.tag), slog.Int("left_out", left))
 	}
 }
 

@@ -191,7 +191,7 @@ var mistakes = []mistake{
 	{
 		name:   "firewall that drops",
 		make:   func(b *bench) { b.broker.DropSYN(true) },
-		says:   []string{"dial mq1.test:5672"},
+		says:   []string{"i/o timeout", "dial mq1.test:5672"},
 		within: 5 * time.Second,
 	},
 	{

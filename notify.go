@@ -85,7 +85,8 @@ func (s State) String() string {
 	return "unknown"
 }
 
-// Hooks are told what happens. Any of them may be nil. A hook must not call Run.
+// Hooks are told what happens. Any of them may be nil. A hook must not call Run, and
+// none is called any more once Run has returned.
 //
 // A panic in a hook is a fault of the program, not of the path to the broker: it
 // is recovered, Run drains and returns an *OptionError for WithHooks with the
@@ -109,6 +110,19 @@ type Hooks struct {
 	// where StateChanged is, with the same limits. See MessageError for what becomes of
 	// the message.
 	Unreadable func(*MessageError)
+
+	// Settled is called once for every delivery given to a handler, when its
+	// outcome is known for good: Acked, Requeued and Discarded when it was sent,
+	// by the handler's error or by hand; Stale when it came too late and was not
+	// sent. A held message (WithRequeueDelay, RequeueAfter) is told when it goes
+	// back, or as Stale if its session ended first. d is the delivery that the
+	// handler got, also where a copy of it was settled.
+	//
+	// It is called on the goroutine that settles, which it delays, concurrently
+	// with others; for messages that were held when their session ended on that of
+	// StateChanged, and with its limit. A delivery whose handler is still running
+	// when Run returns is not told.
+	Settled func(d *Delivery, o Outcome)
 }
 
 // StateChange is one change of a Consumer's state.
@@ -140,14 +154,13 @@ const (
 	reportGrace   = 500 * time.Millisecond
 )
 
-// reporter tells hook and log, on one goroutine of its own: neither a slow hook
+// reporter tells hooks and log, on one goroutine of its own: neither a slow hook
 // nor a blocked log pipe may delay healing.
 type reporter struct {
-	ctx    context.Context // for the values a slog.Handler may look for
-	logger *slog.Logger
-	hooks  Hooks
+	hooks   Hooks
+	journal *journal
 
-	events  chan report
+	events  chan func() // what to tell, in order
 	quit    chan struct{}
 	done    chan struct{}
 	muted   atomic.Bool
@@ -155,21 +168,11 @@ type reporter struct {
 	broken  *notifier // ended by the first panic of a hook
 }
 
-// report is a change of state or, with one of the others set, a handler's panic, a
-// warning or a message that no handler can be given.
-type report struct {
-	change   StateChange
-	panicked *PanicError
-	warning  *slog.Record
-	message  *MessageError
-}
-
 func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *reporter {
 	r := &reporter{
-		ctx:     context.WithoutCancel(ctx),
-		logger:  c.logger,
 		hooks:   c.hooks,
-		events:  make(chan report, reportBacklog),
+		journal: newJournal(ctx, c.logger),
+		events:  make(chan func(), reportBacklog),
 		quit:    make(chan struct{}),
 		done:    make(chan struct{}),
 		dropped: dropped,
@@ -179,32 +182,93 @@ func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *report
 	return r
 }
 
-// warn logs one line in its place among the changes of state. It never blocks.
-func (r *reporter) warn(message string, attrs ...slog.Attr) {
-	record := slog.NewRecord(time.Now(), slog.LevelWarn, "steadymq: "+message, 0)
-	record.AddAttrs(attrs...)
-	r.tell(report{warning: &record})
+// changed tells a change of state.
+func (r *reporter) changed(c StateChange) {
+	r.tell(func() {
+		r.journal.changed(c)
+		if r.hooks.StateChanged != nil && r.broken.cause() == nil {
+			r.hooks.StateChanged(c)
+		}
+	})
 }
 
-// tell queues e and never blocks.
-func (r *reporter) tell(e report) {
+// warn logs one line in its place among the changes of state. It never blocks.
+func (r *reporter) warn(message string, attrs ...slog.Attr) {
+	record := newRecord(time.Now(), slog.LevelWarn, message, attrs...)
+	r.tell(func() { r.journal.write(record) })
+}
+
+// failed logs what a handler returned, unless it is left out. What is left out is
+// not queued either: it must not crowd out changes of state.
+func (r *reporter) failed(f failure) {
+	if record, due := r.journal.failed(f); due {
+		r.tell(func() { r.journal.writeFailure(record) })
+	}
+}
+
+// unreadable tells the hook of a message that no handler can be given.
+func (r *reporter) unreadable(e *MessageError) {
+	if hook := r.hooks.Unreadable; hook != nil {
+		r.tell(func() {
+			if r.broken.cause() == nil {
+				hook(e)
+			}
+		})
+	}
+}
+
+// settled tells the hook of an outcome, on the goroutine that settles.
+func (r *reporter) settled(d *Delivery, o Outcome) {
+	if r.broken.cause() == nil {
+		r.call(func() { r.hooks.Settled(d, o) })
+	}
+}
+
+// released tells the hook of held messages that have been settled, in the place of
+// the session's goroutine, which a hook must not delay.
+func (r *reporter) released(held []*Delivery) {
+	if r.hooks.Settled == nil || len(held) == 0 {
+		return
+	}
+	r.tell(func() {
+		for _, d := range held {
+			r.settled(d, d.Outcome())
+		}
+	})
+}
+
+// tell queues what is to be told and never blocks.
+func (r *reporter) tell(what func()) {
 	select {
-	case r.events <- e:
+	case r.events <- what:
 	default:
 		r.dropped.Add(1)
 	}
 }
 
 func (r *reporter) run() {
-	defer close(r.done)
+	ended := false
+	defer func() {
+		if !ended { // a hook called runtime.Goexit
+			go r.run()
+			return
+		}
+		r.journal.stop()
+		close(r.done)
+	}()
 	for {
 		select {
-		case e := <-r.events:
-			r.deliver(e)
+		case what := <-r.events:
+			r.call(what)
+		case now := <-r.journal.calm.C:
+			r.call(func() { r.journal.well(now) })
+		case <-r.journal.quiet.C:
+			r.call(r.journal.sum)
 		case <-r.quit:
 			for len(r.events) > 0 {
-				r.deliver(<-r.events)
+				r.call(<-r.events)
 			}
+			ended = true
 			return
 		}
 	}
@@ -217,35 +281,25 @@ func (r *reporter) stop() {
 	select {
 	case <-r.done:
 	case <-time.After(reportGrace):
+		r.dropped.Add(uint64(len(r.events)))
 	}
 	r.muted.Store(true)
 }
 
-func (r *reporter) deliver(e report) {
+// call calls a hook or the logger, unless Run has returned. It turns a panic, and
+// the end of the goroutine, into the end of Run.
+func (r *reporter) call(hook func()) {
 	if r.muted.Load() {
 		return
 	}
-	defer r.guard()
-	r.log(e)
-	if r.broken.cause() != nil {
-		return
-	}
-	switch {
-	case e.panicked != nil, e.warning != nil:
-	case e.message != nil:
-		if r.hooks.Unreadable != nil {
-			r.hooks.Unreadable(e.message)
+	returned := false
+	defer func() {
+		if !returned {
+			r.broken.notify(&hookError{PanicError{Value: recover(), Stack: debug.Stack()}})
 		}
-	case r.hooks.StateChanged != nil:
-		r.hooks.StateChanged(e.change)
-	}
-}
-
-// guard turns a panic of a hook (or of the logger) into the end of Run.
-func (r *reporter) guard() {
-	if v := recover(); v != nil {
-		r.broken.notify(&hookError{PanicError{Value: v, Stack: debug.Stack()}})
-	}
+	}()
+	hook()
+	returned = true
 }
 
 // hookError is the OptionError of a hook that panicked.
@@ -257,53 +311,4 @@ func (e *hookError) Error() string {
 
 func (e *hookError) Unwrap() []error {
 	return []error{&OptionError{"WithHooks", "a hook panicked"}, &e.panicked}
-}
-
-// log writes one line for a change of state, none for a step that is only on
-// the way to the next one.
-func (r *reporter) log(e report) {
-	if e.message != nil {
-		return // a warning tells
-	}
-	if e.panicked != nil {
-		r.logger.LogAttrs(r.ctx, slog.LevelError, "steadymq: handler panicked",
-			slog.Any("panic", e.panicked.Error()), slog.String("stack", string(e.panicked.Stack)))
-		return
-	}
-	if e.warning != nil {
-		if r.logger.Enabled(r.ctx, e.warning.Level) {
-			_ = r.logger.Handler().Handle(r.ctx, *e.warning)
-		}
-		return
-	}
-	c := e.change
-	level := slog.LevelInfo
-	switch {
-	case c.To == Connecting && c.From == Backoff:
-		level = slog.LevelDebug
-	case c.To == Backoff, c.To == Stopped && c.Cause != nil:
-		level = slog.LevelWarn
-	}
-	if !r.logger.Enabled(r.ctx, level) {
-		return
-	}
-	record := slog.NewRecord(c.Time, level, "steadymq: "+c.To.String(), 0)
-	record.AddAttrs(slog.String("queue", c.Queue))
-	if c.ConsumerTag != "" {
-		record.AddAttrs(slog.String("consumer", c.ConsumerTag))
-	}
-	record.AddAttrs(slog.Uint64("session", c.Session))
-	if c.Host != "" {
-		record.AddAttrs(slog.String("host", c.Host))
-	}
-	if c.Attempt > 0 {
-		record.AddAttrs(slog.Int("attempt", c.Attempt))
-	}
-	if c.To == Backoff {
-		record.AddAttrs(slog.Duration("retry_in", c.RetryIn))
-	}
-	if c.Cause != nil {
-		record.AddAttrs(slog.String("cause", c.Cause.Error()))
-	}
-	_ = r.logger.Handler().Handle(r.ctx, record)
 }

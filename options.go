@@ -182,7 +182,6 @@ func defaults(url, queue string) *config {
 		requeueLongest: 15 * time.Minute,
 		writeDelay:     time.Millisecond,
 		tagPrefix:      "steadymq",
-		logger:         slog.Default(),
 		set:            make(map[string]bool),
 	}
 }
@@ -599,8 +598,19 @@ func WithMiddleware(m ...Middleware) Option {
 	}
 }
 
-// WithLogger sets where the library logs its state transitions. Default
-// slog.Default(). For silence give slog.New(slog.DiscardHandler).
+// WithLogger sets where the library logs. Default slog.Default(), as it is when Run
+// begins. For silence give slog.New(slog.DiscardHandler).
+//
+// Each change of state is one line, with queue and consumer tag: WARN for a failure
+// and a stop by one, else INFO. A failure whose cause repeats is told at its 1st, 2nd,
+// 4th, 8th ... time and at least every minute, with the count (repeated); so is a
+// consumer that is consuming again and again, else once that has lasted 90 s, which is
+// also when counting starts anew. The others, and the tries, are DEBUG. An hour of any
+// outage is at most 100 lines of INFO and above.
+//
+// What handlers return is told at WARN, a panic with its stack at ERROR: at most one
+// line a second, less often if it goes on and at least every minute, with the count of
+// those left out (suppressed). Hooks.HandlerFailed is told of all.
 func WithLogger(logger *slog.Logger) Option {
 	return func(c *config) {
 		c.logger = logger
@@ -614,7 +624,7 @@ func WithLogger(logger *slog.Logger) Option {
 func WithHooks(hooks Hooks) Option {
 	return func(c *config) {
 		c.hooks = hooks
-		if hooks.StateChanged == nil && hooks.HandlerFailed == nil && hooks.Unreadable == nil {
+		if hooks.StateChanged == nil && hooks.HandlerFailed == nil && hooks.Unreadable == nil && hooks.Settled == nil {
 			c.refuse("WithHooks", "all hooks are nil; set at least one or leave the option out")
 		}
 	}

@@ -53,6 +53,7 @@ type session struct {
 	since   time.Time     // consume-ok
 	probed  chan struct{} // closed when the stall detector has returned
 
+	settler  settler       // itself, or what tells Hooks.Settled as well
 	received atomic.Uint64 // deliveries given to handlers, for the stall detector
 
 	givenUp bool          // a call on the channel was not answered in time
@@ -125,6 +126,10 @@ func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag s
 	}
 	s.holds.session = s
 	go s.watchChannel(channel.NotifyClose(make(chan *amqp.Error, 1)))
+	s.settler = s
+	if of.config.hooks.Settled != nil {
+		s.settler = observed{s}
+	}
 	s.lane = c.socket.lane(tag, of.config.prefetch)
 	if op, err := s.subscribe(ctx, step); err != nil {
 		_ = channel.Close() // also bounded by ctx, through the socket
@@ -236,12 +241,17 @@ func (s *session) failure(op string, err error) error {
 	return &SessionError{Queue: cmp.Or(s.queue, s.config.queue), Host: s.conn.host, Session: s.id, Op: op, Err: err}
 }
 
-// warn logs what an operator should know and no change of state tells.
-func (s *session) warn(message string, attrs ...slog.Attr) {
-	s.reporter.warn(message, append([]slog.Attr{
+// attrs name the session in a log line.
+func (s *session) attrs() []slog.Attr {
+	return []slog.Attr{
 		slog.String("queue", s.queue), slog.String("consumer", s.tag),
 		slog.Uint64("session", s.id), slog.String("host", s.conn.host),
-	}, attrs...)...)
+	}
+}
+
+// warn logs what an operator should know and no change of state tells.
+func (s *session) warn(message string, attrs ...slog.Attr) {
+	s.reporter.warn(message, append(s.attrs(), attrs...)...)
 }
 
 // diagnose finds the one cause.
@@ -274,7 +284,7 @@ func (s *session) lose(cause error) {
 	s.shut()
 	s.cancel(cause)
 	s.ended.notify(cause)
-	s.holds.release()
+	s.releaseHeld()
 }
 
 // retire ends a session that the broker cancelled. Its channel lives, so running
@@ -288,7 +298,7 @@ func (s *session) retire(cause error) {
 	// would be stuck until the channel closes. Other versions ignore an unknown tag.
 	_ = s.channel.Cancel(s.tag, true)
 	s.handBackRest()
-	s.holds.release()
+	s.releaseHeld()
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	select {
@@ -310,7 +320,7 @@ func (s *session) drain() {
 	defer limit.Stop()
 	s.shut()
 	s.ended.notify(errStopped)
-	s.holds.release()
+	s.releaseHeld()
 	s.drained = s.unsubscribe(limit.C)
 	if s.drained == nil {
 		s.drained = s.awaitHandlers(limit.C)
@@ -462,12 +472,44 @@ func (s *session) settle(d *Delivery, o Outcome) error {
 	return nil
 }
 
+// observed is a session whose settlements are told to Hooks.Settled.
+type observed struct{ *session }
+
+func (s observed) settle(d *Delivery, o Outcome) error {
+	err := s.session.settle(d, o)
+	if err != nil {
+		o = Stale
+		d.fence.outcome.Store(uint32(Stale))
+	}
+	s.reporter.settled(d, o)
+	return err
+}
+
+// releaseHeld settles the deliveries that wait for their requeue. A hook must not
+// delay the session's own goroutine.
+func (s *session) releaseHeld() {
+	held := &collecting{session: s}
+	s.holds.release(held)
+	s.reporter.released(held.deliveries)
+}
+
+// collecting is a session that notes what it settles.
+type collecting struct {
+	*session
+	deliveries []*Delivery
+}
+
+func (c *collecting) settle(d *Delivery, o Outcome) error {
+	c.deliveries = append(c.deliveries, d)
+	return c.session.settle(d, o)
+}
+
 func (s *session) send(d *Delivery, o Outcome) error {
 	switch {
 	case s.stream == nil && o == Acked:
-		return s.ack(d.tag)
+		return s.ack(d.fence.tag)
 	case s.stream == nil:
-		return s.reject(d.tag, o == Requeued)
+		return s.reject(d.fence.tag, o == Requeued)
 	case o == Requeued: // a stream would take it as done
 		s.tryAgain(d)
 		return nil
@@ -503,20 +545,18 @@ func (s *session) reject(tag uint64, requeue bool) error {
 }
 
 // conclude settles a delivery by its handler's error, unless the handler has
-// settled it by itself.
-func (s *session) conclude(d *Delivery, err error) {
+// settled it by itself. It returns how long the delivery is held before that.
+func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
 	if d.Outcome() != Unsettled {
-		if err != nil {
-			s.contradicted(d, err)
-		}
-		return
+		return 0
 	}
 	o, delay := judge(err, d, s.config)
 	if delay > 0 {
 		s.holds.add(d, delay)
-		return
+		return delay
 	}
 	_ = d.settle(o)
+	return 0
 }
 
 // healthy tells whether the session has proved that a broker works: consume-ok

@@ -461,6 +461,9 @@ func (s *sim) stop() {
 		s.judge.violate("I8", "the broker still has connections: %+v", left)
 	}
 	s.judge.conserved(s.broker.Ledger())
+	for _, c := range s.consumers {
+		c.toldAll()
+	}
 }
 
 // conserved is I2: nothing is lost.
@@ -550,6 +553,8 @@ type simConsumer struct {
 	troubles          int
 	state             steadymq.State // as the hook says
 	clean             bool           // the last Run ended well
+	told              map[*steadymq.Delivery]bool
+	unsure            bool // a Run has left handlers behind, who tell nothing
 }
 
 // simRun is one Run.
@@ -568,7 +573,7 @@ type simRun struct {
 type simRunKey struct{}
 
 func newSimConsumer(s *sim, p *simConsumerPlan) *simConsumer {
-	c := &simConsumer{s: s, plan: p, dials: make(map[string]*simRate), clean: true, state: steadymq.Idle}
+	c := &simConsumer{s: s, plan: p, dials: make(map[string]*simRate), told: make(map[*steadymq.Delivery]bool), clean: true, state: steadymq.Idle}
 	urls := s.urls()
 	first, options := urls[0], c.options()
 	if len(urls) > 1 {
@@ -603,7 +608,7 @@ func (c *simConsumer) options() []steadymq.Option {
 		steadymq.WithRequeueDelay(p.hold, 8*p.hold),
 		steadymq.WithWriteDelay(p.writeDelay),
 		steadymq.WithLogger(slog.New(&simLog{c: c})),
-		steadymq.WithHooks(steadymq.Hooks{StateChanged: c.changed, HandlerFailed: c.handlerFailed}),
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: c.changed, HandlerFailed: c.handlerFailed, Settled: c.settled}),
 	}
 	return append(o, c.moreOptions()...)
 }
@@ -806,6 +811,30 @@ func (c *simConsumer) handlerFailed(d *steadymq.Delivery, err error) {
 	c.s.judge.canary("HandlerFailed", err)
 }
 
+// settled is I9: each delivery is told once, with its last outcome.
+func (c *simConsumer) settled(d *steadymq.Delivery, o steadymq.Outcome) {
+	c.callback("Settled")
+	j := c.s.judge
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if c.told[d] || o == steadymq.Unsettled || o != d.Outcome() {
+		j.note("I9", "told again (%v), or not the outcome %v: %v of %s", c.told[d], d.Outcome(), o, c.plan.name)
+	}
+	c.told[d] = true
+}
+
+// toldAll is I9: no settled delivery is missing.
+func (c *simConsumer) toldAll() {
+	j := c.s.judge
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	n := c.consumer.Stats()
+	settled := n.Acked + n.Requeued + n.Discarded + n.Stale
+	if told := uint64(len(c.told)); told > settled || told < settled && !c.unsure {
+		j.note("I9", "%d outcomes of %s were told, %d deliveries are settled", told, c.plan.name, settled)
+	}
+}
+
 // changed checks that the states follow each other as they may.
 func (c *simConsumer) changed(x steadymq.StateChange) {
 	c.callback("StateChanged")
@@ -981,6 +1010,7 @@ func (c *simConsumer) stopped(run *simRun, err error, took time.Duration, inFlig
 	case inFlight > 0: // also when it says that the session was lost
 		j.note("I8", "%s returned %v with %d handlers running", p.name, err, inFlight)
 	}
+	c.unsure = c.unsure || drain != nil
 	x := run.session
 	undisturbed := run.healthy && run.marks == c.s.disturbed.Load() && run.troubles == c.troubles
 	if undisturbed && err != nil && drain == nil {

@@ -32,7 +32,7 @@ const (
 )
 
 var (
-	errPeerClosed   = fmt.Errorf("the peer closed the connection: %w", io.EOF)
+	errPeerClosed   = because(errors.New("the peer closed the connection"), io.EOF)
 	errPeerReset    = errors.New("the peer reset the connection")
 	errUnconfirmed  = errors.New("the path to the peer is dead: nothing sent is confirmed")
 	errReadTimeout  = errors.New("the peer went silent: read deadline passed")
@@ -115,7 +115,7 @@ func withCause(ctx context.Context, err error) error {
 	if cause == nil || errors.Is(err, cause) {
 		return err
 	}
-	return fmt.Errorf("%w: %w", cause, err)
+	return because(cause, err)
 }
 
 // socket is the only net.Conn the driver is given. It closes the holes that
@@ -341,11 +341,11 @@ func readCause(err error) error {
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return errPeerClosed
 	case errors.Is(err, syscall.ECONNRESET):
-		return fmt.Errorf("%w: %w", errPeerReset, err)
+		return because(errPeerReset, err)
 	case errors.Is(err, syscall.ETIMEDOUT):
-		return fmt.Errorf("%w: %w", errUnconfirmed, err)
+		return because(errUnconfirmed, err)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fmt.Errorf("%w: %w", errReadTimeout, err)
+		return because(errReadTimeout, err)
 	}
 	return err
 }
@@ -571,11 +571,11 @@ func (s *socket) writeFailed(err error) {
 func (s *socket) writeCause(err error) error {
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fmt.Errorf("%w after %v: %w", errWriteTimeout, s.opts.writeTimeout, err)
+		return because(fmt.Errorf("%w after %v", errWriteTimeout, s.opts.writeTimeout), err)
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		return fmt.Errorf("%w: %w", errPeerReset, err)
+		return because(errPeerReset, err)
 	case errors.Is(err, syscall.ETIMEDOUT):
-		return fmt.Errorf("%w: %w", errUnconfirmed, err)
+		return because(errUnconfirmed, err)
 	}
 	return err
 }

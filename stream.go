@@ -203,9 +203,9 @@ func (p *position) ready(session uint64, d *Delivery) []settledAt {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !ok || session != p.session {
-		return []settledAt{{tag: d.tag}}
+		return []settledAt{{tag: d.fence.tag}}
 	}
-	return p.settled.add(settledAt{d.tag, offset})
+	return p.settled.add(settledAt{d.fence.tag, offset})
 }
 
 // told notes that the broker was told, which moves the place to resume at.

@@ -75,7 +75,7 @@ func (s *session) setAside() {
 	for _, m := range s.lane.aside.take() {
 		m.err.Queue, m.err.Host, m.err.Session = s.queue, s.conn.host, s.id
 		s.stats.unreadable.Add(1)
-		s.reporter.tell(report{message: m.err})
+		s.reporter.unreadable(m.err)
 		s.complain(m.err)
 		d := m.delivery
 		d.init(passed{s})
@@ -116,5 +116,5 @@ func (p passed) settle(d *Delivery, _ Outcome) error {
 	case p.stream != nil:
 		return p.send(d, Acked)
 	}
-	return p.lane.settle(basicNack, d.tag, nackRequeue)
+	return p.lane.settle(basicNack, d.fence.tag, nackRequeue)
 }

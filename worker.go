@@ -6,6 +6,7 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // pool is the workers. They outlive sessions, so that the concurrency holds
@@ -94,7 +95,7 @@ func (p *pool) handleAll(s *session) {
 			s.unstarted(d)
 			return
 		}
-		d.init(s)
+		d.init(s.settler)
 		s.began(d)
 		p.handle(s, d)
 	}
@@ -105,14 +106,18 @@ func (p *pool) handle(s *session, d *Delivery) {
 	p.stats.delivered.Add(1)
 	p.stats.handling.Add(1)
 	var err error
+	var held time.Duration
+	failed := false
+	defer func() {
+		if failed {
+			p.failed(s, d, held, err)
+		}
+	}()
+	defer s.gate.leave() // even if the hook that conclude calls ends the goroutine
 	defer func() {
 		p.stats.handling.Add(-1)
-		failed := err != nil && !s.cutOff(err)
-		s.conclude(d, err)
-		s.gate.leave()
-		if failed {
-			p.failed(d, err)
-		}
+		failed = err != nil && !s.cutOff(err)
+		held = s.conclude(d, err)
 	}()
 	err = p.invoke(s, d, &err)
 }
@@ -147,17 +152,13 @@ func (s *session) cutOff(err error) bool {
 	return s.ctx.Err() != nil && !errors.As(err, new(*PanicError))
 }
 
-// failed reports what a handler returned; a panic is logged as well, for it is a
-// fault of the program that no handler could log itself.
-func (p *pool) failed(d *Delivery, err error) {
+// failed reports what a handler returned.
+func (p *pool) failed(s *session, d *Delivery, held time.Duration, err error) {
 	p.stats.failed.Add(1)
 	var panicked *PanicError
-	if errors.As(err, &panicked) {
-		p.reporter.tell(report{panicked: panicked})
+	errors.As(err, &panicked)
+	p.reporter.failed(failure{session: s, delivery: d, held: held, err: err, panicked: panicked})
+	if hook := p.config.hooks.HandlerFailed; hook != nil {
+		p.reporter.call(func() { hook(d, err) })
 	}
-	if p.config.hooks.HandlerFailed == nil || p.reporter.muted.Load() {
-		return // nothing is told once Run has returned
-	}
-	defer p.reporter.guard()
-	p.config.hooks.HandlerFailed(d, err)
 }

@@ -5,7 +5,8 @@
 //	AMQP_URL=amqp://guest:guest@localhost:5672/ go run ./examples/demo
 //
 // Without AMQP_URL the broker is one of this process and really is restarted;
-// with AMQP_URL the network in front of that broker is cut instead.
+// with AMQP_URL the network in front of that broker is cut instead. Ctrl-C and SIGTERM
+// stop it in order.
 package main
 
 import (
@@ -13,7 +14,9 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/signal"
 	"sync"
+	"syscall"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -50,7 +53,7 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	ctx, stop := context.WithCancel(context.Background())
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	stopped := make(chan error, 1)
 	go func() { stopped <- consumer.Run(ctx, d.handle) }()
@@ -61,18 +64,31 @@ func run() error {
 	}
 	fmt.Printf("Publishing %d messages a second, %d handlers at work.\n\n", time.Second/rate, workers)
 	go publisher.run()
-	time.Sleep(2 * time.Second)
+	pause(ctx, 2*time.Second)
 	for _, f := range d.faults() {
-		d.show(f, consumer)
+		if ctx.Err() == nil {
+			d.show(ctx, f, consumer)
+		}
 	}
 	published := publisher.stop()
-	d.await(published)
+	d.await(ctx, published)
+	interrupted := ctx.Err() != nil
 	fmt.Println("\nStop: no new messages, running handlers finish, their acks are confirmed.")
 	stop()
 	if err := <-stopped; err != nil {
 		return err
 	}
+	if interrupted {
+		return nil // what is not handled yet is in the queue
+	}
 	return d.sum(published, consumer.Stats())
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
 }
 
 // demo counts what the handlers did and knows how to break things.
@@ -160,7 +176,7 @@ func (d *demo) restart() {
 }
 
 // show strikes once and tells what came of it.
-func (d *demo) show(f fault, c *steadymq.Consumer) {
+func (d *demo) show(ctx context.Context, f fault, c *steadymq.Consumer) {
 	before := c.Stats()
 	healed := make(chan struct{})
 	d.mu.Lock()
@@ -170,11 +186,13 @@ func (d *demo) show(f fault, c *steadymq.Consumer) {
 	f.do()
 	select {
 	case <-healed:
+	case <-ctx.Done():
+		return
 	case <-time.After(time.Minute):
 		fmt.Println("  not healed within a minute")
 		return
 	}
-	time.Sleep(time.Second)
+	pause(ctx, time.Second)
 	after := c.Stats()
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -184,8 +202,8 @@ func (d *demo) show(f fault, c *steadymq.Consumer) {
 }
 
 // await waits until every published message was handled.
-func (d *demo) await(published int) {
-	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+func (d *demo) await(ctx context.Context, published int) {
+	for deadline := time.Now().Add(30 * time.Second); ctx.Err() == nil && time.Now().Before(deadline); pause(ctx, 10*time.Millisecond) {
 		d.mu.Lock()
 		n := len(d.done)
 		d.mu.Unlock()

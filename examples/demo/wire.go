@@ -2,16 +2,19 @@ package main
 
 import (
 	"context"
+	"io"
 	"net"
 	"sync"
 	"syscall"
 )
 
-// wire is the network between the consumer and the broker, which the demo cuts.
+// wire is the network between the consumer and the broker, which the demo cuts. It
+// relays, so that what it does reaches the consumer from outside, as a router's
+// reset does.
 type wire struct {
-	mu    sync.Mutex
-	down  bool
-	conns []*net.TCPConn
+	mu   sync.Mutex
+	down bool
+	far  []*net.TCPConn // the ends of the consumer's connections
 }
 
 // DialContext is what the consumer dials with.
@@ -22,25 +25,56 @@ func (w *wire) DialContext(ctx context.Context, network, address string) (net.Co
 	if down {
 		return nil, &net.OpError{Op: "dial", Net: network, Err: syscall.ECONNREFUSED}
 	}
-	conn, err := new(net.Dialer).DialContext(ctx, network, address)
+	broker, err := new(net.Dialer).DialContext(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
+	near, far, err := pair(ctx)
+	if err != nil {
+		_ = broker.Close()
+		return nil, err
+	}
+	go relay(far, broker)
+	go relay(broker, far)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.conns = append(w.conns, conn.(*net.TCPConn))
-	return conn, nil
+	w.far = append(w.far, far)
+	return near, nil
 }
 
-// reset closes all connections without a word.
+// pair returns both ends of a TCP connection.
+func pair(ctx context.Context) (near net.Conn, far *net.TCPConn, err error) {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer l.Close() //nolint:errcheck // it has done its work
+	if near, err = new(net.Dialer).DialContext(ctx, "tcp", l.Addr().String()); err != nil {
+		return nil, nil, err
+	}
+	accepted, err := l.Accept()
+	if err != nil {
+		_ = near.Close()
+		return nil, nil, err
+	}
+	return near, accepted.(*net.TCPConn), nil
+}
+
+// relay ends with either side.
+func relay(to, from net.Conn) {
+	_, _ = io.Copy(to, from)
+	_ = to.Close()
+}
+
+// reset ends all connections as a router or firewall does that has lost them.
 func (w *wire) reset() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, c := range w.conns {
+	for _, c := range w.far {
 		_ = c.SetLinger(0)
 		_ = c.Close()
 	}
-	w.conns = nil
+	w.far = nil
 }
 
 // cut resets all connections and refuses new ones, mend ends that.

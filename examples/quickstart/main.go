@@ -5,7 +5,9 @@
 //	AMQP_URL=amqp://guest:guest@localhost:5672/ go run ./examples/quickstart
 //
 // Restart the broker, kill the connection, delete the queue: it heals, and says so.
-// Ctrl-C stops it in order.
+// Ctrl-C, or SIGTERM as an orchestrator sends it, stops it in order. That takes at
+// most the drain limit, the close limit and a second more: 20 s + 5 s + 1 s, so
+// Kubernetes' terminationGracePeriodSeconds of 30 is enough. Raise it with the limits.
 package main
 
 import (
@@ -14,6 +16,7 @@ import (
 	"log"
 	"os"
 	"os/signal"
+	"syscall"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -25,7 +28,7 @@ import (
 const queue = "steadymq-quickstart"
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 
 	url := os.Getenv("AMQP_URL")

@@ -1,0 +1,71 @@
+package steadymq
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"testing"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+)
+
+// What stands around a reason is not said again by it, and it stays in one line; the
+// chain is as it was.
+func TestErrorsSayAThingOnce(t *testing.T) {
+	address := &net.TCPAddr{IP: net.IPv4(10, 0, 0, 7), Port: 5672}
+	refused := &net.OpError{Op: "dial", Net: "tcp", Addr: address, Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+	reset := &net.OpError{Op: "read", Net: "tcp", Source: address, Addr: address, Err: os.NewSyscallError("read", syscall.ECONNRESET)}
+	driver := &amqp.Error{Code: 501, Reason: (&amqp.Error{Code: 501, Reason: `frame "x" could not be parsed`}).Error()}
+	for _, c := range []struct {
+		op   string
+		err  error
+		want string
+	}{
+		{"dial", refused, "dial mq1:5672: connection refused"},
+		{"dial", because(errSetupTimeout, refused), "dial mq1:5672: " + errSetupTimeout.Error()},
+		{"dial", fmt.Errorf("dial mq1:5672: %w", context.DeadlineExceeded), "dial mq1:5672: context deadline exceeded"},
+		{"dial", errors.Join(refused, errIgnoresContext), "dial mq1:5672: connection refused; " + errIgnoresContext.Error()},
+		{"dial", &net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Err: "no such host", Name: "mq1"}}, "dial mq1:5672: lookup mq1: no such host"},
+		{"open", fmt.Errorf("tls handshake with mq1:5672: %w", io.EOF), "open mq1:5672: tls handshake: EOF"},
+		{"open", &net.OpError{Op: "remote error", Err: tls.AlertError(42)}, "open mq1:5672: remote error: tls: bad certificate"},
+		{"open", fmt.Errorf("lost while logging in: %w", readCause(reset)), "open mq1:5672: lost while logging in: the peer reset the connection"},
+		{"lost", errPeerClosed, "lost mq1:5672: the peer closed the connection"},
+		{"lost", driver, `lost mq1:5672: frame "x" could not be parsed`},
+		{"channel", amqp.ErrClosed, "channel mq1:5672: channel/connection is not open"},
+		{"consume", said(404, "NOT_FOUND - no queue 'orders' in vhost '/'"), "consume mq1:5672: 404 NOT_FOUND - no queue 'orders' in vhost '/'; it is asked for again until someone has declared it, which WithQueue or WithTopology can do"},
+		{"topology", fmt.Errorf("bind: %w", said(403, "ACCESS_REFUSED - no")), "topology mq1:5672: bind: 403 ACCESS_REFUSED - no; give the user the permission (rabbitmqctl set_permissions)"},
+		{"topology", &PanicError{Value: "a\nb"}, "topology mq1:5672: panic: a; b"},
+		{"lost", nil, "lost mq1:5672: <nil>"},
+	} {
+		err := &SessionError{Queue: "orders", Host: "mq1:5672", Op: c.op, Session: 7, Err: c.err}
+		assert.Equal(t, "steadymq: queue orders: session 7: "+c.want, err.Error())
+		assert.Equal(t, c.err, err.Unwrap())
+	}
+	assert.ErrorIs(t, readCause(reset), syscall.ECONNRESET)
+	assert.ErrorIs(t, readCause(reset), errPeerReset)
+	assert.ErrorIs(t, errPeerClosed, io.EOF)
+}
+
+// The addresses of a user's own calls are news.
+func TestErrorsOfOtherPlacesKeepTheirAddresses(t *testing.T) {
+	vault := &net.OpError{Op: "dial", Net: "tcp", Addr: &net.TCPAddr{IP: net.IPv4(10, 0, 0, 9), Port: 8200}, Err: syscall.ECONNREFUSED}
+	err := &SessionError{Op: "dial", Err: fmt.Errorf("WithURLFunc: %w", vault)}
+	assert.Contains(t, err.Error(), "WithURLFunc: dial tcp 10.0.0.9:8200: connection refused")
+}
+
+func TestErrorsOfRunStayInOneLine(t *testing.T) {
+	drain := &DrainError{Handlers: 2, Limit: 1}
+	lost := &SessionError{Op: "lost", Err: errPeerClosed}
+	err := join(drain, nil, lost)
+	assert.NotContains(t, err.Error(), "\n")
+	assert.ErrorIs(t, err, ErrDrainTimeout)
+	assert.ErrorIs(t, err, errPeerClosed)
+	assert.Equal(t, error(lost), join(nil, lost))
+	assert.NoError(t, join(nil, nil))
+}
