@@ -13,6 +13,10 @@ const (
 	// broker sends nothing but deliveries, which the driver does not see. The
 	// shortest silence it allows is 1.5 s, at a heartbeat of 1 s.
 	beatEvery = 250 * time.Millisecond
+
+	// firstFrame is the longest frame before both sides have agreed on a length
+	// (AMQP 0-9-1, 4.2.3).
+	firstFrame = 4096
 )
 
 // inbound is the read side of a socket, and Read's caller is the only one to
@@ -133,7 +137,6 @@ func (s *socket) next() (complete bool, err error) {
 	if need == 0 && !in.begun {
 		return false, &notAMQPError{first: b[0]}
 	}
-	in.begun = true
 	if need == 0 {
 		in.all = true
 		return true, nil
@@ -145,6 +148,9 @@ func (s *socket) next() (complete bool, err error) {
 	if whole <= uint64(need) {
 		in.all = true
 		return true, nil
+	}
+	if !in.begun && !s.greet(b, whole) {
+		return false, nil
 	}
 	if b[0] == frameHeader {
 		if size := binary.BigEndian.Uint64(b[frameHead+4:]); s.opts.maxMessage > 0 && size > s.opts.maxMessage {
@@ -169,6 +175,21 @@ func (s *socket) next() (complete bool, err error) {
 		in.pass = int64(whole)
 	}
 	return true, nil
+}
+
+// greet notes what the broker's first frame offers. It returns false if it has to
+// see more of it; a frame that is too long for this is the driver's to refuse.
+func (s *socket) greet(b []byte, whole uint64) bool {
+	if whole <= firstFrame && s.in.missing(b, int(whole)) {
+		return false
+	}
+	s.in.begun = true
+	offer := ""
+	if whole <= firstFrame {
+		offer = mechanismsOf(b[:whole-1])
+	}
+	s.offer.Store(&offer)
+	return true
 }
 
 // reading returns the lane of a channel, nil if there is none.
