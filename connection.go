@@ -70,7 +70,7 @@ func openConnection(ctx context.Context, c *config, e endpoint) (*connection, er
 		// A TCP connect that fails costs the broker nothing; a TLS handshake does.
 		op := "dial"
 		if dialed.Load() {
-			op, err = "open", namePort(e.address, err)
+			op, err = "open", namePort(e, err)
 		}
 		return nil, &SessionError{Host: e.address, Op: op, Err: err}
 	}
@@ -81,7 +81,7 @@ func openConnection(ctx context.Context, c *config, e endpoint) (*connection, er
 	asked := time.Now()
 	conn, err := amqp.Open(socket, config)
 	if err != nil {
-		err = handshakeCause(err, socket, login, e.address, time.Since(asked))
+		err = handshakeCause(err, socket, login, e, time.Since(asked))
 		socket.kill(err)
 		if conn != nil {
 			_ = conn.Close() // the socket is dead: it only frees the driver's goroutines
@@ -225,7 +225,7 @@ func (c *config) amqpConfig(e endpoint) amqp.Config {
 // handshakeCause tells why Open failed. The driver reports a socket lost in the
 // handshake as "403 username or password" or "403 vhost" without having heard
 // that from the broker, so only what the broker itself said is believed.
-func handshakeCause(err error, s *socket, l *login, address string, took time.Duration) error {
+func handshakeCause(err error, s *socket, l *login, e endpoint, took time.Duration) error {
 	if l.failed != nil {
 		return l.failed
 	}
@@ -245,7 +245,7 @@ func handshakeCause(err error, s *socket, l *login, address string, took time.Du
 	case errors.Is(err, amqp.ErrVhost):
 		return fmt.Errorf("lost while opening the virtual host: %w", lost)
 	case !s.greeted():
-		lost = namePort(address, lost)
+		lost = namePort(e, lost)
 	}
 	return fmt.Errorf("lost in the handshake: %w", lost)
 }

@@ -62,9 +62,10 @@ var (
 // of Run when it gives up, the cause (context.Cause) of a handler's context
 // whose session was lost, and what hooks and log lines carry.
 //
-// Unwrap gives the reason: an *amqp.Error with Server set when the broker said
-// it, else the error of the network (net.Error, io.EOF, *tls.CertificateVerificationError)
-// or one of the library's limits. It never holds a password.
+// Unwrap gives the reason: one that holds an *amqp.Error with Server set when the
+// broker said it, else ErrLoginRefused, the error of the network (net.Error, io.EOF,
+// *tls.CertificateVerificationError) or one of the library's limits. It never holds a
+// password.
 type SessionError struct {
 	// Queue is the queue consumed from, "" as long as the broker or a
 	// TopologyFunc has still to name it.

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
+	"strconv"
 	"syscall"
 )
 
@@ -27,24 +27,39 @@ var otherPorts = map[string]string{
 // wrongPortError is a peer that gives no answer, or none of a broker, on a port known to be
 // for something else.
 type wrongPortError struct {
-	port string
-	err  error // what the peer did
+	port, use string
+	err       error // what the peer did
 }
 
 func (e *wrongPortError) Error() string {
-	return fmt.Sprintf("port %s is RabbitMQ's %s; AMQP is 5672, or 5671 with TLS (%v)", e.port, otherPorts[e.port], e.err)
+	return fmt.Sprintf("port %s is RabbitMQ's %s; AMQP is 5672, or 5671 with TLS (%s)", e.port, e.use, e.answer())
+}
+
+// answer is what the peer did, without the advice that the port has given already.
+func (e *wrongPortError) answer() string {
+	switch {
+	case errors.As(e.err, new(*notAMQPError)):
+		return "the peer does not speak AMQP 0-9-1"
+	case errors.As(e.err, new(tls.RecordHeaderError)):
+		return "the peer does not speak TLS"
+	}
+	return e.err.Error()
 }
 
 func (e *wrongPortError) Unwrap() error { return e.err }
 
-// namePort says what the port of address is for, if the peer there did not answer as a broker
+// namePort says what the port of e is for, if the peer there did not answer as a broker
 // does: by other bytes, by ending the socket, or not at all.
-func namePort(address string, err error) error {
-	_, port, _ := net.SplitHostPort(address)
-	if otherPorts[port] == "" || !unlikeABroker(err) {
+func namePort(e endpoint, err error) error {
+	port := strconv.Itoa(e.uri.Port)
+	use := otherPorts[port]
+	if port == "5671" && e.uri.Scheme == "amqp" {
+		use = "port for AMQP over TLS, which takes an amqps URL"
+	}
+	if use == "" || !unlikeABroker(err) {
 		return err
 	}
-	return &wrongPortError{port, err}
+	return &wrongPortError{port, use, err}
 }
 
 func unlikeABroker(err error) bool {
