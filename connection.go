@@ -244,10 +244,8 @@ func handshakeCause(err error, s *socket, l *login, e endpoint, took time.Durati
 		return fmt.Errorf("lost while logging in: %w", lost)
 	case errors.Is(err, amqp.ErrVhost):
 		return fmt.Errorf("lost while opening the virtual host: %w", lost)
-	case !s.greeted():
-		lost = namePort(e, lost)
 	}
-	return fmt.Errorf("lost in the handshake: %w", lost)
+	return fmt.Errorf("lost in the handshake: %w", namePort(e, lost)) // at the greeting
 }
 
 // explain prefers what the broker said, then what the socket saw, to the

@@ -237,9 +237,6 @@ func (s *socket) watchPeer() {
 
 func (s *socket) done() <-chan struct{} { return s.ended }
 
-// greeted tells whether the broker's first frame has come.
-func (s *socket) greeted() bool { return s.offer.Load() != nil }
-
 // offered is the mechanisms that the broker offers to log in, with blanks between them.
 func (s *socket) offered() string {
 	if offer := s.offer.Load(); offer != nil {
