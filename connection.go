@@ -78,10 +78,9 @@ func openConnection(ctx context.Context, c *config, e endpoint) (*connection, er
 	defer unguard()
 
 	login.abort = socket.kill
-	asked := time.Now()
 	conn, err := amqp.Open(socket, config)
 	if err != nil {
-		err = handshakeCause(err, socket, login, e, time.Since(asked))
+		err = handshakeCause(err, socket, login, e)
 		socket.kill(err)
 		if conn != nil {
 			_ = conn.Close() // the socket is dead: it only frees the driver's goroutines
@@ -225,11 +224,11 @@ func (c *config) amqpConfig(e endpoint) amqp.Config {
 // handshakeCause tells why Open failed. The driver reports a socket lost in the
 // handshake as "403 username or password" or "403 vhost" without having heard
 // that from the broker, so only what the broker itself said is believed.
-func handshakeCause(err error, s *socket, l *login, e endpoint, took time.Duration) error {
+func handshakeCause(err error, s *socket, l *login, e endpoint) error {
 	if l.failed != nil {
 		return l.failed
 	}
-	if refused := l.refusal(err, s, took); refused != nil {
+	if refused := l.refusal(err, s); refused != nil {
 		return refused
 	}
 	var said *amqp.Error

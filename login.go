@@ -25,6 +25,7 @@ type login struct {
 	asked      []string              // their names
 	user       string                // who asked to be let in, where we know
 	failed     error                 // a mechanism of the user's that failed
+	answered   time.Time             // when the response went out
 }
 
 // newLogin wraps the mechanisms for a dial with these properties. abort ends its socket.
@@ -67,6 +68,7 @@ func (m *mechanism) Response() string {
 		l.failed = fmt.Errorf("the response of the login mechanism %s: %w", m.name, err)
 		l.abort(l.failed) // the driver knows no other way to send nothing
 	}
+	l.answered = time.Now()
 	return response
 }
 
@@ -118,7 +120,7 @@ var errSilentRefusal = fmt.Errorf("%w: the broker ended the socket after 3s of s
 // refusal tells a refused login from any other failure of the handshake; nil if it is none.
 // The driver calls every loss of the socket at this step a wrong password, without having
 // heard that from the broker.
-func (l *login) refusal(err error, s *socket, took time.Duration) error {
+func (l *login) refusal(err error, s *socket) error {
 	var said *amqp.Error
 	if errors.As(err, &said) && said.Server {
 		if said.Code != amqp.AccessRefused {
@@ -132,7 +134,7 @@ func (l *login) refusal(err error, s *socket, took time.Duration) error {
 	}
 	lost := s.cause()
 	ended := lost == nil || errors.Is(lost, errPeerClosed) || errors.Is(lost, errPeerReset)
-	if errors.Is(err, amqp.ErrCredentials) && took >= loginSilence && ended {
+	if errors.Is(err, amqp.ErrCredentials) && time.Since(l.answered) >= loginSilence && ended {
 		return fmt.Errorf("%w%s", errSilentRefusal, l.hint())
 	}
 	return nil

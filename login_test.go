@@ -2,8 +2,10 @@ package steadymq_test
 
 import (
 	"context"
+	"net"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -146,6 +148,34 @@ func TestSocketLostWhileLoggingInIsNoRefusal(t *testing.T) {
 		require.Empty(b, b.result)
 		assert.ErrorContains(b, b.causes()[0], "lost while logging in")
 		assert.NotErrorIs(b, b.causes()[0], steadymq.ErrLoginRefused)
+	})
+}
+
+// slowToGreet is a connection whose first bytes come late.
+type slowToGreet struct {
+	net.Conn
+	first *sync.Once
+}
+
+func (c slowToGreet) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.first.Do(func() { time.Sleep(5 * time.Second) })
+	return n, err
+}
+
+func TestSlowGreetingDoesNotMakeALostLoginARefusal(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.broker.DropAt(steadymqtest.StageTune, true)
+		dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := b.broker.Dialer()(ctx, network, addr)
+			return slowToGreet{conn, new(sync.Once)}, err
+		}
+		b.run(ack, steadymq.WithDialer(dial))
+		b.wait(time.Minute)
+		require.Empty(b, b.result)
+		assert.NotErrorIs(b, b.causes()[0], steadymq.ErrLoginRefused)
+		b.stop()
+		b.wait(5 * time.Second) // until its last read is back
 	})
 }
 

@@ -148,6 +148,8 @@ var mutants = []mutant{
 		"\ts.running.Go(s.writeLoop)\n", "\ts.running.Go(s.writeLoop)\n\ts.watchPeer()\n")),
 	inTest("TestSilentRefusalIsRecognisedHoweverTheSocketEnds", change("a silent refusal that ends by RST is a lost path", "login.go",
 		" || errors.Is(lost, errPeerReset)\n", "\n")),
+	inTest("TestSlowGreetingDoesNotMakeALostLoginARefusal", change("a slow greeting counts as silence after the login", "login.go",
+		"\tl.answered = time.Now()\n", "")),
 	inTest("TestRefusedLoginIsToldAtOnce", change("does not ask to be told of a refused login", "login.go",
 		"capabilities[toldOfRefusals] = true", "capabilities[toldOfRefusals] = false")),
 	inTest("TestRefusedLoginIsToldAtOnce", change("a refused login is not told from other refusals", "login.go",
