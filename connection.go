@@ -69,27 +69,33 @@ func openConnection(ctx context.Context, c *config, e endpoint, abandoned func()
 	if err != nil {
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
-	login, expires, err := c.login(ctx, e, abandoned)
+	mechanisms, expires, err := c.login(ctx, e, abandoned)
 	if err != nil {
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
+	config := c.amqpConfig(e)
+	login, err := newLogin(ctx, mechanisms, config.Properties, abandoned)
+	if err != nil {
+		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
+	}
+	config.SASL = login.mechanisms
 	var dialed atomic.Bool
 	socket, err := openSocket(ctx, c.dialer(e, &dialed, abandoned), e.address, tlsConfig, c.socketOptions(e))
 	if err != nil {
 		// A TCP connect that fails costs the broker nothing; a TLS handshake does.
 		op := "dial"
 		if dialed.Load() {
-			op = "open"
+			op, err = "open", namePort(e, err)
 		}
 		return nil, &SessionError{Host: e.address, Op: op, Err: err}
 	}
 	unguard := context.AfterFunc(ctx, func() { socket.kill(context.Cause(ctx)) })
 	defer unguard()
 
-	asked := time.Now()
-	conn, err := amqp.Open(socket, c.amqpConfig(e, login))
+	login.abort = socket.kill
+	conn, err := amqp.Open(socket, config)
 	if err != nil {
-		err = handshakeCause(err, socket, time.Since(asked))
+		err = handshakeCause(err, socket, login, e)
 		socket.kill(err)
 		if conn != nil {
 			_ = conn.Close() // the socket is dead: it only frees the driver's goroutines
@@ -97,6 +103,7 @@ func openConnection(ctx context.Context, c *config, e endpoint, abandoned func()
 		socket.wait()
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
+	socket.watchPeer()
 	opened := &connection{
 		host:         e.address,
 		heartbeat:    c.heartbeatOf(e),
@@ -215,14 +222,13 @@ const frameSize = 128 << 10
 // amqpConfig is made anew for every dial: the driver writes into its maps.
 // Recovery stays nil, always: it reuses the channel, so that a late ack settles
 // another message.
-func (c *config) amqpConfig(e endpoint, login []amqp.Authentication) amqp.Config {
+func (c *config) amqpConfig(e endpoint) amqp.Config {
 	properties := maps.Clone(amqp.NewConnectionProperties())
 	properties["product"] = "steadymq"
 	if c.connectionName != "" {
 		properties.SetClientConnectionName(c.connectionName)
 	}
 	return amqp.Config{
-		SASL:       login,
 		Vhost:      e.uri.Vhost,
 		Heartbeat:  c.heartbeatOf(e),
 		Locale:     "en_US",
@@ -232,35 +238,30 @@ func (c *config) amqpConfig(e endpoint, login []amqp.Authentication) amqp.Config
 	}
 }
 
-// loginSilence is what a refused login looks like: RabbitMQ waits 3 s and closes
-// without a word, while a lost socket closes whenever it is lost.
-const loginSilence = 2500 * time.Millisecond
-
-// errLoginRefused is what a silent close after 3 s most probably means.
-var errLoginRefused = errors.New("the broker closed the socket after 3s of silence, which is how RabbitMQ refuses a login: check user name, password and mechanism (a cut network path can look the same)")
-
 // handshakeCause tells why Open failed. The driver reports a socket lost in the
 // handshake as "403 username or password" or "403 vhost" without having heard
 // that from the broker, so only what the broker itself said is believed.
-func handshakeCause(err error, s *socket, took time.Duration) error {
+func handshakeCause(err error, s *socket, l *login, e endpoint) error {
+	if l.failed != nil {
+		return l.failed
+	}
+	if refused := l.refusal(err, s); refused != nil {
+		return refused
+	}
 	var said *amqp.Error
 	if errors.As(err, &said) && said.Server {
 		return said
 	}
 	lost := s.cause()
-	atLogin := errors.Is(err, amqp.ErrCredentials)
-	if atLogin && took >= loginSilence && (lost == nil || errors.Is(lost, errPeerClosed)) {
-		return errLoginRefused
-	}
 	switch {
 	case lost == nil:
 		return err
-	case atLogin:
+	case errors.Is(err, amqp.ErrCredentials):
 		return fmt.Errorf("lost while logging in: %w", lost)
 	case errors.Is(err, amqp.ErrVhost):
 		return fmt.Errorf("lost while opening the virtual host: %w", lost)
 	}
-	return fmt.Errorf("lost in the handshake: %w", lost)
+	return fmt.Errorf("lost in the handshake: %w", namePort(e, lost)) // at the greeting
 }
 
 // explain prefers what the broker said, and to what, then what the socket saw, to

@@ -96,10 +96,10 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 //   - *SessionError with Op "lost" if the connection was lost while draining:
 //     the last acks may not have arrived and their messages come again;
 //   - *SessionError before the first session only, when the broker says plainly
-//     that the configuration cannot work (no such virtual host, no permission,
-//     inequivalent queue, refused combination) or refuses the login three times
-//     in a row. Once there has been a session Run never gives up. WithFatal
-//     replaces this rule;
+//     that the configuration cannot work (refused login, no such virtual host, no
+//     permission, inequivalent queue, refused combination) or refuses the login
+//     without a word three times in a row, see ErrLoginRefused. Once there has
+//     been a session Run never gives up. WithFatal replaces this rule;
 //   - *OptionError if h or the handler of a middleware is nil, or if a hook has panicked (with
 //     the *PanicError);
 //   - *PanicError if the making of a middleware, or WithFatal, has panicked;

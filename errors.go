@@ -34,6 +34,14 @@ var (
 	// the end of the drain limit. errors.As with *DrainError tells how many.
 	ErrDrainTimeout = errors.New("steadymq: drain limit passed")
 
+	// ErrLoginRefused is inside a SessionError with Op "open" when the broker did
+	// not let us in: it said so (403, an *amqp.Error is inside, too), it offers
+	// none of our mechanisms, or it ended the socket after 3 s of silence, which
+	// is how RabbitMQ refuses clients that do not want to be told, and how other
+	// brokers may refuse all. Before the first session it ends Run: at once, or
+	// at the third silence in a row.
+	ErrLoginRefused = errors.New("login refused")
+
 	// ErrHandlerTimeout is the cause (context.Cause) of a handler's context
 	// that ended by the limit of WithHandlerTimeout.
 	ErrHandlerTimeout = errors.New("steadymq: handler timeout")
@@ -58,9 +66,10 @@ var (
 // of Run when it gives up, the cause (context.Cause) of a handler's context
 // whose session was lost, and what hooks and log lines carry.
 //
-// Unwrap gives the reason: an *amqp.Error with Server set when the broker said
-// it, else the error of the network (net.Error, io.EOF, *tls.CertificateVerificationError)
-// or one of the library's limits. It never holds a password.
+// Unwrap gives the reason: one that holds an *amqp.Error with Server set when the
+// broker said it, else ErrLoginRefused, the error of the network (net.Error, io.EOF,
+// *tls.CertificateVerificationError) or one of the library's limits. It never holds a
+// password.
 type SessionError struct {
 	// Queue is the queue consumed from, "" as long as the broker or a
 	// TopologyFunc has still to name it.

@@ -19,6 +19,7 @@ const (
 	frameEnd    = 0xCE
 
 	// class and method in one, as on the wire
+	connectionStart   = 10<<16 | 10
 	connectionClose   = 10<<16 | 50
 	connectionCloseOk = 10<<16 | 51
 	channelOpen       = 20<<16 | 10

@@ -20,6 +20,10 @@ const (
 	// broker sends nothing but deliveries, which the driver does not see. The
 	// shortest silence it allows is 1.5 s, at a heartbeat of 1 s.
 	beatEvery = 250 * time.Millisecond
+
+	// firstFrame is the longest frame before both sides have agreed on a length
+	// (AMQP 0-9-1, 4.2.3).
+	firstFrame = 4096
 )
 
 // inbound is the read side of a socket, and Read's caller is the only one to
@@ -157,7 +161,6 @@ func (s *socket) next() (complete bool, err error) {
 	if need == 0 && !in.begun {
 		return false, &notAMQPError{first: b[0]}
 	}
-	in.begun = true
 	if need == 0 {
 		in.all = true
 		return true, nil
@@ -169,6 +172,9 @@ func (s *socket) next() (complete bool, err error) {
 	if whole <= uint64(need) {
 		in.all = true
 		return true, nil
+	}
+	if !in.begun && !s.greet(b, whole) {
+		return false, nil
 	}
 	l := s.reading(binary.BigEndian.Uint16(b[1:]))
 	switch {
@@ -205,6 +211,21 @@ func (s *socket) theirs(b []byte, whole uint64) (complete bool, err error) {
 func (in *inbound) piecemeal(l *lane, whole int) (complete bool) {
 	in.lane, in.body, in.took = l, whole-frameHead, true
 	in.r += frameHead
+	return true
+}
+
+// greet notes what the broker's first frame offers. It returns false if it has to
+// see more of it; a frame that is too long for this is the driver's to refuse.
+func (s *socket) greet(b []byte, whole uint64) bool {
+	if whole <= firstFrame && uint64(len(b)) < whole {
+		return false
+	}
+	s.in.begun = true
+	offer := ""
+	if whole <= firstFrame {
+		offer = mechanismsOf(b[:whole-1])
+	}
+	s.offer.Store(&offer)
 	return true
 }
 

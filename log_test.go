@@ -69,7 +69,7 @@ func TestHourOfOutageIsAtMost100Lines(t *testing.T) {
 			b.broker.RefuseLogin(true)
 			b.broker.Reset()
 			b.wait(time.Hour)
-			assert.Contains(b, b.log.last("level=WARN"), "refuses a login")
+			assert.Contains(b, b.log.last("level=WARN"), "login refused")
 		},
 		"the queue is absent": func(b *bench) {
 			b.broker.DeleteQueue(queue)

@@ -494,7 +494,10 @@ func WithTLSConfig(t *tls.Config) Option {
 }
 
 // WithSASL sets the login mechanisms, best first, in place of the URL's user and
-// password: for example &amqp.ExternalAuth{} with client certificates.
+// password: for example &amqp.ExternalAuth{} with client certificates. A mechanism is
+// asked for its name and its response at every dial, concurrently by consumers
+// that share it; one that panics or does not answer within the set-up limit is a
+// failed try.
 func WithSASL(mechanisms ...amqp.Authentication) Option {
 	return func(c *config) {
 		c.sasl = mechanisms

@@ -52,7 +52,7 @@ func classify(err error) class {
 	switch {
 	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded):
 		return classChannel
-	case errors.Is(err, errLoginRefused), errors.As(err, new(*urlError)):
+	case errors.Is(err, ErrLoginRefused), errors.As(err, new(*urlError)):
 		return classOperator
 	case wrongPeer(err):
 		return classPeer
@@ -131,8 +131,10 @@ func wrongPeer(err error) bool {
 	var invalid x509.CertificateInvalidError
 	var record tls.RecordHeaderError
 	var protocol *notAMQPError
+	var port *wrongPortError
 	return errors.As(err, &verify) || errors.As(err, &authority) || errors.As(err, &name) ||
-		errors.As(err, &invalid) || errors.As(err, &record) || errors.As(err, &protocol)
+		errors.As(err, &invalid) || errors.As(err, &record) || errors.As(err, &protocol) ||
+		errors.As(err, &port)
 }
 
 // stated tells whether the broker stated plainly, before the first session, that
@@ -147,14 +149,6 @@ func stated(err error) bool {
 		return true
 	}
 	return false
-}
-
-// loginRefused tells a refusal of the login, said or silent.
-func loginRefused(err error) bool {
-	var at *SessionError
-	var said *amqp.Error
-	return errors.Is(err, errLoginRefused) ||
-		errors.As(err, &at) && at.Op == "open" && errors.As(err, &said) && said.Server && said.Code == amqp.AccessRefused
 }
 
 const (
@@ -180,7 +174,7 @@ type retry struct {
 	free     int       // of them, refused dials: they cost nobody anything
 	asked    int       // failures of the operator's kind in a row, which have a pace of their own
 	locked   time.Time // since when the resource has been locked; zero if it is not
-	refusals int       // logins refused in a row
+	refusals int       // logins in a row refused without a word
 	proven   bool      // there has been a session
 
 	heartbeat time.Duration // the longest of the connections so far, 0 before the first
@@ -203,7 +197,8 @@ func (r *retry) healthy() {
 
 // givesUp tells whether err ends Run, unless WithFatal decides that.
 func (r *retry) givesUp(err error) bool {
-	if loginRefused(err) {
+	silent := errors.Is(err, errSilentRefusal)
+	if silent {
 		r.refusals++
 	} else {
 		r.refusals = 0
@@ -211,10 +206,10 @@ func (r *retry) givesUp(err error) bool {
 	if r.proven {
 		return false
 	}
-	if loginRefused(err) {
+	if silent {
 		return r.refusals >= givenUpLogins
 	}
-	return stated(err)
+	return errors.Is(err, ErrLoginRefused) || stated(err)
 }
 
 // wait returns how long to wait after err. anotherHost tells that the next try

@@ -33,7 +33,7 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"3 maintenance", at("lost", said(320, "CONNECTION_FORCED - Node was put into maintenance mode")), classForced},
 		{"3 refused dial", at("dial", &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}), classRefused},
 		{"4 kill -9", at("lost", fmt.Errorf("%w: %w", errPeerReset, syscall.ECONNRESET)), classNetwork},
-		{"5 wrong password", at("open", errLoginRefused), classOperator},
+		{"5 wrong password", at("open", errSilentRefusal), classOperator},
 		{"6 no vhost", at("open", said(530, "NOT_ALLOWED - vhost x not found")), classOperator},
 		{"6 no permission on vhost", at("open", said(530, "NOT_ALLOWED - access to vhost '/' refused for user 'u'")), classOperator},
 		{"7 vhost limit", at("open", said(530, "NOT_ALLOWED - access to vhost '/' refused for user 'u': connection limit (3) is reached")), classLocked},

@@ -156,7 +156,10 @@ var simKinds = []simKind{
 	},
 	{
 		name: "refuse the login", longest: 30 * time.Second, kick: true, codes: 1, refuses: []uint64{0}, pace: paceOperator, escape: escapeIn(6 * time.Second),
-		on:  func(s *sim, f simFault, at faultsOf) { at.RefuseLogin(true) },
+		on: func(s *sim, f simFault, at faultsOf) {
+			at.SetLoginRefusal(steadymqtest.LoginRefusal(f.dice % 4))
+			at.RefuseLogin(true)
+		},
 		off: func(s *sim, f simFault, at faultsOf) { at.RefuseLogin(false) },
 	},
 	{

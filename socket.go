@@ -140,8 +140,9 @@ type socket struct {
 	writer  chan struct{}  // closed when the writer has returned
 	running sync.WaitGroup // the socket's own goroutines
 
-	in      inbound     // touched by Read's caller only
-	resting atomic.Bool // Read waits for the broker
+	in      inbound                // touched by Read's caller only
+	offer   atomic.Pointer[string] // the mechanisms of the broker's first frame, nil before it
+	resting atomic.Bool            // Read waits for the broker
 
 	wake  chan struct{} // tells the writer to look again
 	delay *time.Timer   // tells the writer that what is held is due
@@ -186,9 +187,6 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 		s.raw = c.NetConn()
 	}
 	s.running.Go(s.writeLoop)
-	if o.idleTimeout > 0 {
-		s.running.Go(s.watch)
-	}
 	return s
 }
 
@@ -197,7 +195,23 @@ func (s *socket) sinceDelivery() time.Duration {
 	return time.Since(s.start) - time.Duration(s.delivered.Load())
 }
 
+// watchPeer begins to watch for a peer that falls silent. It is called once, after
+// the handshake: before, silence can be an answer, and the set-up limit bounds it.
+func (s *socket) watchPeer() {
+	if s.opts.idleTimeout > 0 {
+		s.running.Go(s.watch)
+	}
+}
+
 func (s *socket) done() <-chan struct{} { return s.ended }
+
+// offered is the mechanisms that the broker offers to log in, with blanks between them.
+func (s *socket) offered() string {
+	if offer := s.offer.Load(); offer != nil {
+		return *offer
+	}
+	return ""
+}
 
 // wait blocks until nothing of a socket that ends is left: the connection
 // underneath, which whoever ended the socket may still be closing, and the
@@ -285,8 +299,8 @@ func (s *socket) err() error {
 // watch ends the socket when Read has read nothing for too long. That
 // covers a silent peer and a driver that stopped reading alike.
 func (s *socket) watch() {
-	dog := watchdog{idle: s.opts.idleTimeout, due: s.opts.idleTimeout}
-	timer := time.NewTimer(dog.due)
+	dog := watchdog{idle: s.opts.idleTimeout, due: time.Since(s.start) + s.opts.idleTimeout}
+	timer := time.NewTimer(dog.idle)
 	defer timer.Stop()
 	for {
 		select {

@@ -81,6 +81,7 @@ func pipe(t *testing.T, o socketOptions) (*socket, *wire, net.Conn) {
 	near, far := net.Pipe()
 	w := &wire{Conn: near}
 	s := newSocket(w, o)
+	s.watchPeer()
 	t.Cleanup(func() {
 		s.kill(nil)
 		s.wait()

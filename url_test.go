@@ -192,7 +192,7 @@ func TestEachURLHasItsOwnHeartbeatAndDialTimeout(t *testing.T) {
 		require.NoError(t, err)
 		for _, e := range newHosts(c).endpoints {
 			assert.Equal(t, 2*c.heartbeatOf(e), c.socketOptions(e).idleTimeout)
-			all = append(all, [2]time.Duration{c.amqpConfig(e, nil).Heartbeat, c.dialTimeoutOf(e)})
+			all = append(all, [2]time.Duration{c.amqpConfig(e).Heartbeat, c.dialTimeoutOf(e)})
 		}
 		return all
 	}

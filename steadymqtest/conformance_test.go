@@ -135,7 +135,7 @@ func (c *scenario) expected(t *testing.T, version string, b *rabbit.Broker) []st
 	if c.arrange != nil {
 		require.NoError(t, c.arrange(t.Context(), b))
 	}
-	lines := transcript(t, c.script, b.URL(), net.Dial)
+	lines := transcript(t, c.script, b.URL(), directly(t.Context(), b))
 	if c.arrange != nil {
 		require.NoError(t, patient(t.Context(), b))
 	}
@@ -394,7 +394,7 @@ func notifyClose(ch *amqp.Channel) chan *amqp.Error {
 
 var quorum = amqp.Table{"x-queue-type": "quorum"}
 
-var conformance = slices.Concat(common, byGeneration, counts)
+var conformance = slices.Concat(common, byGeneration, counts, refusedLogins)
 
 var common = []scenario{
 	{name: "order and tags", script: func(s *script) {

@@ -378,19 +378,33 @@ func (c *conn) login(d *decoder) {
 	c.method(0, connectionTune, 2047>>8, 2047&0xff, 0, frameMaxSize>>16, 0, 0, byte(heartbeat>>8), byte(heartbeat))
 }
 
-// refuseLogin tells clients that asked to be told; all others see three seconds of silence and the end of the socket.
-func (c *conn) refuseLogin(mechanism string, told bool) {
-	if told {
+// refuseLogin tells clients that asked to be told, unless the host's way is another.
+func (c *conn) refuseLogin(mechanism string, asked bool) {
+	switch how := c.host.wire.loginRefusal; {
+	case how == RefusalBy403, how == RefusalOfRabbitMQ && asked:
 		c.fail(refuse(403, "Login was refused using authentication mechanism %s. For details see the broker logfile.", mechanism), 0)
-		return
+	case how == RefusalByFIN:
+		c.endLater("login refused", c.hangUp)
+	case how == RefusalByReset:
+		c.endLater("login refused", c.abort)
+	default:
+		c.distrust("login refused")
 	}
-	c.hangUpLater("login refused")
 }
 
-// hangUpLater is how RabbitMQ ends a connection it does not trust yet: no word, three seconds of silence, and the end of the socket.
-func (c *conn) hangUpLater(cause string) {
+// distrust is how RabbitMQ ends a connection it does not trust yet: its sockets are reset (linger {true, 0}), unless TLS ends them first.
+func (c *conn) distrust(cause string) {
+	if c.tls != nil {
+		c.endLater(cause, c.hangUp)
+		return
+	}
+	c.endLater(cause, c.abort)
+}
+
+// endLater keeps silent for three seconds, and then ends the socket.
+func (c *conn) endLater(cause string, end func(cause string)) {
 	c.state = stateClosing
-	c.b.after(loginSilence, func() { c.hangUp(cause) })
+	c.b.after(loginSilence, func() { end(cause) })
 }
 
 // authenticate returns the user that a response belongs to.
@@ -422,7 +436,7 @@ func (c *conn) tuned(d *decoder) {
 	c.state = stateVhost
 	c.startBeats()
 	if minimum := 8192; c.frameMax < minimum && c.b.since(4, 1) {
-		c.hangUpLater("frame_max below 8192")
+		c.distrust("frame_max below 8192")
 	}
 }
 

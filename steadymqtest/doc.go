@@ -28,7 +28,7 @@
 // Those of [Broker] strike everywhere, those of [Broker.Host] one address:
 //
 //	the broker says so   CloseConnections CloseChannels CancelConsumers ReleaseConsumers RefuseVhost RefuseConsume RefuseLogin
-//	                     Broker.DeleteQueue Broker.Blocked
+//	                     SetLoginRefusal Broker.DeleteQueue Broker.Blocked
 //	the broker is ill    HangAt DropAt SilentAfterOpen Silence Late541 SlowCloseOk NoCloseOk StrayReply StrayDelivery Garbage
 //	                     Broker.QuorumStall CutOff Kill PowerOff Restart
 //	the network          Refuse DropSYN DNSFailure Reset FIN BlackHole Stall ZeroWindow SetLatency CutAfter CutClientAfter

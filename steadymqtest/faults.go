@@ -45,6 +45,7 @@ func Stages() []Stage {
 type wireFaults struct {
 	hang, drop    [numStages]bool
 	refuseLogin   bool
+	loginRefusal  LoginRefusal // no fault: it is not healed
 	refuseOpen    *refusal
 	refuseConsume *refusal
 	lateConsume   time.Duration // 0: off
@@ -206,9 +207,28 @@ func (f *Faults) Silence() {
 	})
 }
 
-// RefuseLogin makes every login fail as one with a wrong password does: three seconds of silence, then the end of the socket;
-// clients that advertise authentication_failure_close are told 403 at once.
+// RefuseLogin makes every login fail as one with a wrong password does, see [LoginRefusal].
 func (f *Faults) RefuseLogin(on bool) { f.each(func(h *Host) { h.wire.refuseLogin = on }) }
+
+// LoginRefusal is how a login is refused: by [Faults.RefuseLogin], and for a wrong user or password.
+type LoginRefusal int
+
+const (
+	// RefusalOfRabbitMQ is the default. A client that advertises the capability authentication_failure_close is told 403 at
+	// once. All others see three seconds of silence and then an RST, over TLS a FIN.
+	RefusalOfRabbitMQ LoginRefusal = iota
+	// RefusalByReset is three seconds of silence and an RST for all clients.
+	RefusalByReset
+	// RefusalByFIN is three seconds of silence and a FIN for all clients: RabbitMQ behind a proxy, which ends its sockets politely.
+	RefusalByFIN
+	// RefusalBy403 is told at once to all clients.
+	RefusalBy403
+)
+
+// SetLoginRefusal changes how logins are refused from now on. [Faults.Heal] does not take it back.
+func (f *Faults) SetLoginRefusal(how LoginRefusal) {
+	f.each(func(h *Host) { h.wire.loginRefusal = how })
+}
 
 // RefuseVhost answers connection.open by connection.close with a code and a text; code 0 takes it back.
 //
@@ -558,8 +578,8 @@ func (f *Faults) CutClientAfter(n int) {
 	})
 }
 
-// Heal takes back every lasting fault of these hosts, of the network and of the broker, but for [Faults.Kill], [Faults.PowerOff] and
-// [Faults.SetLatency]. What was lost stays lost, what hangs goes on hanging.
+// Heal takes back every lasting fault of these hosts, of the network and of the broker, but for [Faults.Kill], [Faults.PowerOff],
+// [Faults.SetLatency] and [Faults.SetLoginRefusal]. What was lost stays lost, what hangs goes on hanging.
 func (f *Faults) Heal() {
 	f.BlackHole(false, false)
 	f.CutOff(false)
@@ -572,7 +592,7 @@ func (f *Faults) Heal() {
 		if !h.wire.down {
 			h.net.refuse, h.net.dropSYN = false, false
 		}
-		h.wire = wireFaults{down: h.wire.down}
+		h.wire = wireFaults{down: h.wire.down, loginRefusal: h.wire.loginRefusal}
 	})
 }
 

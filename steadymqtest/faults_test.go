@@ -304,6 +304,48 @@ func TestLoginIsRefusedAfterSilence(t *testing.T) {
 	})
 }
 
+func TestLoginIsRefusedInTheWayThatIsSet(t *testing.T) {
+	for name, c := range map[string]struct {
+		how         steadymqtest.LoginRefusal
+		asks        bool
+		after       time.Duration
+		said, reset bool
+	}{
+		"RabbitMQ, client asks":   {steadymqtest.RefusalOfRabbitMQ, true, 0, true, false},
+		"RabbitMQ, client is old": {steadymqtest.RefusalOfRabbitMQ, false, 3 * time.Second, false, true},
+		"RST":                     {steadymqtest.RefusalByReset, true, 3 * time.Second, false, true},
+		"FIN":                     {steadymqtest.RefusalByFIN, true, 3 * time.Second, false, false},
+		"403":                     {steadymqtest.RefusalBy403, false, 0, true, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				b := steadymqtest.NewBroker(t)
+				b.SetLoginRefusal(c.how)
+				b.Heal()
+				end := &endOfSocket{}
+				config := amqp.Config{
+					Properties: amqp.NewConnectionProperties(), SASL: []amqp.Authentication{&amqp.PlainAuth{Username: "guest", Password: "wrong"}},
+					Dial: func(network, addr string) (net.Conn, error) {
+						nc, err := b.Dial(network, addr)
+						end.Conn = nc
+						return end, err
+					},
+				}
+				if c.asks {
+					config.SASL[0] = asksToBeTold{config.SASL[0], config.Properties}
+				}
+				within(t, c.after, 0, func() {
+					_, err := amqp.DialConfig(b.URL, config)
+					number, _, server := code(t, err)
+					require.Equal(t, 403, number)
+					require.Equal(t, c.said, server)
+				})
+				require.Equal(t, c.reset, end.reset.Load())
+			})
+		})
+	}
+}
+
 // code takes an error of the driver apart.
 func code(t *testing.T, err error) (int, string, bool) {
 	t.Helper()

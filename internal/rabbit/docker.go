@@ -152,6 +152,17 @@ func (s nodeSpec) request(bind netip.Addr, port, portTLS int) testcontainers.Con
 func (n *containerNode) addr() string    { return net.JoinHostPort(n.host, strconv.Itoa(n.port)) }
 func (n *containerNode) addrTLS() string { return net.JoinHostPort(n.host, strconv.Itoa(n.portTLS)) }
 
+func (n *containerNode) direct(ctx context.Context, port int) (string, error) {
+	ips, err := n.c.ContainerIPs(ctx)
+	if err == nil && len(ips) == 0 {
+		err = errors.New("the container has none")
+	}
+	if err != nil {
+		return "", err
+	}
+	return net.JoinHostPort(ips[0], strconv.Itoa(port)), nil
+}
+
 func (n *containerNode) exec(ctx context.Context, args ...string) (string, error) {
 	code, out, err := n.c.Exec(ctx, args, tcexec.Multiplexed())
 	if err != nil {
