@@ -95,9 +95,8 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 	if op, err := s.subscribe(ctx); err != nil {
 		s.lane.abandon()
 		_ = channel.Close() // also bounded by ctx, through the socket
-		if err = s.said(err); noQueue(err) {
-			s.stream.startOver()
-		}
+		err = s.said(err)
+		s.stream.gone(err)
 		return nil, s.failure(op, c.explain(err))
 	}
 	s.since = time.Now()

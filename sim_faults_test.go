@@ -18,11 +18,15 @@ const (
 	paceDial                    // dials hang: the dial limit, then cap 1 s
 	paceSlow                    // handshake or setup fails: the backoff's cap
 	paceHang                    // the setup limit, then the backoff's cap
+	paceAbsent                  // cap 5 s
 	paceLocked                  // 0.5-1 s for 3 heartbeats + 5 s, then as operator
 	paceOperator                // cap 30 s
 )
 
-const operatorLimit = 30 * time.Second
+const (
+	absentLimit   = 5 * time.Second
+	operatorLimit = 30 * time.Second
+)
 
 // simKind is one kind of fault of FAULTS.md.
 type simKind struct {
@@ -241,7 +245,7 @@ var simKinds = []simKind{
 		off: func(s *sim, f simFault, at faultsOf) { s.broker.Unblocked() },
 	},
 	{
-		name: "delete the queue", longest: 30 * time.Second, common: true, loses: true, pace: paceOperator,
+		name: "delete the queue", longest: 30 * time.Second, common: true, loses: true, pace: paceAbsent,
 		on:  func(s *sim, f simFault, at faultsOf) { s.broker.DeleteQueue(s.queue(f)) },
 		off: func(s *sim, f simFault, at faultsOf) { s.declare(s.plan.queues[f.queue]) },
 	},
@@ -379,6 +383,8 @@ func (f simFault) wait(p *simPlan, c *simConsumerPlan, pace simPace) time.Durati
 		wait += c.limit
 	case paceHang:
 		wait += c.setup + time.Second + c.limit
+	case paceAbsent:
+		wait += absentLimit
 	case paceLocked:
 		wait += time.Second
 		if f.last > 3*c.heartbeat+5*time.Second {
