@@ -26,6 +26,7 @@ const (
 const (
 	absentLimit   = 5 * time.Second
 	operatorLimit = 30 * time.Second
+	silentRefusal = 3 * time.Second // what a try takes to be refused, at most
 )
 
 // simKind is one kind of fault of FAULTS.md.
@@ -326,18 +327,13 @@ func (b *simBurst) healed(p *simPlan, c *simConsumerPlan, loosely bool) time.Dur
 		return b.faults[0].healed(p, c)
 	}
 	var noticed time.Duration
-	limit := c.limit
 	for _, f := range b.faults {
-		k := &simKinds[f.kind]
 		noticed = max(noticed, f.noticed(c), f.at+5*c.heartbeat/2+time.Second)
-		if k.pace >= paceLocked {
-			limit = max(limit, operatorLimit)
-		}
 	}
 	if c.alone {
 		noticed += 3*c.heartbeat + 2*time.Second
 	}
-	return noticed + 2*(c.setup+time.Second+limit) + p.connect()
+	return noticed + 2*(c.setup+time.Second+c.limit) + p.connect()
 }
 
 // noticed is when the fault is over and c knows of it at the latest.
@@ -384,14 +380,14 @@ func (f simFault) wait(p *simPlan, c *simConsumerPlan, pace simPace) time.Durati
 	case paceHang:
 		wait += c.setup + time.Second + c.limit
 	case paceAbsent:
-		wait += absentLimit
+		wait += min(absentLimit, c.limit)
 	case paceLocked:
 		wait += time.Second
 		if f.last > 3*c.heartbeat+5*time.Second {
-			wait += operatorLimit
+			wait += min(operatorLimit, c.limit)
 		}
 	case paceOperator:
-		wait += operatorLimit
+		wait += silentRefusal + min(operatorLimit, c.limit)
 	}
 	return wait
 }
