@@ -10,18 +10,20 @@ import (
 // Code and step decide, never the text: it repeats names of queues and users.
 func advice(op string, err error) string {
 	var said *amqp.Error
-	if !errors.As(err, &said) || !said.Server || classifySaid(said) != classOperator {
+	if !errors.As(err, &said) || !said.Server {
 		return ""
 	}
-	switch {
+	switch kind := classifySaid(said); {
+	case kind == classAbsent:
+		return "; it is asked for again until someone has declared it, which WithQueue or WithTopology can do"
+	case kind != classOperator:
+		return ""
 	case op == "open" && said.Code == amqp.NotAllowed:
 		return "; the path of the URL names the virtual host: it must exist, and the user needs permissions on it"
 	case op == "open":
 		return ""
 	case said.Code == amqp.AccessRefused:
 		return "; give the user the permission (rabbitmqctl set_permissions)"
-	case said.Code == amqp.NotFound:
-		return "; it is asked for again until someone has declared it, which WithQueue or WithTopology can do"
 	case op == "topology" && said.Code == amqp.PreconditionFailed:
 		return "; what exists was declared otherwise: declare it alike, or delete it"
 	}

@@ -19,7 +19,8 @@ type Credentials struct {
 	// Username and Password are for the mechanism PLAIN. For OAuth 2 the
 	// password is the token and the user name is not looked at.
 	Username, Password string
-	// Expires is when the password stops being valid; zero for never.
+	// Expires is when the password stops being valid; zero for never. One that
+	// has passed is used all the same: the broker decides, by its own clock.
 	Expires time.Time
 }
 
@@ -145,11 +146,15 @@ const minRefresh = time.Second
 // refresh hands the broker fresh credentials before the old ones expire, at 70 %
 // of their life (connection.update-secret). Where it fails it tries again in 70 %
 // of what is left; in the end the broker closes the connection and the next dial
-// asks afresh.
+// asks afresh. One that does not close it gets what is asked for ever more slowly,
+// as does an issuer whose credentials have expired when they come.
 func (c *connection) refresh(life context.Context, cfg *config, expires time.Time, abandoned func()) {
 	defer close(c.refreshed)
+	again := pace{floor: minRefresh, initial: minRefresh, limit: operatorCap}
 	for !expires.IsZero() {
-		timer := time.NewTimer(max(time.Until(expires)*7/10, minRefresh))
+		again.failures++
+		left := time.Until(expires) / 10 * 7 // far in the future it is the longest Duration there is
+		timer := time.NewTimer(max(left, again.draw()))
 		select {
 		case <-timer.C:
 		case <-life.Done():
@@ -158,7 +163,9 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 		}
 		ctx, cancel := context.WithTimeoutCause(life, cfg.setupTimeout, errSetupTimeout)
 		if fresh, err := cfg.askCredentials(ctx, abandoned); err == nil && c.updateSecret(ctx, fresh.Password) == nil {
-			expires = fresh.Expires
+			if expires = fresh.Expires; time.Until(expires) > minRefresh {
+				again.failures = 0
+			}
 		}
 		cancel()
 	}

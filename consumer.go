@@ -225,6 +225,7 @@ type supervisor struct {
 	tag     string
 	tries   atomic.Uint64 // of a session: two may overlap if one was left behind
 	host    string
+	next    endpoint // of the next dial, once it is known
 
 	leaving []leaver
 	cause   error // of the last failure
@@ -308,15 +309,16 @@ func (s *supervisor) connecting() stateFunc {
 	}
 	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
 	defer cancel()
-	if s.conn != nil && !s.conn.alive() {
+	if s.conn != nil && !s.conn.alive() { // ended while it waited for the next try
+		s.hosts.failed(s.conn.host, s.conn.end.cause(), time.Now())
 		s.dropConnection()
 	}
-	conn, number := s.conn, s.number+1
-	e := endpoint{}
+	if s.conn == nil && s.next.address == "" {
+		s.next, _ = s.hosts.next(time.Now())
+	}
+	conn, number, e := s.conn, s.number+1, s.next
+	s.next = endpoint{}
 	if conn == nil {
-		if s.config.urlFunc == nil {
-			e = s.hosts.next(time.Now())
-		}
 		s.host = e.address // "" until WithURLFunc has named it
 	}
 	s.enter(Connecting, nil)
@@ -392,15 +394,22 @@ func (s *supervisor) consuming() stateFunc {
 	case <-s.session.ended.ended:
 		session := s.session
 		s.release()
-		if session.healthy(time.Now()) {
-			s.retry.healthy()
-		}
-		if time.Since(session.since) >= hostLasts {
-			s.hosts.lasted()
-		}
+		s.proved(session)
 		return s.failed(session.ended.cause())
 	case <-s.ctx.Done():
+		s.proved(s.session)
 		return s.draining
+	}
+}
+
+// proved notes how well the session that ends now has done.
+func (s *supervisor) proved(session *session) {
+	now := time.Now()
+	if session.healthy(now) {
+		s.retry.healthy()
+	}
+	if now.Sub(session.since) >= hostLasts {
+		s.hosts.lasted()
 	}
 }
 
@@ -420,10 +429,7 @@ func (s *supervisor) failed(err error) stateFunc {
 	}
 	now := time.Now()
 	kind := classify(err)
-	s.hosts.failed(s.host, kind, now)
-	if fellSilent(err) {
-		s.hosts.silent(s.host, now)
-	}
+	s.hosts.failed(s.host, err, now)
 	if errors.Is(err, errStalled) && len(s.hosts.endpoints) > 1 {
 		s.dropConnection() // the node may be the one that is cut off
 	}
@@ -433,8 +439,11 @@ func (s *supervisor) failed(err error) stateFunc {
 		s.note(err)
 		return s.draining
 	}
-	another := s.conn == nil && len(s.hosts.endpoints) > 1 && !s.hosts.allTried()
-	s.cause, s.retryIn = err, s.retry.wait(err, now, another)
+	fresh := false
+	if s.conn == nil {
+		s.next, fresh = s.hosts.next(now)
+	}
+	s.cause, s.retryIn = err, s.retry.wait(err, now, fresh)
 	return s.backoff
 }
 
@@ -453,10 +462,16 @@ func (s *supervisor) keepOrReplace(kind class, now time.Time) {
 	if s.conn == nil {
 		return
 	}
-	if s.conn.alive() && (kind == classLocked || !s.conn.escalates(now)) {
+	if s.conn.alive() && (s.blameless(kind) || !s.conn.escalates(now)) {
 		return
 	}
 	s.dropConnection()
+}
+
+// blameless tells a failure of a session that another connection would meet too: a lock,
+// and a missing queue where no other host may know of it.
+func (s *supervisor) blameless(kind class) bool {
+	return kind == classLocked || kind == classAbsent && len(s.hosts.endpoints) < 2
 }
 
 // dropConnection gives the connection up. It closes when the handlers of a session that the

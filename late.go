@@ -72,10 +72,10 @@ func (c *config) consumerTimeout() time.Duration {
 	return defaultConsumerTimeout
 }
 
-// pace looks, a few times within a consumer timeout, whether deliveries wait too
+// backlog looks, a few times within a consumer timeout, whether deliveries wait too
 // long for a worker. That costs a delivery nothing, and sees how long handlers take
 // together and not how long the odd one does.
-type pace struct {
+type backlog struct {
 	session *session
 	timeout time.Duration
 	base    uint64            // deliveries given to handlers before the session
@@ -88,8 +88,8 @@ type pace struct {
 // looks is how often within a consumer timeout.
 const looks = 8
 
-func (s *session) watchPace() {
-	p := &s.pace
+func (s *session) watchBacklog() {
+	p := &s.backlog
 	p.session, p.timeout, p.base = s, s.config.consumerTimeout(), s.stats.delivered.Load()
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -98,11 +98,11 @@ func (s *session) watchPace() {
 	}
 }
 
-func (p *pace) every() time.Duration { return max(p.timeout/looks, time.Second) }
+func (p *backlog) every() time.Duration { return max(p.timeout/looks, time.Second) }
 
 // look finds out whether a delivery waits that was there already half a consumer
 // timeout ago.
-func (p *pace) look() {
+func (p *backlog) look() {
 	s := p.session
 	taken := s.stats.delivered.Load() - p.base // first: what is taken meanwhile must not count twice
 	late := taken < p.arrived[0]
@@ -121,7 +121,7 @@ func (p *pace) look() {
 	}
 }
 
-func (p *pace) stop() {
+func (p *backlog) stop() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.timer != nil {

@@ -141,7 +141,8 @@ type StateChange struct {
 	Session uint64
 	// Host is the broker's address, "" where none is involved.
 	Host string
-	// Attempt counts the failures in a row, 0 while all is well.
+	// Attempt counts the failures in a row, 0 while all is well. A row ends with a
+	// session that proves itself: by a settlement and 10 s, or by 70 s.
 	Attempt int
 	// RetryIn is the wait before the next try, in Backoff only.
 	RetryIn time.Duration

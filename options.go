@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -234,13 +235,18 @@ func WithPrefetch(n int) Option {
 
 // WithBackoff sets the pace of retries: the wait before try n of a row of
 // failures is drawn from [0, min(limit, initial*2^n)]. Default 250 ms and 10 s.
-// The first retry of a healthy session is always at once (within 20 ms); while
-// dials are refused, which costs the broker nothing, the limit is at most 1 s.
-// initial: 1 ms to limit; limit: up to 24 h. For fleets choose a limit of at
-// least (number of consumers)/100 seconds.
+// The first retry of a healthy session is always at once (within 20 ms), and so is
+// the first try of another host. Some failures have a pace of their own: while dials
+// are refused, which costs the broker nothing, the limit is at most 1 s; a queue that
+// does not exist is asked for after 1 s, then up to 5 s; what an operator has to mend
+// is tried again after 1 s, then up to 30 s; what is locked every 0.5 to 1 s, for as
+// long as the broker may need to notice that its owner is gone. No wait exceeds a limit
+// given here. initial: 1 ms to limit; limit: up to 24 h. For fleets choose a limit
+// of at least (number of consumers)/100 seconds.
 func WithBackoff(initial, limit time.Duration) Option {
 	return func(c *config) {
 		c.retryInitial, c.retryCap = initial, limit
+		c.set["WithBackoff"] = true
 		c.duration("WithBackoff", initial)
 		c.duration("WithBackoff", limit)
 		if limit < initial {
@@ -415,6 +421,9 @@ func WithConsumeArgs(args amqp.Table) Option {
 		if err := args.Validate(); err != nil {
 			c.refuse("WithConsumeArgs", "holds a value AMQP cannot carry: %v", err)
 		}
+		if early(args) {
+			c.refuse("WithConsumeArgs", "holds a time before 1970, which AMQP cannot carry")
+		}
 	}
 }
 
@@ -516,7 +525,8 @@ func WithSASL(mechanisms ...amqp.Authentication) Option {
 // of those in the URL: for passwords that rotate and tokens that expire. If they
 // expire, f is asked again at 70 % of their life and the broker is told
 // (connection.update-secret, https://www.rabbitmq.com/docs/oauth2#token-expiration),
-// so the connection stays up. ctx ends with the setup limit; an error is retried
+// so the connection stays up; where that fails, again in 70 % of what is left, later
+// after 1 s and up to 30 s. ctx ends with the setup limit; an error is retried
 // like a failed login and must not hold a secret, for it is logged. f is called by
 // one goroutine at a time per connection.
 func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
@@ -765,6 +775,9 @@ func (c *config) checkDeclare(q *Queue) {
 	if err := q.Args.Validate(); err != nil {
 		c.refuse("WithQueue", "Args holds a value AMQP cannot carry: %v", err)
 	}
+	if early(q.Args) {
+		c.refuse("WithQueue", "Args holds a time before 1970, which AMQP cannot carry")
+	}
 	if q.Args = cloneTable(q.Args); q.Args == nil {
 		q.Args = amqp.Table{}
 	}
@@ -875,6 +888,20 @@ func (c *config) checkTogether() {
 func (c *config) stream() bool {
 	_, offset := c.consumeArgs["x-stream-offset"]
 	return offset || c.declare != nil && c.declare.Type == "stream"
+}
+
+// early finds a time that the driver would turn into one of the far future: AMQP counts
+// seconds from 1970, unsigned.
+func early(value any) bool {
+	switch v := value.(type) {
+	case time.Time:
+		return v.Unix() < 0
+	case amqp.Table:
+		return slices.ContainsFunc(slices.Collect(maps.Values(v)), early)
+	case []any:
+		return slices.ContainsFunc(v, early)
+	}
+	return false
 }
 
 func cloneTable(t amqp.Table) amqp.Table {

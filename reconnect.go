@@ -6,8 +6,9 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"math"
 	"math/rand/v2"
-	"strings"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -33,8 +34,11 @@ const (
 	// holds an exclusive queue, the exclusive consumer or a connection slot.
 	// It clears when the broker buries that connection, within 3 heartbeats.
 	classLocked
+	// classAbsent: a queue or an exchange is not there. Whoever declares it may do
+	// so any moment, and asking takes a channel only.
+	classAbsent
 	// classOperator: someone has to change something: permissions, a virtual
-	// host, a queue. It may happen any moment, so keep asking, slowly.
+	// host, arguments. It may happen any moment, so keep asking, slowly.
 	classOperator
 	// classPeer: the host is not the broker we want: its certificate is not
 	// trusted, or it speaks another protocol. Another host first, and this one
@@ -64,62 +68,32 @@ func classify(err error) class {
 	return classNetwork
 }
 
-// classifySaid classifies a connection.close or channel.close by code and, where
-// RabbitMQ uses one code for several things, by text.
+// classifySaid classifies a connection.close or channel.close by RabbitMQ's own phrases
+// where it uses one code for several things, else by code.
 func classifySaid(e *amqp.Error) class {
+	for _, p := range phrases {
+		if p.is(e) {
+			return p.class
+		}
+	}
 	switch e.Code {
 	case amqp.ConnectionForced: // 320: stop, drain, close_connection, "credential expired"
 		return classForced
 	case amqp.ResourceLocked: // 405: exclusive queue of a connection the broker has not buried yet
 		return classLocked
-	case amqp.AccessRefused: // 403: permissions; or the exclusive consumer's place is taken
-		if strings.Contains(e.Reason, "in exclusive use") {
-			return classLocked
-		}
-		return classOperator
-	case amqp.NotAllowed: // 530: virtual host; or a connection limit, which an old connection may fill
-		if strings.Contains(e.Reason, "limit") {
-			return classLocked
-		}
-		return classOperator
 	case amqp.NotFound: // 404: queue not declared yet
-		if awayWithItsNode(e) {
-			return classNetwork
-		}
+		return classAbsent
+	case amqp.AccessRefused, // 403: permissions
+		amqp.NotAllowed,         // 530: virtual host
+		amqp.PreconditionFailed, // 406: declared otherwise
+		amqp.NotImplemented,     // 540: combination the queue type refuses
+		amqp.InternalError:      // 541: virtual host down, quorum queue without leader, deprecated feature
 		return classOperator
-	case amqp.NotImplemented, // 540: combination the queue type refuses
-		amqp.InternalError: // 541: virtual host down, quorum queue without leader, deprecated feature
-		return classOperator
-	case amqp.PreconditionFailed: // 406
-		if awayWithItsNode(e) {
-			return classNetwork
-		}
-		if configured(e) {
-			return classOperator
-		}
-		return classChannel // consumer timeout ("delivery acknowledgement ... timed out"), unknown delivery tag
 	}
 	if e.Recover {
 		return classChannel
 	}
 	return classNetwork // 501 to 505, 506: protocol errors end the connection
-}
-
-// awayWithItsNode tells a queue that is there and cannot be reached: its node is
-// down, has just been started or has no replica of the stream. Another host, or a
-// moment, helps.
-func awayWithItsNode(e *amqp.Error) bool {
-	for _, text := range []string{"is down or inaccessible", "is stopped by supervisor", "replica on the local node"} {
-		if strings.Contains(e.Reason, text) {
-			return true
-		}
-	}
-	return false
-}
-
-// configured tells a 406 about declarations from one about deliveries.
-func configured(e *amqp.Error) bool {
-	return !strings.Contains(e.Reason, "timed out") && !strings.Contains(e.Reason, "delivery tag")
 }
 
 // wrongPeer tells one that will be no better on the next try: a certificate nobody
@@ -152,12 +126,9 @@ func stated(err error) bool {
 }
 
 const (
-	atOnce          = 20 * time.Millisecond // first retry of a healthy session
-	refusedCap      = time.Second
-	operatorInitial = time.Second
-	operatorCap     = 30 * time.Second
-	lockedStep      = 500 * time.Millisecond
-	lockedExtra     = 5 * time.Second
+	atOnce      = 20 * time.Millisecond // the first retry of a healthy session; another host
+	operatorCap = 30 * time.Second
+	lockedExtra = 5 * time.Second
 
 	escalateAfter  = 3 // channel failures ...
 	escalateWithin = 30 * time.Second
@@ -169,30 +140,65 @@ const (
 // belongs to the supervisor and knows no clock but the times it is given.
 type retry struct {
 	config *config
+	rules  map[class]rule
+	limit  time.Duration // given by WithBackoff: no wait is longer; else none
 
 	failures int       // in a row, since the last healthy session
-	free     int       // of them, refused dials: they cost nobody anything
-	asked    int       // failures of the operator's kind in a row, which have a pace of their own
-	locked   time.Time // since when the resource has been locked; zero if it is not
+	passed   []*pace   // of hosts that failed in this round and are not waited for yet
+	locked   time.Time // since when the resource has been locked
+	lockSeen time.Time // when it was found locked, the last time
 	refusals int       // logins in a row refused without a word
 	proven   bool      // there has been a session
 
 	heartbeat time.Duration // the longest of the connections so far, 0 before the first
 }
 
-func newRetry(c *config) *retry { return &retry{config: c} }
+// rule is what follows a failure.
+type rule struct {
+	*pace
+	another bool // another host may be better, and is tried at once
+}
 
-// consuming notes that a session has been set up. It resets nothing but the
-// lock: consume-ok proves neither a queue's leader nor a path.
+func newRetry(c *config) *retry {
+	r := &retry{config: c, limit: math.MaxInt64}
+	if c.set["WithBackoff"] {
+		r.limit = c.retryCap
+	}
+	costly := r.pace(0, c.retryInitial, c.retryCap)
+	refused := r.pace(0, c.retryInitial, time.Second) // costs the broker nothing
+	absent := r.pace(time.Second, time.Second, 5*time.Second)
+	locked := r.pace(time.Second/2, time.Second, time.Second)
+	operator := r.pace(time.Second, time.Second, operatorCap)
+	r.rules = map[class]rule{
+		classNetwork:  {costly, true},
+		classForced:   {costly, true},
+		classChannel:  {costly, true},
+		classRefused:  {refused, true},
+		classAbsent:   {absent, false},
+		classLocked:   {locked, false},
+		classOperator: {operator, false},
+		classPeer:     {operator, true},
+	}
+	return r
+}
+
+// consuming notes that a session has been set up. It resets only what an operator or
+// another owner has to do, for that is done: consume-ok proves neither a queue's
+// leader nor a path.
 func (r *retry) consuming() {
 	r.proven = true
 	r.refusals = 0
-	r.locked = time.Time{}
+	r.locked, r.lockSeen = time.Time{}, time.Time{}
+	r.rules[classAbsent].failures = 0
+	r.rules[classOperator].failures = 0
 }
 
-// healthy notes that the session that just ended had proved itself.
+// healthy notes that the session had proved itself.
 func (r *retry) healthy() {
-	r.failures, r.free = 0, 0
+	r.failures, r.passed = 0, nil
+	for _, rule := range r.rules {
+		rule.failures = 0
+	}
 }
 
 // givesUp tells whether err ends Run, unless WithFatal decides that.
@@ -212,69 +218,78 @@ func (r *retry) givesUp(err error) bool {
 	return errors.Is(err, ErrLoginRefused) || stated(err)
 }
 
-// wait returns how long to wait after err. anotherHost tells that the next try
-// goes to a host that has not been tried in this row of failures.
-func (r *retry) wait(err error, now time.Time, anotherHost bool) time.Duration {
+// wait returns how long to wait after err. fresh tells that the next try goes to a
+// host that has not had its turn in this round. One that another host follows at once
+// is waited for at the end of the round, or a host that refuses dials beside it would
+// quicken its pace.
+func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	r.failures++
 	kind := classify(err)
-	if kind != classLocked {
-		r.locked = time.Time{}
-	}
 	var at *SessionError
-	lost := errors.As(err, &at) && at.Op == "lost"
-	switch {
-	case kind == classLocked && r.patient(now):
-		return lockedStep + rand.N(lockedStep)
-	case kind == classPeer && anotherHost:
-		return rand.N(atOnce)
-	case kind == classLocked, kind == classPeer, kind == classOperator && !lost:
-		r.asked++
-		return r.drawAt(r.asked, operatorInitial, operatorInitial, operatorCap)
-	}
-	r.asked = 0
-	switch {
-	case kind == classRefused:
-		r.free++
-		if anotherHost {
-			return rand.N(atOnce)
+	if errors.As(err, &at) && at.Op == "lost" {
+		kind = classNetwork // whatever ended it, it had been set up
+		if r.failures == 1 {
+			return r.atOnce()
 		}
-		wait := r.drawAt(r.free+1, 0, r.config.retryInitial, min(r.config.retryCap, refusedCap))
-		if r.failures-r.free > 2 {
-			// The next host has failed at its cost before: that one's pace holds, or
-			// a refusing host beside it would turn its backoff into a quick one.
-			wait = max(wait, r.draw(0, r.config.retryInitial, r.config.retryCap))
-		}
-		return wait
-	case lost && r.failures == 1, anotherHost:
-		return rand.N(atOnce)
 	}
-	return r.draw(0, r.config.retryInitial, r.config.retryCap)
+	if kind == classLocked && !r.patient(now) {
+		kind = classOperator
+	}
+	rule := r.rules[kind]
+	rule.failures++
+	if fresh && rule.another {
+		r.pass(rule.pace)
+		return r.atOnce()
+	}
+	wait := rule.draw()
+	for _, p := range r.passed {
+		if p != rule.pace {
+			wait = max(wait, p.draw())
+		}
+	}
+	r.passed = r.passed[:0]
+	return wait
 }
 
-// patient tells whether a lock is young enough to be that of a connection the
-// broker has yet to bury.
+func (r *retry) pass(p *pace) {
+	if !slices.Contains(r.passed, p) {
+		r.passed = append(r.passed, p)
+	}
+}
+
+func (r *retry) atOnce() time.Duration { return rand.N(min(atOnce, r.limit)) }
+
+// patient tells whether a lock is young enough to be that of a connection the broker
+// has yet to bury. What else fails meanwhile makes it no younger.
 func (r *retry) patient(now time.Time) bool {
-	if r.locked.IsZero() {
-		r.locked = now
+	buried := 3*cmp.Or(r.heartbeat, r.config.heartbeat) + lockedExtra
+	if now.Sub(r.lockSeen) > buried+operatorCap {
+		r.locked = now // another one
 	}
-	return now.Sub(r.locked) < 3*cmp.Or(r.heartbeat, r.config.heartbeat)+lockedExtra
+	r.lockSeen = now
+	return now.Sub(r.locked) < buried
 }
 
-// draw is the pace of what costs the broker something. Refused dials do not count:
-// the first hiccup of a broker that was down for long and has just been started
-// must not be answered with the longest wait.
-func (r *retry) draw(floor, initial, limit time.Duration) time.Duration {
-	return r.drawAt(r.failures-r.free, floor, initial, limit)
+// pace is how quickly failures of one kind are retried: exponential backoff with full
+// jitter above a floor.
+type pace struct {
+	floor, initial, limit time.Duration
+	failures              int // of this kind in a row
 }
 
-// drawAt is exponential backoff with full jitter above a floor, for the nth failure
-// of a row. The first has had its retry at once.
-func (r *retry) drawAt(nth int, floor, initial, limit time.Duration) time.Duration {
-	top := initial
-	for n := 2; n < nth && top < limit; n++ {
-		top *= 2
+// pace makes a pace whose waits are no longer than the limit of WithBackoff.
+func (r *retry) pace(floor, initial, limit time.Duration) *pace {
+	limit = min(limit, r.limit)
+	return &pace{floor: min(floor, limit/2), initial: min(initial, limit), limit: limit}
+}
+
+// draw draws the wait after as many failures as have been counted.
+func (p *pace) draw() time.Duration {
+	top := p.initial
+	for n := 1; n < p.failures && top < p.limit; n++ {
+		top += min(top, p.limit-top)
 	}
-	return floor + rand.N(min(top, limit)-floor+1)
+	return p.floor + rand.N(top-p.floor+1)
 }
 
 // escalates notes a channel-level failure on c and tells whether the connection
@@ -288,111 +303,6 @@ func (c *connection) escalates(now time.Time) bool {
 	}
 	c.channelFailures = append(recent, now)
 	return len(c.channelFailures) >= escalateAfter
-}
-
-const (
-	lastFor   = time.Minute
-	hostLasts = 10 * time.Second // a session this long makes all hosts untried
-)
-
-// hosts is the order in which hosts are tried: the last good one, then the others
-// at random, and last those that refused, said they close, fell silent or are not the
-// broker, for a minute.
-type hosts struct {
-	endpoints []endpoint
-	avoid     map[string]time.Time // address -> until when it goes last
-	good      string
-	tried     map[string]bool // in this row of failures
-}
-
-func newHosts(c *config) *hosts {
-	h := &hosts{avoid: make(map[string]time.Time), tried: make(map[string]bool)}
-	if c.urlFunc != nil {
-		return h
-	}
-	for _, u := range c.urls {
-		e, err := parseEndpoint(u)
-		if err == nil { // New has refused all others
-			h.endpoints = append(h.endpoints, e)
-		}
-	}
-	return h
-}
-
-// next picks the host of the next try.
-func (h *hosts) next(now time.Time) endpoint {
-	if h.allTried() {
-		clear(h.tried)
-	}
-	best, rank := h.endpoints[0], -1
-	for _, i := range rand.Perm(len(h.endpoints)) {
-		e := h.endpoints[i]
-		if r := h.rank(e, now); r > rank {
-			best, rank = e, r
-		}
-	}
-	h.tried[best.address] = true
-	return best
-}
-
-func (h *hosts) rank(e endpoint, now time.Time) int {
-	rank := 0
-	if !h.tried[e.address] {
-		rank += 4
-	}
-	if until, ok := h.avoid[e.address]; !ok || !now.Before(until) {
-		rank += 2
-	}
-	if e.address == h.good {
-		rank++
-	}
-	return rank
-}
-
-func (h *hosts) allTried() bool {
-	for _, e := range h.endpoints {
-		if !h.tried[e.address] {
-			return false
-		}
-	}
-	return true
-}
-
-// worked notes that a session was set up on address. It does not make the hosts
-// untried again: an untried one is dialled at once, so sessions that are lost
-// right after their consume-ok would go round in a hot loop.
-func (h *hosts) worked(address string) {
-	h.good = address
-	delete(h.avoid, address)
-}
-
-// lasted notes that the session that just ended was up for a while.
-func (h *hosts) lasted() {
-	clear(h.tried)
-}
-
-// failed notes a failure of address.
-func (h *hosts) failed(address string, kind class, now time.Time) {
-	if kind == classForced || kind == classRefused || kind == classPeer {
-		h.avoid[address] = now.Add(lastFor)
-	}
-}
-
-// silent notes that address does not answer any more. It may still accept, and
-// then a dial there costs the whole setup limit before another host has a turn.
-func (h *hosts) silent(address string, now time.Time) {
-	h.avoid[address] = now.Add(lastFor)
-}
-
-// fellSilent tells a peer or a path that is dead without having said so, and a
-// node that serves nothing.
-func fellSilent(err error) bool {
-	for _, silence := range []error{errReadTimeout, errWatchdog, errUnconfirmed, errWriteTimeout, errSetupTimeout, errStalled} {
-		if errors.Is(err, silence) {
-			return true
-		}
-	}
-	return false
 }
 
 // attempt is one try to get a session.

@@ -60,7 +60,7 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"30 no such host", at("dial", &net.DNSError{Err: "no such host", IsNotFound: true}), classRefused},
 		{"30 SYN dropped", at("dial", errors.New("i/o timeout")), classRefused},
 		{"31 channel_max, local", at("channel", amqp.ErrChannelMax), classNetwork},
-		{"32 no queue", at("consume", said(404, "NOT_FOUND - no queue 'q' in vhost '/'")), classOperator},
+		{"32 no queue", at("consume", said(404, "NOT_FOUND - no queue 'q' in vhost '/'")), classAbsent},
 		{"33 queue's node down", at("consume", said(404, "NOT_FOUND - home node 'x' of durable queue 'q' in vhost '/' is down or inaccessible")), classNetwork},
 		{"33 queue's node just started", at("consume", said(404, "NOT_FOUND - queue 'q' in vhost '/' process is stopped by supervisor")), classNetwork},
 		{"34, 40 cancelled", at("lost", errCancelled), classChannel},
@@ -73,7 +73,7 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"48 transient queue on 4.3", at("topology", said(541, "INTERNAL_ERROR - deprecated feature transient_nonexcl_queues")), classOperator},
 		{"51 consumers per channel", at("consume", said(530, "NOT_ALLOWED - reached maximum (1) of consumers per channel")), classOperator},
 		{"59 stream needs qos", at("consume", said(406, "PRECONDITION_FAILED - consumer prefetch count is not set for stream queue")), classOperator},
-		{"60 no local replica", at("consume", said(406, "PRECONDITION_FAILED - queue 'q' does not have a running replica on the local node")), classNetwork},
+		{"60 no local replica", at("consume", said(406, "PRECONDITION_FAILED - stream queue 'q' in vhost '/' does not have a running replica on the local node")), classNetwork},
 		{"60 replica not there yet", at("consume", said(406, "PRECONDITION_FAILED - queue 'queue 'q' in vhost '/'' does not have a replica on the local node")), classNetwork},
 	}
 	for _, r := range rows {
@@ -102,6 +102,7 @@ func TestPaceFollowsWhatAFailedTryCosts(t *testing.T) {
 	lost := at("lost", errPeerReset)
 	handshake := at("open", errPeerClosed)
 	missing := at("consume", said(404, "NOT_FOUND"))
+	forbidden := at("consume", said(403, "ACCESS_REFUSED"))
 	cases := []struct {
 		name        string
 		err         error
@@ -115,8 +116,10 @@ func TestPaceFollowsWhatAFailedTryCosts(t *testing.T) {
 		{"lost again and again", lost, 30, 0, 10 * time.Second},
 		{"dials refused", refused, 30, 0, time.Second},
 		{"handshakes fail", handshake, 30, 0, 10 * time.Second},
-		{"operator, first", missing, 1, time.Second, time.Second},
-		{"operator, later", missing, 30, time.Second, 30 * time.Second},
+		{"queue absent, first", missing, 1, time.Second, time.Second},
+		{"queue absent, later", missing, 30, time.Second, 5 * time.Second},
+		{"operator, first", forbidden, 1, time.Second, time.Second},
+		{"operator, later", forbidden, 30, time.Second, 30 * time.Second},
 		{"locked", at("consume", said(405, "RESOURCE_LOCKED")), 5, 500 * time.Millisecond, time.Second},
 	}
 	for _, c := range cases {
@@ -211,37 +214,6 @@ func TestAnUntriedHostIsTriedAtOnceButNotWhenTheBrokerRefuses(t *testing.T) {
 	wrong := at("open", &notAMQPError{first: 'H'})
 	assert.LessOrEqual(t, r.wait(wrong, time.Now(), true), atOnce, "the next host may be the right one")
 	assert.GreaterOrEqual(t, r.wait(wrong, time.Now(), false), time.Second)
-}
-
-func threeHosts() *hosts {
-	c := defaults("amqp://a/", "q")
-	c.urls = append(c.urls, "amqp://b/", "amqp://c/")
-	return newHosts(c)
-}
-
-func TestHostsAreTriedLastGoodFirstThenShuffledThenThoseThatRefused(t *testing.T) {
-	now := time.Now()
-	second := make(map[string]bool)
-	for range 200 {
-		h := threeHosts()
-		h.worked("b:5672")
-		assert.Equal(t, "b:5672", h.next(now).address)
-		h.failed("b:5672", classNetwork, now)
-		second[h.next(now).address] = true
-		h.next(now)
-		assert.Equal(t, "b:5672", h.next(now).address, "a new round starts with the last good one")
-	}
-	assert.Len(t, second, 2, "the others in random order")
-
-	for kind, reason := range map[class]string{classForced: "one that drains", classRefused: "one that refuses", classPeer: "one that is no broker"} {
-		h := threeHosts()
-		h.worked("b:5672")
-		h.failed("b:5672", kind, now)
-		assert.NotEqual(t, "b:5672", h.next(now).address)
-		assert.NotEqual(t, "b:5672", h.next(now).address)
-		assert.Equal(t, "b:5672", h.next(now).address, "%s goes last", reason)
-		assert.Equal(t, "b:5672", h.next(now.Add(lastFor)).address, "for a minute")
-	}
 }
 
 func TestEscalationCountsChannelFailuresOfHalfAMinute(t *testing.T) {

@@ -43,7 +43,7 @@ type session struct {
 
 	gate    *gate         // handlers of this session at work
 	holds   holds         // deliveries that failed and wait
-	pace    pace          // whether handlers keep up with the prefetch
+	backlog backlog       // whether handlers keep up with the prefetch
 	broken  *notifier     // we ourselves want another session, and why
 	stop    chan struct{} // closed to ask for the drain
 	ended   *notifier     // no more deliveries, and why
@@ -134,16 +134,15 @@ func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag s
 	if op, err := s.subscribe(ctx, step); err != nil {
 		_ = channel.Close() // also bounded by ctx, through the socket
 		s.lane.forget()
-		if err = s.said(err); noQueue(err) {
-			s.stream.startOver()
-		}
+		err = s.said(err)
+		s.stream.gone(err)
 		return nil, s.failure(op, c.explain(err))
 	}
 	s.since = time.Now()
 	s.limit = s.deliveryLimit()
 	s.keepsLimit()
 	s.ctx, s.cancel = context.WithCancelCause(of.handlers)
-	s.watchPace()
+	s.watchBacklog()
 	go s.run()
 	return s, nil
 }
@@ -273,7 +272,7 @@ func (s *session) diagnose() error {
 // shut lets no more handlers start.
 func (s *session) shut() {
 	s.gate.shut()
-	s.pace.stop()
+	s.backlog.stop()
 	s.lane.close()
 }
 

@@ -18,11 +18,16 @@ const (
 	paceDial                    // dials hang: the dial limit, then cap 1 s
 	paceSlow                    // handshake or setup fails: the backoff's cap
 	paceHang                    // the setup limit, then the backoff's cap
+	paceAbsent                  // cap 5 s
 	paceLocked                  // 0.5-1 s for 3 heartbeats + 5 s, then as operator
 	paceOperator                // cap 30 s
 )
 
-const operatorLimit = 30 * time.Second
+const (
+	absentLimit   = 5 * time.Second
+	operatorLimit = 30 * time.Second
+	silentRefusal = 3 * time.Second // what a try takes to be refused, at most
+)
 
 // simKind is one kind of fault of FAULTS.md.
 type simKind struct {
@@ -244,7 +249,7 @@ var simKinds = []simKind{
 		off: func(s *sim, f simFault, at faultsOf) { s.broker.Unblocked() },
 	},
 	{
-		name: "delete the queue", longest: 30 * time.Second, common: true, loses: true, pace: paceOperator,
+		name: "delete the queue", longest: 30 * time.Second, common: true, loses: true, pace: paceAbsent,
 		on:  func(s *sim, f simFault, at faultsOf) { s.broker.DeleteQueue(s.queue(f)) },
 		off: func(s *sim, f simFault, at faultsOf) { s.declare(s.plan.queues[f.queue]) },
 	},
@@ -325,18 +330,13 @@ func (b *simBurst) healed(p *simPlan, c *simConsumerPlan, loosely bool) time.Dur
 		return b.faults[0].healed(p, c)
 	}
 	var noticed time.Duration
-	limit := c.limit
 	for _, f := range b.faults {
-		k := &simKinds[f.kind]
 		noticed = max(noticed, f.noticed(c), f.at+5*c.heartbeat/2+time.Second)
-		if k.pace >= paceLocked {
-			limit = max(limit, operatorLimit)
-		}
 	}
 	if c.alone {
 		noticed += 3*c.heartbeat + 2*time.Second
 	}
-	return noticed + 2*(c.setup+time.Second+limit) + p.connect()
+	return noticed + 2*(c.setup+time.Second+c.limit) + p.connect()
 }
 
 // noticed is when the fault is over and c knows of it at the latest.
@@ -382,13 +382,15 @@ func (f simFault) wait(p *simPlan, c *simConsumerPlan, pace simPace) time.Durati
 		wait += c.limit
 	case paceHang:
 		wait += c.setup + time.Second + c.limit
+	case paceAbsent:
+		wait += min(absentLimit, c.limit)
 	case paceLocked:
 		wait += time.Second
 		if f.last > 3*c.heartbeat+5*time.Second {
-			wait += operatorLimit
+			wait += min(operatorLimit, c.limit)
 		}
 	case paceOperator:
-		wait += operatorLimit
+		wait += silentRefusal + min(operatorLimit, c.limit)
 	}
 	return wait
 }

@@ -149,7 +149,7 @@ func (s *session) checkStream(ctx context.Context) error {
 	for since := time.Now(); ; {
 		_, err := channel.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{})
 		switch {
-		case noQueue(err):
+		case noQueue(err, queue):
 			s.stream.startOver()
 			return nil
 		case err != nil, !doubted, time.Since(since) >= min(streamDoubt, s.config.setupTimeout/2):
@@ -173,10 +173,33 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// noQueue tells that there is none, from one whose node is down.
-func noQueue(err error) bool {
+// gone notes that a session could not be set up because the stream is not there. A
+// topology function may also have asked for another queue.
+func (p *position) gone(err error) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	queue := p.queue
+	p.mu.Unlock()
+	if noQueue(err, queue) {
+		p.startOver()
+	}
+}
+
+// noQueue tells that there is no queue of that name, from one whose node is down.
+func noQueue(err error, name string) bool {
 	var said *amqp.Error
-	return errors.As(err, &said) && said.Server && said.Code == amqp.NotFound && strings.Contains(said.Reason, "no queue")
+	if !errors.As(err, &said) || !said.Server || said.Code != amqp.NotFound {
+		return false
+	}
+	text, cut := wording(said)
+	want := "no queue '" + name + "' in vhost '"
+	if cut {
+		text = strings.TrimSuffix(text, "...")
+		want = want[:min(len(want), len(text))]
+	}
+	return strings.HasPrefix(text, want)
 }
 
 // began notes a delivery that a handler is given: even if none is ever settled,
