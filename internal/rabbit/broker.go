@@ -148,6 +148,15 @@ func (b *Broker) Logs(ctx context.Context) (string, error) {
 	return b.node.logs(ctx)
 }
 
+// PID is the process whose network is the node's own: a container's. A node on this machine has none of its own.
+func (b *Broker) PID(ctx context.Context) (int, error) {
+	node, ok := b.node.(*containerNode)
+	if !ok {
+		return 0, fmt.Errorf("rabbit: the broker of %s has no network of its own: %w", b.Source, ErrUnsupported)
+	}
+	return node.pid(ctx)
+}
+
 // Close ends the broker and removes what it left. A broker that is somebody else's is left alone.
 func (b *Broker) Close() error {
 	if b.node == nil {

@@ -210,6 +210,15 @@ func (n *containerNode) unpause(ctx context.Context) error {
 	})
 }
 
+// pid is that of the container's first process, on the machine of the engine.
+func (n *containerNode) pid(ctx context.Context) (int, error) {
+	state, err := n.c.State(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return state.Pid, nil
+}
+
 func (n *containerNode) close() error { return terminate(n.c) }
 
 func terminate(c testcontainers.Container) error {
