@@ -18,6 +18,7 @@ var ErrUnsupported = errors.New("rabbit: this broker cannot be commanded")
 type backend interface {
 	addr() string
 	addrTLS() string
+	direct(ctx context.Context, port int) (string, error)
 	exec(ctx context.Context, args ...string) (string, error)
 	stop(ctx context.Context) error
 	start(ctx context.Context) error
@@ -61,6 +62,20 @@ func (b *Broker) TLSAddr() string {
 		return ""
 	}
 	return b.node.addrTLS()
+}
+
+// Direct is the host:port of one of RabbitMQ's ports, such as 5672, at the broker's own address: nothing is in between, as behind a published
+// port, whose proxy makes a FIN of the broker's RST. The address may be another after a restart,
+// and there is none while the container is down, as with a name that has gone from the DNS.
+func (b *Broker) Direct(ctx context.Context, port int) (string, error) {
+	if b.node == nil {
+		return "", ErrUnsupported
+	}
+	addr, err := b.node.direct(ctx, port)
+	if err != nil {
+		return "", fmt.Errorf("rabbit: port %d at the broker's own address: %w", port, err)
+	}
+	return addr, nil
 }
 
 // Version is what the broker said of itself when it was opened, for example 3.10.8.

@@ -139,6 +139,16 @@ func (n *localNode) begin(ctx context.Context) error {
 func (n *localNode) addr() string    { return fmt.Sprintf("127.0.0.1:%d", n.port) }
 func (n *localNode) addrTLS() string { return fmt.Sprintf("127.0.0.1:%d", n.portTLS) }
 
+func (n *localNode) direct(_ context.Context, port int) (string, error) {
+	switch port {
+	case amqpPort:
+		return n.addr(), nil
+	case amqpsPort:
+		return n.addrTLS(), nil
+	}
+	return "", errors.New("it is not open")
+}
+
 func (n *localNode) exec(ctx context.Context, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(n.programs, args[0]), args[1:]...)
 	cmd.Env = n.env
