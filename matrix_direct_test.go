@@ -118,11 +118,11 @@ func (s *scenario) listener(published string, overTLS bool) string {
 	return addr
 }
 
-// cut ends the connection without a word: by a RST of the proxy, or the broker's own.
+// cut ends the connection, if there is one at the moment, without a word: by a RST of the proxy, or the broker's own.
 func (s *scenario) cut() {
 	s.Helper()
 	if s.proxy == nil {
-		s.abort()
+		s.aborted()
 		return
 	}
 	s.proxy.Reset()
@@ -131,9 +131,14 @@ func (s *scenario) cut() {
 // abort has the broker end the connection without a word.
 func (s *scenario) abort() {
 	s.Helper()
+	require.Equal(s, "1", s.aborted(), "connections of the consumer")
+}
+
+func (s *scenario) aborted() (connections string) {
+	s.Helper()
 	n, err := s.broker.AbortNamed(s.Context(), s.queue)
 	require.NoError(s, err)
-	require.Equal(s, "1", n, "connections of the consumer")
+	return n
 }
 
 // timed is when a fault began and when it had happened: a command to the broker takes its time, and somewhere in it the fault strikes.
