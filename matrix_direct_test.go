@@ -277,7 +277,7 @@ func userDeleted(r *trial) {
 	at := time.Now()
 	r.ok(r.broker.DropUser(r.Context(), user))
 	change := r.awaitLost(0, at, time.Since(at)+atOnce)
-	r.note("the broker said %q", change.Cause)
+	assert.ErrorContains(r, change.Cause, "is deleted")
 	r.toldOfLogin(at, 5*time.Second)
 	healed := time.Now()
 	r.ok(r.broker.NewUser(r.Context(), user, firstPassword()))
