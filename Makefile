@@ -41,6 +41,10 @@ bench: ## throughput, CPU and recovery against the plain driver, into bench/RESU
 matrix: ## every fault on every broker generation and a cluster
 	STEADYMQ_REQUIRE_BROKER=1 STEADYMQ_MATRIX=full $(GO) test -run '^TestMatrix' -timeout 0 -v .
 
+.PHONY: router
+router: ## faults of a real router (root on Linux), into docs/ROUTER.md
+	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -count 1 -run '^TestThroughARouter$$' -v ./internal/router -write
+
 .PHONY: soak
 soak: ## random faults on a cluster: make soak DURATION=30m
 	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -run '^TestSoak$$' -timeout 0 -v . -soak $(DURATION)

@@ -67,6 +67,11 @@ func TestOnARealBroker(t *testing.T) {
 
 	// Subtests from goroutines, not t.Parallel: they wait far more than they work, and that would run only as many as there are processors.
 	var all sync.WaitGroup
+	run := func(name string, test func(*scenario)) {
+		all.Go(func() {
+			t.Run(name, func(t *testing.T) { test(newScenario(t, brokers[0], &table)) })
+		})
+	}
 	for name, test := range map[string]func(*scenario){
 		"an operator closes the connection":                  operatorCloses,
 		"the connection is reset":                            func(s *scenario) { s.instant(s.proxy.Reset) },
@@ -85,8 +90,21 @@ func TestOnARealBroker(t *testing.T) {
 		"a stop with 20 handlers running":                    gracefulStop,
 		"the late ack of the plain driver with its recovery": plainDriverLateAck,
 	} {
-		all.Go(func() {
-			t.Run(name, func(t *testing.T) { test(newScenario(t, brokers[0], &table)) })
+		run(name, test)
+	}
+	for name, test := range map[string]func(*scenario){
+		"an operator closes the connection":             operatorCloses,
+		"the broker aborts the connection":              func(s *scenario) { s.instant(s.cut) },
+		"the queue is deleted and declared by us":       queueDeletedOurs,
+		"the queue is deleted and declared by another":  queueDeletedTheirs,
+		"the queue is absent at the start":              queueAbsentAtStart,
+		"20 connections are killed half a second apart": twentyKills,
+		"handlers panic":                                handlersPanic,
+		"a stop with 20 handlers running":               gracefulStop,
+	} {
+		run(name+", direct", func(s *scenario) {
+			s.directly()
+			test(s)
 		})
 	}
 	for name, group := range map[string]func(*testing.T){
@@ -105,9 +123,8 @@ func TestOnARealBroker(t *testing.T) {
 func (s *scenario) instant(fault func()) {
 	s.run()
 	s.feed()
-	at := time.Now()
-	fault()
-	s.resumed(at, atOnce)
+	lost, done := s.timed(fault)
+	s.resumedSince(lost, done, atOnce)
 	s.verify()
 }
 
@@ -208,8 +225,7 @@ func twentyKills(s *scenario) {
 	s.feed()
 	var last time.Time
 	for range 20 {
-		last = time.Now()
-		s.proxy.Reset()
+		last, _ = s.timed(s.cut)
 		s.pause(500 * time.Millisecond)
 	}
 	s.resumed(last, 11*time.Second)
@@ -359,39 +375,56 @@ func plainDriverLateAck(s *scenario) {
 
 func brokerDownLong(t *testing.T, b *rabbit.Broker, table *results) {
 	rabbit.NeedCommands(t, b)
-	s := newScenario(t, b, table)
-	s.run()
-	s.feed()
+	both := bothWays(t, b, table)
+	for _, s := range both {
+		s.run()
+		s.feed()
+	}
 	at := time.Now()
-	require.NoError(s, b.Restart(s.Context(), 40*time.Second))
-	s.resumedSince(at, time.Now(), afterRefusals)
-	s.verify()
+	require.NoError(t, b.Restart(t.Context(), 40*time.Second))
+	healed := time.Now()
+	for _, s := range both {
+		s.resumedSince(at, healed, afterRefusals)
+		s.verify()
+	}
 }
 
 func brokerDownShort(t *testing.T, b *rabbit.Broker, table *results) {
 	rabbit.NeedCommands(t, b)
 	t.Run("stopped for 10 s", func(t *testing.T) {
-		s := newScenario(t, b, table)
-		s.run()
-		s.feed()
+		both := bothWays(t, b, table)
+		for _, s := range both {
+			s.run()
+			s.feed()
+		}
 		at := time.Now()
-		require.NoError(s, b.StopApp(s.Context()))
-		s.awaitLost(0, time.Now(), atOnce)
-		s.pause(10 * time.Second)
-		require.NoError(s, b.StartApp(s.Context()))
-		s.resumedSince(at, time.Now(), afterRefusals)
-		s.verify()
+		require.NoError(t, b.StopApp(t.Context()))
+		for _, s := range both {
+			s.awaitLost(0, time.Now(), atOnce)
+		}
+		both[0].pause(10 * time.Second)
+		require.NoError(t, b.StartApp(t.Context()))
+		healed := time.Now()
+		for _, s := range both {
+			s.resumedSince(at, healed, afterRefusals)
+			s.verify()
+		}
 	})
 	t.Run("absent at the start", func(t *testing.T) {
-		s := newScenario(t, b, table)
-		require.NoError(s, b.Stop(s.Context()))
+		both := bothWays(t, b, table)
+		require.NoError(t, b.Stop(t.Context()))
 		at := time.Now()
-		s.start()
-		s.pause(3 * time.Second)
-		require.NoError(s, b.Start(s.Context()))
-		s.resumedSince(at, time.Now(), afterRefusals)
-		s.feed()
-		s.verify()
+		for _, s := range both {
+			s.start()
+		}
+		both[0].pause(3 * time.Second)
+		require.NoError(t, b.Start(t.Context()))
+		healed := time.Now()
+		for _, s := range both {
+			s.resumedSince(at, healed, afterRefusals)
+			s.feed()
+			s.verify()
+		}
 	})
 }
 
@@ -450,7 +483,7 @@ func memoryAlarm(s *scenario) {
 type scenario struct {
 	*testing.T
 	broker *rabbit.Broker
-	proxy  *faultproxy.Proxy
+	proxy  *faultproxy.Proxy // nil where the consumer dials the broker itself, see directly
 	queue  string
 	table  *results
 	notes  []string
@@ -459,7 +492,8 @@ type scenario struct {
 	workers, prefetch int
 	handle            func(ctx context.Context, d *steadymq.Delivery, n int) error
 	opts              []steadymq.Option
-	tls               *tls.Config // nil for plain amqp
+	tls               *tls.Config  // nil for plain amqp
+	elsewhere         atomic.Value // an address, for who dials the broker itself
 
 	consumer *steadymq.Consumer
 	cancel   context.CancelFunc
@@ -504,10 +538,12 @@ func (s *scenario) cleanup() {
 	s.feeder.stop()
 	if s.cancel != nil {
 		s.cancel()
-		s.proxy.Reset() // whatever went wrong, Run comes back from a dead connection
+		s.abandon() // whatever went wrong, Run comes back from a dead connection
 		<-s.result
 	}
-	assert.NoError(s, s.proxy.Close())
+	if s.proxy != nil {
+		assert.NoError(s, s.proxy.Close())
+	}
 	_ = s.broker.DeleteQueue(s.queue)
 	if s.Failed() {
 		s.Logf("log of the consumer:\n%s", s.log.String())
@@ -520,7 +556,7 @@ func (s *scenario) start() {
 	all := append([]steadymq.Option{
 		steadymq.WithConcurrency(s.workers), steadymq.WithPrefetch(s.prefetch),
 		steadymq.WithHeartbeat(realHeartbeat), steadymq.WithSetupTimeout(realSetup), steadymq.WithCloseTimeout(realClose),
-		steadymq.WithDrainTimeout(realDrain), steadymq.WithConnectionName(s.queue), steadymq.WithDialer(s.sockets.dial),
+		steadymq.WithDrainTimeout(realDrain), steadymq.WithConnectionName(s.queue), steadymq.WithDialer(s.dial),
 		steadymq.WithLogger(slog.New(slog.NewTextHandler(s.log, &slog.HandlerOptions{Level: slog.LevelDebug}))),
 		steadymq.WithHooks(steadymq.Hooks{StateChanged: s.changed}),
 	}, s.opts...)
@@ -537,9 +573,9 @@ func (s *scenario) start() {
 	})
 }
 
-// address is the broker's URL by way of the proxy.
+// address is the broker's URL by the scenario's way.
 func (s *scenario) address() string {
-	address := s.proxy.URL(s.broker.URL())
+	address := s.by(s.broker.URL())
 	if s.tls != nil {
 		address = "amqps" + strings.TrimPrefix(address, "amqp")
 	}
@@ -640,7 +676,7 @@ func (s *scenario) inTime(took, limit time.Duration, what string) {
 // plainSetup is how long the driver alone needs from dial to consume-ok now, 0 if it does not get there.
 func (s *scenario) plainSetup() time.Duration {
 	start := time.Now()
-	conn, err := amqp.DialConfig(s.address(), amqp.Config{TLSClientConfig: s.tls.Clone(), Dial: amqp.DefaultDial(2 * time.Second)})
+	conn, err := amqp.DialConfig(s.address(), amqp.Config{TLSClientConfig: s.tls.Clone(), Dial: s.plainDial})
 	if err != nil {
 		return 0
 	}
@@ -788,15 +824,18 @@ func (s *scenario) queueEmpty() {
 // had finished before.
 func (s *scenario) acksAreRight() {
 	s.Helper()
-	if s.tls == nil && s.ledger.counts().finished > 0 {
-		assert.NotEmpty(s, s.proxy.Log().Settlements(), "the wire was read")
+	if !s.readsTheWire() {
+		return // statsAddUp holds the consumer's own account against the handlers'
+	}
+	if s.ledger.counts().finished > 0 {
+		assert.NotEmpty(s, s.settlements(), "the wire was read")
 	}
 	delivered := map[faultproxy.Ref]faultproxy.Delivery{}
-	for _, d := range s.proxy.Log().Deliveries() {
+	for _, d := range s.deliveries() {
 		delivered[d.Ref] = d
 	}
 	seen := map[faultproxy.Ref]bool{}
-	for _, settled := range s.proxy.Log().Settlements() {
+	for _, settled := range s.settlements() {
 		d, known := delivered[settled.Ref]
 		assert.True(s, known, "settled what was never delivered: %+v", settled)
 		assert.False(s, seen[settled.Ref], "settled twice: %+v", settled)
@@ -811,12 +850,15 @@ func (s *scenario) acksAreRight() {
 
 // ackedMessages are the numbers of the messages whose ack reached the broker.
 func (s *scenario) ackedMessages() []int {
+	if !s.readsTheWire() {
+		return s.messagesToldAcked()
+	}
 	id := map[faultproxy.Ref]string{}
-	for _, d := range s.proxy.Log().Deliveries() {
+	for _, d := range s.deliveries() {
 		id[d.Ref] = d.MessageID
 	}
 	acked := map[int]bool{}
-	for _, settled := range s.proxy.Log().Settlements() {
+	for _, settled := range s.settlements() {
 		if settled.Verb == faultproxy.Ack && !settled.Swallowed {
 			n, err := strconv.Atoi(id[settled.Ref])
 			require.NoError(s, err)
@@ -830,14 +872,14 @@ func (s *scenario) ackedMessages() []int {
 func (s *scenario) duplicates() int {
 	s.Helper()
 	requeued := 0
-	for _, settled := range s.proxy.Log().Settlements() {
+	for _, settled := range s.settlements() {
 		if settled.Requeue {
 			requeued++
 		}
 	}
 	deliveries := map[string]int{}
 	again := 0
-	for _, d := range s.proxy.Log().Deliveries() {
+	for _, d := range s.deliveries() {
 		if deliveries[d.MessageID]++; deliveries[d.MessageID] > 1 {
 			again++
 		}
@@ -885,8 +927,12 @@ func (s *scenario) takeAll(queue string) []int {
 }
 
 func (s *scenario) row(duplicates int) {
+	name := strings.TrimPrefix(s.Name(), "TestOnARealBroker/")
+	if s.proxy == nil && !strings.HasSuffix(name, "direct") {
+		name += ", direct"
+	}
 	s.table.add(result{
-		fault:      strings.TrimPrefix(s.Name(), "TestOnARealBroker/"),
+		fault:      name,
 		broker:     s.broker.Version(),
 		resumed:    s.resume,
 		lost:       s.lostSessions(),

@@ -35,6 +35,7 @@ type times struct{ at, healed time.Time }
 // party is one of the trials an event happens to.
 type party struct {
 	name, label string
+	suffix      string // of the fault's name
 	kind        kind
 	make        func(*testing.T) *trial
 	check       func(*trial, times)
@@ -57,7 +58,7 @@ func (m *matrix) happens(t *testing.T, label string, e event, parties []party) {
 			defer begun()
 			t.Run(p.name, func(t *testing.T) {
 				var r *trial
-				defer func() { m.record(r, t, e.fault, e.rows, cmp.Or(p.label, label), p.kind) }()
+				defer func() { m.record(r, t, e.fault+p.suffix, e.rows, cmp.Or(p.label, label), p.kind) }()
 				defer begun()
 				r = p.make(t)
 				if e.prepare != nil {
@@ -262,6 +263,9 @@ func (r *scenario) keptConnection() {
 
 // wire is what passed besides publishing, in order.
 func (r *scenario) wire() string {
+	if r.proxy == nil {
+		return ""
+	}
 	type line struct {
 		at   time.Time
 		text string
@@ -294,6 +298,9 @@ func (m *matrix) runEvents(t *testing.T, g rabbit.Generation) {
 			parties = append(parties, party{
 				name: fmt.Sprintf("%s %s", g, k), kind: k,
 				make: func(t *testing.T) *trial { return m.newTrial(t, g, k, b, cell{}) },
+			}, party{
+				name: fmt.Sprintf("%s %s, direct", g, k), suffix: ", direct", kind: k,
+				make: func(t *testing.T) *trial { return m.newTrial(t, g, k, b, cell{by: direct}) },
 			})
 		}
 		if len(parties) > 0 {

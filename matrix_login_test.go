@@ -35,7 +35,9 @@ func loginCells(a *authority) []cell {
 	overTLS := func(test func(*trial)) func(*trial) {
 		return func(r *trial) {
 			r.tls = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: a.pool()}
-			r.proxy.SetTarget(r.broker.TLSAddr())
+			if r.proxy != nil {
+				r.proxy.SetTarget(r.broker.TLSAddr())
+			}
 			r.must(20*time.Second, "the listener for TLS, which comes up last", func() bool {
 				conn, err := tls.Dial("tcp", r.broker.TLSAddr(), r.tls.Clone())
 				if err == nil {
@@ -48,28 +50,29 @@ func loginCells(a *authority) []cell {
 	}
 	return []cell{
 		{fault: "TLS: connection reset", rows: "4, 28", test: overTLS(func(r *trial) { r.suffers(r.proxy.Reset) })},
+		{fault: "TLS: broker aborts the connection", rows: "4", by: bothWay, test: overTLS(func(r *trial) { r.suffers(r.abort) })},
 		{fault: "TLS: path swallows both ways", rows: "12", test: overTLS(func(r *trial) { r.silenced(faultproxy.Both, silentPeer) })},
 		{fault: "TLS: handshake cut after n bytes", rows: "11, 26", test: overTLS(handshakeCut)},
-		{fault: "TLS: certificate of a stranger", rows: "26", test: overTLS(func(r *trial) {
+		{fault: "TLS: certificate of a stranger", rows: "26", by: bothWay, test: overTLS(func(r *trial) {
 			r.deceived(newAuthority(r).sign(r), "unknown authority")
 		})},
-		{fault: "TLS: certificate that has expired", rows: "26", test: overTLS(func(r *trial) {
+		{fault: "TLS: certificate that has expired", rows: "26", by: bothWay, test: overTLS(func(r *trial) {
 			r.deceived(a.sign(r, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), "expired")
 		})},
-		{fault: "TLS: certificate of another host", rows: "26", test: overTLS(func(r *trial) {
+		{fault: "TLS: certificate of another host", rows: "26", by: bothWay, test: overTLS(func(r *trial) {
 			r.deceived(a.sign(r, func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.IPv4(192, 0, 2, 1)} }), "not 127.0.0.1")
 		})},
-		{fault: "TLS spoken to a port without", rows: "27", test: overTLS(func(r *trial) {
-			r.misled(r.broker.Addr(), r.broker.TLSAddr(), "AMQP without TLS")
+		{fault: "TLS spoken to a port without", rows: "27", by: bothWay, test: overTLS(func(r *trial) {
+			r.misled(r.plainAddr(), r.tlsAddr(), "AMQP without TLS")
 		})},
-		{fault: "plain AMQP spoken to a TLS port", rows: "27", test: func(r *trial) {
-			r.misled(r.broker.TLSAddr(), r.broker.Addr(), "use an amqps URL")
+		{fault: "plain AMQP spoken to a TLS port", rows: "27", by: bothWay, test: func(r *trial) {
+			r.misled(r.tlsAddr(), r.plainAddr(), "use an amqps URL")
 		}},
-		{fault: "token expires, a new one per dial", rows: "24", test: tokenExpires},
-		{fault: "token renewed before it expires", rows: "24", test: tokenRenewed},
-		{fault: "token whose renewal is refused", rows: "24", test: renewalRefused},
+		{fault: "token expires, a new one per dial", rows: "24", by: bothWay, test: tokenExpires},
+		{fault: "token renewed before it expires", rows: "24", by: bothWay, test: tokenRenewed},
+		{fault: "token whose renewal is refused", rows: "24", by: bothWay, test: renewalRefused},
 		{
-			fault: "renewed token may not read", rows: "25", test: renewedWithLess,
+			fault: "renewed token may not read", rows: "25", by: bothWay, test: renewedWithLess,
 			not: func(g rabbit.Generation, _ kind) string {
 				if g == rabbit.Gen43 {
 					return ""
@@ -136,16 +139,16 @@ func (a *authority) sign(t require.TestingT, changes ...func(*x509.Certificate))
 // deceived leads the consumer to a server with such a certificate for two seconds after it was refused.
 func (r *trial) deceived(shown rabbit.TLS, reason string) {
 	r.Helper()
-	r.misled(impostor(r.T, shown), r.broker.TLSAddr(), reason)
+	r.misled(impostor(r.T, shown), r.tlsAddr(), reason)
 }
 
 // misled leads the consumer to a wrong address for two seconds after that was noticed.
 func (r *trial) misled(wrong, right, reason string) {
 	r.Helper()
 	r.begin()
-	r.proxy.SetTarget(wrong)
+	r.lead(wrong)
 	lost := time.Now()
-	r.proxy.Reset()
+	r.cut()
 	r.told(reason, 5*time.Second)
 	r.pause(2 * time.Second)
 	assert.False(r, r.consumesSince(lost), "a session with the wrong peer")
@@ -156,7 +159,7 @@ func (r *trial) misled(wrong, right, reason string) {
 		}
 	}
 	at := time.Now()
-	r.proxy.SetTarget(right)
+	r.lead(right)
 	r.atNextTry(at, time.Now())
 	r.judge()
 }
@@ -278,9 +281,9 @@ func tokenExpires(r *trial) {
 		assert.Zero(r, r.lostSessions())
 		r.note("the broker keeps a connection whose token has expired")
 		at = time.Now()
-		r.proxy.Reset()
+		r.cut()
 	}
-	r.resumed(at, atOnce)
+	r.resumedSince(at, time.Now(), atOnce)
 	assert.EqualValues(r, 2, asked.Load(), "asked once per dial")
 	r.judge()
 }
@@ -290,7 +293,9 @@ func tokenRenewed(r *trial) {
 	r.begin()
 	r.pause(13 * time.Second)
 	assert.Zero(r, r.lostSessions(), "the session lives longer than its token")
-	assert.GreaterOrEqual(r, r.secrets(), 2, "renewed")
+	if r.readsTheWire() {
+		assert.GreaterOrEqual(r, r.secrets(), 2, "renewed")
+	}
 	r.judge()
 }
 
@@ -311,7 +316,9 @@ func renewalRefused(r *trial) {
 	r.pause(6 * time.Second) // over the next renewal
 	r.judge()
 	assert.EqualValues(r, 1, r.lostSessions())
-	assert.GreaterOrEqual(r, r.secrets(), 2, "the good token is renewed, too")
+	if r.readsTheWire() {
+		assert.GreaterOrEqual(r, r.secrets(), 2, "the good token is renewed, too")
+	}
 }
 
 // renewedWithLess: the broker cancels the consumer that may not read any more, and refuses the next, until a token says otherwise.

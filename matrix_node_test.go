@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -36,6 +37,7 @@ func nodeCells() []cell {
 	notStream := func(reason string) func(rabbit.Generation, kind) string { return only(reason, classic, quorum) }
 	return []cell{
 		{fault: "connection reset", rows: "4, 28", test: func(r *trial) { r.suffers(r.proxy.Reset) }},
+		{fault: "broker aborts the connection", rows: "4", by: bothWay, test: func(r *trial) { r.suffers(r.abort) }},
 		{fault: "connection ended politely (FIN)", rows: "11, 28", test: func(r *trial) { r.suffers(r.proxy.FIN) }},
 		{fault: "path swallows both ways", rows: "12", test: func(r *trial) { r.silenced(faultproxy.Both, silentPeer) }},
 		{fault: "path swallows what the broker sends", rows: "13", test: func(r *trial) { r.silenced(faultproxy.ToClient, silentPeer) }},
@@ -56,23 +58,23 @@ func nodeCells() []cell {
 		{fault: "dials refused", rows: "30", test: dialsRefused},
 		{fault: "handshake stalls until the broker hangs up", rows: "10", test: handshakeStalls},
 		{fault: "handshake cut after n bytes", rows: "11", test: handshakeCut},
-		{fault: "operator closes the connection", rows: "2", test: operatorClosesIt},
-		{fault: "channel's process crashes", rows: "23", test: channelCrashes},
+		{fault: "operator closes the connection", rows: "2", by: bothWay, test: operatorClosesIt},
+		{fault: "channel's process crashes", rows: "23", by: bothWay, test: channelCrashes},
 		{fault: "ack sent twice behind our back", rows: "41", test: ackedBehindOurBack},
-		{fault: "queue absent at the start", rows: "32", test: absentAtStart},
-		{fault: "queue deleted, declared by us", rows: "34", test: deletedAndOurs},
-		{fault: "queue deleted, declared by another", rows: "34", test: deletedAndTheirs},
-		{fault: "read permission taken and given back", rows: "43", test: readForbidden},
-		{fault: "vhost permission taken and given back", rows: "6", test: vhostForbidden},
-		{fault: "password changed, new one per dial", rows: "5", test: passwordChanged},
-		{fault: "password changed, URL known 2 s later", rows: "5", test: urlRotatesLate},
-		{fault: "user's connection limit reached and lifted", rows: "7", test: userLimited},
-		{fault: "vhost's connection limit reached and lifted", rows: "7", vhost: true, test: vhostLimited},
-		{fault: "vhost deleted and made again", rows: "6, 8", vhost: true, test: vhostDeleted},
-		{fault: "vhost down and restarted", rows: "8", vhost: true, test: vhostDown},
+		{fault: "queue absent at the start", rows: "32", by: bothWay, test: absentAtStart},
+		{fault: "queue deleted, declared by us", rows: "34", by: bothWay, test: deletedAndOurs},
+		{fault: "queue deleted, declared by another", rows: "34", by: bothWay, test: deletedAndTheirs},
+		{fault: "read permission taken and given back", rows: "43", by: bothWay, test: readForbidden},
+		{fault: "vhost permission taken and given back", rows: "6", by: bothWay, test: vhostForbidden},
+		{fault: "password changed, new one per dial", rows: "5", by: bothWay, test: passwordChanged},
+		{fault: "password changed, URL known 2 s later", rows: "5", by: bothWay, test: urlRotatesLate},
+		{fault: "user's connection limit reached and lifted", rows: "7", by: bothWay, test: userLimited},
+		{fault: "vhost's connection limit reached and lifted", rows: "7", by: bothWay, vhost: true, test: vhostLimited},
+		{fault: "vhost deleted and made again", rows: "6, 8", by: bothWay, vhost: true, test: vhostDeleted},
+		{fault: "vhost down and restarted", rows: "8", by: bothWay, vhost: true, test: vhostDown},
 		{fault: "policy set and removed", rows: "38", vhost: true, test: policyChanged},
 		{
-			fault: "exclusive consumer of another", rows: "44", test: exclusiveConflict,
+			fault: "exclusive consumer of another", rows: "44", by: bothWay, test: exclusiveConflict,
 			not: only("quorum queues and streams take no notice of an exclusive consumer (seen on 3.10, 4.0 and 4.3)", classic),
 		},
 		{
@@ -84,16 +86,16 @@ func nodeCells() []cell {
 			not: only("only a classic queue can be exclusive", classic),
 		},
 		{
-			fault: "server-named queue", rows: "46", test: serverNamed,
+			fault: "server-named queue", rows: "46", by: bothWay, test: serverNamed,
 			not: only("only a classic queue can be named by the server", classic),
 		},
 		{
 			fault: "auto-delete queue", rows: "46", test: autoDeleted,
 			not: only("only a classic queue can delete itself", classic),
 		},
-		{fault: "declared with other arguments", rows: "47", test: inequivalent},
+		{fault: "declared with other arguments", rows: "47", by: bothWay, test: inequivalent},
 		{
-			fault: "consumer timeout per consumer", rows: "40", test: consumerTimeoutCancels,
+			fault: "consumer timeout per consumer", rows: "40", by: bothWay, test: consumerTimeoutCancels,
 			not: func(g rabbit.Generation, k kind) string {
 				if g == rabbit.Gen43 && k == quorum {
 					return ""
@@ -141,7 +143,19 @@ func nodeCells() []cell {
 }
 
 // allCells are those of one node, and those that need somebody to sign certificates.
-func allCells(ca *authority) []cell { return append(nodeCells(), loginCells(ca)...) }
+func allCells(ca *authority) (all []cell) {
+	for _, c := range slices.Concat(nodeCells(), loginCells(ca), startCells()) {
+		if c.by != bothWay {
+			all = append(all, c)
+			continue
+		}
+		again := c
+		c.by, again.by = proxied, direct
+		again.fault += ", direct"
+		all = append(all, c, again)
+	}
+	return all
+}
 
 // runCells runs them on one node per generation, many at a time.
 func (m *matrix) runCells(t *testing.T, gens []rabbit.Generation) {
@@ -198,9 +212,8 @@ func (m *matrix) runCell(t *testing.T, g rabbit.Generation, k kind, b *rabbit.Br
 // suffers is a fault that both sides hear of at once.
 func (r *trial) suffers(fault func()) {
 	r.begin()
-	at := time.Now()
-	fault()
-	r.resumed(at, atOnce)
+	lost, done := r.timed(fault)
+	r.resumedSince(lost, done, atOnce)
 	r.judge()
 }
 
@@ -727,7 +740,7 @@ func (r *trial) refused(take, giveBack func() error, reason string) {
 	r.Helper()
 	r.begin()
 	r.ok(take())
-	r.proxy.Reset()
+	r.cut()
 	r.told(reason, 5*time.Second)
 	r.pause(2 * time.Second)
 	assert.NotEqual(r, steadymq.Consuming, r.consumer.State())
@@ -781,9 +794,8 @@ func passwordChanged(r *trial) {
 	r.begin()
 	r.ok(r.broker.NewPassword(r.Context(), user, "second"))
 	password.Store("second")
-	at := time.Now()
-	r.proxy.Reset()
-	r.resumed(at, atOnce)
+	lost, done := r.timed(r.cut)
+	r.resumedSince(lost, done, atOnce)
 	r.judge()
 }
 
@@ -793,16 +805,17 @@ func urlRotatesLate(r *trial) {
 	var password atomic.Value
 	password.Store("first")
 	r.opts = append(r.opts, steadymq.WithURLFunc(func(context.Context) (string, error) {
-		return r.proxy.URL(r.broker.URLFor(user, password.Load().(string), strings.TrimPrefix(r.vhost, "/"))), nil
+		return r.by(r.broker.URLFor(user, password.Load().(string), strings.TrimPrefix(r.vhost, "/"))), nil
 	}))
 	r.begin()
 	r.ok(r.broker.NewPassword(r.Context(), user, "second"))
-	r.proxy.Reset()
+	lost := time.Now()
+	r.cut()
 	r.pause(2 * time.Second)
 	at := time.Now()
 	password.Store("second")
 	r.resumed(at, operatorPace)
-	r.told("login refused", time.Second)
+	r.toldOfLogin(lost, time.Second)
 	r.judge()
 }
 
@@ -970,9 +983,8 @@ func serverNamed(r *trial) {
 	r.feeder.queue = first
 	r.publish(30)
 	r.settledAll()
-	at := time.Now()
-	r.proxy.Reset()
-	r.resumed(at, atOnce)
+	lost, done := r.timed(r.cut)
+	r.resumedSince(lost, done, atOnce)
 	r.feeder.queue = name.Load().(string)
 	assert.NotEqual(r, first, r.feeder.queue, "a new queue has a new name")
 	r.publishAndFinish()

@@ -89,11 +89,21 @@ type cell struct {
 	rows  string // of the fault table
 	// not says why the fault cannot be had there, "" if it can.
 	not func(rabbit.Generation, kind) string
+	by  way
 	// vhost asks for a virtual host of its own, args for a queue that is not the default one.
 	vhost bool
 	args  amqp.Table
 	test  func(*trial)
 }
+
+// way is how a cell's consumer reaches the broker.
+type way int
+
+const (
+	proxied way = iota
+	bothWay     // two cells: one behind the proxy, and one at the broker's own socket
+	direct
+)
 
 func (c cell) impossible(g rabbit.Generation, k kind) string {
 	if c.not == nil {
@@ -152,6 +162,9 @@ func (m *matrix) newTrial(t *testing.T, g rabbit.Generation, k kind, b *rabbit.B
 		maps.Copy(args, c.args)
 	}
 	r.scenario = newScenarioOn(t, b, &r.own, args)
+	if c.by == direct {
+		r.directly()
+	}
 	if k == stream {
 		r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
 	}
@@ -247,7 +260,7 @@ func (r *trial) quiet() {
 	r.Helper()
 	last, since := -1, time.Now()
 	r.must(halfOpen+10*time.Second, "the broker has delivered everything", func() bool {
-		if n := len(r.proxy.Log().Deliveries()); n != last {
+		if n := r.delivered(); n != last {
 			last, since = n, time.Now()
 		}
 		return time.Since(since) > time.Second
@@ -440,18 +453,22 @@ proxy that reads every ack, with messages published and confirmed over another c
 message lost, no ack that no handler had earned, none twice, at most prefetch (16) messages delivered again per lost session, one consumer
 and one socket at the end, an empty queue, no goroutine or socket left after the stop, and consuming again within the bound of the fault.
 
+A fault that ends in "direct" is the same at the broker's own socket, the address of its container or its port on this machine: no proxy and
+no published port, which answer for a broker that is not there and make a FIN of its RST. Whatever logs in, is refused, or is ended by
+the broker runs in both ways. While a container is down its address is gone, as a name that has gone from the DNS. Nobody reads the
+wire there, nor over TLS: the consumer's own account of its acks is held against the handlers'.
+
 A field holds the time until the consumer was consuming again and the number of messages that were handled twice. The time counts from the
 fault where nothing has to be restored first, else from the moment the path, the broker or the permission was back. Heartbeats are 2 s,
-the setup limit 3 s, the prefetch 16, with 4 workers. "Nothing to heal" means that the session lived through it, as it should. Rows are
-those of the table of faults. Over TLS the proxy can read neither acks nor deliveries: there the consumer's own account of its acks is
-held against the handlers'.
+the setup limit 3 s, the prefetch 16, with 4 workers. "Nothing to heal" means that the session lived through it, as it should, or
+that Run told at the start why there can be none. Rows are those of the table of faults.
 
 `
 
 const matrixTail = `
-Not run here, because the machine has nothing to produce them with: hosts to power off and packet filters between the broker and us (SYN
-drops). The proxy swallows bytes instead, and tests in virtual time over steadymqtest do the rest. The OAuth 2 provider of the rows about
-tokens is the test itself: the broker has its key.
+Hosts that vanish and packet filters between the broker and us (a forgotten connection, SYN drops) are in ROUTER.md. Here the proxy
+swallows bytes, and tests in virtual time over steadymqtest do the rest. The OAuth 2 provider of the rows about tokens is the test itself:
+the broker has its key.
 
 ## Rows without a cell
 

@@ -344,6 +344,9 @@ var mutants = []mutant{
 	inTest("TestAcksArriveBeforeASessionIsEndedForGarbage", change("garbage takes acks along that were given", "inbound.go",
 		"\t\t\ts.dismiss(err)\n", "\t\t\ts.kill(err)\n")),
 
+	inTest("TestSocketWhosePeerIsSilentIsResetNotClosed", change("a silent peer is sent a FIN", "socket.go",
+		"s.end(!errors.Is(err, io.EOF))", "s.end(false)")),
+
 	// Sessions that share a connection, and functions of the user.
 	inTest("TestHandlersOfACancelledSessionFinishWhateverBecomesOfItsSuccessor", change("a set-up that ends ends the others on its connection", "tenancy.go",
 		"\tif t.count > 0 {\n\t\treturn nil\n\t}\n", "")),

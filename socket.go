@@ -346,7 +346,7 @@ func (s *socket) readFailed(err error) error {
 		return nil
 	}
 	s.blame(readCause(err))
-	s.end(false)
+	s.end(!errors.Is(err, io.EOF)) // a peer that is silent takes no FIN: the kernel would go on sending it
 	return s.err()
 }
 

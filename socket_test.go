@@ -15,7 +15,9 @@ import (
 	"math/big"
 	mathrand "math/rand/v2"
 	"net"
+	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -1167,4 +1169,41 @@ func TestLaneEndsWithACloseThatSharesAWrite(t *testing.T) {
 		require.NoError(t, err)
 		assert.ErrorIs(t, l.settle(basicAck, 7, 0), net.ErrClosed)
 	})
+}
+
+// lingering is a connection whose read deadline passes, and which notes how it is closed.
+type lingering struct {
+	net.Conn
+	err   error
+	reset *atomic.Bool
+}
+
+func (l lingering) Read([]byte) (int, error) { return 0, l.err }
+
+func (l lingering) SetLinger(sec int) error {
+	l.reset.Store(sec == 0)
+	return nil
+}
+
+// The kernel goes on sending a FIN to a peer that confirms nothing, for minutes.
+func TestSocketWhosePeerIsSilentIsResetNotClosed(t *testing.T) {
+	for name, c := range map[string]struct {
+		err   error
+		reset bool
+	}{
+		"silent":      {os.ErrDeadlineExceeded, true},
+		"unconfirmed": {syscall.ETIMEDOUT, true},
+		"closed":      {io.EOF, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			near, far := net.Pipe()
+			defer far.Close()
+			s := newSocket(lingering{near, c.err, new(atomic.Bool)}, socketOptions{})
+			_, err := s.Read(make([]byte, 1))
+			require.Error(t, err)
+			s.kill(nil)
+			s.wait()
+			assert.Equal(t, c.reset, s.raw.(lingering).reset.Load())
+		})
+	}
 }

@@ -65,7 +65,8 @@ func (b *Broker) TLSAddr() string {
 }
 
 // Direct is the host:port of one of RabbitMQ's ports, such as 5672, at the broker's own address: nothing is in between, as behind a published
-// port, whose proxy makes a FIN of the broker's RST. The address may be another after a restart.
+// port, whose proxy makes a FIN of the broker's RST. The address may be another after a restart,
+// and there is none while the container is down, as with a name that has gone from the DNS.
 func (b *Broker) Direct(ctx context.Context, port int) (string, error) {
 	if b.node == nil {
 		return "", ErrUnsupported
@@ -160,6 +161,15 @@ func (b *Broker) Logs(ctx context.Context) (string, error) {
 		return "", ErrUnsupported
 	}
 	return b.node.logs(ctx)
+}
+
+// PID is the process whose network is the node's own: a container's. A node on this machine has none of its own.
+func (b *Broker) PID(ctx context.Context) (int, error) {
+	node, ok := b.node.(*containerNode)
+	if !ok {
+		return 0, fmt.Errorf("rabbit: the broker of %s has no network of its own: %w", b.Source, ErrUnsupported)
+	}
+	return node.pid(ctx)
 }
 
 // Close ends the broker and removes what it left. A broker that is somebody else's is left alone.

@@ -160,6 +160,15 @@ func (b *Broker) CloseNamed(ctx context.Context, prefix, reason string) (string,
 length(Mine)`, binary(prefix), quoteErlang(reason)))
 }
 
+// AbortNamed makes the processes of such connections fail, as a bug of the broker would, and returns how many there were. They close their
+// sockets without a word, and RabbitMQ's sockets linger for no time: the client is sent a RST. A message they do not know does that; to kill
+// them would leave the rest of the broker ill (on 4.3 classic queues told no consumer of their deletion any more).
+func (b *Broker) AbortNamed(ctx context.Context, prefix string) (string, error) {
+	return b.Call(ctx, fmt.Sprintf(ofConnections+`
+[P ! a_bug_of_the_broker || P <- Mine],
+length(Mine)`, binary(prefix)))
+}
+
 // CrashChannels ends the channel processes of the connections whose client-provided name begins with prefix, as a bug of the broker would.
 func (b *Broker) CrashChannels(ctx context.Context, prefix string) (string, error) {
 	return b.Call(ctx, fmt.Sprintf(crashChannels, binary(prefix)))

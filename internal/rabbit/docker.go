@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/testcontainers/testcontainers-go"
@@ -36,6 +37,10 @@ type containerNode struct {
 	host    string
 	port    int
 	portTLS int // 0 without Config.TLS
+
+	// ip is the container's own address, "" while it is down: the engine may give the address to another container then, and a client
+	// that dials it would log in at a broker that is not its own. It may be another after a start.
+	ip atomic.Value
 }
 
 // nodeSpec is what differs between a single node and a node of a cluster.
@@ -103,7 +108,9 @@ func createNode(ctx context.Context, spec nodeSpec) (*containerNode, error) {
 		return nil, errors.Join(fmt.Errorf("rabbit: container: %w", err), terminate(c))
 	}
 	logf("%s:%d: container of %s up after %v", host, port, spec.image, time.Since(start).Round(time.Millisecond))
-	return &containerNode{c: c, host: host, port: port, portTLS: portTLS}, nil
+	node := &containerNode{c: c, host: host, port: port, portTLS: portTLS}
+	node.findIP(ctx)
+	return node, nil
 }
 
 func (s nodeSpec) request(bind netip.Addr, port, portTLS int) testcontainers.ContainerRequest {
@@ -152,15 +159,21 @@ func (s nodeSpec) request(bind netip.Addr, port, portTLS int) testcontainers.Con
 func (n *containerNode) addr() string    { return net.JoinHostPort(n.host, strconv.Itoa(n.port)) }
 func (n *containerNode) addrTLS() string { return net.JoinHostPort(n.host, strconv.Itoa(n.portTLS)) }
 
-func (n *containerNode) direct(ctx context.Context, port int) (string, error) {
-	ips, err := n.c.ContainerIPs(ctx)
-	if err == nil && len(ips) == 0 {
-		err = errors.New("the container has none")
+func (n *containerNode) direct(_ context.Context, port int) (string, error) {
+	ip, _ := n.ip.Load().(string)
+	if ip == "" {
+		return "", errors.New("the container has none")
 	}
-	if err != nil {
-		return "", err
+	return net.JoinHostPort(ip, strconv.Itoa(port)), nil
+}
+
+// findIP asks for the container's address. Where the engine tells none there is no direct way.
+func (n *containerNode) findIP(ctx context.Context) {
+	ip := ""
+	if all, err := n.c.ContainerIPs(ctx); err == nil && len(all) > 0 {
+		ip = all[0]
 	}
-	return net.JoinHostPort(ips[0], strconv.Itoa(port)), nil
+	n.ip.Store(ip)
 }
 
 func (n *containerNode) exec(ctx context.Context, args ...string) (string, error) {
@@ -186,6 +199,7 @@ func (n *containerNode) logs(ctx context.Context) (string, error) {
 }
 
 func (n *containerNode) stop(ctx context.Context) error {
+	n.ip.Store("")
 	// 30 seconds until the engine kills it
 	return withDocker(ctx, func(cli *testcontainers.DockerClient) error {
 		_, err := engineCall(ctx, cli.ContainerStop, n.c.GetContainerID(), `{"Timeout": 30}`)
@@ -194,6 +208,7 @@ func (n *containerNode) stop(ctx context.Context) error {
 }
 
 func (n *containerNode) start(ctx context.Context) error {
+	defer n.findIP(ctx)
 	return withDocker(ctx, func(cli *testcontainers.DockerClient) error {
 		_, err := engineCall(ctx, cli.ContainerStart, n.c.GetContainerID(), `{}`)
 		return err
@@ -201,6 +216,7 @@ func (n *containerNode) start(ctx context.Context) error {
 }
 
 func (n *containerNode) kill(ctx context.Context) error {
+	n.ip.Store("")
 	return withDocker(ctx, func(cli *testcontainers.DockerClient) error {
 		_, err := engineCall(ctx, cli.ContainerKill, n.c.GetContainerID(), `{"Signal": "KILL"}`)
 		return err
@@ -219,6 +235,15 @@ func (n *containerNode) unpause(ctx context.Context) error {
 		_, err := engineCall(ctx, cli.ContainerUnpause, n.c.GetContainerID(), `{}`)
 		return err
 	})
+}
+
+// pid is that of the container's first process, on the machine of the engine.
+func (n *containerNode) pid(ctx context.Context) (int, error) {
+	state, err := n.c.State(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return state.Pid, nil
 }
 
 func (n *containerNode) close() error { return terminate(n.c) }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"net"
 	"net/url"
 	"os"
 	"sync"
@@ -119,6 +120,20 @@ func NeedCommands(t testing.TB, b *Broker) {
 	if !b.Commandable() {
 		t.Skipf("the broker of %s cannot be commanded: this test stops or changes it", b.Source)
 	}
+}
+
+// NoDirectWay says why the broker's own socket cannot be reached from here, "" if it can.
+func NoDirectWay(ctx context.Context, b *Broker) string {
+	addr, err := b.Direct(ctx, amqpPort)
+	if err != nil {
+		return err.Error()
+	}
+	conn, err := net.DialTimeout("tcp", addr, 2*time.Second)
+	if err != nil {
+		return "the broker's own address cannot be reached from here: " + err.Error()
+	}
+	_ = conn.Close()
+	return ""
 }
 
 func dumpLogs(t testing.TB, b *Broker) {
