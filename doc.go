@@ -85,6 +85,7 @@
 //     As many can, which is logged from half of the prefetch on ([Stats], Held).
 //   - A message of a stream that is tried again is another [Delivery] each time, so
 //     that nothing left over of an earlier try can settle it.
+//
 // docs/DESIGN.md in the repository has the rest.
 //
 // # Concurrency
