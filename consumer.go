@@ -98,7 +98,8 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 //   - *SessionError before the first session only, when the broker says plainly
 //     that the configuration cannot work (refused login, no such virtual host, no
 //     permission, inequivalent queue, refused combination) or refuses the login
-//     without a word three times in a row, see ErrLoginRefused. Once there has
+//     three times in a row where it does so without a word or WithURLFunc or
+//     WithCredentials give the login, see ErrLoginRefused. Once there has
 //     been a session Run never gives up. WithFatal replaces this rule;
 //   - *OptionError if h or the handler of a middleware is nil, or if a hook has panicked (with
 //     the *PanicError);
@@ -416,7 +417,7 @@ func (s *supervisor) proved(session *session) {
 // release lets the session go its way out, and with it its connection if that is
 // not worth keeping.
 func (s *supervisor) release() {
-	s.leaving = append(s.leaving, leaver{s.session.gone, s.session}, leaver{gone: s.session.probed})
+	s.leaving = append(s.leaving, leaver{gone: s.session.gone, session: s.session}, leaver{gone: s.session.probed})
 	s.pool.serve(nil)
 	s.session = nil
 }
@@ -486,14 +487,15 @@ func (s *supervisor) closeConnection(d departure) {
 		return
 	}
 	s.conn.close(d)
-	s.leaving = append(s.leaving, leaver{gone: s.conn.gone})
+	s.leaving = append(s.leaving, leaver{gone: s.conn.gone, conn: s.conn})
 	s.conn = nil
 }
 
 // leaver is an old session or connection on its way out.
 type leaver struct {
 	gone    <-chan struct{}
-	session *session // nil if it is something else
+	session *session    // nil if it is something else
+	conn    *connection // the same
 }
 
 func (l leaver) left() bool {
@@ -547,7 +549,13 @@ func (s *supervisor) draining() stateFunc {
 		s.note(s.scope.drainError())
 	}
 	left = max(left, time.Millisecond)
-	s.closeConnection(departure{stay: left / 2, limit: left / 2})
+	last := departure{stay: left / 2, limit: left / 2}
+	s.closeConnection(last)
+	for _, l := range s.leaving {
+		if l.conn != nil {
+			l.conn.hurry(last)
+		}
+	}
 	s.awaitLeaving()
 	return nil
 }

@@ -242,3 +242,19 @@ func TestStopWithAStrayReplyOnABlockedPathKeepsItsLimits(t *testing.T) {
 		assert.LessOrEqual(b, time.Since(since), 8*time.Second)
 	})
 }
+
+// A connection that was replaced waits for the sessions on it, which a stop cuts short.
+func TestStopHurriesAConnectionThatIsOnItsWayOut(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack)
+		b.broker.SlowCloseOk(4 * time.Second)
+		for range 3 {
+			b.broker.CancelConsumers(queue)
+			b.wait(30 * time.Millisecond)
+		}
+		since := time.Now()
+		_ = b.stop()
+		assert.LessOrEqual(b, time.Since(since), 6*time.Second)
+		assert.Zero(b, b.open(), "open connections")
+	})
+}
