@@ -534,6 +534,7 @@ const teardownGrace = 500 * time.Millisecond
 func (s *supervisor) draining() stateFunc {
 	s.enter(Draining, nil)
 	s.sweep()
+	s.hurryLeaving()
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	close(s.pool.stop)
@@ -549,15 +550,18 @@ func (s *supervisor) draining() stateFunc {
 		s.note(s.scope.drainError())
 	}
 	left = max(left, time.Millisecond)
-	last := departure{stay: left / 2, limit: left / 2}
-	s.closeConnection(last)
-	for _, l := range s.leaving {
-		if l.conn != nil {
-			l.conn.hurry(last)
-		}
-	}
+	s.closeConnection(departure{stay: left / 2, limit: left / 2})
 	s.awaitLeaving()
 	return nil
+}
+
+// hurryLeaving holds connections on their way out to the limits of the stop.
+func (s *supervisor) hurryLeaving() {
+	for _, l := range s.leaving {
+		if l.conn != nil {
+			l.conn.hurry(departure{stay: s.config.drainTimeout, limit: s.config.closeTimeout})
+		}
+	}
 }
 
 // note adds err to Run's error: a connection lost while draining does not hide

@@ -246,15 +246,16 @@ func TestStopWithAStrayReplyOnABlockedPathKeepsItsLimits(t *testing.T) {
 // A connection that was replaced waits for the sessions on it, which a stop cuts short.
 func TestStopHurriesAConnectionThatIsOnItsWayOut(t *testing.T) {
 	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		b.broker.SlowCloseOk(4 * time.Second)
+		b.consuming(ack, steadymq.WithDrainTimeout(time.Second))
+		b.broker.SlowCloseOk(4500 * time.Millisecond)
 		for range 3 {
 			b.broker.CancelConsumers(queue)
-			b.wait(30 * time.Millisecond)
+			b.wait(time.Second)
 		}
+		require.EqualValues(b, 2, b.consumer.Stats().Connections)
 		since := time.Now()
 		_ = b.stop()
-		assert.LessOrEqual(b, time.Since(since), 6*time.Second)
+		assert.LessOrEqual(b, time.Since(since), 7*time.Second, "drain limit, close limit and a second")
 		assert.Zero(b, b.open(), "open connections")
 	})
 }

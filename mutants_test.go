@@ -362,7 +362,7 @@ var mutants = []mutant{
 	inTest("TestStopWithAStrayReplyOnABlockedPathKeepsItsLimits", change("a stray reply to basic.cancel is waited out", "session.go",
 		"\tcase !s.channel.IsClosed(): // a reply", "\tcase false: // a reply")),
 	inTest("TestStopHurriesAConnectionThatIsOnItsWayOut", change("a stop waits for a connection that takes its time", "consumer.go",
-		"\t\t\tl.conn.hurry(last)\n", "")),
+		"\ts.hurryLeaving()\n", "")),
 	inTest("TestRunTellsOfAcksThatWereLostWhileDraining", change("a channel that has ended counts as closed in order", "session.go",
 		"if cause := s.channelEnd.cause(); !errors.Is(cause, errChannelEnded) {", "if cause := s.channelEnd.cause(); cause == nil {")),
 	inTest("TestRunTellsOfAcksThatACancelledSessionLostWhileDraining", change("what a cancelled session loses is read by nobody", "consumer.go",
