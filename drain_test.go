@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -257,5 +258,59 @@ func TestStopHurriesAConnectionThatIsOnItsWayOut(t *testing.T) {
 		_ = b.stop()
 		assert.LessOrEqual(b, time.Since(since), 7*time.Second, "drain limit, close limit and a second")
 		assert.Zero(b, b.open(), "open connections")
+	})
+}
+
+// A try that comes through within the moment it is given after the set-up limit has given its
+// tenancy up already: with the retired session the connection goes, under its successor.
+func TestSessionThatComesThroughAfterTheSetupLimitKeepsItsConnection(t *testing.T) {
+	bubble(t, func(b *bench) {
+		started, release := make(chan *steadymq.Delivery, 8), make(chan struct{})
+		var calls atomic.Int32
+		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "slow" {
+				return hold(started, release)(ctx, d)
+			}
+			return nil
+		}, steadymq.WithConcurrency(2), steadymq.WithSetupTimeout(2*time.Second),
+			steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+				if calls.Add(1) == 2 {
+					time.Sleep(2*time.Second + 200*time.Millisecond)
+				}
+				return queue, nil
+			}))
+		b.broker.Publish(queue, "slow")
+		<-started
+		b.broker.CancelConsumers(queue)
+		b.wait(3 * time.Second)
+		if b.consumer.Stats().Sessions < 2 || b.consumer.State() != steadymq.Consuming {
+			close(release)
+			return // the try failed, which is right, too
+		}
+		before := len(b.causes())
+		close(release) // the last handler of the first session
+		b.wait(5 * time.Second)
+		for _, cause := range b.causes()[before:] {
+			assert.NoError(b, cause, "the second session was consuming")
+		}
+	})
+}
+
+// The close of a retired session counts the silence of the whole socket, which its successor's
+// deliveries break.
+func TestRetiredSessionIsGivenUpThoughItsSuccessorIsBusy(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithCloseTimeout(2*time.Second))
+		b.wait(11 * time.Second)
+		b.broker.NoCloseOk(true)
+		b.broker.CancelConsumers(queue)
+		for range 600 {
+			b.broker.Publish(queue, "tea")
+			b.wait(time.Second)
+		}
+		stacks := make([]byte, 1<<20)
+		stacks = stacks[:runtime.Stack(stacks, true)]
+		assert.Equal(b, 1, strings.Count(string(stacks), "(*session).run("), "ten minutes after a close limit of 2s")
+		b.broker.NoCloseOk(false)
 	})
 }

@@ -85,7 +85,6 @@ func (s *scope) drainError() error {
 func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag string, step *step) (*session, error) {
 	tenancy := c.moveIn()
 	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(context.Cause(ctx)) })
-	defer unguard()
 
 	t := terms{limit: c.limitTerm(of.config.declare)}
 	for {
@@ -93,10 +92,16 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 		if err != nil && t.concede(err) {
 			continue
 		}
+		if inTime := unguard(); err == nil && !inTime { // its stay is over
+			close(s.stop)
+			<-s.gone
+			err = s.failure(step.String(), context.Cause(ctx))
+		}
 		if err != nil {
 			tenancy.moveOut()
+			return nil, err
 		}
-		return s, err
+		return s, nil
 	}
 }
 
@@ -195,8 +200,10 @@ func (s *session) run() {
 		close(s.probed)
 	}
 	cause := s.consume()
+	hardLimit := s.config.drainTimeout
 	switch {
 	case cause == nil:
+		hardLimit = s.config.closeTimeout // nothing more is delivered, so nothing is in the way
 		s.drain()
 	case errors.Is(cause, errCancelled):
 		s.stream.doubt()
@@ -204,7 +211,7 @@ func (s *session) run() {
 	default:
 		s.lose(cause)
 	}
-	s.closeChannel()
+	s.closeChannel(hardLimit)
 	s.lose(cmp.Or(cause, error(errStopped)))
 	s.lane.bury()
 	s.tenancy.moveOut()
@@ -420,16 +427,20 @@ func (s *session) handBack(tag uint64) {
 }
 
 // closeChannel waits for close-ok, the only proof AMQP 0-9-1 has that the acks before it arrived,
-// within the close limit. The driver's Close returns nil for a channel that has ended already,
+// within the close limit; the deliveries of a successor may be in the way, for as long as hardLimit.
+// The driver's Close returns nil for a channel that has ended already,
 // so what counts is why it ended.
-func (s *session) closeChannel() {
+func (s *session) closeChannel(hardLimit time.Duration) {
 	since := time.Now()
+	over := time.NewTimer(max(hardLimit, s.config.closeTimeout))
+	defer over.Stop()
 	err := error(errCloseTimeout)
 	if !s.givenUp {
-		err = s.call(nil, s.channel.Close)
+		err = s.call(over.C, s.channel.Close)
 	}
 	s.closing = time.Since(since)
 	if s.givenUp { // its goroutines end with the connection
+		err = errCloseTimeout
 		go drain(s.cancels)
 	} else {
 		<-s.channelEnd.ended
@@ -559,7 +570,9 @@ func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
 	}
 	o, delay := judge(err, d, s.config)
 	if delay > 0 {
-		s.holds.add(d, delay)
+		if !s.holds.add(d, delay) {
+			return 0
+		}
 		return delay
 	}
 	_ = d.settle(o)
