@@ -279,13 +279,24 @@ func TestAutoDeleteQueueThatWentWithItsConsumerIsDeclaredAnewAtOnce(t *testing.T
 	}
 }
 
+func TestMissingExchangeLeavesOneQueue(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consumer = b.makeFor("", steadymq.WithQueue(events))
+		b.start(ack)
+		for range 600 {
+			b.wait(time.Second)
+			require.Len(b, b.named(), 1)
+		}
+		assert.EqualValues(b, 1, b.consumer.Stats().Connections)
+	})
+}
+
 func TestQueueThatCannotBeBoundYetIsDeclaredOnce(t *testing.T) {
 	bubble(t, func(b *bench) {
 		var handled atomic.Int32
 		b.consumer = b.makeFor("", steadymq.WithQueue(events))
 		b.start(counting(&handled))
-		b.wait(10 * time.Minute) // the exchange is missing
-		require.Len(b, b.named(), 1)
+		b.wait(time.Minute) // the exchange is missing
 		b.broker.DeclareExchange("events", "fanout")
 		b.wait(6 * time.Second)
 		b.publishEvents(1)
@@ -434,6 +445,19 @@ func alternately(names ...string) steadymq.TopologyFunc {
 		calls++
 		return names[calls%len(names)], nil
 	}
+}
+
+func TestTopologyThatFailedFirstLeavesNoQueueBehind(t *testing.T) {
+	bubble(t, func(b *bench) {
+		var calls atomic.Int32
+		b.consumer = b.makeFor("", serverNames(&calls))
+		b.start(ack)
+		b.wait(100 * time.Millisecond) // it has failed once, for the exchange is missing
+		b.broker.DeclareExchange("events", "fanout")
+		b.wait(6 * time.Second)
+		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		assert.Len(b, b.named(), 1)
+	})
 }
 
 // It may have let the broker name a queue each time, before it failed.
