@@ -56,7 +56,10 @@ type connection struct {
 	left    bool             // leave was asked; its owner's
 	gone    chan struct{}    // closed when nothing of it is left
 
-	channelFailures []time.Time // recent ones, for the escalation; the supervisor's
+	channelFailures []time.Time  // recent ones, for the escalation; the supervisor's
+	served          bool         // it has had a session; the supervisor's
+	queue           string       // of its sessions, once it has a name; of the try on it
+	litter          atomic.Int32 // how often a TopologyFunc has failed on it
 
 	stopRefresh context.CancelFunc
 	refreshed   chan struct{} // closed when the credentials are no longer refreshed

@@ -322,12 +322,17 @@ func (s *supervisor) connecting() stateFunc {
 	if conn == nil {
 		s.host = e.address // "" until WithURLFunc has named it
 	}
-	s.enter(Connecting, nil)
+	if s.consumer.State() != Connecting {
+		s.enter(Connecting, nil)
+	}
 	step := newStep("dial")
 	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, step) }, step)
 	if a.conn != nil {
 		s.conn, s.host = a.conn, a.conn.host
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
+	}
+	if s.leftBehind(a.err) {
+		return s.connecting
 	}
 	if a.err != nil {
 		var at *SessionError
@@ -387,6 +392,7 @@ func (s *supervisor) askURL(ctx context.Context) (e endpoint, err error) {
 // consuming waits for the end of the session or of Run's context.
 func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
+	s.conn.served = true
 	s.retry.consuming()
 	s.hosts.worked(s.host)
 	s.pool.serve(s.session)
@@ -458,12 +464,12 @@ func (s *supervisor) givesUp(err error) (bool, error) {
 }
 
 // keepOrReplace gives the connection up unless it stands and has not failed its
-// sessions too often.
+// sessions too often, or owns a queue that would be lost with it.
 func (s *supervisor) keepOrReplace(kind class, now time.Time) {
 	if s.conn == nil {
 		return
 	}
-	if s.conn.alive() && (s.blameless(kind) || !s.conn.escalates(now)) {
+	if s.conn.alive() && !s.conn.littered() && (s.blameless(kind) || s.owns() || !s.conn.escalates(now)) {
 		return
 	}
 	s.dropConnection()

@@ -31,6 +31,18 @@ type Middleware func(next Handler) Handler
 // the channel. An error is retried like any failure of the setup; wrap the
 // *amqp.Error of the channel with %w so that it can be classified. The channel
 // must not be used after the function has returned, nor be consumed from.
+//
+// A queue that is exclusive, or that the broker names, lives as long as the
+// connection, and a connection has many sessions: the next one is on the same
+// connection unless that was lost. Let the function return the same name again, which
+// a declare of an exclusive queue by name does. If it returns another name than before
+// on the same connection, as one does that lets the broker name the queue, then the
+// connection is replaced and the function called once more, on the new one: the queue
+// from before would stay behind, bound and unread. What was in it is lost. Nor can it
+// be known what a function has declared: a connection on which it has failed three
+// times is replaced, for each time it may have left a queue behind, and so is one whose
+// sessions fail three times within 30 s. [WithQueue] keeps an exclusive queue over all
+// that, whoever names it.
 type TopologyFunc func(ctx context.Context, ch *amqp.Channel) (queue string, err error)
 
 // Queue is the common declare, for WithQueue. The zero value is a durable quorum
@@ -41,11 +53,18 @@ type Queue struct {
 	// Transient makes the queue not survive a broker restart. Only for
 	// exclusive classic queues: RabbitMQ 4.3 refuses shared transient queues.
 	Transient bool
-	// Exclusive limits the queue to this connection; it is gone with it. Only
-	// for classic queues.
+	// Exclusive limits the queue to this connection. It is gone with it, and what
+	// is in it is lost. Only for classic queues. If New was given no name, the
+	// broker names it.
+	//
+	// As long as the connection lives the next session consumes from the same
+	// queue, under the same name, and misses nothing; if it is gone it is declared
+	// anew at once. Failures of sessions do not replace the connection then. What
+	// does is that it ends, that a set-up on it outlasts its limit, or a stall on it
+	// (WithStallDetector): a queue that delivers nothing is given up, messages and all.
 	Exclusive bool
-	// AutoDelete deletes the queue when its last consumer leaves. Only for
-	// classic queues.
+	// AutoDelete deletes the queue when its last consumer leaves, and a session
+	// that is lost is one: what is in it is lost then. Only for classic queues.
 	AutoDelete bool
 	// Exchange is declared before the queue, for Bindings that name no other.
 	// nil: they name exchanges that exist already.

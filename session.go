@@ -86,7 +86,7 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 	tenancy := c.moveIn()
 	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(context.Cause(ctx)) })
 
-	t := terms{limit: c.limitTerm(of.config.declare)}
+	t := terms{limit: c.limitTerm(of.config.declare), owned: c.owned(of.config)}
 	for {
 		s, err := c.trySession(ctx, of, id, tag, t, tenancy, step)
 		if err != nil && t.concede(err) {
@@ -166,6 +166,9 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	}
 	step.at("consume")
 	_, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.queue, s.config.consumeArgs))
+	if s.config.declare != nil { // an auto-delete queue goes with its last consumer, maybe just now
+		err = gone(err)
+	}
 	return "consume", err
 }
 
