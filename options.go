@@ -291,15 +291,21 @@ func WithDialTimeout(d time.Duration) Option {
 }
 
 // WithSetupTimeout bounds a whole try, from dial to the broker's consume-ok,
-// topology included. Past it the socket is closed. Default 15 s, which leaves a
-// broker its own 10 s of handshake and 3 s of silence after a wrong password;
-// range 1 ms to 24 h.
+// topology included. Past it the socket is closed, once no other session lives there.
+// Default 15 s, which leaves a broker its own 10 s of handshake and 3 s of silence after
+// a wrong password; range 1 ms to 24 h.
+//
+// A try for a session on a connection that stands already may find deliveries in its
+// way, which on a slow path take minutes: there the limit counts the silence after the
+// last bytes of a delivery, and the try takes ten times the limit at most.
 func WithSetupTimeout(d time.Duration) Option {
 	return func(c *config) { c.setupTimeout = d; c.duration("WithSetupTimeout", d) }
 }
 
-// WithCloseTimeout bounds the orderly end of a connection; past it the socket is
-// closed under it. Default 5 s, range 1 ms to 24 h.
+// WithCloseTimeout bounds the orderly end of a session, and of its connection; past it
+// the socket is closed under it. Default 5 s, range 1 ms to 24 h. For a session it counts
+// the silence after the last bytes of a delivery, which may be in the way of the broker's
+// answer, as long as the drain limit and this one allow together.
 func WithCloseTimeout(d time.Duration) Option {
 	return func(c *config) { c.closeTimeout = d; c.duration("WithCloseTimeout", d) }
 }

@@ -58,6 +58,7 @@ type session struct {
 
 	givenUp bool          // a call on the channel was not answered in time
 	drained error         // why acks may not have arrived, or handlers were left; read after gone
+	latest  time.Time     // when the last call is given up, whatever comes
 	closing time.Duration // what the close took of the close limit; read after gone
 }
 
@@ -195,6 +196,7 @@ func (s *session) run() {
 		close(s.probed)
 	}
 	cause := s.consume()
+	s.latest = time.Now().Add(s.config.drainTimeout + s.config.closeTimeout)
 	switch {
 	case cause == nil:
 		s.drain()
@@ -357,32 +359,25 @@ func (s *session) awaitHandlers(limit <-chan time.Time) error {
 	}
 }
 
-// call bounds a call of the driver on the session's channel. Its answer stands behind what the
-// broker has sent ahead, so it is the silence after the last delivery that counts against the
-// close limit; limit ends the wait in any case. A call that is not answered in time holds the
-// channel for good, and the session gives it up.
+// call bounds a call of the driver on the session's channel by the close limit, which counts
+// silence; limit and latest end the wait in any case. A call that is not answered in time holds
+// the channel for good, and the session gives it up.
 func (s *session) call(limit <-chan time.Time, f func() error) error {
 	answer := make(chan error, 1)
 	go func() { answer <- f() }()
+	silent := make(chan struct{})
+	defer s.conn.socket.afterSilence(s.config.closeTimeout, time.Until(s.latest), func() { close(silent) })()
 	overdue := errCloseTimeout
-	silence := time.NewTimer(s.config.closeTimeout)
-	defer silence.Stop()
-	for {
-		select {
-		case err := <-answer:
-			return err
-		case <-silence.C:
-			if left := s.config.closeTimeout - s.conn.socket.sinceDelivery(); left > 0 {
-				silence.Reset(left)
-				continue
-			}
-		case <-limit:
-			overdue = errDrainLimit
-		}
-		s.givenUp = true
-		s.tenancy.giveUp(errCloseTimeout)
-		return overdue
+	select {
+	case err := <-answer:
+		return err
+	case <-silent:
+	case <-limit:
+		overdue = errDrainLimit
 	}
+	s.givenUp = true
+	s.tenancy.giveUp(errCloseTimeout)
+	return overdue
 }
 
 // handBackRest returns to the queue what was delivered and no worker took.
