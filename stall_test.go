@@ -1,6 +1,7 @@
 package steadymq_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -205,9 +206,13 @@ func TestAnswerToTheDetectorBehindALargeMessageIsNotLate(t *testing.T) {
 		look := b.changes[len(b.changes)-1].Time.Add(10 * time.Second)
 		b.mu.Unlock()
 		b.wait(time.Until(look) + 500*time.Microsecond)
-		b.broker.PublishMessage(queue, steadymqtest.Message{Body: make([]byte, 32*mebi)})
+		b.broker.PublishMessage(queue, steadymqtest.Message{Body: make([]byte, 8*mebi)})
 		b.busy(10 * time.Minute)
 		assert.EqualValues(b, 1, b.consumer.Stats().Acked)
+		b.broker.CancelConsumers(queue)
+		b.wait(10 * time.Second)
+		assert.EqualValues(b, 1, b.consumer.Stats().Connections, "the connection is as good as new")
+		assert.EqualValues(b, 2, b.consumer.Stats().Sessions)
 	}, steadymqtest.WithoutLedger())
 }
 
@@ -237,6 +242,35 @@ func TestDetectorThatMayNotAskSaysSoOnce(t *testing.T) {
 		assert.Contains(b, b.log.String(), "configure permission")
 		assert.Contains(b, b.log.String(), "ACCESS_REFUSED")
 		assert.EqualValues(b, 1, b.consumer.Stats().Connections)
+	})
+}
+
+// asked counts the queue.declare that the client sends.
+type asked struct {
+	net.Conn
+	times *atomic.Int32
+}
+
+func (a asked) Write(p []byte) (int, error) {
+	a.times.Add(int32(bytes.Count(p, []byte("\x00\x32\x00\x0a\x00\x00\x06"+queue))))
+	return a.Conn.Write(p)
+}
+
+// A broker's log has a line of every refusal.
+func TestDetectorThatMayNotAskIsRefusedOncePerSession(t *testing.T) {
+	bubble(t, func(b *bench) {
+		var times atomic.Int32
+		dial := b.broker.Dialer()
+		b.broker.RefuseDeclare(403, "access to queue 'orders' in vhost '/' refused for user 'app'")
+		b.consuming(ack, steadymq.WithStallDetector(10*time.Second), steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := dial(ctx, network, address)
+			return asked{c, &times}, err
+		}))
+		b.busy(10 * time.Minute)
+		assert.EqualValues(b, 1, times.Load())
+		b.broker.CancelConsumers(queue)
+		b.wait(10 * time.Minute)
+		assert.EqualValues(b, 2, times.Load())
 	})
 }
 
