@@ -298,24 +298,31 @@ func (c *connection) watch() {
 	case <-c.socket.done():
 		c.end.notify(c.endOfSocket())
 	case asked := <-c.leave:
-		c.awaitTenants(asked.stay)
-		limit = asked.limit
+		limit = c.awaitTenants(asked)
 	}
 	c.teardown(limit)
 	c.end.notify(errStopped)
 }
 
-// awaitTenants lets the sessions that still live on the connection go first.
-func (c *connection) awaitTenants(stay time.Duration) {
-	over := time.NewTimer(stay)
+// awaitTenants lets the sessions that still live on the connection go first. It returns the limit
+// of the close that follows.
+func (c *connection) awaitTenants(asked departure) time.Duration {
+	vacated := c.tenants.vacated()
+	over := time.NewTimer(asked.stay)
 	defer over.Stop()
-	select {
-	case <-c.tenants.vacated():
-	case err := <-c.closed:
-		c.end.notify(c.explain(errorOrNil(err)))
-	case <-c.socket.done():
-		c.end.notify(c.endOfSocket())
-	case <-over.C:
+	for {
+		select {
+		case asked = <-c.leave:
+			over.Reset(asked.stay)
+			continue
+		case <-vacated:
+		case err := <-c.closed:
+			c.end.notify(c.explain(errorOrNil(err)))
+		case <-c.socket.done():
+			c.end.notify(c.endOfSocket())
+		case <-over.C:
+		}
+		return asked.limit
 	}
 }
 
@@ -372,6 +379,14 @@ func (c *connection) close(d departure) {
 	if !c.left {
 		c.left = true
 		c.leave <- d
+	}
+}
+
+// hurry shortens a departure that has been asked for, unless it is the first one still.
+func (c *connection) hurry(d departure) {
+	select {
+	case c.leave <- d:
+	default:
 	}
 }
 

@@ -98,7 +98,8 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 //   - *SessionError before the first session only, when the broker says plainly
 //     that the configuration cannot work (refused login, no such virtual host, no
 //     permission, inequivalent queue, refused combination) or refuses the login
-//     without a word three times in a row, see ErrLoginRefused. Once there has
+//     three times in a row where it does so without a word or WithURLFunc or
+//     WithCredentials give the login, see ErrLoginRefused. Once there has
 //     been a session Run never gives up. WithFatal replaces this rule;
 //   - *OptionError if h or the handler of a middleware is nil, or if a hook has panicked (with
 //     the *PanicError);
@@ -425,7 +426,7 @@ func (s *supervisor) proved(session *session) {
 // release lets the session go its way out, and with it its connection if that is
 // not worth keeping.
 func (s *supervisor) release() {
-	s.leaving = append(s.leaving, leaver{s.session.gone, s.session}, leaver{gone: s.session.probed})
+	s.leaving = append(s.leaving, leaver{gone: s.session.gone, session: s.session}, leaver{gone: s.session.probed})
 	s.pool.serve(nil)
 	s.session = nil
 }
@@ -496,14 +497,15 @@ func (s *supervisor) closeConnection(d departure) {
 		return
 	}
 	s.conn.close(d)
-	s.leaving = append(s.leaving, leaver{gone: s.conn.gone})
+	s.leaving = append(s.leaving, leaver{gone: s.conn.gone, conn: s.conn})
 	s.conn = nil
 }
 
 // leaver is an old session or connection on its way out.
 type leaver struct {
 	gone    <-chan struct{}
-	session *session // nil if it is something else
+	session *session    // nil if it is something else
+	conn    *connection // the same
 }
 
 func (l leaver) left() bool {
@@ -542,6 +544,7 @@ const teardownGrace = 500 * time.Millisecond
 func (s *supervisor) draining() stateFunc {
 	s.enter(Draining, nil)
 	s.sweep()
+	s.hurryLeaving()
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	close(s.pool.stop)
@@ -560,6 +563,15 @@ func (s *supervisor) draining() stateFunc {
 	s.closeConnection(departure{stay: left / 2, limit: left / 2})
 	s.awaitLeaving()
 	return nil
+}
+
+// hurryLeaving holds connections on their way out to the limits of the stop.
+func (s *supervisor) hurryLeaving() {
+	for _, l := range s.leaving {
+		if l.conn != nil {
+			l.conn.hurry(departure{stay: s.config.drainTimeout, limit: s.config.closeTimeout})
+		}
+	}
 }
 
 // note adds err to Run's error: a connection lost while draining does not hide

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -232,4 +233,91 @@ func (b *bench) slowly(rate int) steadymq.Option {
 func (b *bench) consumingSlowly(h steadymq.Handler, opts ...steadymq.Option) {
 	b.run(h, opts...)
 	b.wait(5 * time.Second)
+}
+
+// The reply to nothing is taken for the one to basic.cancel, and nothing more goes out: both steps
+// of the stop would wait for the close limit, one after the other.
+func TestStopWithAStrayReplyOnABlockedPathKeepsItsLimits(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithDrainTimeout(2*time.Second))
+		b.broker.ZeroWindow(true)
+		b.wait(time.Second)
+		b.broker.StrayReply(false)
+		b.wait(100 * time.Millisecond)
+		since := time.Now()
+		var lost *steadymq.SessionError
+		require.ErrorAs(b, b.stop(), &lost)
+		assert.LessOrEqual(b, time.Since(since), 8*time.Second)
+	})
+}
+
+// A connection that was replaced waits for the sessions on it, which a stop cuts short.
+func TestStopHurriesAConnectionThatIsOnItsWayOut(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithDrainTimeout(time.Second))
+		b.broker.SlowCloseOk(4500 * time.Millisecond)
+		for range 3 {
+			b.broker.CancelConsumers(queue)
+			b.wait(time.Second)
+		}
+		require.EqualValues(b, 2, b.consumer.Stats().Connections)
+		since := time.Now()
+		_ = b.stop()
+		assert.LessOrEqual(b, time.Since(since), 7*time.Second, "drain limit, close limit and a second")
+		assert.Zero(b, b.open(), "open connections")
+	})
+}
+
+// A try that comes through within the moment it is given after the set-up limit has given its
+// tenancy up already: with the retired session the connection goes, under its successor.
+func TestSessionThatComesThroughAfterTheSetupLimitKeepsItsConnection(t *testing.T) {
+	bubble(t, func(b *bench) {
+		started, release := make(chan *steadymq.Delivery, 8), make(chan struct{})
+		var calls atomic.Int32
+		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "slow" {
+				return hold(started, release)(ctx, d)
+			}
+			return nil
+		}, steadymq.WithConcurrency(2), steadymq.WithSetupTimeout(2*time.Second),
+			steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+				if calls.Add(1) == 2 {
+					time.Sleep(2*time.Second + 200*time.Millisecond)
+				}
+				return queue, nil
+			}))
+		b.broker.Publish(queue, "slow")
+		<-started
+		b.broker.CancelConsumers(queue)
+		b.wait(3 * time.Second)
+		if b.consumer.Stats().Sessions < 2 || b.consumer.State() != steadymq.Consuming {
+			close(release)
+			return // the try failed, which is right, too
+		}
+		before := len(b.causes())
+		close(release) // the last handler of the first session
+		b.wait(5 * time.Second)
+		for _, cause := range b.causes()[before:] {
+			assert.NoError(b, cause, "the second session was consuming")
+		}
+	})
+}
+
+// The close of a retired session counts the silence of the whole socket, which its successor's
+// deliveries break.
+func TestRetiredSessionIsGivenUpThoughItsSuccessorIsBusy(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithCloseTimeout(2*time.Second))
+		b.wait(11 * time.Second)
+		b.broker.NoCloseOk(true)
+		b.broker.CancelConsumers(queue)
+		for range 600 {
+			b.broker.Publish(queue, "tea")
+			b.wait(time.Second)
+		}
+		stacks := make([]byte, 1<<20)
+		stacks = stacks[:runtime.Stack(stacks, true)]
+		assert.Equal(b, 1, strings.Count(string(stacks), "(*session).run("), "ten minutes after a close limit of 2s")
+		b.broker.NoCloseOk(false)
+	})
 }

@@ -305,7 +305,7 @@ func WithSetupTimeout(d time.Duration) Option {
 // WithCloseTimeout bounds the orderly end of a session, and of its connection; past it
 // the socket is closed under it. Default 5 s, range 1 ms to 24 h. For a session it counts
 // the silence after the last bytes of a delivery, which may be in the way of the broker's
-// answer, as long as the drain limit and this one allow together.
+// answer, as long as the drain limit allows.
 func WithCloseTimeout(d time.Duration) Option {
 	return func(c *config) { c.closeTimeout = d; c.duration("WithCloseTimeout", d) }
 }

@@ -58,7 +58,6 @@ type session struct {
 
 	givenUp bool          // a call on the channel was not answered in time
 	drained error         // why acks may not have arrived, or handlers were left; read after gone
-	latest  time.Time     // when the last call is given up, whatever comes
 	closing time.Duration // what the close took of the close limit; read after gone
 }
 
@@ -86,7 +85,6 @@ func (s *scope) drainError() error {
 func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag string, step *step) (*session, error) {
 	tenancy := c.moveIn()
 	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(context.Cause(ctx)) })
-	defer unguard()
 
 	t := terms{limit: c.limitTerm(of.config.declare)}
 	for {
@@ -94,10 +92,16 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 		if err != nil && t.concede(err) {
 			continue
 		}
+		if inTime := unguard(); err == nil && !inTime { // its stay is over
+			close(s.stop)
+			<-s.gone
+			err = s.failure(step.String(), context.Cause(ctx))
+		}
 		if err != nil {
 			tenancy.moveOut()
+			return nil, err
 		}
-		return s, err
+		return s, nil
 	}
 }
 
@@ -196,9 +200,10 @@ func (s *session) run() {
 		close(s.probed)
 	}
 	cause := s.consume()
-	s.latest = time.Now().Add(s.config.drainTimeout + s.config.closeTimeout)
+	hardLimit := s.config.drainTimeout
 	switch {
 	case cause == nil:
+		hardLimit = s.config.closeTimeout // nothing more is delivered, so nothing is in the way
 		s.drain()
 	case errors.Is(cause, errCancelled):
 		s.stream.doubt()
@@ -206,7 +211,7 @@ func (s *session) run() {
 	default:
 		s.lose(cause)
 	}
-	s.closeChannel()
+	s.closeChannel(hardLimit)
 	s.lose(cmp.Or(cause, error(errStopped)))
 	s.lane.bury()
 	s.tenancy.moveOut()
@@ -342,6 +347,9 @@ func (s *session) unsubscribe(limit <-chan time.Time) error {
 		return s.drainError()
 	case errors.Is(err, errDrainLimit), errors.Is(err, errCloseTimeout):
 		return s.lost(errCloseTimeout)
+	case !s.channel.IsClosed(): // a reply to nothing, so the next one would be taken for another, too
+		s.giveUp(err)
+		return s.lost(err)
 	}
 	return s.lost(s.diagnose())
 }
@@ -360,13 +368,13 @@ func (s *session) awaitHandlers(limit <-chan time.Time) error {
 }
 
 // call bounds a call of the driver on the session's channel by the close limit, which counts
-// silence; limit and latest end the wait in any case. A call that is not answered in time holds
+// silence; limit ends the wait in any case. A call that is not answered in time holds
 // the channel for good, and the session gives it up.
 func (s *session) call(limit <-chan time.Time, f func() error) error {
 	answer := make(chan error, 1)
 	go func() { answer <- f() }()
 	silent := make(chan struct{})
-	defer s.conn.socket.afterSilence(s.config.closeTimeout, time.Until(s.latest), func() { close(silent) })()
+	defer s.conn.socket.afterSilence(s.config.closeTimeout, maxDuration, func() { close(silent) })()
 	overdue := errCloseTimeout
 	select {
 	case err := <-answer:
@@ -375,9 +383,14 @@ func (s *session) call(limit <-chan time.Time, f func() error) error {
 	case <-limit:
 		overdue = errDrainLimit
 	}
-	s.givenUp = true
-	s.tenancy.giveUp(errCloseTimeout)
+	s.giveUp(errCloseTimeout)
 	return overdue
+}
+
+// giveUp leaves the channel behind, which ends with its connection.
+func (s *session) giveUp(cause error) {
+	s.givenUp = true
+	s.tenancy.giveUp(cause)
 }
 
 // handBackRest returns to the queue what was delivered and no worker took.
@@ -407,16 +420,20 @@ func (s *session) handBack(tag uint64) {
 }
 
 // closeChannel waits for close-ok, the only proof AMQP 0-9-1 has that the acks before it arrived,
-// within the close limit. The driver's Close returns nil for a channel that has ended already,
+// within the close limit; the deliveries of a successor may be in the way, for as long as hardLimit.
+// The driver's Close returns nil for a channel that has ended already,
 // so what counts is why it ended.
-func (s *session) closeChannel() {
+func (s *session) closeChannel(hardLimit time.Duration) {
 	since := time.Now()
+	over := time.NewTimer(max(hardLimit, s.config.closeTimeout))
+	defer over.Stop()
 	err := error(errCloseTimeout)
 	if !s.givenUp {
-		err = s.call(nil, s.channel.Close)
+		err = s.call(over.C, s.channel.Close)
 	}
 	s.closing = time.Since(since)
 	if s.givenUp { // its goroutines end with the connection
+		err = errCloseTimeout
 		go drain(s.cancels)
 	} else {
 		<-s.channelEnd.ended
@@ -546,7 +563,9 @@ func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
 	}
 	o, delay := judge(err, d, s.config)
 	if delay > 0 {
-		s.holds.add(d, delay)
+		if !s.holds.add(d, delay) {
+			return 0
+		}
 		return delay
 	}
 	_ = d.settle(o)
