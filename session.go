@@ -370,31 +370,24 @@ func (s *session) awaitHandlers(limit <-chan time.Time) error {
 	}
 }
 
-// call bounds a call of the driver on the session's channel. Its answer stands behind what the
-// broker has sent ahead, so it is the silence after the last delivery that counts against the
-// close limit; limit ends the wait in any case. A call that is not answered in time holds the
-// channel for good, and the session gives it up.
+// call bounds a call of the driver on the session's channel by the close limit, which counts
+// silence; limit ends the wait in any case. A call that is not answered in time holds
+// the channel for good, and the session gives it up.
 func (s *session) call(limit <-chan time.Time, f func() error) error {
 	answer := make(chan error, 1)
 	go func() { answer <- f() }()
+	silent := make(chan struct{})
+	defer s.conn.socket.afterSilence(s.config.closeTimeout, maxDuration, func() { close(silent) })()
 	overdue := errCloseTimeout
-	silence := time.NewTimer(s.config.closeTimeout)
-	defer silence.Stop()
-	for {
-		select {
-		case err := <-answer:
-			return err
-		case <-silence.C:
-			if left := s.config.closeTimeout - s.conn.socket.sinceDelivery(); left > 0 {
-				silence.Reset(left)
-				continue
-			}
-		case <-limit:
-			overdue = errDrainLimit
-		}
-		s.giveUp(errCloseTimeout)
-		return overdue
+	select {
+	case err := <-answer:
+		return err
+	case <-silent:
+	case <-limit:
+		overdue = errDrainLimit
 	}
+	s.giveUp(errCloseTimeout)
+	return overdue
 }
 
 // giveUp leaves the channel behind, which ends with its connection.

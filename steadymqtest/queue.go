@@ -452,6 +452,9 @@ func (ch *channel) queueDeclare(d *decoder) *refusal {
 	if ch.stage(StageDeclare) {
 		return nil
 	}
+	if r := ch.c.host.wire.refuseDeclare; r != nil {
+		return r
+	}
 	q, r := ch.declareQueue(name, flags, args)
 	if r != nil {
 		return r
