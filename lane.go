@@ -5,6 +5,7 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // lane is the way of one session's deliveries and settlements between the wire
@@ -139,9 +140,12 @@ func (l *lane) settle(method uint32, tag uint64, bits byte) error {
 	}
 	l.owed.Add(-1)
 	s.pending = append(s.pending, frame[:]...)
-	now := s.urge(s.mustGo(l))
+	tell, wait := s.flush.settled(time.Since(s.start), l.prefetch)
+	if wait > 0 {
+		s.delay.Reset(wait)
+	}
 	s.mu.Unlock()
-	if now {
+	if tell {
 		s.nudge()
 	}
 	return nil

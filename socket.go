@@ -150,16 +150,13 @@ type socket struct {
 	mu       sync.Mutex    // held for memory only, never across a blocking call
 	pending  []byte        // waits for the wire
 	spare    []byte        // the other of the two swap buffers
-	urgent   bool          // pending goes out now
-	held     int64         // settlements in pending
-	lastHeld time.Duration // when the last one was, since start
-	due      time.Duration // when pending goes out at the latest, since start
-	armed    bool          // delay is running
+	flush    flushing      // when pending goes out
 	room     chan struct{} // closed when there may be room again; nil if nobody waits
 	out      scanner       // follows the driver's frames
 	lanes    lanes
 	closing  bool
 	deadline time.Time // the driver's own write deadline
+	limit    time.Time // the deadline of the write under way; zero before the first
 }
 
 // ending is why a socket ends; the cause is nil after a plain Close.
@@ -183,6 +180,7 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 	s.delay.Stop()
 	s.lanes = lanes{expected: make(map[string]*lane), open: make(map[uint16]*lane), past: make(map[uint16]*lane)}
 	s.out.visit = s.lanes.learn
+	s.flush = flushing{delay: o.writeDelay, idle: s.idle}
 	if c, ok := conn.(*tls.Conn); ok {
 		s.raw = c.NetConn()
 	}
@@ -378,9 +376,9 @@ func (s *socket) Write(p []byte) (int, error) {
 	if !s.out.within() {
 		s.letGo() // who waits for the end of a long frame
 	}
-	now := s.urge(true)
+	tell := s.flush.now()
 	s.mu.Unlock()
-	if now {
+	if tell {
 		s.nudge()
 	}
 	return len(p), nil
@@ -403,45 +401,16 @@ func (s *socket) await(blocked func() bool) {
 	}
 }
 
-// urge makes what is pending go out, if it must and the writer does not know yet.
-func (s *socket) urge(must bool) (now bool) {
-	now = must && !s.urgent
-	s.urgent = s.urgent || now
-	return now
-}
+// idle tells whether no settlement can follow for now. It is called with mu held.
+func (s *socket) idle() bool { return s.resting.Load() && !s.lanes.busy() }
 
-// mustGo lets a settlement wait, and nothing else does: nobody waits for an
-// answer to it. It waits while more are to come and the broker has window left.
-func (s *socket) mustGo(l *lane) bool {
-	if s.opts.writeDelay <= 0 {
-		return true
-	}
-	at := time.Since(s.start)
-	alone := at-s.lastHeld > s.opts.writeDelay
-	s.lastHeld = at
-	s.held++
-	starving := 2*s.held >= l.prefetch
-	if alone || starving || s.resting.Load() && !s.lanes.busy() {
-		return true
-	}
-	if s.held == 1 {
-		s.due = at + s.opts.writeDelay
-	}
-	if !s.armed {
-		s.armed = true
-		s.delay.Reset(s.due - at)
-	}
-	return false
-}
-
-// rest is called before Read waits for the broker: settlements that waited for
-// company go out if no more can follow.
+// rest is called before Read waits for the broker.
 func (s *socket) rest() {
 	s.resting.Store(true)
 	s.mu.Lock()
-	now := s.urge(s.held > 0 && !s.lanes.busy())
+	tell := s.flush.rested()
 	s.mu.Unlock()
-	if now {
+	if tell {
 		s.nudge()
 	}
 }
@@ -510,34 +479,25 @@ func (s *socket) farewell() {
 	}
 }
 
-// expire makes what was held long enough go out.
+// expire lets go out what has waited long enough.
 func (s *socket) expire() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.armed = false
-	if s.held == 0 {
-		return
+	if wait := s.flush.expired(time.Since(s.start)); wait > 0 {
+		s.delay.Reset(wait)
 	}
-	// The timer may have been set for settlements that left early.
-	left := s.due - time.Since(s.start)
-	if left <= 0 {
-		s.urgent = true
-		return
-	}
-	s.armed = true
-	s.delay.Reset(left)
 }
 
 // take swaps the buffers: what is pending goes out, the other fills up.
 func (s *socket) take() (batch []byte, closing bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.urgent && !s.closing {
+	if !s.flush.urgent && !s.closing {
 		return nil, false
 	}
 	batch = s.pending
 	s.pending, s.spare = s.spare[:0], batch
-	s.urgent, s.held = false, 0
+	s.flush.taken()
 	s.letGo()
 	return batch, s.closing
 }
