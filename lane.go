@@ -134,7 +134,7 @@ func (l *lane) settle(method uint32, tag uint64, bits byte) error {
 	s := l.socket
 	s.mu.Lock()
 	s.await(func() bool { return s.full(len(frame)) || s.out.within() })
-	if l.closed || s.out.off || s.closing || s.over.Load() {
+	if l.closed || s.closing || s.over.Load() {
 		s.mu.Unlock()
 		return s.err()
 	}
@@ -163,6 +163,7 @@ type lanes struct {
 	expected map[string]*lane // by consumer tag, until its basic.consume is written
 	open     map[uint16]*lane // by channel
 	past     map[uint16]*lane // closed ones, until the channel is opened again
+	misuse   misuse
 }
 
 // learn takes a frame that the driver writes, or at least its beginning.
@@ -175,7 +176,11 @@ func (ls *lanes) learn(p []byte) {
 			delete(ls.expected, tag)
 			l.channel, l.closed = channel, false
 			ls.open[channel] = l
+		} else {
+			ls.misuse.consumers++
 		}
+	case txSelect:
+		ls.misuse.transactions++
 	case channelOpen:
 		ls.end(channel)
 		delete(ls.past, channel)

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -38,6 +39,7 @@ var (
 	errReadTimeout  = errors.New("the peer went silent: read deadline passed")
 	errWatchdog     = errors.New("no byte from the broker")
 	errWriteTimeout = errors.New("the peer takes no more data: write deadline passed")
+	errAstray       = errors.New("the driver has written what is no AMQP frame: there is no place left for an ack")
 )
 
 // socketOptions are the limits of one socket; zero switches a limit off.
@@ -93,6 +95,19 @@ func explainTLS(err error) error {
 		return fmt.Errorf("%w: the peer speaks AMQP without TLS; use its port for TLS (5671), or an amqp URL where the path is safe", err)
 	}
 	return fmt.Errorf("%w; check host and port (5671 for AMQP over TLS)", err)
+}
+
+// copyTLS copies what a user gives, so that it can change afterwards.
+func copyTLS(c *tls.Config) *tls.Config {
+	if c == nil {
+		return nil
+	}
+	c = c.Clone()
+	c.Certificates = slices.Clone(c.Certificates)
+	if c.RootCAs != nil {
+		c.RootCAs = c.RootCAs.Clone()
+	}
+	return c
 }
 
 // clientTLS copies the caller's config: the name to verify differs per host,
@@ -372,6 +387,11 @@ func (s *socket) Write(p []byte) (int, error) {
 		return 0, s.err()
 	}
 	s.follow(p)
+	if s.out.off {
+		s.mu.Unlock()
+		s.kill(errAstray)
+		return 0, s.err()
+	}
 	s.pending = append(s.pending, p...)
 	if !s.out.within() {
 		s.letGo() // who waits for the end of a long frame
@@ -515,16 +535,22 @@ func (s *socket) writeOut(b []byte) error {
 	return nil
 }
 
+// armWrite begins the time of one write.
 func (s *socket) armWrite() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	t := s.deadline
 	if s.opts.writeTimeout > 0 {
-		if own := time.Now().Add(s.opts.writeTimeout); t.IsZero() || own.Before(t) {
-			t = own
-		}
+		s.limit = time.Now().Add(s.opts.writeTimeout)
 	}
-	_ = s.conn.SetWriteDeadline(t)
+	_ = s.conn.SetWriteDeadline(earlier(s.deadline, s.limit))
+}
+
+// earlier returns the earlier deadline; zero is none.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
 }
 
 // writeFailed ends the socket for the reason of a failed write, after the
@@ -587,24 +613,23 @@ func (s *socket) SetDeadline(t time.Time) error {
 
 func (s *socket) SetReadDeadline(t time.Time) error { return s.conn.SetReadDeadline(t) }
 
-// SetWriteDeadline shortens the deadline of the writes that follow; it never
-// lengthens the write timeout.
+// SetWriteDeadline shortens the deadline of the write under way and of those that
+// follow; it never lengthens the write timeout.
 func (s *socket) SetWriteDeadline(t time.Time) error {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.deadline = t
-	s.mu.Unlock()
-	s.armWrite()
-	return nil
+	return s.conn.SetWriteDeadline(earlier(t, s.limit))
 }
 
-// scanner follows the frames in a stream, by their first bytes only. What it
-// does not understand it leaves alone: judging frames is the driver's work.
+// scanner follows the frames in a stream, by their first bytes only. What makes no
+// sense to it turns it off.
 type scanner struct {
 	visit func(head []byte) // sees each frame's beginning
 	skip  uint64            // bytes to the next frame
 	part  [headerHead]byte  // the beginning of a frame that a read cut
 	have  int               // bytes in part
-	off   bool              // not frames, or not any more
+	off   bool              // what came were no frames
 }
 
 // next goes over the following bytes of the stream.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -30,11 +31,48 @@ func (s *session) topology(ctx context.Context) (queue string, err error) {
 }
 
 func (s *session) callTopology(ctx context.Context) (queue string, err error) {
-	return userCall[string]{
+	before := s.conn.socket.misused()
+	call := userCall[string]{
 		option: "WithTopology",
 		f:      func(ctx context.Context) (string, error) { return s.config.topology(ctx, s.channel) },
 		left:   s.abandoned,
-	}.run(ctx)
+	}
+	if queue, err = call.run(ctx); err != nil {
+		return "", err
+	}
+	if problem := noShortString(queue); problem != "" {
+		return "", call.named(fmt.Errorf("the queue's name %s", problem))
+	}
+	return queue, call.named(s.conn.socket.misused().since(before))
+}
+
+// misuse counts what must not be done with the channel that a TopologyFunc is given. Only such
+// a function does it, and it has the connection's channels for itself while it runs.
+type misuse struct {
+	transactions int
+	consumers    int
+}
+
+var (
+	errTransactional = errors.New("the function has made the channel transactional: acks on it would never take effect")
+	errConsumed      = errors.New("the function has consumed on the channel: nobody would settle what is delivered there")
+)
+
+// since returns what is wrong with what was done since before, if anything is.
+func (m misuse) since(before misuse) error {
+	switch {
+	case m.transactions > before.transactions:
+		return errTransactional
+	case m.consumers > before.consumers:
+		return errConsumed
+	}
+	return nil
+}
+
+func (s *socket) misused() misuse {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lanes.misuse
 }
 
 // terms are what the declaration of a session asks for. Where the broker refuses a
@@ -127,7 +165,7 @@ func (s *session) declareDeadLetter() error {
 
 func (s *session) declareItself() (string, error) {
 	q := s.config.declare
-	args := cloneTable(q.Args)
+	args := maps.Clone(q.Args)
 	args["x-queue-type"] = q.Type
 	declare := s.channel.QueueDeclare
 	switch s.terms.limit {
