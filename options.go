@@ -30,11 +30,12 @@ type Middleware func(next Handler) Handler
 // the channel. An error is retried like any failure of the setup; wrap the
 // *amqp.Error of the channel with %w so that it can be classified.
 //
-// The channel is the session's: it must not be used after the function has returned. A
-// function that makes it transactional (Tx), which would keep every ack from taking effect,
-// or consumes on it is refused, and so is the name of a queue that AMQP cannot carry. Confirm
-// mode does no harm. Publish on a connection of your own: RabbitMQ stops reading one that has
-// published while memory or disk run low, acks included.
+// The channel is the session's: it must not be used after the function has returned, nor be
+// consumed from, for nobody settles what is delivered there. A function that makes it
+// transactional (Tx), which would keep every ack from taking effect, is refused, and so is the
+// name of a queue that AMQP cannot carry. Confirm mode does no harm. Publish on a connection of
+// your own: RabbitMQ stops reading one that has published while memory or disk run low, acks
+// included.
 type TopologyFunc func(ctx context.Context, ch *amqp.Channel) (queue string, err error)
 
 // Queue is the common declare, for WithQueue. The zero value is a durable quorum

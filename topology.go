@@ -43,30 +43,22 @@ func (s *session) callTopology(ctx context.Context) (queue string, err error) {
 	if problem := noShortString(queue); problem != "" {
 		return "", call.named(fmt.Errorf("the queue's name %s", problem))
 	}
-	return queue, call.named(s.conn.socket.misused().since(before))
+	switch now := s.conn.socket.misused(); {
+	case now.transactions > before.transactions:
+		return "", call.named(errTransactional)
+	case now.consumers > before.consumers && s.told.consumed.CompareAndSwap(false, true):
+		s.warn("the topology function has consumed on the session's channel: what is delivered to that consumer waits until the session ends")
+	}
+	return queue, nil
 }
 
+var errTransactional = errors.New("the function has made the channel transactional: acks on it would never take effect")
+
 // misuse counts what must not be done with the channel that a TopologyFunc is given. Only such
-// a function does it, and it has the connection's channels for itself while it runs.
+// a function does it, and none runs beside it on its connection.
 type misuse struct {
 	transactions int
 	consumers    int
-}
-
-var (
-	errTransactional = errors.New("the function has made the channel transactional: acks on it would never take effect")
-	errConsumed      = errors.New("the function has consumed on the channel: nobody would settle what is delivered there")
-)
-
-// since returns what is wrong with what was done since before, if anything is.
-func (m misuse) since(before misuse) error {
-	switch {
-	case m.transactions > before.transactions:
-		return errTransactional
-	case m.consumers > before.consumers:
-		return errConsumed
-	}
-	return nil
 }
 
 func (s *socket) misused() misuse {
