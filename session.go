@@ -243,7 +243,7 @@ func (s *session) failure(op string, err error) error {
 // attrs name the session in a log line.
 func (s *session) attrs() []slog.Attr {
 	return []slog.Attr{
-		slog.String("queue", cmp.Or(s.queue, s.config.queue)), slog.String("consumer", s.tag),
+		slog.String("queue", s.queue), slog.String("consumer", s.tag),
 		slog.Uint64("session", s.id), slog.String("host", s.conn.host),
 	}
 }

@@ -1,6 +1,7 @@
 package steadymq
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -47,6 +48,7 @@ func (s *session) callTopology(ctx context.Context) (queue string, err error) {
 	case now.transactions > before.transactions:
 		return "", call.named(errTransactional)
 	case now.consumers > before.consumers && s.told.consumed.CompareAndSwap(false, true):
+		s.queue = cmp.Or(queue, s.config.queue) // for the line
 		s.warn("the topology function has consumed on the session's channel: what is delivered to that consumer waits until the session ends")
 	}
 	return queue, nil
