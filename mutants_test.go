@@ -512,7 +512,7 @@ var mutants = []mutant{
 	inTest("TestDeadlineOfTheDriverLengthensNoWriteUnderWay", change("a deadline of the driver lengthens a write", "socket.go",
 		"return s.conn.SetWriteDeadline(earlier(t, s.limit))", "return s.conn.SetWriteDeadline(t)")),
 	inTest("TestAcksLeaveAtOnceOrShareTheirWrite", change("a lone ack waits for company", "flush.go",
-		"alone || starving", "starving")),
+		"alone || starving", "alone && false || starving")),
 	inTest("TestAcksLeaveAtOnceOrShareTheirWrite", change("acks wait until the broker has no window left", "flush.go",
 		"2*f.batched >= prefetch", "f.batched >= prefetch")),
 	inTest("TestAcksLeaveAtOnceOrShareTheirWrite", change("acks wait though the reader finds nothing more", "flush.go",
