@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -29,8 +28,14 @@ type Middleware func(next Handler) Handler
 // for every session, on its fresh channel, so everything in it must be
 // idempotent. ctx ends with the setup limit, which also closes the socket under
 // the channel. An error is retried like any failure of the setup; wrap the
-// *amqp.Error of the channel with %w so that it can be classified. The channel
-// must not be used after the function has returned, nor be consumed from.
+// *amqp.Error of the channel with %w so that it can be classified.
+//
+// The channel is the session's: it must not be used after the function has returned, nor be
+// consumed from, for nobody settles what is delivered there. A function that makes it
+// transactional (Tx), which would keep every ack from taking effect, is refused, and so is the
+// name of a queue that AMQP cannot carry. Confirm mode does no harm. Publish on a connection of
+// your own: RabbitMQ stops reading one that has published while memory or disk run low, acks
+// included.
 //
 // A queue that is exclusive, or that the broker names, lives as long as the
 // connection, and a connection has many sessions: the next one is on the same
@@ -421,7 +426,7 @@ func WithTopology(declare TopologyFunc) Option {
 
 // WithQueue declares the queue given to New, and what goes with it, before every
 // session. Without WithQueue or WithTopology the queue must exist, and is waited
-// for while it does not.
+// for while it does not. q is copied, with all that it holds.
 func WithQueue(q Queue) Option {
 	return func(c *config) {
 		own := q // New completes it
@@ -430,7 +435,8 @@ func WithQueue(q Queue) Option {
 }
 
 // WithConsumeArgs sets arguments of basic.consume, such as "x-priority",
-// "x-consumer-timeout" or "x-stream-offset". The table is copied.
+// "x-consumer-timeout" or "x-stream-offset". The table is copied, with all that it
+// holds.
 //
 // A stream is consumed like any queue, but must be named as one, by
 // "x-stream-offset" here (first, last, next, a number or a time) or by WithQueue:
@@ -442,13 +448,7 @@ func WithQueue(q Queue) Option {
 // while the consumer is away, looks like the old one: give it a new name.
 func WithConsumeArgs(args amqp.Table) Option {
 	return func(c *config) {
-		c.consumeArgs = cloneTable(args)
-		if err := args.Validate(); err != nil {
-			c.refuse("WithConsumeArgs", "holds a value AMQP cannot carry: %v", err)
-		}
-		if early(args) {
-			c.refuse("WithConsumeArgs", "holds a time before 1970, which AMQP cannot carry")
-		}
+		c.consumeArgs = c.takeTable("WithConsumeArgs", "", args)
 	}
 }
 
@@ -467,7 +467,9 @@ func WithConsumerTag(prefix string) Option {
 		c.tagPrefix = prefix
 		if prefix == "" || len(prefix) > maxTagPrefix {
 			c.refuse("WithConsumerTag", "must have 1 to %d bytes, got %d", maxTagPrefix, len(prefix))
+			return
 		}
+		c.shortString("WithConsumerTag", "the tag", prefix)
 	}
 }
 
@@ -510,13 +512,14 @@ func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
 	}
 }
 
-// WithTLSConfig sets the TLS configuration of amqps URLs. It is cloned for every
-// dial, and its ServerName filled per host if empty. TLS below 1.2 is refused.
+// WithTLSConfig sets the TLS configuration of amqps URLs. It is copied, with its root and
+// own certificates: for those that change set GetClientCertificate or VerifyConnection. Its
+// ServerName is filled per host if empty. TLS below 1.2 is refused.
 // Without it the system's roots and the URL's own parameters (cacertfile,
 // certfile, keyfile, server_name_indication) are used.
 func WithTLSConfig(t *tls.Config) Option {
 	return func(c *config) {
-		c.tls = t
+		c.tls = copyTLS(t)
 		switch {
 		case t == nil:
 			c.refuse("WithTLSConfig", "must not be nil; leave it out for the system's roots")
@@ -534,7 +537,7 @@ func WithTLSConfig(t *tls.Config) Option {
 // failed try.
 func WithSASL(mechanisms ...amqp.Authentication) Option {
 	return func(c *config) {
-		c.sasl = mechanisms
+		c.sasl = slices.Clone(mechanisms)
 		if len(mechanisms) == 0 {
 			c.refuse("WithSASL", "needs at least one mechanism")
 		}
@@ -778,8 +781,9 @@ func (c *config) checkQueue() {
 	if c.queue == "" && c.topology == nil && (q == nil || q.Type != "classic" || !q.Exclusive) {
 		c.refuse("New", "the queue name is empty; give it, or WithTopology, or WithQueue with an exclusive classic queue, whose name the broker may choose")
 	}
-	if len(c.queue) > 255 {
-		c.refuse("New", "the queue name has %d bytes, AMQP allows 255", len(c.queue))
+	c.shortString("New", "the queue name", c.queue)
+	if strings.ContainsAny(c.queue, "\r\n") {
+		c.refuse("New", "the queue name %q has a line break, and RabbitMQ takes those out of the names of queues: none has this one", c.queue)
 	}
 	if q != nil {
 		c.checkDeclare(q)
@@ -806,13 +810,7 @@ func (c *config) checkDeclare(q *Queue) {
 	if q.Transient && !q.Exclusive {
 		c.refuse("WithQueue", "a transient queue must be exclusive: RabbitMQ 4.3 refuses shared transient queues (541)")
 	}
-	if err := q.Args.Validate(); err != nil {
-		c.refuse("WithQueue", "Args holds a value AMQP cannot carry: %v", err)
-	}
-	if early(q.Args) {
-		c.refuse("WithQueue", "Args holds a time before 1970, which AMQP cannot carry")
-	}
-	if q.Args = cloneTable(q.Args); q.Args == nil {
+	if q.Args = c.takeTable("WithQueue", "Args", q.Args); q.Args == nil {
 		q.Args = amqp.Table{}
 	}
 	if t, ok := q.Args["x-queue-type"]; ok && t != q.Type {
@@ -825,7 +823,7 @@ func (c *config) checkExchange(q *Queue) {
 	own := ""
 	if q.Exchange != nil {
 		x := *q.Exchange
-		x.Args = cloneTable(x.Args)
+		x.Args = c.takeTable("WithQueue", "Exchange.Args", x.Args)
 		if x.Kind == "" {
 			x.Kind = "direct"
 		}
@@ -836,14 +834,16 @@ func (c *config) checkExchange(q *Queue) {
 	used := false
 	for i := range q.Bindings {
 		b := &q.Bindings[i]
+		place := fmt.Sprintf("Bindings[%d]", i)
+		b.Args = c.takeTable("WithQueue", place+".Args", b.Args)
+		c.shortString("WithQueue", place+".Key", b.Key)
+		c.shortString("WithQueue", place+".Exchange", b.Exchange)
 		if b.Exchange == "" && q.Exchange == nil {
-			c.refuse("WithQueue", "Bindings[%d] names no exchange; the default exchange leads to every queue by its name already, and takes no bindings", i)
+			c.refuse("WithQueue", "%s names no exchange; the default exchange leads to every queue by its name already, and takes no bindings", place)
 			continue
 		}
 		b.Exchange = cmp.Or(b.Exchange, own)
 		used = used || b.Exchange == own
-		c.checkName("Bindings' Exchange", b.Exchange)
-		c.checkName("Bindings' Key", b.Key)
 	}
 	if q.Exchange != nil && !used {
 		c.refuse("WithQueue", "Exchange %q is declared, and none of Bindings uses it; add Binding{Key: ...}, which is bound to it", own)
@@ -857,18 +857,8 @@ func (c *config) checkKind(x *Exchange) {
 	case !slices.Contains([]string{"direct", "fanout", "topic", "headers"}, x.Kind) && !strings.HasPrefix(x.Kind, "x-"):
 		c.refuse("WithQueue", `Exchange.Kind must be "direct", "fanout", "topic", "headers" or begin with "x-", got %q`, x.Kind)
 	}
-	c.checkName("Exchange.Name", x.Name)
-	c.checkName("Exchange.Kind", x.Kind)
-	if err := x.Args.Validate(); err != nil {
-		c.refuse("WithQueue", "Exchange.Args holds a value AMQP cannot carry: %v", err)
-	}
-}
-
-// checkName checks what AMQP calls a short string.
-func (c *config) checkName(what, name string) {
-	if len(name) > 255 {
-		c.refuse("WithQueue", "%s has %d bytes, AMQP allows 255", what, len(name))
-	}
+	c.shortString("WithQueue", "Exchange.Name", x.Name)
+	c.shortString("WithQueue", "Exchange.Kind", x.Kind)
 }
 
 // checkDeadLetter also turns it into arguments.
@@ -892,9 +882,9 @@ func (c *config) checkDeadLetter(q *Queue) {
 	case dead.Queue != "" && dead.Queue == c.queue, dead.Exchange == "" && dead.Key != "" && dead.Key == c.queue:
 		c.refuse("WithQueue", "DeadLetter leads back into the queue %q itself, at once and for ever", c.queue)
 	}
-	c.checkName("DeadLetter.Queue", dead.Queue)
-	c.checkName("DeadLetter.Exchange", dead.Exchange)
-	c.checkName("DeadLetter.Key", dead.Key)
+	c.shortString("WithQueue", "DeadLetter.Queue", dead.Queue)
+	c.shortString("WithQueue", "DeadLetter.Exchange", dead.Exchange)
+	c.shortString("WithQueue", "DeadLetter.Key", dead.Key)
 	q.Args["x-dead-letter-exchange"] = dead.Exchange
 	if to := cmp.Or(dead.Queue, dead.Key); to != "" {
 		q.Args["x-dead-letter-routing-key"] = to
@@ -922,32 +912,4 @@ func (c *config) checkTogether() {
 func (c *config) stream() bool {
 	_, offset := c.consumeArgs["x-stream-offset"]
 	return offset || c.declare != nil && c.declare.Type == "stream"
-}
-
-// early finds a time that the driver would turn into one of the far future: AMQP counts
-// seconds from 1970, unsigned.
-func early(value any) bool {
-	switch v := value.(type) {
-	case time.Time:
-		return v.Unix() < 0
-	case amqp.Table:
-		return slices.ContainsFunc(slices.Collect(maps.Values(v)), early)
-	case []any:
-		return slices.ContainsFunc(v, early)
-	}
-	return false
-}
-
-func cloneTable(t amqp.Table) amqp.Table {
-	if t == nil {
-		return nil
-	}
-	clone := make(amqp.Table, len(t))
-	for k, v := range t {
-		if inner, ok := v.(amqp.Table); ok {
-			v = cloneTable(inner)
-		}
-		clone[k] = v
-	}
-	return clone
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -31,16 +32,51 @@ func (s *session) topology(ctx context.Context) (queue string, err error) {
 }
 
 func (s *session) callTopology(ctx context.Context) (queue string, err error) {
-	queue, err = userCall[string]{
-		option: "WithTopology",
-		f:      func(ctx context.Context) (string, error) { return s.config.topology(ctx, s.channel) },
-		left:   s.abandoned,
-	}.run(ctx)
+	queue, err = s.askTopology(ctx)
 	if err != nil {
 		s.conn.litter.Add(1)
 		return "", err
 	}
 	return queue, s.conn.sameQueue(cmp.Or(queue, s.config.queue))
+}
+
+// askTopology calls the function, and looks at what it has done to the channel.
+func (s *session) askTopology(ctx context.Context) (queue string, err error) {
+	before := s.conn.socket.misused()
+	call := userCall[string]{
+		option: "WithTopology",
+		f:      func(ctx context.Context) (string, error) { return s.config.topology(ctx, s.channel) },
+		left:   s.abandoned,
+	}
+	if queue, err = call.run(ctx); err != nil {
+		return "", err
+	}
+	if problem := noShortString(queue); problem != "" {
+		return "", call.named(fmt.Errorf("the queue's name %s", problem))
+	}
+	switch now := s.conn.socket.misused(); {
+	case now.transactions > before.transactions:
+		return "", call.named(errTransactional)
+	case now.consumers > before.consumers && s.told.consumed.CompareAndSwap(false, true):
+		s.queue = cmp.Or(queue, s.config.queue) // for the line
+		s.warn("the topology function has consumed on the session's channel: what is delivered to that consumer waits until the session ends")
+	}
+	return queue, nil
+}
+
+var errTransactional = errors.New("the function has made the channel transactional: acks on it would never take effect")
+
+// misuse counts what must not be done with the channel that a TopologyFunc is given. Only such
+// a function does it, and none runs beside it on its connection.
+type misuse struct {
+	transactions int
+	consumers    int
+}
+
+func (s *socket) misused() misuse {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lanes.misuse
 }
 
 // terms are what the declaration of a session asks for. Where the broker refuses a
@@ -145,7 +181,7 @@ func (s *session) declareItself() (string, error) {
 		return s.terms.owned, gone(err)
 	}
 	q := s.config.declare
-	args := cloneTable(q.Args)
+	args := maps.Clone(q.Args)
 	args["x-queue-type"] = q.Type
 	declare := s.channel.QueueDeclare
 	switch s.terms.limit {

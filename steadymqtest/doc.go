@@ -48,7 +48,8 @@
 //	exchange auto-delete        goes with its last binding                 kept, not acted on
 //	priority queues             x-max-priority                             plain order
 //	unroutable basic.publish    mandatory returns it                       the same; immediate is ignored
-//	transactions                tx.select                                  540
+//	transactions                tx.select, tx.commit, tx.rollback          tx.select, after which settlements have
+//	                                                                       no effect; 540 for the others
 //	consumer timeout, 406 form  looked for once a minute                   on time
 //	consumer timeout of 4.3     the consumer is counted until its channel  gone at once; its tag stays taken as there
 //	                            ends, and is served again, unseen by the
