@@ -226,3 +226,19 @@ func (b *bench) consumingSlowly(h steadymq.Handler, opts ...steadymq.Option) {
 	b.run(h, opts...)
 	b.wait(5 * time.Second)
 }
+
+// The reply to nothing is taken for the one to basic.cancel, and nothing more goes out: both steps
+// of the stop would wait for the close limit, one after the other.
+func TestStopWithAStrayReplyOnABlockedPathKeepsItsLimits(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithDrainTimeout(2*time.Second))
+		b.broker.ZeroWindow(true)
+		b.wait(time.Second)
+		b.broker.StrayReply(false)
+		b.wait(100 * time.Millisecond)
+		since := time.Now()
+		var lost *steadymq.SessionError
+		require.ErrorAs(b, b.stop(), &lost)
+		assert.LessOrEqual(b, time.Since(since), 8*time.Second)
+	})
+}

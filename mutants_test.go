@@ -357,6 +357,8 @@ var mutants = []mutant{
 		"func (s *supervisor) sweep() { s.leaving = slices.DeleteFunc(s.leaving, leaver.left) }", "func (s *supervisor) sweep() { slices.IndexFunc(s.leaving, leaver.left) }")),
 	inTest("TestStopOnABusyPathLetsRunningHandlersFinish", change("the close limit counts while deliveries come", "session.go",
 		"left := s.config.closeTimeout - s.conn.socket.sinceDelivery(); left > 0", "left := time.Duration(0); left > 0")),
+	inTest("TestStopWithAStrayReplyOnABlockedPathKeepsItsLimits", change("a stray reply to basic.cancel is waited out", "session.go",
+		"\tcase !s.channel.IsClosed(): // a reply", "\tcase false: // a reply")),
 	inTest("TestRunTellsOfAcksThatWereLostWhileDraining", change("a channel that has ended counts as closed in order", "session.go",
 		"if cause := s.channelEnd.cause(); !errors.Is(cause, errChannelEnded) {", "if cause := s.channelEnd.cause(); cause == nil {")),
 	inTest("TestRunTellsOfAcksThatACancelledSessionLostWhileDraining", change("what a cancelled session loses is read by nobody", "consumer.go",

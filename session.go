@@ -340,6 +340,9 @@ func (s *session) unsubscribe(limit <-chan time.Time) error {
 		return s.drainError()
 	case errors.Is(err, errDrainLimit), errors.Is(err, errCloseTimeout):
 		return s.lost(errCloseTimeout)
+	case !s.channel.IsClosed(): // a reply to nothing, so the next one would be taken for another, too
+		s.giveUp(err)
+		return s.lost(err)
 	}
 	return s.lost(s.diagnose())
 }
@@ -379,10 +382,15 @@ func (s *session) call(limit <-chan time.Time, f func() error) error {
 		case <-limit:
 			overdue = errDrainLimit
 		}
-		s.givenUp = true
-		s.tenancy.giveUp(errCloseTimeout)
+		s.giveUp(errCloseTimeout)
 		return overdue
 	}
+}
+
+// giveUp leaves the channel behind, which ends with its connection.
+func (s *session) giveUp(cause error) {
+	s.givenUp = true
+	s.tenancy.giveUp(cause)
 }
 
 // handBackRest returns to the queue what was delivered and no worker took.

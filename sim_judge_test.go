@@ -346,7 +346,8 @@ func (j *simJudge) resumed(c *simConsumer, now time.Duration) {
 		j.note("I4", "%s is not consuming, it had until %v", c.plan.name, c.resumeBy)
 		return
 	}
-	if n := int(c.sockets.Load()); n > 1 && now > c.resumeBy+c.plan.shut+time.Second {
+	// A connection that was replaced stays for the running handlers of a cancelled session.
+	if n := int(c.sockets.Load()); n > 1 && now > c.resumeBy+c.plan.drain+c.plan.shut+time.Second {
 		j.note("I8", "%s has %d sockets open", c.plan.name, n)
 	}
 	if c.live > 1 && now > c.resumeBy+3*c.plan.heartbeat+c.plan.drain+c.plan.shut+2*time.Second {

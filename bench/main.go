@@ -17,9 +17,9 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"syscall"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/steadymq/steadymq/bench/internal/replay"
