@@ -29,7 +29,7 @@ import (
 	"github.com/steadymq/steadymq/internal/rabbit"
 )
 
-// Limits of the scenarios. The heartbeat is short because detection scales with it; the bounds below are DESIGN's, computed from these.
+// Limits of the scenarios. The heartbeat is short because detection scales with it; the bounds below are those of docs/FAULTS.md, computed from these.
 const (
 	realHeartbeat = 2 * time.Second
 	realSetup     = 3 * time.Second
