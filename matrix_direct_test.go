@@ -289,9 +289,16 @@ func userDeleted(r *trial) {
 // toldOfLogin waits until a refused login was reported.
 func (r *trial) toldOfLogin(since time.Time, limit time.Duration) {
 	r.Helper()
-	r.must(limit, "a refused login", func() bool {
-		return slices.ContainsFunc(r.history(), func(c steadymq.StateChange) bool {
-			return c.Cause != nil && c.Time.After(since) && strings.Contains(strings.ToLower(c.Cause.Error()), "login")
-		})
+	began := time.Now()
+	var told time.Time
+	r.must(limit+10*time.Second, "a refused login", func() bool {
+		for _, c := range r.history() {
+			if c.Cause != nil && c.Time.After(since) && strings.Contains(strings.ToLower(c.Cause.Error()), "login") {
+				told = c.Time
+				return true
+			}
+		}
+		return false
 	})
+	r.inTime(told.Sub(began), limit, "time until a refused login is told")
 }

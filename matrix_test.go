@@ -193,11 +193,12 @@ func (r *trial) consuming() {
 	r.must(20*time.Second, "consuming", func() bool { return r.consumer.State() == steadymq.Consuming })
 }
 
-// told waits until a failure was reported whose text holds reason.
+// told waits until a failure was reported whose text holds reason, and holds the time that takes from now on against the limit.
 func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
 	r.Helper()
 	var found steadymq.StateChange
-	r.must(limit, fmt.Sprintf("a failure that says %q", reason), func() bool {
+	since := time.Now()
+	r.must(limit+10*time.Second, fmt.Sprintf("a failure that says %q", reason), func() bool {
 		for _, c := range r.history() {
 			if c.Cause != nil && strings.Contains(c.Cause.Error(), reason) {
 				found = c
@@ -206,6 +207,7 @@ func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
 		}
 		return false
 	})
+	r.inTime(found.Time.Sub(since), limit, fmt.Sprintf("time until it is told of %q", reason))
 	return found
 }
 
