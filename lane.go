@@ -20,6 +20,7 @@ type lane struct {
 	channel  uint16       // once basic.consume was written
 	closed   bool         // under the socket's mutex, as is channel
 	owed     atomic.Int64 // deliveries that are not settled
+	heard    atomic.Int64 // when bytes of a delivery last came, since the socket's start
 
 	aside aside // what no handler can be given
 

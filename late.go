@@ -11,7 +11,7 @@ import (
 // message shows is no flood.
 type notices struct {
 	held, overdue, limit, unreadable thinned
-	slow, limitKept                  atomic.Bool
+	slow, limitKept, renamed, blind  atomic.Bool
 }
 
 // thinned lets one line pass at a time and counts the others.

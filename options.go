@@ -31,6 +31,18 @@ type Middleware func(next Handler) Handler
 // the channel. An error is retried like any failure of the setup; wrap the
 // *amqp.Error of the channel with %w so that it can be classified. The channel
 // must not be used after the function has returned, nor be consumed from.
+//
+// A queue that is exclusive, or that the broker names, lives as long as the
+// connection, and a connection has many sessions: the next one is on the same
+// connection unless that was lost. Let the function return the same name again, which
+// a declare of an exclusive queue by name does. If it returns another name than before
+// on the same connection, as one does that lets the broker name the queue, then the
+// connection is replaced and the function called once more, on the new one: the queue
+// from before would stay behind, bound and unread. What was in it is lost. Nor can it
+// be known what a function has declared: a connection on which it has failed three
+// times is replaced, for each time it may have left a queue behind, and so is one whose
+// sessions fail three times within 30 s. [WithQueue] keeps an exclusive queue over all
+// that, whoever names it.
 type TopologyFunc func(ctx context.Context, ch *amqp.Channel) (queue string, err error)
 
 // Queue is the common declare, for WithQueue. The zero value is a durable quorum
@@ -41,11 +53,18 @@ type Queue struct {
 	// Transient makes the queue not survive a broker restart. Only for
 	// exclusive classic queues: RabbitMQ 4.3 refuses shared transient queues.
 	Transient bool
-	// Exclusive limits the queue to this connection; it is gone with it. Only
-	// for classic queues.
+	// Exclusive limits the queue to this connection. It is gone with it, and what
+	// is in it is lost. Only for classic queues. If New was given no name, the
+	// broker names it.
+	//
+	// As long as the connection lives the next session consumes from the same
+	// queue, under the same name, and misses nothing; if it is gone it is declared
+	// anew at once. Failures of sessions do not replace the connection then. What
+	// does is that it ends, that a set-up on it outlasts its limit, or a stall on it
+	// (WithStallDetector): a queue that delivers nothing is given up, messages and all.
 	Exclusive bool
-	// AutoDelete deletes the queue when its last consumer leaves. Only for
-	// classic queues.
+	// AutoDelete deletes the queue when its last consumer leaves, and a session
+	// that is lost is one: what is in it is lost then. Only for classic queues.
 	AutoDelete bool
 	// Exchange is declared before the queue, for Bindings that name no other.
 	// nil: they name exchanges that exist already.
@@ -291,15 +310,21 @@ func WithDialTimeout(d time.Duration) Option {
 }
 
 // WithSetupTimeout bounds a whole try, from dial to the broker's consume-ok,
-// topology included. Past it the socket is closed. Default 15 s, which leaves a
-// broker its own 10 s of handshake and 3 s of silence after a wrong password;
-// range 1 ms to 24 h.
+// topology included. Past it the socket is closed, once no other session lives there.
+// Default 15 s, which leaves a broker its own 10 s of handshake and 3 s of silence after
+// a wrong password; range 1 ms to 24 h.
+//
+// A try for a session on a connection that stands already may find deliveries in its
+// way, which on a slow path take minutes: there the limit counts the silence after the
+// last bytes of a delivery, and the try takes ten times the limit at most.
 func WithSetupTimeout(d time.Duration) Option {
 	return func(c *config) { c.setupTimeout = d; c.duration("WithSetupTimeout", d) }
 }
 
-// WithCloseTimeout bounds the orderly end of a connection; past it the socket is
-// closed under it. Default 5 s, range 1 ms to 24 h.
+// WithCloseTimeout bounds the orderly end of a session, and of its connection; past it
+// the socket is closed under it. Default 5 s, range 1 ms to 24 h. For a session it counts
+// the silence after the last bytes of a delivery, which may be in the way of the broker's
+// answer, as long as the drain limit allows.
 func WithCloseTimeout(d time.Duration) Option {
 	return func(c *config) { c.closeTimeout = d; c.duration("WithCloseTimeout", d) }
 }
@@ -539,7 +564,7 @@ func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
 }
 
 // WithStallDetector looks for a consumer that is alive on paper only: for the given
-// time nothing was delivered and nothing settled, although the prefetch is not
+// time no byte of a delivery came and nothing was settled, although the prefetch is not
 // full. It then asks the queue, by a passive declare on a channel of its own, which
 // needs the configure permission on RabbitMQ 4.3. The silence is a stall if one of
 // these is so, and is so still up to 5 s later:
@@ -550,23 +575,32 @@ func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
 //   - Most of all hosts, three or more being given, say that messages wait for this
 //     consumer, or that the stream is longer (this host is cut off). They are asked
 //     over a connection for one question each, not counted in [Stats].
+//   - The queue does not answer within the setup limit. Here that counts the silence
+//     after the last bytes of a delivery, which may be in the way of the answer, and is
+//     over after ten times as long in any case.
 //
-// Then the session is lost with a cause that says so, and replaced, on another host
-// if there is one. So it is when the queue does not answer within the setup limit.
-// From the start of the silence that takes at most twice the given time and 5 s, on
-// a stream three times, plus the time the answers take.
+// Then the session is lost with a cause that says so, and its connection is given up:
+// the next one is opened to another host if there is one, and behind one URL (a load
+// balancer) or WithURLFunc wherever that leads. From the start of the silence that
+// takes at most twice the given time and 5 s, on a stream three times, plus the time
+// the answers take.
+//
+// If the broker does not let it ask, or the connection has no channel left (channel_max),
+// it notices nothing; a warning says so, once in a Run.
 //
 // With other consumers on the queue silence is normal (single active consumer,
 // priorities) and nothing is done. A quorum queue counts only its active consumer:
 // where x-single-active-consumer is set, declare the queue by WithQueue so that this
 // is known, or leave the detector out. Nor is it for a stream that the consumer does
-// not know to be one, by WithQueue or x-stream-offset.
+// not know to be one, by WithQueue or x-stream-offset, or as long as that offset is
+// ahead of the stream.
 //
 // What it cannot see: a leader that lost its majority answers from what it knew
 // before. What is published through it since is in no queue and not confirmed until
 // the majority is back (seen on RabbitMQ 4.0 and 4.3: "0 messages, 1 consumer"), so
 // the consumer of a queue that was empty waits for that, and nothing tells. With one
-// or two hosts nothing tells what the other side of a partition has, either. No
+// or two hosts nothing tells what the other side of a partition has, either, nor with
+// one URL of a load balancer or WithURLFunc: whom to ask is not known. No
 // session, old or new, gets messages from a queue without majority: replacing it
 // helps where another host has one.
 //

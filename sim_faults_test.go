@@ -160,7 +160,7 @@ var simKinds = []simKind{
 		off: func(s *sim, f simFault, at faultsOf) { at.DropAt(stageOf(f), false) },
 	},
 	{
-		name: "refuse the login", longest: 30 * time.Second, kick: true, codes: 1, refuses: []uint64{0}, pace: paceOperator, escape: escapeIn(6 * time.Second),
+		name: "refuse the login", longest: 30 * time.Second, kick: true, codes: 1, refuses: []uint64{0}, pace: paceOperator, escape: escapeIn(10 * time.Second),
 		on: func(s *sim, f simFault, at faultsOf) {
 			at.SetLoginRefusal(steadymqtest.LoginRefusal(f.dice % 4))
 			at.RefuseLogin(true)

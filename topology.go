@@ -1,6 +1,7 @@
 package steadymq
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,11 +31,16 @@ func (s *session) topology(ctx context.Context) (queue string, err error) {
 }
 
 func (s *session) callTopology(ctx context.Context) (queue string, err error) {
-	return userCall[string]{
+	queue, err = userCall[string]{
 		option: "WithTopology",
 		f:      func(ctx context.Context) (string, error) { return s.config.topology(ctx, s.channel) },
 		left:   s.abandoned,
 	}.run(ctx)
+	if err != nil {
+		s.conn.litter.Add(1)
+		return "", err
+	}
+	return queue, s.conn.sameQueue(cmp.Or(queue, s.config.queue))
 }
 
 // terms are what the declaration of a session asks for. Where the broker refuses a
@@ -44,12 +50,20 @@ type terms struct {
 	limit    limitTerm
 	deadKept bool // the dead-letter queue exists in another form, which stays
 	refusal  error
+	owned    string // the queue of the connection, which is asked for and not declared
+	anew     bool   // the queue was gone, and is declared anew
 }
 
 // concede asks for less after err, if there is less to ask for.
 func (t *terms) concede(err error) bool {
 	var said *amqp.Error
-	if !errors.As(err, &said) || !said.Server || said.Code != amqp.PreconditionFailed {
+	switch {
+	case !errors.As(err, &said) || !said.Server:
+		return false
+	case said.Code == amqp.NotFound && errors.As(err, new(*goneError)) && !t.anew:
+		t.owned, t.anew = "", true
+		return true
+	case said.Code != amqp.PreconditionFailed:
 		return false
 	}
 	var dead *deadLetterError
@@ -126,6 +140,10 @@ func (s *session) declareDeadLetter() error {
 }
 
 func (s *session) declareItself() (string, error) {
+	if s.terms.owned != "" { // to declare a name of the broker's is forbidden
+		_, err := s.channel.QueueDeclarePassive(s.terms.owned, false, false, false, false, nil)
+		return s.terms.owned, gone(err)
+	}
 	q := s.config.declare
 	args := cloneTable(q.Args)
 	args["x-queue-type"] = q.Type
@@ -137,5 +155,8 @@ func (s *session) declareItself() (string, error) {
 		declare = s.channel.QueueDeclarePassive
 	}
 	declared, err := declare(s.config.queue, !q.Transient, q.AutoDelete, q.Exclusive, false, args)
+	if err == nil {
+		s.conn.own(declared.Name)
+	}
 	return declared.Name, err
 }

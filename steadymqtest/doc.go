@@ -27,8 +27,8 @@
 //
 // Those of [Broker] strike everywhere, those of [Broker.Host] one address:
 //
-//	the broker says so   CloseConnections CloseChannels CancelConsumers ReleaseConsumers RefuseVhost RefuseConsume RefuseLogin
-//	                     SetLoginRefusal Broker.DeleteQueue Broker.Blocked
+//	the broker says so   CloseConnections CloseChannels CancelConsumers ReleaseConsumers RefuseVhost RefuseConsume RefuseDeclare
+//	                     RefuseLogin SetLoginRefusal Broker.DeleteQueue Broker.Blocked
 //	the broker is ill    HangAt DropAt SilentAfterOpen Silence Late541 SlowCloseOk NoCloseOk StrayReply StrayDelivery Garbage
 //	                     Broker.QuorumStall CutOff Kill PowerOff Restart
 //	the network          Refuse DropSYN DNSFailure Reset FIN BlackHole Stall ZeroWindow SetLatency CutAfter CutClientAfter

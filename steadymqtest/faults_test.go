@@ -374,6 +374,12 @@ func TestRefusedVhostAndConsume(t *testing.T) {
 			require.Equal(t, want, c)
 			require.False(t, conn.IsClosed())
 		}
+		b.RefuseConsume(0, "")
+		b.RefuseDeclare(403, "no")
+		_, err = open(t, conn, 1).QueueDeclarePassive("q", true, false, false, false, nil)
+		refused, _, _ := code(t, err)
+		require.Equal(t, 403, refused)
+		b.RefuseDeclare(0, "")
 		b.RefuseConsume(541, "no")
 		_, err = open(t, conn, 1).Consume("q", "", false, false, false, false, nil)
 		require.Error(t, err)
