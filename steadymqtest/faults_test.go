@@ -158,7 +158,7 @@ func TestLatencyIsPaidPerWay(t *testing.T) {
 		b := steadymqtest.NewBroker(t, steadymqtest.WithLatency(50*time.Millisecond))
 		b.DeclareQueue("q", steadymqtest.QueueOptions{})
 		b.Publish("q", "1")
-		within(t, 700*time.Millisecond, 10*time.Millisecond, func() { // 7 round trips: FAULTS 3.1
+		within(t, 700*time.Millisecond, 10*time.Millisecond, func() { // 7 round trips: TCP, start, tune, open-ok, channel, qos, consume
 			next(t, consume(t, open(t, dial(t, b), 5), "q", ""))
 		})
 	})
