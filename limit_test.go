@@ -430,3 +430,24 @@ func comesBack(t *testing.T, b *rabbit.Broker, queue string, n int, log *logBuff
 	require.NoError(t, <-done)
 	return came
 }
+
+// Since 4.3 a quorum queue counts failures only, and says of what came back otherwise no more than
+// that it was acquired.
+func TestMessageThatNoHandlerHasSeenIsAtItsFirstAttempt(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.of("quorum")
+		b.publish(2, "m")
+		release := make(chan struct{})
+		b.consuming(func(context.Context, *steadymq.Delivery) error { <-release; return nil }, steadymq.WithConcurrency(1))
+		b.wait(time.Second)
+		go func() { b.wait(time.Second); close(release) }()
+		assert.NoError(b, b.stop())
+		var attempts []int
+		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			attempts = append(attempts, d.Attempt())
+			return nil
+		})
+		b.wait(time.Second)
+		assert.Equal(b, []int{1}, attempts)
+	})
+}

@@ -439,6 +439,8 @@ var mutants = []mutant{
 		"\treturn max(n, here)\n", "\treturn n\n")),
 	inTest("TestAttemptIsThatOfThisQueue", change("a message published again keeps its rejections", "attempt.go",
 		"mine && rejected && i > 0", "mine && rejected && i >= 0")),
+	inTest("TestMessageThatNoHandlerHasSeenIsAtItsFirstAttempt", change("what was only prefetched has been tried", "attempt.go",
+		"if counted || acquired {", "if counted {")),
 	inTest("TestAttemptIsThatOfThisQueue", change("a message published again keeps its count", "attempt.go",
 		"\tcase !d.Redelivered:\n\t\tn = 0\n", "")),
 	inTest("TestAttemptIsThatOfThisQueue", change("deliveries by another queue are tries", "attempt.go",
