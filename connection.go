@@ -44,6 +44,7 @@ func (c Credentials) MarshalText() ([]byte, error) { return []byte(c.String()), 
 // repaired, only replaced. One goroutine, watch, owns its end.
 type connection struct {
 	host         string
+	endpoint     endpoint
 	heartbeat    time.Duration // asked for
 	socket       *socket
 	amqp         *amqp.Connection
@@ -107,6 +108,7 @@ func openConnection(ctx context.Context, c *config, e endpoint, abandoned func()
 	socket.watchPeer()
 	opened := &connection{
 		host:         e.address,
+		endpoint:     e,
 		heartbeat:    c.heartbeatOf(e),
 		socket:       socket,
 		amqp:         conn,

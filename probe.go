@@ -105,7 +105,7 @@ func (p *prober) ask() error {
 // That it has messages says nothing: it keeps them.
 func (p *prober) grew(length int) bool {
 	if p.length >= 0 && length > p.length {
-		return true
+		return !p.s.stream.ahead(length)
 	}
 	p.length = length
 	return false
@@ -178,6 +178,10 @@ func (s *session) inspect(c *connection) (amqp.Queue, error) {
 	})
 	defer kill.Stop()
 	channel, err := c.amqp.Channel()
+	if c == s.conn && errors.Is(err, amqp.ErrChannelMax) { // ours is the only one it may have
+		kill.Stop()
+		return s.inspectAt(c.endpoint)
+	}
 	if err != nil {
 		return amqp.Queue{}, err // the connection is ending, or full; its own end tells
 	}
