@@ -41,16 +41,15 @@ func shifts(offset any, now time.Time) bool {
 // offset, and stays where it is when the channel that has consumed it is closed. From the first
 // basic.consume on there is a place to resume at; until the messages tell, it is one by the clock.
 func (s *session) locate(ctx context.Context, offset any) error {
-	if _, backward := offset.(string); !backward || offset == "next" {
+	if _, text := offset.(string); offset == "next" || !text && shifts(offset, time.Now()) {
 		return s.locateEnd(ctx, offset)
 	}
 	if err := s.channel.Qos(1, 0, false); err != nil {
 		return err
 	}
 	since := time.Now()
-	s.stream.assume(since.Add(-interval(offset)))
-	if err := s.sample(offset); err != nil {
-		s.stream.refused(err)
+	answered := s.stream.assume(since.Add(-interval(offset)))
+	if err := answered(s.sample(offset)); err != nil {
 		return err
 	}
 	first, err := s.awaitSample(ctx, time.Since(since))
@@ -66,13 +65,13 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 	if err := s.channel.Qos(math.MaxUint16, 0, false); err != nil {
 		return err
 	}
-	s.stream.assume(time.Now())
+	since := time.Now()
+	answered := s.stream.assume(since)
 	behind, err := s.listen(offset)
-	if err != nil {
-		s.stream.refused(err)
+	if answered(err) != nil {
 		return err
 	}
-	since := time.Now()
+	since = time.Now()
 	if err := s.sample("last"); err != nil {
 		return err
 	}

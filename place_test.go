@@ -157,7 +157,7 @@ func TestStreamSkipsNothingBehindAFirstMessageThatIsUnderWay(t *testing.T) {
 					b.wait(10 * time.Minute)
 					b.broker.Publish(queue, "first", "second")
 					b.wait(late)
-					b.publishAway(20*time.Minute, "while", "away")
+					b.publishAway(time.Minute, "while", "away")
 					assert.Subset(b, handled, []string{"first", "second", "while", "away"})
 					assert.True(b, slices.IsSorted(indexes(handled)), "in order: %v", handled)
 				})
@@ -186,31 +186,32 @@ func TestStreamSetUpMayBeCutAnywhere(t *testing.T) {
 		"channels": func(b *bench) { b.broker.CloseChannels(541, "INTERNAL_ERROR") },
 		"cancel":   func(b *bench) { b.broker.CancelConsumers(queue) },
 	}
-	for _, g := range beginnings[1:3] {
+	for _, g := range []beginning{beginnings[1], beginnings[2], {"interval", func() any { return "15m" }, []string{"old"}}} {
 		for name, cut := range cuts {
 			for late := time.Duration(0); late < 70*time.Millisecond; late += time.Millisecond {
 				t.Run(fmt.Sprint(g.name, ", ", name, " after ", late), func(t *testing.T) {
 					bubble(t, func(b *bench) {
 						b.of("stream")
 						b.broker.Publish(queue, "old")
-						b.wait(time.Hour)
+						b.wait(10 * time.Minute)
 						var handled []string
 						b.run(func(_ context.Context, d *steadymq.Delivery) error {
 							handled = append(handled, string(d.Body))
 							return nil
 						}, g.options()...)
 						b.wait(late)
-						there := len(b.broker.Consumers(queue)) > 0 || b.consumer.State() == steadymq.Consuming
+						consuming := b.consumer.State() == steadymq.Consuming
+						there := consuming || len(b.broker.Consumers(queue)) > 0
 						cut(b)
 						b.broker.Publish(queue, "while")
 						b.wait(2 * time.Minute)
 						b.broker.Publish(queue, "after")
 						b.wait(time.Minute)
 						want := []string{"while", "after"}
-						if !there && len(handled) == 1 {
+						if !there && len(handled) == 1 { // it has not begun before
 							want = want[1:]
 						}
-						if g.name == "last" && len(handled) > 0 && handled[0] == "old" {
+						if g.name == "interval" || g.name == "last" && (consuming || handled[0] == "old") {
 							want = slices.Insert(want, 0, "old")
 						}
 						assert.Equal(b, want, handled)
@@ -219,6 +220,67 @@ func TestStreamSetUpMayBeCutAnywhere(t *testing.T) {
 			}
 		}
 	}
+}
+
+func TestLastMessageOfAStreamIsGivenAlsoIfTheSetUpWasCut(t *testing.T) {
+	for late := time.Duration(0); late < 40*time.Millisecond; late += time.Millisecond {
+		t.Run(late.String(), func(t *testing.T) {
+			bubble(t, func(b *bench) {
+				b.of("stream")
+				b.broker.Publish(queue, "old", "last")
+				b.wait(time.Hour)
+				var handled []string
+				b.run(func(_ context.Context, d *steadymq.Delivery) error {
+					handled = append(handled, string(d.Body))
+					return nil
+				}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "last"}))
+				b.wait(late)
+				b.broker.Reset()
+				b.wait(time.Minute)
+				b.broker.Publish(queue, "new")
+				b.wait(time.Minute)
+				assert.Equal(b, []string{"last", "new"}, handled)
+			})
+		})
+	}
+}
+
+// Where nothing tells the place, it is by the clock; but not for the session that has just asked.
+func TestIntervalWithoutMessagesBeginsWithTheNext(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.of("stream")
+		b.broker.Publish(queue, "old")
+		b.wait(time.Minute)
+		var handled []string
+		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			handled = append(handled, string(d.Body))
+			return nil
+		}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "30s"}))
+		b.wait(time.Minute)
+		b.broker.Publish(queue, "new")
+		b.wait(time.Minute)
+		assert.Equal(b, []string{"new"}, handled)
+	})
+}
+
+// Nothing was promised to a consumer that the broker did not take.
+func TestNextIsThatOfTheFirstSubscriptionTheBrokerTook(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.of("stream")
+		b.broker.RefuseConsume(403, "access to queue 'orders' in vhost '/' refused for user 'app'")
+		var handled []string
+		b.run(func(_ context.Context, d *steadymq.Delivery) error {
+			handled = append(handled, string(d.Body))
+			return nil
+		}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "next"}), steadymq.WithFatal(func(error) bool { return false }))
+		b.wait(time.Minute)
+		b.broker.Publish(queue, "before")
+		b.broker.Heal()
+		b.wait(time.Minute)
+		b.broker.Publish(queue, "after")
+		b.wait(time.Minute)
+		assert.Equal(b, []string{"after"}, handled)
+	})
 }
 
 // A test, or an operator, may take the first consumer that the broker shows for the subscription.
@@ -268,7 +330,7 @@ func TestStreamKeepsItsPlaceWithTwoSessionsAlive(t *testing.T) {
 				b.broker.Publish(queue, "third")
 				close(slow) // settles the old session's first
 				b.wait(time.Second)
-				b.publishAway(20*time.Minute, "while")
+				b.publishAway(time.Minute, "while")
 				for _, body := range []string{"first", "second", "third", "while"} {
 					assert.Positive(b, handled[body], body)
 				}

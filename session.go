@@ -155,7 +155,7 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 		return "topology", err
 	}
 	step.at("consume")
-	if offset := s.config.consumeArgs[offsetKey]; s.stream.about(s.queue) && shifts(offset, time.Now()) {
+	if offset, unclear := s.stream.about(s.queue, s.config.consumeArgs[offsetKey]); unclear && s.terms.queue == "" {
 		if err := s.locate(ctx, offset); err != nil {
 			return "consume", err
 		}

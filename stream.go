@@ -31,6 +31,7 @@ type position struct {
 	mu      sync.Mutex
 	queue   string // the stream it is about
 	from    any    // the offset to resume at as long as next is not known; nil before the first subscription
+	begun   bool   // there has been a subscription
 	known   bool   // next is set
 	next    int64  // offset of the first message not settled for good
 	doubted bool   // the broker has cancelled the consumer, so the stream may be on its way out
@@ -75,17 +76,22 @@ func newPosition(c *config) *position {
 	return &position{settled: newRow(), acked: newRow()}
 }
 
-// about notes which stream it is about, and tells whether there is no place in it yet.
-func (p *position) about(queue string) (fresh bool) {
+// about notes which stream it is about, and returns the offset that has to be looked up before a
+// session subscribes, if there is one: what shifts, until the stream has a place. If that is last
+// and the look was cut off, it is what came since, or else still the last.
+func (p *position) about(queue string, given any) (offset any, ok bool) {
 	if p == nil {
-		return false
+		return nil, false
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.queue != queue {
-		p.queue, p.from, p.known = queue, nil, false
+		p.queue, p.from, p.known, p.begun = queue, nil, false, false
 	}
-	return p.fresh()
+	if p.fresh() {
+		return given, shifts(given, time.Now())
+	}
+	return p.from, given == "last" && !p.known && !p.begun
 }
 
 // fresh is called with mu held.
@@ -114,39 +120,42 @@ func (p *position) resume(session uint64, args amqp.Table, asked bool) amqp.Tabl
 	return args
 }
 
-// subscribed notes the first consume-ok, to an offset that does not shift.
+// subscribed notes a consume-ok, and where the first one begins.
 func (p *position) subscribed(offset any) {
 	if p == nil {
 		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.begun = true
 	if p.fresh() {
 		p.from = offset
 	}
 }
 
-// assume takes a time for the place, as long as no message tells it.
-func (p *position) assume(since time.Time) {
+// assume takes a time for the place, as long as no message tells it. The function it returns is
+// called with what the broker answers: if it does not take the consumer, there is no place.
+// Any other failure does not tell whether it has.
+func (p *position) assume(since time.Time) (answered func(error) error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if !p.fresh() {
+		return func(err error) error { return err }
+	}
 	since = since.Add(-clockMargin)
 	if epoch := time.Unix(0, 0); since.Before(epoch) {
 		since = epoch
 	}
 	p.from = since
-}
-
-// refused notes that the broker did not take the consumer whose place was assumed. Any other end
-// does not tell whether it had.
-func (p *position) refused(err error) {
-	var said *amqp.Error
-	if !errors.As(err, &said) || !said.Server {
-		return
+	return func(err error) error {
+		var said *amqp.Error
+		if errors.As(err, &said) && said.Server {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.from = nil
+		}
+		return err
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.from = nil
 }
 
 // locate sets the place, unless the offset is unknown.
