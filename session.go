@@ -121,7 +121,7 @@ func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag s
 		terms:      t,
 		tenancy:    tenancy,
 		channelEnd: newNotifier(),
-		cancels:    channel.NotifyCancel(make(chan string, 1)),
+		cancels:    channel.NotifyCancel(make(chan string, 2)), // two consumers while a place is looked for
 		gate:       newGate(),
 		broken:     newNotifier(),
 		stop:       make(chan struct{}),
@@ -159,13 +159,24 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	if err != nil {
 		return "topology", err
 	}
+	step.at("consume")
+	if offset, unclear := s.stream.about(s.queue, s.config.consumeArgs[offsetKey]); unclear && s.terms.queue == "" {
+		if err := s.locate(ctx, offset); err != nil {
+			return "consume", err
+		}
+		return "consume", &again{queue: s.queue}
+	}
 	// Per consumer (global=false): RabbitMQ refuses or ignores the other form.
 	step.at("qos")
 	if err := s.channel.Qos(s.config.prefetch, 0, false); err != nil {
 		return "qos", err
 	}
 	step.at("consume")
-	_, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.queue, s.config.consumeArgs))
+	args := s.stream.resume(s.id, s.config.consumeArgs, s.terms.queue != "")
+	_, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, args)
+	if err == nil {
+		s.stream.subscribed(args[offsetKey])
+	}
 	if s.config.declare != nil { // an auto-delete queue goes with its last consumer, maybe just now
 		err = gone(err)
 	}

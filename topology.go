@@ -13,6 +13,9 @@ import (
 
 // topology declares what the session needs and returns the queue to consume.
 func (s *session) topology(ctx context.Context) (queue string, err error) {
+	if s.terms.queue != "" {
+		return s.terms.queue, nil
+	}
 	if err := s.checkStream(ctx); err != nil {
 		return "", err
 	}
@@ -88,10 +91,28 @@ type terms struct {
 	refusal  error
 	owned    string // the queue of the connection, which is asked for and not declared
 	anew     bool   // the queue was gone, and is declared anew
+
+	looked bool   // the stream was looked for
+	queue  string // that has been declared already
 }
 
-// concede asks for less after err, if there is less to ask for.
+// again ends a try of a session whose channel has served a question and is of no more use. What
+// was found out holds for the next try, on a fresh channel: so a connection needs but one at a
+// time, and its delivery tags count from 1.
+type again struct {
+	looked bool
+	queue  string
+}
+
+func (*again) Error() string { return "a fresh channel is needed" }
+
+// concede asks for less after err, if there is less to ask for, or goes on where a try has ended.
 func (t *terms) concede(err error) bool {
+	var next *again
+	if errors.As(err, &next) {
+		t.looked, t.queue = t.looked || next.looked, next.queue
+		return true
+	}
 	var said *amqp.Error
 	switch {
 	case !errors.As(err, &said) || !said.Server:
