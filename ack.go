@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -312,7 +311,7 @@ func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) 
 	returned := false
 	defer func() {
 		if !returned {
-			err = &PanicError{Value: recover(), Stack: debug.Stack()}
+			err = panicked(recover())
 		}
 		if d.Outcome() == Unsettled {
 			wanted, _ := OutcomeOf(err)
@@ -320,7 +319,7 @@ func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) 
 		}
 		o = d.Outcome()
 	}()
-	err = h(ctx, d)
+	err = sound(h(ctx, d))
 	returned = true
 	return o, err
 }

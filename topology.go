@@ -126,11 +126,11 @@ func (t *terms) concede(err error) bool {
 	var dead *deadLetterError
 	switch {
 	case errors.As(err, &dead):
-		if t.deadKept || !strings.Contains(said.Reason, inequivalent) {
+		if t.deadKept || !strings.HasPrefix(said.Reason, inequivalent) {
 			return false
 		}
 		t.deadKept = true
-	case t.limit != limitUnsaid && t.limit != limitOff || !strings.Contains(said.Reason, inequivalentLimit):
+	case t.limit != limitUnsaid && t.limit != limitOff || !strings.HasPrefix(said.Reason, inequivalentLimit):
 		return false
 	default:
 		t.limit++
@@ -139,7 +139,7 @@ func (t *terms) concede(err error) bool {
 	return true
 }
 
-// What RabbitMQ says before it comes to a name.
+// How RabbitMQ begins, before it comes to a name.
 const (
 	inequivalent      = "PRECONDITION_FAILED - inequivalent arg '"
 	inequivalentLimit = inequivalent + limitArg + "' for queue "
