@@ -38,6 +38,7 @@ type simKind struct {
 	needs    func(*simPlan) bool // nil: it is for all plans
 	loses    bool                // messages may be dropped by the broker
 	harmless bool                // no session may end because of it
+	hinders  bool                // but none may begin
 	refuses  []uint64            // codes[dice%codes] for which a Run without a session may give up
 	codes    uint64
 	kick     bool // it needs new connections to be met
@@ -353,7 +354,12 @@ func (b *simBurst) healed(p *simPlan, c *simConsumerPlan, loosely bool) time.Dur
 	if p.queues[c.queue].own() { // an old connection stays until its handlers have finished
 		noticed += c.drain + c.shut + time.Second
 	}
-	return noticed + 2*(c.setup+time.Second+c.limit+c.lag) + p.connect()
+	return noticed + p.tail(c)
+}
+
+// tail is what a consumer may need, once nothing is wrong any more, after faults that overlap.
+func (p *simPlan) tail(c *simConsumerPlan) time.Duration {
+	return 2*(c.setup+time.Second+c.limit+c.lag) + p.connect()
 }
 
 // noticed is when the fault is over and c knows of it at the latest.

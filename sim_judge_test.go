@@ -481,6 +481,11 @@ func (j *simJudge) expectOf(c *simConsumer, b *simBurst, now time.Duration) {
 	p := j.s.plan
 	loose := b.healed(p, c.plan, true)
 	quiet := now >= c.resumeBy
+	for _, f := range j.s.current {
+		if !f.harmless(c.plan) || simKinds[f.kind].hinders {
+			loose, quiet = max(loose, f.noticed(c.plan)+p.tail(c.plan)), false
+		}
+	}
 	c.looseBy = max(c.looseBy, loose)
 	c.lone = quiet && len(b.faults) == 1 && b.faults[0].last == 0
 	switch {

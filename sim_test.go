@@ -221,6 +221,7 @@ type sim struct {
 	cut      map[string]simCut // hosts that are cut off
 	aims     map[int]string    // the queue that a fault has struck, by its number
 	minted   int               // messages so far
+	current map[int]simFault // faults that have begun and go on, by number
 }
 
 // simCut is what a host knows that is cut off.
@@ -233,7 +234,7 @@ const (
 )
 
 func newSim(p *simPlan) *sim {
-	s := &sim{plan: p, cut: make(map[string]simCut), aims: make(map[int]string)}
+	s := &sim{plan: p, cut: make(map[string]simCut), aims: make(map[int]string), current: make(map[int]simFault)}
 	s.refused.Store(-1)
 	s.password.Store(simCanary + "/Pa55 w0rd")
 	s.judge = newSimJudge(s)
@@ -430,6 +431,11 @@ func (s *sim) begin(f simFault) {
 	}
 	s.strike(f)
 	s.cutOff(f, true)
+	if f.last > 0 {
+		s.judge.mu.Lock()
+		s.current[f.number] = f
+		s.judge.mu.Unlock()
+	}
 }
 
 func (s *sim) end(f simFault) {
@@ -437,6 +443,9 @@ func (s *sim) end(f simFault) {
 	s.active.Add(-1)
 	s.heal(f)
 	s.cutOff(f, false)
+	s.judge.mu.Lock()
+	defer s.judge.mu.Unlock()
+	delete(s.current, f.number)
 }
 
 // mark notes that a fault begins or ends.
