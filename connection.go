@@ -56,7 +56,10 @@ type connection struct {
 	left    bool             // leave was asked; its owner's
 	gone    chan struct{}    // closed when nothing of it is left
 
-	channelFailures []time.Time // recent ones, for the escalation; the supervisor's
+	channelFailures []time.Time  // recent ones, for the escalation; the supervisor's
+	served          bool         // it has had a session; the supervisor's
+	queue           string       // of its sessions, once it has a name; of the try on it
+	litter          atomic.Int32 // how often a TopologyFunc has failed on it
 
 	stopRefresh context.CancelFunc
 	refreshed   chan struct{} // closed when the credentials are no longer refreshed
@@ -171,15 +174,15 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 	}
 }
 
-// updateSecret is an RPC, so its limit closes the socket. The end of the
-// connection does not: the answer is on its way, and close-ok after it.
+// updateSecret is an RPC, so its limit, which counts silence, closes the socket. The end of the
+// connection does not: the answer is on its way, and close-ok after it. As long as deliveries
+// come there is nothing to gain: a broker that did not take the secret closes by itself.
 func (c *connection) updateSecret(ctx context.Context, secret string) error {
 	limit, ok := ctx.Deadline()
 	if !ok {
 		return nil
 	}
-	kill := time.AfterFunc(time.Until(limit), func() { c.socket.kill(errSetupTimeout) })
-	defer kill.Stop()
+	defer c.socket.afterSilence(time.Until(limit), maxDuration, func() { c.socket.kill(errSetupTimeout) })()
 	return c.amqp.UpdateSecret(secret, "the old one expires")
 }
 
@@ -298,24 +301,31 @@ func (c *connection) watch() {
 	case <-c.socket.done():
 		c.end.notify(c.endOfSocket())
 	case asked := <-c.leave:
-		c.awaitTenants(asked.stay)
-		limit = asked.limit
+		limit = c.awaitTenants(asked)
 	}
 	c.teardown(limit)
 	c.end.notify(errStopped)
 }
 
-// awaitTenants lets the sessions that still live on the connection go first.
-func (c *connection) awaitTenants(stay time.Duration) {
-	over := time.NewTimer(stay)
+// awaitTenants lets the sessions that still live on the connection go first. It returns the limit
+// of the close that follows.
+func (c *connection) awaitTenants(asked departure) time.Duration {
+	vacated := c.tenants.vacated()
+	over := time.NewTimer(asked.stay)
 	defer over.Stop()
-	select {
-	case <-c.tenants.vacated():
-	case err := <-c.closed:
-		c.end.notify(c.explain(errorOrNil(err)))
-	case <-c.socket.done():
-		c.end.notify(c.endOfSocket())
-	case <-over.C:
+	for {
+		select {
+		case asked = <-c.leave:
+			over.Reset(asked.stay)
+			continue
+		case <-vacated:
+		case err := <-c.closed:
+			c.end.notify(c.explain(errorOrNil(err)))
+		case <-c.socket.done():
+			c.end.notify(c.endOfSocket())
+		case <-over.C:
+		}
+		return asked.limit
 	}
 }
 
@@ -339,7 +349,9 @@ func errorOrNil(err *amqp.Error) error {
 }
 
 // teardown closes in an orderly way within the close limit, then by closing the
-// socket, which frees every goroutine of the driver that waits for it.
+// socket, which frees every goroutine of the driver that waits for it. The limit counts time
+// although deliveries may be in the way of close-ok: the sessions have had theirs, so these
+// deliveries are of no use, and the sooner they go back the better.
 func (c *connection) teardown(limit time.Duration) {
 	kill := time.AfterFunc(limit, func() { c.socket.kill(errCloseTimeout) })
 	c.stopRefresh()
@@ -370,6 +382,14 @@ func (c *connection) close(d departure) {
 	if !c.left {
 		c.left = true
 		c.leave <- d
+	}
+}
+
+// hurry shortens a departure that has been asked for, unless it is the first one still.
+func (c *connection) hurry(d departure) {
+	select {
+	case c.leave <- d:
+	default:
 	}
 }
 

@@ -98,7 +98,8 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 //   - *SessionError before the first session only, when the broker says plainly
 //     that the configuration cannot work (refused login, no such virtual host, no
 //     permission, inequivalent queue, refused combination) or refuses the login
-//     without a word three times in a row, see ErrLoginRefused. Once there has
+//     three times in a row where it does so without a word or WithURLFunc or
+//     WithCredentials give the login, see ErrLoginRefused. Once there has
 //     been a session Run never gives up. WithFatal replaces this rule;
 //   - *OptionError if h or the handler of a middleware is nil, or if a hook has panicked (with
 //     the *PanicError);
@@ -307,8 +308,6 @@ func (s *supervisor) connecting() stateFunc {
 	if s.ctx.Err() != nil {
 		return s.draining
 	}
-	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
-	defer cancel()
 	if s.conn != nil && !s.conn.alive() { // ended while it waited for the next try
 		s.hosts.failed(s.conn.host, s.conn.end.cause(), time.Now())
 		s.dropConnection()
@@ -321,12 +320,19 @@ func (s *supervisor) connecting() stateFunc {
 	if conn == nil {
 		s.host = e.address // "" until WithURLFunc has named it
 	}
-	s.enter(Connecting, nil)
+	ctx, cancel := s.bounded()
+	defer cancel()
+	if s.consumer.State() != Connecting {
+		s.enter(Connecting, nil)
+	}
 	step := newStep("dial")
 	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, step) }, step)
 	if a.conn != nil {
 		s.conn, s.host = a.conn, a.conn.host
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
+	}
+	if s.leftBehind(a.err) {
+		return s.connecting
 	}
 	if a.err != nil {
 		var at *SessionError
@@ -339,6 +345,15 @@ func (s *supervisor) connecting() stateFunc {
 	}
 	s.number, s.session = number, a.session
 	return s.consuming
+}
+
+// bounded returns the context of a try. On a connection that stands, deliveries of others may be
+// in the way of its answers.
+func (s *supervisor) bounded() (context.Context, context.CancelFunc) {
+	if s.conn != nil {
+		return s.conn.socket.withSilence(s.ctx, s.config.setupTimeout, errSetupTimeout)
+	}
+	return context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
 }
 
 // open is one try. It runs on a goroutine of its own and touches nothing of the
@@ -386,6 +401,7 @@ func (s *supervisor) askURL(ctx context.Context) (e endpoint, err error) {
 // consuming waits for the end of the session or of Run's context.
 func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
+	s.conn.served = true
 	s.retry.consuming()
 	s.hosts.worked(s.host)
 	s.pool.serve(s.session)
@@ -416,7 +432,7 @@ func (s *supervisor) proved(session *session) {
 // release lets the session go its way out, and with it its connection if that is
 // not worth keeping.
 func (s *supervisor) release() {
-	s.leaving = append(s.leaving, leaver{s.session.gone, s.session}, leaver{gone: s.session.probed})
+	s.leaving = append(s.leaving, leaver{gone: s.session.gone, session: s.session}, leaver{gone: s.session.probed})
 	s.pool.serve(nil)
 	s.session = nil
 }
@@ -428,12 +444,8 @@ func (s *supervisor) failed(err error) stateFunc {
 		return s.draining
 	}
 	now := time.Now()
-	kind := classify(err)
 	s.hosts.failed(s.host, err, now)
-	if errors.Is(err, errStalled) && len(s.hosts.endpoints) > 1 {
-		s.dropConnection() // the node may be the one that is cut off
-	}
-	s.keepOrReplace(kind, now)
+	s.keepOrReplace(err, now)
 	if gives, broken := s.givesUp(err); gives || broken != nil {
 		s.note(broken)
 		s.note(err)
@@ -456,17 +468,23 @@ func (s *supervisor) givesUp(err error) (bool, error) {
 	return s.config.isFatal(s.ctx, err, s.scope.abandoned)
 }
 
-// keepOrReplace gives the connection up unless it stands and has not failed its
-// sessions too often.
-func (s *supervisor) keepOrReplace(kind class, now time.Time) {
+// keepOrReplace gives the connection up unless it stands, has not failed its sessions too often or
+// owns a queue that would be lost with it, and does not lead to a node that serves nothing.
+func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	if s.conn == nil {
 		return
 	}
-	if s.conn.alive() && (s.blameless(kind) || !s.conn.escalates(now)) {
+	keep := s.conn.alive() && !s.conn.littered() && !leavesNode(err)
+	if keep && (s.owns() || s.blameless(classify(err)) || !s.conn.escalates(now)) {
 		return
 	}
 	s.dropConnection()
 }
+
+// leavesNode tells a failure that the next session would meet on the same node, while another
+// node may do better. There may be others behind a single URL, too: a load balancer, or a
+// function of the user, names the node of each dial.
+func leavesNode(err error) bool { return errors.Is(err, errStalled) }
 
 // blameless tells a failure of a session that another connection would meet too: a lock,
 // and a missing queue where no other host may know of it.
@@ -486,14 +504,15 @@ func (s *supervisor) closeConnection(d departure) {
 		return
 	}
 	s.conn.close(d)
-	s.leaving = append(s.leaving, leaver{gone: s.conn.gone})
+	s.leaving = append(s.leaving, leaver{gone: s.conn.gone, conn: s.conn})
 	s.conn = nil
 }
 
 // leaver is an old session or connection on its way out.
 type leaver struct {
 	gone    <-chan struct{}
-	session *session // nil if it is something else
+	session *session    // nil if it is something else
+	conn    *connection // the same
 }
 
 func (l leaver) left() bool {
@@ -532,6 +551,7 @@ const teardownGrace = 500 * time.Millisecond
 func (s *supervisor) draining() stateFunc {
 	s.enter(Draining, nil)
 	s.sweep()
+	s.hurryLeaving()
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	close(s.pool.stop)
@@ -550,6 +570,15 @@ func (s *supervisor) draining() stateFunc {
 	s.closeConnection(departure{stay: left / 2, limit: left / 2})
 	s.awaitLeaving()
 	return nil
+}
+
+// hurryLeaving holds connections on their way out to the limits of the stop.
+func (s *supervisor) hurryLeaving() {
+	for _, l := range s.leaving {
+		if l.conn != nil {
+			l.conn.hurry(departure{stay: s.config.drainTimeout, limit: s.config.closeTimeout})
+		}
+	}
 }
 
 // note adds err to Run's error: a connection lost while draining does not hide

@@ -12,7 +12,7 @@
 //
 //  1. Every delivery is settled at most once, with multiple=false, only on the
 //     channel that delivered it. A late ack returns [ErrStale] and puts nothing
-//     on the wire.
+//     on the wire. A copy of a [Delivery] is the same delivery.
 //  2. Connection lost, channel closed, consumer cancelled, queue deleted, path
 //     gone silent, set-up hung: the consumer is consuming again within a stated
 //     bound, for ever, until its context ends.
@@ -23,6 +23,9 @@
 //     everything else goes back.
 //  5. At-least-once, with numbers: at most prefetch duplicates per lost session,
 //     none on a clean stop.
+//  6. With the defaults no message of a queue that [WithQueue] declares is lost because
+//     a handler fails, however long: not by RabbitMQ's delivery limit, not by a message
+//     that cannot be read.
 //
 // What it does not do: publish, AMQP 1.0, order across sessions, exactly-once,
 // deduplication. Make handlers idempotent.
@@ -55,27 +58,6 @@
 // basic.cancel the old channel stays open until its running handlers have settled,
 // while the new session consumes already.
 //
-// # Where things are
-//
-// consumer.go has [Consumer] and the supervisor, one function per state, on the
-// goroutine of [Consumer.Run]; worker.go the workers, which outlive sessions, so
-// that the concurrency holds across reconnects; hold.go what failed and waits; late.go
-// looks for handlers that take too long; unreadable.go has the messages that no handler
-// can be given, limit.go and attempt.go what brokers count. reconnect.go decides what a
-// failure means and how long to wait; connection.go and session.go are the two
-// lifetimes, tenancy.go who shares a connection, guard.go how functions of the user are
-// called; socket.go is the net.Conn the driver is given; notify.go has what comes in from
-// the driver and what goes out to hooks, log.go how much of it is logged; ack.go the
-// fence and the outcomes; reason.go and show.go how errors and deliveries read.
-// stream.go remembers where to resume a stream, and probe.go
-// looks for consumers that are alive on paper: each has state of its own that the
-// session would only be longer for. inbound.go sorts what the socket reads into the
-// driver's and the lanes'; lane.go is the way of one session's deliveries and
-// settlements past the driver; unreadable.go sees to the messages that no handler can
-// be given; frame.go has the little of the protocol they need.
-//
-// Use goes one way: consumer to reconnect to session to connection to socket.
-//
 // # Decisions that look odd
 //
 //   - The driver's own amqp.Config.Recovery is never used. It reuses the channel,
@@ -103,8 +85,8 @@
 //     As many can, which is logged from half of the prefetch on ([Stats], Held).
 //   - A message of a stream that is tried again is another [Delivery] each time, so
 //     that nothing left over of an earlier try can settle it.
-//   - Planted bugs are patches of the source that the simulation is compiled with,
-//     not switches in it: what ships is what is tested.
+//
+// docs/DESIGN.md in the repository has the rest.
 //
 // # Concurrency
 //

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -22,7 +23,6 @@ import (
 // that takes far longer than the close limit, and bytes come in all the time.
 func TestStopOnABusyPathLetsRunningHandlersFinish(t *testing.T) {
 	bubble(t, func(b *bench) {
-		dial := b.broker.Dialer()
 		var cut, done atomic.Int32
 		b.consumingSlowly(func(ctx context.Context, _ *steadymq.Delivery) error {
 			select {
@@ -32,10 +32,7 @@ func TestStopOnABusyPathLetsRunningHandlersFinish(t *testing.T) {
 				cut.Add(1)
 			}
 			return nil
-		}, steadymq.WithDrainTimeout(time.Minute), steadymq.WithDialer(func(ctx context.Context, network, addr string) (net.Conn, error) {
-			c, err := dial(ctx, network, addr)
-			return slow(c), err // 100 KB/s
-		}))
+		}, steadymq.WithDrainTimeout(time.Minute), b.slowly(100_000))
 		for range 32 {
 			b.broker.PublishMessage(queue, steadymqtest.Message{Body: make([]byte, 100_000)})
 		}
@@ -200,9 +197,10 @@ func TestDrainErrorCountsTheHandlersOfItsOwnRun(t *testing.T) {
 	})
 }
 
-// narrow is a path of 100 KB/s.
+// narrow is a path that lets so many bytes pass in a tenth of a second.
 type narrow struct {
 	net.Conn
+	tenth  int
 	once   *sync.Once
 	closed chan struct{}
 }
@@ -212,7 +210,7 @@ func (n narrow) Read(p []byte) (int, error) {
 	case <-time.After(100 * time.Millisecond):
 	case <-n.closed:
 	}
-	return n.Conn.Read(p[:min(len(p), 10_000)])
+	return n.Conn.Read(p[:min(len(p), n.tenth)])
 }
 
 func (n narrow) Close() error {
@@ -220,9 +218,106 @@ func (n narrow) Close() error {
 	return n.Conn.Close()
 }
 
-func slow(c net.Conn) net.Conn { return narrow{c, new(sync.Once), make(chan struct{})} }
+// slowly is a dialer whose paths let so many bytes pass in a second.
+func (b *bench) slowly(rate int) steadymq.Option {
+	dial := b.broker.Dialer()
+	return steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+		c, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		return narrow{c, rate / 10, new(sync.Once), make(chan struct{})}, nil
+	})
+}
 
 func (b *bench) consumingSlowly(h steadymq.Handler, opts ...steadymq.Option) {
 	b.run(h, opts...)
 	b.wait(5 * time.Second)
+}
+
+// The reply to nothing is taken for the one to basic.cancel, and nothing more goes out: both steps
+// of the stop would wait for the close limit, one after the other.
+func TestStopWithAStrayReplyOnABlockedPathKeepsItsLimits(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithDrainTimeout(2*time.Second))
+		b.broker.ZeroWindow(true)
+		b.wait(time.Second)
+		b.broker.StrayReply(false)
+		b.wait(100 * time.Millisecond)
+		since := time.Now()
+		var lost *steadymq.SessionError
+		require.ErrorAs(b, b.stop(), &lost)
+		assert.LessOrEqual(b, time.Since(since), 8*time.Second)
+	})
+}
+
+// A connection that was replaced waits for the sessions on it, which a stop cuts short.
+func TestStopHurriesAConnectionThatIsOnItsWayOut(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithDrainTimeout(time.Second))
+		b.broker.SlowCloseOk(4500 * time.Millisecond)
+		for range 3 {
+			b.broker.CancelConsumers(queue)
+			b.wait(time.Second)
+		}
+		require.EqualValues(b, 2, b.consumer.Stats().Connections)
+		since := time.Now()
+		_ = b.stop()
+		assert.LessOrEqual(b, time.Since(since), 7*time.Second, "drain limit, close limit and a second")
+		assert.Zero(b, b.open(), "open connections")
+	})
+}
+
+// A try that comes through within the moment it is given after the set-up limit has given its
+// tenancy up already: with the retired session the connection goes, under its successor.
+func TestSessionThatComesThroughAfterTheSetupLimitKeepsItsConnection(t *testing.T) {
+	bubble(t, func(b *bench) {
+		started, release := make(chan *steadymq.Delivery, 8), make(chan struct{})
+		var calls atomic.Int32
+		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "slow" {
+				return hold(started, release)(ctx, d)
+			}
+			return nil
+		}, steadymq.WithConcurrency(2), steadymq.WithSetupTimeout(2*time.Second),
+			steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+				if calls.Add(1) == 2 {
+					time.Sleep(2*time.Second + 200*time.Millisecond)
+				}
+				return queue, nil
+			}))
+		b.broker.Publish(queue, "slow")
+		<-started
+		b.broker.CancelConsumers(queue)
+		b.wait(3 * time.Second)
+		if b.consumer.Stats().Sessions < 2 || b.consumer.State() != steadymq.Consuming {
+			close(release)
+			return // the try failed, which is right, too
+		}
+		before := len(b.causes())
+		close(release) // the last handler of the first session
+		b.wait(5 * time.Second)
+		for _, cause := range b.causes()[before:] {
+			assert.NoError(b, cause, "the second session was consuming")
+		}
+	})
+}
+
+// The close of a retired session counts the silence of the whole socket, which its successor's
+// deliveries break.
+func TestRetiredSessionIsGivenUpThoughItsSuccessorIsBusy(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(ack, steadymq.WithCloseTimeout(2*time.Second))
+		b.wait(11 * time.Second)
+		b.broker.NoCloseOk(true)
+		b.broker.CancelConsumers(queue)
+		for range 600 {
+			b.broker.Publish(queue, "tea")
+			b.wait(time.Second)
+		}
+		stacks := make([]byte, 1<<20)
+		stacks = stacks[:runtime.Stack(stacks, true)]
+		assert.Equal(b, 1, strings.Count(string(stacks), "(*session).run("), "ten minutes after a close limit of 2s")
+		b.broker.NoCloseOk(false)
+	})
 }

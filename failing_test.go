@@ -548,3 +548,81 @@ func TestHandlersTooSlowForThePrefetchAreToldBeforeTheConsumerTimeout(t *testing
 		})
 	}
 }
+
+func TestOneHeldMessageOfAStreamThatStopsItIsTold(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.streaming(func(_ context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "bad" {
+				return steadymq.RequeueAfter(errAway, 2*time.Hour)
+			}
+			return nil
+		})
+		b.broker.Publish(queue, "bad")
+		b.wait(time.Second)
+		b.publish(100, "good")
+		b.wait(time.Hour)
+		require.EqualValues(b, 32, b.consumer.Stats().Delivered, "the stream stands still")
+		assert.NotZero(b, b.told("failed messages are held"))
+	})
+}
+
+func TestHeldMessageThatIsSettledByHandIsHeldNoMore(t *testing.T) {
+	bubble(t, func(b *bench) {
+		got := make(chan *steadymq.Delivery, 1)
+		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			got <- d
+			return steadymq.RequeueAfter(nil, time.Hour)
+		}, steadymq.WithPrefetch(1))
+		b.broker.Publish(queue, "tea")
+		require.NoError(b, (<-got).Ack())
+		b.wait(10 * time.Minute)
+		assert.Zero(b, b.consumer.Stats().Held)
+		assert.LessOrEqual(b, b.told("failed messages are held"), 1, "it is told for hours")
+	})
+}
+
+func TestFailureAtTheDrainSaysWhatBecameOfTheMessage(t *testing.T) {
+	bubble(t, func(b *bench) {
+		started, release := make(chan *steadymq.Delivery, 1), make(chan struct{})
+		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			_ = hold(started, release)(ctx, d)
+			return errAway
+		})
+		b.broker.Publish(queue, "tea")
+		<-started
+		b.stopRun()
+		b.wait(time.Second)
+		close(release)
+		b.stop()
+		line := b.warnings("handler failed")
+		require.Len(b, line, 1)
+		assert.NotContains(b, line[0], "held=", "it went back at once")
+		assert.Contains(b, line[0], "outcome=requeued")
+	})
+}
+
+func TestWarningOfHeldMessagesSaysSinceWhenTheyAreTooMany(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			switch {
+			case string(d.Body) == "bad":
+				return steadymq.RequeueAfter(errAway, time.Hour)
+			case !d.Redelivered:
+				return steadymq.RequeueAfter(errAway, 5*time.Second)
+			}
+			return nil
+		}, steadymq.WithPrefetch(4))
+		b.publish(2, "soon well")
+		b.wait(110 * time.Second)
+		require.Zero(b, b.consumer.Stats().Held)
+		again := time.Now()
+		b.publish(2, "bad")
+		b.wait(5 * time.Minute)
+		lines := b.warnings("failed messages are held")
+		require.Greater(b, len(lines), 1)
+		_, since, _ := strings.Cut(lines[len(lines)-1], "since=")
+		at, err := time.Parse(time.RFC3339, strings.TrimSpace(since))
+		require.NoError(b, err)
+		assert.WithinRange(b, at, again, again.Add(time.Second), "for 105 s nothing was held")
+	})
+}

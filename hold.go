@@ -15,6 +15,7 @@ type holds struct {
 	timers   map[*Delivery]*time.Timer
 	released bool
 	crowded  time.Time   // since when they take up half of the prefetch, zero if they do not
+	eased    time.Time   // since when they take up less again, zero if they do not
 	telling  *time.Timer // of that; there is none before
 }
 
@@ -34,12 +35,14 @@ func (c *config) longestHold() time.Duration {
 	return min(jitter(c.requeueLongest), c.requeueLongest)
 }
 
-// add requeues d after delay, or at once when the session no longer holds.
-func (h *holds) add(d *Delivery, delay time.Duration) {
+// add requeues d after delay, or at once when the session no longer holds. It reports whether d
+// is held.
+func (h *holds) add(d *Delivery, delay time.Duration) (held bool) {
 	if delay > 0 && h.keep(d, delay) {
-		return
+		return true
 	}
 	_ = d.Requeue()
+	return false
 }
 
 func (h *holds) keep(d *Delivery, delay time.Duration) bool {
@@ -57,11 +60,42 @@ func (h *holds) keep(d *Delivery, delay time.Duration) bool {
 		}
 	})
 	h.session.stats.held.Add(1)
-	if h.crowded.IsZero() && h.crowd() {
-		h.crowded = time.Now()
-		h.telling = time.AfterFunc(0, h.tell)
-	}
+	h.look()
 	return true
+}
+
+// look begins to tell of held messages once there are too many. Of a stream, others may pile up
+// behind one later, so there it looks again. It is called with mu held.
+func (h *holds) look() {
+	crowd := h.crowd()
+	switch {
+	case crowd && (h.crowded.IsZero() || h.hadRoom()):
+		h.crowded = time.Now()
+		h.tellIn(0, h.tell)
+	case h.crowded.IsZero() && h.session.stream != nil && len(h.timers) > 0:
+		h.tellIn(heldAgain/2, h.lookAgain)
+	}
+	if crowd {
+		h.eased = time.Time{}
+	}
+}
+
+// hadRoom tells whether there has been room for long enough.
+func (h *holds) hadRoom() bool { return !h.eased.IsZero() && time.Since(h.eased) >= heldEased }
+
+func (h *holds) lookAgain() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.released {
+		h.look()
+	}
+}
+
+func (h *holds) tellIn(d time.Duration, f func()) {
+	if h.telling != nil {
+		h.telling.Stop()
+	}
+	h.telling = time.AfterFunc(d, f)
 }
 
 func (h *holds) remove(d *Delivery) bool {
@@ -69,10 +103,28 @@ func (h *holds) remove(d *Delivery) bool {
 	defer h.mu.Unlock()
 	_, ok := h.timers[d]
 	if ok {
-		delete(h.timers, d)
-		h.session.stats.held.Add(-1)
+		h.drop(d)
+		if !h.crowd() && h.eased.IsZero() {
+			h.eased = time.Now()
+		}
 	}
 	return ok
+}
+
+// drop is called with mu held.
+func (h *holds) drop(d *Delivery) {
+	delete(h.timers, d)
+	h.session.stats.held.Add(-1)
+}
+
+// dropSettled forgets what its handler has settled by hand meanwhile. It is called with mu held.
+func (h *holds) dropSettled() {
+	for d, timer := range h.timers {
+		if d.Outcome() != Unsettled {
+			timer.Stop()
+			h.drop(d)
+		}
+	}
 }
 
 // release ends all holds: the deliveries are settled by their session at once, as
@@ -111,17 +163,22 @@ func (h *holds) crowd() bool {
 // long as they have been there.
 const heldAgain = 2 * time.Minute
 
+// heldEased is how long there has to be room for the next crowd to be another one: what fails again
+// and again is on its way in between.
+const heldEased = 10 * time.Second
+
 // tell warns of held messages, again and again as long as there are too many.
 func (h *holds) tell() {
 	h.mu.Lock()
+	h.dropSettled()
 	held, since := len(h.timers), h.crowded
-	if h.released || !h.crowd() {
+	if h.released || since.IsZero() || !h.crowd() {
 		h.crowded = time.Time{}
 		h.mu.Unlock()
 		return
 	}
 	lasts := time.Since(since)
-	h.telling = time.AfterFunc(max(lasts, heldAgain), h.tell)
+	h.tellIn(max(lasts, heldAgain), h.tell)
 	h.mu.Unlock()
 	s := h.session
 	if lasts < heldAgain { // of this session; the last one may have told just now

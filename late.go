@@ -11,7 +11,8 @@ import (
 // message shows is no flood.
 type notices struct {
 	held, overdue, limit, unreadable thinned
-	slow, limitKept                  atomic.Bool
+	slow, limitKept, renamed         atomic.Bool
+	blind, consumed                  atomic.Bool
 }
 
 // thinned lets one line pass at a time and counts the others.

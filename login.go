@@ -91,6 +91,10 @@ func (l *login) ask(f func() string) (string, error) {
 	}.run(l.ctx)
 }
 
+// asksForLogin tells whether a function of the user gives the credentials: they may change on the
+// way, so the next try may have better ones.
+func (c *config) asksForLogin() bool { return c.urlFunc != nil || c.credentials != nil }
+
 // loginSilence is what a refused login looks like to a client that is not told: RabbitMQ
 // waits 3 s and ends the socket without a word, while a lost socket ends whenever it is lost.
 const loginSilence = 2500 * time.Millisecond

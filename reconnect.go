@@ -47,7 +47,8 @@ const (
 )
 
 // classify is the one place that decides what a failure means. What the broker
-// said itself counts first; the driver's own codes say nothing (DESIGN F4).
+// said itself counts first; the driver's own codes say nothing: it has 501 for every failure of
+// I/O, and 403 for a socket lost in the handshake.
 func classify(err error) class {
 	var said *amqp.Error
 	if errors.As(err, &said) && said.Server {
@@ -147,7 +148,7 @@ type retry struct {
 	passed   []*pace   // of hosts that failed in this round and are not waited for yet
 	locked   time.Time // since when the resource has been locked
 	lockSeen time.Time // when it was found locked, the last time
-	refusals int       // logins in a row refused without a word
+	refusals int       // logins refused in a row
 	proven   bool      // there has been a session
 
 	heartbeat time.Duration // the longest of the connections so far, 0 before the first
@@ -203,8 +204,8 @@ func (r *retry) healthy() {
 
 // givesUp tells whether err ends Run, unless WithFatal decides that.
 func (r *retry) givesUp(err error) bool {
-	silent := errors.Is(err, errSilentRefusal)
-	if silent {
+	refused := errors.Is(err, ErrLoginRefused)
+	if refused {
 		r.refusals++
 	} else {
 		r.refusals = 0
@@ -212,10 +213,10 @@ func (r *retry) givesUp(err error) bool {
 	if r.proven {
 		return false
 	}
-	if silent {
-		return r.refusals >= givenUpLogins
+	if refused && (errors.Is(err, errSilentRefusal) || r.config.asksForLogin()) {
+		return r.refusals >= givenUpLogins // a cut path looks like silence, and what is asked for may be stale
 	}
-	return errors.Is(err, ErrLoginRefused) || stated(err)
+	return refused || stated(err)
 }
 
 // wait returns how long to wait after err. fresh tells that the next try goes to a

@@ -451,6 +451,7 @@ func (j *simJudge) resumed(c *simConsumer, now time.Duration) {
 		j.note("I4", "%s is not consuming, it had until %v", c.plan.name, c.resumeBy)
 		return
 	}
+	// A connection that was replaced stays for the running handlers of a cancelled session.
 	most := 1
 	if c.plan.stall > 0 {
 		most++ // it asks another host

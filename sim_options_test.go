@@ -20,9 +20,9 @@ const (
 	// credentials let large messages on slow links arrive
 	// (seeds 26, 354), and it does not take a stream whose workers are all busy for one that is stalled
 	// (481).
-	simStallsAreTrue = false
+	simStallsAreTrue = true
 	// simOwnQueuesAreKept: a queue that lives as long as its connection is consumed again there.
-	simOwnQueuesAreKept = false
+	simOwnQueuesAreKept = true
 )
 
 // simQueueOptions is what a seed decides about a queue besides faults.

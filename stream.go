@@ -3,6 +3,7 @@ package steadymq
 import (
 	"context"
 	"errors"
+	"maps"
 	"strings"
 	"sync"
 	"time"
@@ -76,7 +77,7 @@ func newPosition(c *config) *position {
 
 // resume returns the arguments of the basic.consume of a new session.
 func (p *position) resume(session uint64, queue string, args amqp.Table) amqp.Table {
-	args = cloneTable(args)
+	args = maps.Clone(args)
 	if p == nil {
 		return args
 	}

@@ -447,9 +447,23 @@ var byGeneration = []scenario{
 		s.next("c", ds)
 		s.next("c", ds)
 	}},
-	{name: "transactions", differs: difference{why: "the kit has no transactions and says 540"}, script: func(s *script) {
+	{name: "transactions", differs: difference{why: "the kit begins them and says 540 to a commit"}, script: func(s *script) {
 		ch := s.open(s.dial(), 0)
 		s.fails("select", ch.Tx())
+		s.fails("commit", ch.TxCommit())
+	}},
+	{name: "acks without a commit", script: func(s *script) {
+		conn := s.dial()
+		ch := s.open(conn, 1)
+		q := s.queue(ch, "q", nil)
+		s.publish(conn, "", q, "1", "2")
+		s.fails("select", ch.Tx())
+		ds := s.consume(ch, q, "c")
+		d := s.next("c", ds)
+		s.fails("ack", d.Ack(false))
+		s.none("c", ds)
+		s.fails("close", ch.Close())
+		s.next("d", s.consume(s.open(conn, 1), q, "d"))
 	}},
 }
 
