@@ -167,7 +167,7 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	step.at("consume")
 	_, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.queue, s.config.consumeArgs))
 	if s.config.declare != nil { // an auto-delete queue goes with its last consumer, maybe just now
-		err = gone(err)
+		err = gone(err, s.queue)
 	}
 	return "consume", err
 }
