@@ -178,7 +178,7 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 		s.stream.subscribed(args[offsetKey])
 	}
 	if s.config.declare != nil { // an auto-delete queue goes with its last consumer, maybe just now
-		err = gone(err)
+		err = gone(err, s.queue)
 	}
 	return "consume", err
 }

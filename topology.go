@@ -199,7 +199,7 @@ func (s *session) declareDeadLetter() error {
 func (s *session) declareItself() (string, error) {
 	if s.terms.owned != "" { // to declare a name of the broker's is forbidden
 		_, err := s.channel.QueueDeclarePassive(s.terms.owned, false, false, false, false, nil)
-		return s.terms.owned, gone(err)
+		return s.terms.owned, gone(err, s.terms.owned)
 	}
 	q := s.config.declare
 	args := maps.Clone(q.Args)
