@@ -41,7 +41,10 @@ func shifts(offset any, now time.Time) bool {
 // offset, and stays where it is when the channel that has consumed it is closed. From the first
 // basic.consume on there is a place to resume at; until the messages tell, it is one by the clock.
 func (s *session) locate(ctx context.Context, offset any) error {
-	if _, text := offset.(string); offset == "next" || !text && shifts(offset, time.Now()) {
+	s.lane.forget() // these consumers are none of the session's, and are told apart by their tags
+	s.tag += looker
+	s.lane = s.conn.socket.lane(s.tag, s.config.prefetch)
+	if at, ok := offset.(time.Time); offset == nil || offset == "next" || ok && at.After(time.Now()) {
 		return s.locateEnd(ctx, offset)
 	}
 	if err := s.channel.Qos(1, 0, false); err != nil {
@@ -144,8 +147,11 @@ func (s *session) cancelled() bool {
 	}
 }
 
-// listener is what the second consumer of a channel adds to its tag.
-const listener = ".next"
+// What the consumers of a look add to the tag: all of them, and the second on its channel.
+const (
+	looker   = ".look"
+	listener = ".next"
+)
 
 // listen consumes from an offset at the end of the stream, and returns that of the first message
 // once the consumer has been cancelled. There is none if nothing came.
