@@ -51,13 +51,13 @@ func (s *session) locate(ctx context.Context, offset any) error {
 		return err
 	}
 	since := time.Now()
-	answered := s.stream.assume(since.Add(-interval(offset)))
+	answered := s.place().assume(since.Add(-interval(offset)))
 	if err := answered(s.sample(offset)); err != nil {
 		return err
 	}
 	first, err := s.awaitSample(ctx, time.Since(since))
 	if first != nil {
-		s.stream.locate(offsetOf(first))
+		s.place().locate(offsetOf(first))
 	}
 	return err
 }
@@ -69,7 +69,7 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 		return err
 	}
 	since := time.Now()
-	answered := s.stream.assume(since)
+	answered := s.place().assume(since)
 	behind, err := s.listen(offset)
 	if answered(err) != nil {
 		return err
@@ -100,9 +100,9 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 		end = max(end, offsetOf(d))
 	}
 	if next, ok := <-behind; ok {
-		s.stream.locate(next)
+		s.place().locate(next)
 	} else if end != unknownOffset {
-		s.stream.locate(end + 1)
+		s.place().locate(end + 1)
 	}
 	return nil
 }
@@ -124,7 +124,7 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 	case <-s.lane.aside.more: // one that cannot be read
 	case <-limit.C:
 	case <-s.cancels:
-		s.stream.doubt()
+		s.place().doubt()
 		return nil, errCancelled
 	case <-s.channelEnd.ended:
 		return nil, amqp.ErrClosed
@@ -140,7 +140,7 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 func (s *session) cancelled() bool {
 	select {
 	case <-s.cancels:
-		s.stream.doubt()
+		s.place().doubt()
 		return true
 	default:
 		return false

@@ -19,8 +19,8 @@ const unknownOffset = -1
 
 // placed gives d an offset if the broker's cannot be read.
 func placed(d *Delivery) {
-	if _, ok := headerInt(d.Headers[offsetKey]); !ok {
-		d.Headers = amqp.Table{offsetKey: int64(unknownOffset)}
+	if !d.fence.placed {
+		d.fence.offset, d.fence.placed = unknownOffset, true
 	}
 }
 
@@ -36,7 +36,7 @@ type position struct {
 	known   bool   // next is set
 	next    int64  // offset of the first message not settled for good
 	doubted bool   // the broker has cancelled the consumer, so the stream may be on its way out
-	session uint64 // the one that the rows are about
+	session uint64 // the try of the session that the rows are about
 	settled row    // what handlers are done with
 	acked   row    // of that, what the broker was told
 }
@@ -138,6 +138,9 @@ func (p *position) subscribed(offset any) {
 // called with what the broker answers: if it does not take the consumer, there is no place.
 // Any other failure does not tell whether it has.
 func (p *position) assume(since time.Time) (answered func(error) error) {
+	if p == nil {
+		return func(err error) error { return err }
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.fresh() {
@@ -161,6 +164,9 @@ func (p *position) assume(since time.Time) (answered func(error) error) {
 
 // locate sets the place, unless the offset is unknown.
 func (p *position) locate(offset int64) {
+	if p == nil {
+		return
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if offset != unknownOffset {
@@ -216,7 +222,7 @@ const (
 // afterwards a new one looks like the old one. The broker closes the channel if it is
 // not, or if the question is not allowed: then the session needs another one.
 func (s *session) checkStream(ctx context.Context) error {
-	if s.stream == nil || s.terms.looked {
+	if s.place() == nil || s.terms.looked {
 		return nil
 	}
 	s.stream.mu.Lock()
@@ -231,7 +237,7 @@ func (s *session) checkStream(ctx context.Context) error {
 		switch {
 		case err != nil:
 			if noQueue(s.said(err), queue) {
-				s.stream.startOver()
+				s.place().startOver()
 			}
 			return &again{looked: true}
 		case !doubted, time.Since(since) >= min(streamDoubt, s.config.setupTimeout/2):
@@ -286,11 +292,13 @@ func noQueue(err error, name string) bool {
 
 // began notes a delivery that a handler is given: even if none is ever settled,
 // the next session must not start behind it.
-func (p *position) began(session uint64, d *amqp.Delivery) {
+func (p *position) began(session uint64, d *Delivery) {
 	if p == nil {
 		return
 	}
+	d.keep()
 	offset, ok := headerInt(d.Headers[offsetKey])
+	d.fence.offset, d.fence.placed = offset, ok
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if ok && !p.known && session == p.session {
@@ -304,13 +312,12 @@ func (p *position) began(session uint64, d *amqp.Delivery) {
 // behind one slow handler any number of messages would be done that the next
 // session, which resumes at the slow one, is given again.
 func (p *position) ready(session uint64, d *Delivery) []settledAt {
-	offset, ok := headerInt(d.Headers[offsetKey])
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !ok || session != p.session {
+	if !d.fence.placed || session != p.session {
 		return []settledAt{{tag: d.fence.tag}}
 	}
-	return p.settled.add(settledAt{d.fence.tag, offset})
+	return p.settled.add(settledAt{d.fence.tag, d.fence.offset})
 }
 
 // told notes that the broker was told, which moves the place to resume at.
