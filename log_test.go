@@ -143,29 +143,6 @@ func TestFailureOnTwoHostsIsOneCause(t *testing.T) {
 	}, steadymqtest.WithHosts(2))
 }
 
-// The 3rd "consuming" of a row is left out. When it lasts, the log must not end with
-// the failure before it.
-func TestConsumingThatWasLeftOutIsToldOnceItLasts(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		for range 4 {
-			b.wait(time.Second)
-			b.broker.Reset()
-		}
-		b.wait(20 * time.Second)
-		require.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.Contains(b, b.log.last(), "backoff")
-		assert.Contains(b, b.log.last(), "repeated=4")
-		assert.Contains(b, b.log.last(), "up=")
-		b.wait(90 * time.Second)
-		assert.Contains(b, b.log.last(), "consuming")
-		b.broker.Reset()
-		b.wait(time.Second)
-		assert.Len(b, b.log.lines("backoff"), 4, "1st, 2nd, 4th, and the first of a new row")
-		assert.NotContains(b, b.log.last("backoff"), "repeated")
-	})
-}
-
 // A failed handler.
 
 func TestHandlersErrorIsToldWithItsMessage(t *testing.T) {
@@ -188,7 +165,7 @@ func TestHandlersErrorIsToldWithItsMessage(t *testing.T) {
 		line := b.log.last("level=WARN")
 		for _, text := range []string{
 			`"steadymq: handler failed"`, "queue=orders", "consumer=steadymq-", "session=1", "exchange=shop", "routing_key=order.new",
-			"delivery_tag=1", "attempt=1", "redelivered=false", "held=", `error="database is away"`,
+			"delivery_tag=1", "attempt=1", "redelivered=false", "retry_in=", "message_id=m1", `error="database is away"`,
 		} {
 			assert.Contains(b, line, text)
 		}

@@ -89,6 +89,9 @@ func (d Delivery) LogValue() slog.Value {
 	)
 }
 
+// String tells in one line what LogValue does.
+func (d Delivery) String() string { return oneLine(d.LogValue().String()) }
+
 func tableJSON(t amqp.Table) map[string]any {
 	if t == nil {
 		return nil
