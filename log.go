@@ -13,9 +13,11 @@ import (
 const (
 	// silence is the longest that nothing is told of what goes on.
 	silence = time.Minute
-	// calm is how long a consumer has to be consuming to be well again. Outages further
-	// apart are told one by one: two lines each, at most 80 an hour.
+	// calm is how long nothing is told of sessions that come and go. Outages further apart are told
+	// one by one: two lines each, at most 80 an hour.
 	calm = 90 * time.Second
+	// well is how long a consumer has to be consuming for its failures to be counted anew.
+	well = 10 * time.Minute
 	// settling is how long a consumer has to be consuming for that to be told, if its last session
 	// did not last as long.
 	settling = 2 * time.Second
@@ -136,7 +138,9 @@ func (j *journal) changed(c StateChange) {
 		j.consuming(c)
 		return
 	}
-	j.well(c.Time)
+	if !j.since.IsZero() && c.Time.Sub(j.since) >= well {
+		clear(j.causes)
+	}
 	level := slog.LevelInfo
 	attrs := c.attrs()
 	switch c.To {
@@ -288,13 +292,6 @@ func (j *journal) recovered(record slog.Record) {
 	}
 	j.open = false
 	j.write(record)
-}
-
-// well begins anew if the consumer has been consuming for long enough.
-func (j *journal) well(now time.Time) {
-	if !j.since.IsZero() && now.Sub(j.since) >= calm {
-		clear(j.causes)
-	}
 }
 
 // failure is what came of a handler that returned an error or panicked.

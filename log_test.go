@@ -52,6 +52,17 @@ func (b *bench) flap(every time.Duration) {
 	}
 }
 
+// comeAndGo has a session and an outage, one after the other, for an hour.
+func (b *bench) comeAndGo(up, down time.Duration) {
+	for end := time.Now().Add(time.Hour); time.Now().Before(end); {
+		b.wait(up)
+		b.broker.Refuse(true)
+		b.broker.Reset()
+		b.wait(down)
+		b.broker.Refuse(false)
+	}
+}
+
 func TestHourOfOutageIsAtMost100Lines(t *testing.T) {
 	const most = 100
 	outages := map[string]func(b *bench){
@@ -81,6 +92,8 @@ func TestHourOfOutageIsAtMost100Lines(t *testing.T) {
 		"sessions last 61 s":     func(b *bench) { b.flap(61 * time.Second) },
 		"sessions last 89 s":     func(b *bench) { b.flap(89 * time.Second) },
 		"sessions last 91 s":     func(b *bench) { b.flap(91 * time.Second) },
+		"sessions and outages":   func(b *bench) { b.comeAndGo(11*time.Second, 12*time.Second) },
+		"long ones":              func(b *bench) { b.comeAndGo(100*time.Second, 30*time.Second) },
 	}
 	for name, outage := range outages {
 		t.Run(name, func(t *testing.T) {

@@ -621,7 +621,7 @@ func WithMiddleware(m ...Middleware) Option {
 // ends sessions that have just begun to consume. Once such a failure was told, "consuming" is told
 // as well, with how long the consumer was away (down): at once, or after 2 s (up) where the session
 // before had not lasted that long. What is left out, and the tries, are DEBUG. Counting starts
-// anew once a session has lasted 90 s. An hour of any outage is at most 100 lines of INFO and above.
+// anew once a session has lasted 10 minutes. An hour of any outage is at most 100 lines of INFO and above.
 //
 // What handlers return is told at WARN, a panic with its stack at ERROR: at most one
 // line a second, less often if it goes on and at least every minute, with the count of
