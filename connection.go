@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"net"
+	"sync/atomic"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -55,7 +56,10 @@ type connection struct {
 	left    bool             // leave was asked; its owner's
 	gone    chan struct{}    // closed when nothing of it is left
 
-	channelFailures []time.Time // recent ones, for the escalation; the supervisor's
+	channelFailures []time.Time  // recent ones, for the escalation; the supervisor's
+	served          bool         // it has had a session; the supervisor's
+	queue           string       // of its sessions, once it has a name; of the try on it
+	litter          atomic.Int32 // how often a TopologyFunc has failed on it
 
 	stopRefresh context.CancelFunc
 	refreshed   chan struct{} // closed when the credentials are no longer refreshed
@@ -172,15 +176,15 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 
 var errSecretTimeout = because(errors.New("setup limit passed before the broker took the new credentials (WithSetupTimeout)"), errSetupTimeout)
 
-// updateSecret is an RPC, so its limit closes the socket. The end of the
-// connection does not: the answer is on its way, and close-ok after it.
+// updateSecret is an RPC, so its limit, which counts silence, closes the socket. The end of the
+// connection does not: the answer is on its way, and close-ok after it. As long as deliveries
+// come there is nothing to gain: a broker that did not take the secret closes by itself.
 func (c *connection) updateSecret(ctx context.Context, secret string) error {
 	limit, ok := ctx.Deadline()
 	if !ok {
 		return nil
 	}
-	kill := time.AfterFunc(time.Until(limit), func() { c.socket.kill(errSecretTimeout) })
-	defer kill.Stop()
+	defer c.socket.afterSilence(time.Until(limit), maxDuration, func() { c.socket.kill(errSecretTimeout) })()
 	return c.amqp.UpdateSecret(secret, "the old one expires")
 }
 
@@ -349,7 +353,9 @@ func errorOrNil(err *amqp.Error) error {
 }
 
 // teardown closes in an orderly way within the close limit, then by closing the
-// socket, which frees every goroutine of the driver that waits for it.
+// socket, which frees every goroutine of the driver that waits for it. The limit counts time
+// although deliveries may be in the way of close-ok: the sessions have had theirs, so these
+// deliveries are of no use, and the sooner they go back the better.
 func (c *connection) teardown(limit time.Duration) {
 	kill := time.AfterFunc(limit, func() { c.socket.kill(errCloseTimeout) })
 	c.stopRefresh()

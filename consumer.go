@@ -308,8 +308,6 @@ func (s *supervisor) connecting() stateFunc {
 	if s.ctx.Err() != nil {
 		return s.draining
 	}
-	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
-	defer cancel()
 	if s.conn != nil && !s.conn.alive() { // ended while it waited for the next try
 		s.hosts.failed(s.conn.host, s.conn.end.cause(), time.Now())
 		s.dropConnection()
@@ -322,13 +320,20 @@ func (s *supervisor) connecting() stateFunc {
 	if conn == nil {
 		s.host = e.address // "" until WithURLFunc has named it
 	}
-	s.enter(Connecting, nil)
+	ctx, cancel := s.bounded()
+	defer cancel()
+	if s.consumer.State() != Connecting {
+		s.enter(Connecting, nil)
+	}
 	step := newStep("dial")
 	defer s.scope.waiting(s.host, step)()
 	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, step) }, step)
 	if a.conn != nil {
 		s.conn, s.host = a.conn, a.conn.host
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
+	}
+	if s.leftBehind(a.err) {
+		return s.connecting
 	}
 	if a.err != nil {
 		var at *SessionError
@@ -341,6 +346,15 @@ func (s *supervisor) connecting() stateFunc {
 	}
 	s.number, s.session = number, a.session
 	return s.consuming
+}
+
+// bounded returns the context of a try. On a connection that stands, deliveries of others may be
+// in the way of its answers.
+func (s *supervisor) bounded() (context.Context, context.CancelFunc) {
+	if s.conn != nil {
+		return s.conn.socket.withSilence(s.ctx, s.config.setupTimeout, s.config.setupPassed())
+	}
+	return context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 }
 
 // open is one try. It runs on a goroutine of its own and touches nothing of the
@@ -388,6 +402,7 @@ func (s *supervisor) askURL(ctx context.Context) (e endpoint, err error) {
 // consuming waits for the end of the session or of Run's context.
 func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
+	s.conn.served = true
 	s.retry.consuming()
 	s.hosts.worked(s.host)
 	s.pool.serve(s.session)
@@ -430,12 +445,8 @@ func (s *supervisor) failed(err error) stateFunc {
 	if s.ctx.Err() != nil || s.expired(now) {
 		return s.draining
 	}
-	kind := classify(err)
 	s.hosts.failed(s.host, err, now)
-	if errors.Is(err, errStalled) && len(s.hosts.endpoints) > 1 {
-		s.dropConnection() // the node may be the one that is cut off
-	}
-	s.keepOrReplace(kind, now)
+	s.keepOrReplace(err, now)
 	if gives, broken := s.givesUp(err); gives || broken != nil {
 		s.note(broken)
 		s.note(err)
@@ -465,17 +476,23 @@ func (s *supervisor) givesUp(err error) (bool, error) {
 	return s.config.isFatal(s.ctx, err, s.scope.abandoned)
 }
 
-// keepOrReplace gives the connection up unless it stands and has not failed its
-// sessions too often.
-func (s *supervisor) keepOrReplace(kind class, now time.Time) {
+// keepOrReplace gives the connection up unless it stands, has not failed its sessions too often or
+// owns a queue that would be lost with it, and does not lead to a node that serves nothing.
+func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	if s.conn == nil {
 		return
 	}
-	if s.conn.alive() && (s.blameless(kind) || !s.conn.escalates(now)) {
+	keep := s.conn.alive() && !s.conn.littered() && !leavesNode(err)
+	if keep && (s.owns() || s.blameless(classify(err)) || !s.conn.escalates(now)) {
 		return
 	}
 	s.dropConnection()
 }
+
+// leavesNode tells a failure that the next session would meet on the same node, while another
+// node may do better. There may be others behind a single URL, too: a load balancer, or a
+// function of the user, names the node of each dial.
+func leavesNode(err error) bool { return errors.Is(err, errStalled) }
 
 // blameless tells a failure of a session that another connection would meet too: a lock,
 // and a missing queue where no other host may know of it.

@@ -69,6 +69,11 @@ func (b *bench) run(h steadymq.Handler, opts ...steadymq.Option) {
 
 func (b *bench) make(opts ...steadymq.Option) *steadymq.Consumer {
 	b.Helper()
+	return b.makeFor(queue, opts...)
+}
+
+func (b *bench) makeFor(queue string, opts ...steadymq.Option) *steadymq.Consumer {
+	b.Helper()
 	urls := b.broker.URLs()
 	all := []steadymq.Option{
 		steadymq.WithDialer(b.broker.Dialer()),
@@ -791,7 +796,7 @@ func TestTopologyRunsForEverySessionAndMayPanic(t *testing.T) {
 		b.broker.Reset()
 		b.wait(5 * time.Second)
 		assert.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.EqualValues(b, 3, calls.Load())
+		assert.EqualValues(b, 4, calls.Load(), "one more on a new connection, for the first may have left a queue behind")
 	})
 }
 

@@ -23,7 +23,6 @@ import (
 // that takes far longer than the close limit, and bytes come in all the time.
 func TestStopOnABusyPathLetsRunningHandlersFinish(t *testing.T) {
 	bubble(t, func(b *bench) {
-		dial := b.broker.Dialer()
 		var cut, done atomic.Int32
 		b.consumingSlowly(func(ctx context.Context, _ *steadymq.Delivery) error {
 			select {
@@ -33,10 +32,7 @@ func TestStopOnABusyPathLetsRunningHandlersFinish(t *testing.T) {
 				cut.Add(1)
 			}
 			return nil
-		}, steadymq.WithDrainTimeout(time.Minute), steadymq.WithDialer(func(ctx context.Context, network, addr string) (net.Conn, error) {
-			c, err := dial(ctx, network, addr)
-			return slow(c), err // 100 KB/s
-		}))
+		}, steadymq.WithDrainTimeout(time.Minute), b.slowly(100_000))
 		for range 32 {
 			b.broker.PublishMessage(queue, steadymqtest.Message{Body: make([]byte, 100_000)})
 		}
@@ -201,9 +197,10 @@ func TestDrainErrorCountsTheHandlersOfItsOwnRun(t *testing.T) {
 	})
 }
 
-// narrow is a path of 100 KB/s.
+// narrow is a path that lets so many bytes pass in a tenth of a second.
 type narrow struct {
 	net.Conn
+	tenth  int
 	once   *sync.Once
 	closed chan struct{}
 }
@@ -213,7 +210,7 @@ func (n narrow) Read(p []byte) (int, error) {
 	case <-time.After(100 * time.Millisecond):
 	case <-n.closed:
 	}
-	return n.Conn.Read(p[:min(len(p), 10_000)])
+	return n.Conn.Read(p[:min(len(p), n.tenth)])
 }
 
 func (n narrow) Close() error {
@@ -221,7 +218,17 @@ func (n narrow) Close() error {
 	return n.Conn.Close()
 }
 
-func slow(c net.Conn) net.Conn { return narrow{c, new(sync.Once), make(chan struct{})} }
+// slowly is a dialer whose paths let so many bytes pass in a second.
+func (b *bench) slowly(rate int) steadymq.Option {
+	dial := b.broker.Dialer()
+	return steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+		c, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		return narrow{c, rate / 10, new(sync.Once), make(chan struct{})}, nil
+	})
+}
 
 func (b *bench) consumingSlowly(h steadymq.Handler, opts ...steadymq.Option) {
 	b.run(h, opts...)

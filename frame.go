@@ -30,6 +30,7 @@ const (
 	basicAck          = 60<<16 | 80
 	basicReject       = 60<<16 | 90
 	basicNack         = 60<<16 | 120
+	txSelect          = 90<<16 | 10
 
 	frameHead  = 7              // type, channel, size
 	methodHead = frameHead + 4  // and class, method

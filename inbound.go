@@ -43,7 +43,8 @@ type inbound struct {
 
 	beat  []byte        // for the driver, in place of what it does not see
 	given time.Duration // when the driver last got a frame, since the socket's start
-	took  bool          // a lane got one since
+	took  bool          // a lane got bytes since
+	fed   bool          // a lane got bytes of what was read last
 }
 
 // Read hands out what came from the broker for the driver.
@@ -76,8 +77,10 @@ func (s *socket) fill() error {
 		return nil
 	}
 	in.makeRoom()
-	if in.took || in.body > 0 {
+	if in.fed {
+		in.fed = false
 		s.delivered.Store(s.heard.Load())
+		in.lane.heard.Store(s.heard.Load())
 	}
 	s.rest()
 	n, err := s.conn.Read(in.buf[in.w:])
@@ -209,8 +212,9 @@ func (s *socket) theirs(b []byte, whole uint64) (complete bool, err error) {
 
 // piecemeal has a lane take a frame as it comes.
 func (in *inbound) piecemeal(l *lane, whole int) (complete bool) {
-	in.lane, in.body, in.took = l, whole-frameHead, true
+	in.lane, in.body = l, whole-frameHead
 	in.r += frameHead
+	in.progress()
 	return true
 }
 
@@ -277,6 +281,7 @@ func (in *inbound) header(l *lane, b []byte, whole int) (complete bool, err erro
 		return in.piecemeal(l, whole), nil
 	}
 	if len(b) < whole {
+		in.progress() // on a slow path it is a while until the rest is there
 		return false, nil
 	}
 	if err := in.skip(b, whole); err != nil { // first: the header may complete the message
@@ -286,10 +291,13 @@ func (in *inbound) header(l *lane, b []byte, whole int) (complete bool, err erro
 	return true, nil
 }
 
+// progress notes bytes of a delivery.
+func (in *inbound) progress() { in.took, in.fed = true, true }
+
 // skip goes behind a frame that a lane took.
 func (in *inbound) skip(b []byte, whole int) error {
 	in.r += whole
-	in.took = true
+	in.progress()
 	if b[whole-1] != frameEnd {
 		return garbled(errEnd)
 	}
@@ -301,6 +309,7 @@ func (in *inbound) takeBody() error {
 	b := in.buf[in.r:min(in.w, in.r+in.body)]
 	in.r += len(b)
 	in.body -= len(b)
+	in.progress()
 	if in.body > 0 {
 		in.lane.add(b, false)
 		return nil

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // lane is the way of one session's deliveries and settlements between the wire
@@ -20,6 +21,7 @@ type lane struct {
 	channel  uint16       // once basic.consume was written
 	closed   bool         // under the socket's mutex, as is channel
 	owed     atomic.Int64 // deliveries that are not settled
+	heard    atomic.Int64 // when bytes of a delivery last came, since the socket's start
 
 	aside aside // what no handler can be given
 
@@ -133,15 +135,18 @@ func (l *lane) settle(method uint32, tag uint64, bits byte) error {
 	s := l.socket
 	s.mu.Lock()
 	s.await(func() bool { return s.full(len(frame)) || s.out.within() })
-	if l.closed || s.out.off || s.closing || s.over.Load() {
+	if l.closed || s.closing || s.over.Load() {
 		s.mu.Unlock()
 		return s.err()
 	}
 	l.owed.Add(-1)
 	s.pending = append(s.pending, frame[:]...)
-	now := s.urge(s.mustGo(l))
+	tell, wait := s.flush.settled(time.Since(s.start), l.prefetch)
+	if wait > 0 {
+		s.delay.Reset(wait)
+	}
 	s.mu.Unlock()
-	if now {
+	if tell {
 		s.nudge()
 	}
 	return nil
@@ -159,6 +164,7 @@ type lanes struct {
 	expected map[string]*lane // by consumer tag, until its basic.consume is written
 	open     map[uint16]*lane // by channel
 	past     map[uint16]*lane // closed ones, until the channel is opened again
+	misuse   misuse
 }
 
 // learn takes a frame that the driver writes, or at least its beginning.
@@ -171,7 +177,11 @@ func (ls *lanes) learn(p []byte) {
 			delete(ls.expected, tag)
 			l.channel, l.closed = channel, false
 			ls.open[channel] = l
+		} else {
+			ls.misuse.consumers++
 		}
+	case txSelect:
+		ls.misuse.transactions++
 	case channelOpen:
 		ls.end(channel)
 		delete(ls.past, channel)

@@ -12,7 +12,8 @@ import (
 type notices struct {
 	held, overdue, limit, unreadable thinned
 	connecting                       thinned
-	slow, limitKept                  atomic.Bool
+	slow, limitKept, renamed         atomic.Bool
+	blind, consumed                  atomic.Bool
 }
 
 // thinned lets one line pass at a time and counts the others.

@@ -260,25 +260,25 @@ func TestExchangeIsDeclaredBeforeItsBindings(t *testing.T) {
 func TestNewRefusesDeclarationsThatCannotWork(t *testing.T) {
 	long := strings.Repeat("x", 256)
 	for reason, q := range map[string]steadymq.Queue{
-		"DeadLetter is empty":        {DeadLetter: &steadymq.DeadLetter{}},
-		"not for streams":            {Type: "stream", DeadLetter: &steadymq.DeadLetter{Queue: "d"}},
-		"leave one out":              {DeadLetter: &steadymq.DeadLetter{Queue: "d"}, Args: amqp.Table{"x-dead-letter-exchange": ""}},
-		"say the same":               {DeadLetter: &steadymq.DeadLetter{Queue: "d"}, Args: amqp.Table{"x-dead-letter-routing-key": "d"}},
-		"either Queue":               {DeadLetter: &steadymq.DeadLetter{Queue: "d", Exchange: "x"}},
-		"which exist already":        {DeadLetter: &steadymq.DeadLetter{Queue: "d", Key: "k"}},
-		"leads back into the queue":  {DeadLetter: &steadymq.DeadLetter{Queue: jobs}},
-		"at once and for ever":       {DeadLetter: &steadymq.DeadLetter{Key: jobs}},
-		"DeadLetter.Queue has 256":   {DeadLetter: &steadymq.DeadLetter{Queue: long}},
-		"DeadLetter.Exchange has":    {DeadLetter: &steadymq.DeadLetter{Exchange: long}},
-		"DeadLetter.Key has 256":     {DeadLetter: &steadymq.DeadLetter{Exchange: "x", Key: long}},
-		"Exchange needs a Name":      {Exchange: &steadymq.Exchange{Kind: "topic"}, Bindings: []steadymq.Binding{{}}},
-		`got "tpoic"`:                {Exchange: &steadymq.Exchange{Name: "x", Kind: "tpoic"}, Bindings: []steadymq.Binding{{}}},
-		"Exchange.Name has 256":      {Exchange: &steadymq.Exchange{Name: long}, Bindings: []steadymq.Binding{{}}},
-		"Exchange.Args holds":        {Exchange: &steadymq.Exchange{Name: "x", Args: amqp.Table{"x": struct{}{}}}, Bindings: []steadymq.Binding{{}}},
-		"none of Bindings uses it":   {Exchange: &steadymq.Exchange{Name: "x"}},
-		"Bindings[0] names no":       {Bindings: []steadymq.Binding{{Key: "k"}}},
-		"Bindings' Key has 256":      {Bindings: []steadymq.Binding{{Exchange: "x", Key: long}}},
-		"Bindings' Exchange has 256": {Bindings: []steadymq.Binding{{Exchange: long}}},
+		"DeadLetter is empty":       {DeadLetter: &steadymq.DeadLetter{}},
+		"not for streams":           {Type: "stream", DeadLetter: &steadymq.DeadLetter{Queue: "d"}},
+		"leave one out":             {DeadLetter: &steadymq.DeadLetter{Queue: "d"}, Args: amqp.Table{"x-dead-letter-exchange": ""}},
+		"say the same":              {DeadLetter: &steadymq.DeadLetter{Queue: "d"}, Args: amqp.Table{"x-dead-letter-routing-key": "d"}},
+		"either Queue":              {DeadLetter: &steadymq.DeadLetter{Queue: "d", Exchange: "x"}},
+		"which exist already":       {DeadLetter: &steadymq.DeadLetter{Queue: "d", Key: "k"}},
+		"leads back into the queue": {DeadLetter: &steadymq.DeadLetter{Queue: jobs}},
+		"at once and for ever":      {DeadLetter: &steadymq.DeadLetter{Key: jobs}},
+		"DeadLetter.Queue has 256":  {DeadLetter: &steadymq.DeadLetter{Queue: long}},
+		"DeadLetter.Exchange has":   {DeadLetter: &steadymq.DeadLetter{Exchange: long}},
+		"DeadLetter.Key has 256":    {DeadLetter: &steadymq.DeadLetter{Exchange: "x", Key: long}},
+		"Exchange needs a Name":     {Exchange: &steadymq.Exchange{Kind: "topic"}, Bindings: []steadymq.Binding{{}}},
+		`got "tpoic"`:               {Exchange: &steadymq.Exchange{Name: "x", Kind: "tpoic"}, Bindings: []steadymq.Binding{{}}},
+		"Exchange.Name has 256":     {Exchange: &steadymq.Exchange{Name: long}, Bindings: []steadymq.Binding{{}}},
+		"Exchange.Args: key":        {Exchange: &steadymq.Exchange{Name: "x", Args: amqp.Table{"x": struct{}{}}}, Bindings: []steadymq.Binding{{}}},
+		"none of Bindings uses it":  {Exchange: &steadymq.Exchange{Name: "x"}},
+		"Bindings[0] names no":      {Bindings: []steadymq.Binding{{Key: "k"}}},
+		"Bindings[0].Key has 256":   {Bindings: []steadymq.Binding{{Exchange: "x", Key: long}}},
+		"Bindings[0].Exchange has":  {Bindings: []steadymq.Binding{{Exchange: long}}},
 	} {
 		t.Run(reason, func(t *testing.T) {
 			_, err := steadymq.New("amqp://h/", jobs, steadymq.WithQueue(q))
@@ -432,4 +432,25 @@ func comesBack(t *testing.T, b *rabbit.Broker, queue string, n int, log *logBuff
 	stop()
 	require.NoError(t, <-done)
 	return came
+}
+
+// Since 4.3 a quorum queue counts failures only, and says of what came back otherwise no more than
+// that it was acquired.
+func TestMessageThatNoHandlerHasSeenIsAtItsFirstAttempt(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.of("quorum")
+		b.publish(2, "m")
+		release := make(chan struct{})
+		b.consuming(func(context.Context, *steadymq.Delivery) error { <-release; return nil }, steadymq.WithConcurrency(1))
+		b.wait(time.Second)
+		go func() { b.wait(time.Second); close(release) }()
+		assert.NoError(b, b.stop())
+		var attempts []int
+		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			attempts = append(attempts, d.Attempt())
+			return nil
+		})
+		b.wait(time.Second)
+		assert.Equal(b, []int{1}, attempts)
+	})
 }

@@ -144,7 +144,7 @@ func nodeCells() []cell {
 
 // allCells are those of one node, and those that need somebody to sign certificates.
 func allCells(ca *authority) (all []cell) {
-	for _, c := range slices.Concat(nodeCells(), loginCells(ca), startCells()) {
+	for _, c := range slices.Concat(nodeCells(), loginCells(ca), startCells(), failingCells()) {
 		if c.by != bothWay {
 			all = append(all, c)
 			continue
@@ -532,9 +532,7 @@ func deliveryLimit(r *trial) {
 	assert.Equal(r, []int{1, 2, 3, 4}, attempts)
 	assert.Equal(r, []int{1, 2, 3, 4}, dropped, "and then the broker drops it")
 	mu.Unlock()
-	r.ledger.mu.Lock()
-	delete(r.ledger.confirmed, 1) // it was the broker's to drop
-	r.ledger.mu.Unlock()
+	r.ledger.forget(1) // it was the broker's to drop
 	r.judge()
 }
 
@@ -832,12 +830,12 @@ func (r *trial) withoutVhost(take func(context.Context, string) error, reason st
 	r.begin()
 	r.feeder.stop()
 	r.settledAll()
+	lost := time.Now()
 	r.ok(take(r.Context(), r.vhost))
 	r.told(reason, 10*time.Second)
 	r.pause(2 * time.Second)
-	at := time.Now()
 	r.ok(giveBack(r.Context(), r.vhost))
-	r.atNextTry(at, time.Now())
+	r.atNextTry(lost, time.Now())
 	r.feed()
 	r.judge()
 }

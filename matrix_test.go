@@ -86,7 +86,7 @@ func kinds() []kind { return []kind{classic, quorum, stream} }
 // cell is one fault on one kind of queue of one broker. Those of a fault differ in nothing but that.
 type cell struct {
 	fault string
-	rows  string // of the fault table
+	rows  string // of docs/FAULTS.md
 	// not says why the fault cannot be had there, "" if it can.
 	not func(rabbit.Generation, kind) string
 	by  way
@@ -193,11 +193,12 @@ func (r *trial) consuming() {
 	r.must(20*time.Second, "consuming", func() bool { return r.consumer.State() == steadymq.Consuming })
 }
 
-// told waits until a failure was reported whose text holds reason.
+// told waits until a failure was reported whose text holds reason, and holds the time that takes from now on against the limit.
 func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
 	r.Helper()
 	var found steadymq.StateChange
-	r.must(limit, fmt.Sprintf("a failure that says %q", reason), func() bool {
+	since := time.Now()
+	r.must(limit+10*time.Second, fmt.Sprintf("a failure that says %q", reason), func() bool {
 		for _, c := range r.history() {
 			if c.Cause != nil && strings.Contains(c.Cause.Error(), reason) {
 				found = c
@@ -206,6 +207,7 @@ func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
 		}
 		return false
 	})
+	r.inTime(found.Time.Sub(since), limit, fmt.Sprintf("time until it is told of %q", reason))
 	return found
 }
 
@@ -428,9 +430,10 @@ func (m *matrix) String() string {
 		fmt.Fprintf(&b, "- %s: %d cells, such as %s.\n", reason, len(reasons[reason]), reasons[reason][0])
 	}
 	b.WriteString(matrixTail)
-	for n := 1; n <= lastRow; n++ {
-		if reason, ok := elsewhere[strconv.Itoa(n)]; ok {
-			fmt.Fprintf(&b, "- Row %d: %s.\n", n, reason)
+	rows, _ := judgedBy() // another test reads it, too
+	for i, judged := range rows {
+		if reason, ok := strings.CutPrefix(judged, "no cell: "); ok {
+			fmt.Fprintf(&b, "- Row %d: %s.\n", i+1, reason)
 		}
 	}
 	return b.String()
@@ -461,7 +464,7 @@ wire there, nor over TLS: the consumer's own account of its acks is held against
 A field holds the time until the consumer was consuming again and the number of messages that were handled twice. The time counts from the
 fault where nothing has to be restored first, else from the moment the path, the broker or the permission was back. Heartbeats are 2 s,
 the setup limit 3 s, the prefetch 16, with 4 workers. "Nothing to heal" means that the session lived through it, as it should, or
-that Run told at the start why there can be none. Rows are those of the table of faults.
+that Run told at the start why there can be none. Rows are those of the table of faults in FAULTS.md.
 
 `
 
@@ -474,61 +477,91 @@ the broker has its key.
 
 `
 
-// elsewhere says why a row of the fault table has no cell, and which tests it has instead.
-var elsewhere = map[string]string{
-	"9":  "the frame size is the library's own and not below 8192",
-	"18": "a closed window takes more acks than a broker can be made to leave unread: TestZeroWindowUnderAHundredThousandAcks, TestZeroWindowUnderTheDriverOnARealSocket",
-	"21": "nothing a consumer does is answered with one of these: TestEveryFailureHasItsClass",
-	"22": "no automatic acks, prefetch sizes or global qos are sent, and no reject or nack on what is known to be a stream",
-	"31": "a consumer opens a few channels on a connection of its own, and takes a new one where that is too many: TestEveryFailureHasItsClass",
-	"42": "multiple=true cannot be sent: TestMultipleAcksAreRefusedAndSettleNothing",
-	"48": "New refuses shared transient queues: TestNewRefusesBadInputAllAtOnceWithoutShowingTheURL",
-	"49": "the stall detector and the look for a stream declare passively, on channels of their own, and a refusal tells them nothing",
-	"50": "the prefetch is always per consumer",
-	"51": "there is one consumer on a channel",
-	"52": "every session has a tag of its own",
-	"61": "RabbitMQ never sends it, and it would be the driver's: TestLaneTakesItsDeliveriesAndTheDriverAllElse",
-	"62": "headers are read as the driver reads them, whatever they are: FuzzMessage",
-	"65": "New refuses it: TestNewRefusesBadInputAllAtOnceWithoutShowingTheURL",
+// faultTable is the file with the table of faults.
+const faultTable = "docs/FAULTS.md"
+
+var (
+	faultLine = regexp.MustCompile(`(?m)^\| (\d+) \| .* \| ([^|]*) \|$`)
+	cellName  = regexp.MustCompile(`\*([^*]+)\*`)
+	testName  = regexp.MustCompile(`\b(Test|Fuzz)[A-Z]\w+`)
+)
+
+// judgedBy reads the last column of the table of faults, by row.
+func judgedBy() (rows []string, err error) {
+	text, err := os.ReadFile(faultTable)
+	if err != nil {
+		return nil, err
+	}
+	for _, line := range faultLine.FindAllStringSubmatch(string(text), -1) {
+		if line[1] != strconv.Itoa(len(rows)+1) {
+			return nil, fmt.Errorf("%s: row %s where %d was expected", faultTable, line[1], len(rows)+1)
+		}
+		rows = append(rows, line[2])
+	}
+	return rows, nil
 }
 
-// lastRow is the number of rows in the table of faults.
-const lastRow = 65
-
-func TestEveryRowOfTheFaultTableIsACellOrSaysWhyNot(t *testing.T) {
-	has := map[string]bool{}
-	note := func(rows string) {
+// cellsByRow are the names of the cells of each row of the table.
+func cellsByRow() map[string][]string {
+	cells := map[string][]string{}
+	note := func(fault, rows string) {
+		fault = strings.TrimSuffix(fault, ", direct")
 		for row := range strings.SplitSeq(rows, ", ") {
-			has[row] = true
+			if !slices.Contains(cells[row], fault) {
+				cells[row] = append(cells[row], fault)
+			}
 		}
 	}
 	for _, c := range allCells(nil) {
 		if c.somewhere() {
-			note(c.rows)
+			note(c.fault, c.rows)
 		}
 	}
 	for _, e := range wholeNode(nil) {
 		if (cell{not: e.not}).somewhere() {
-			note(e.rows)
+			note(e.fault, e.rows)
 		}
 	}
-	for _, e := range clusterEvents(&rabbit.Cluster{Nodes: make([]*rabbit.Broker, 3)}, rabbit.Gen43) {
-		note(e.rows)
+	for _, g := range rabbit.Generations() {
+		for _, e := range clusterEvents(&rabbit.Cluster{Nodes: make([]*rabbit.Broker, 3)}, g) {
+			note(e.fault, e.rows)
+		}
 	}
-	var tests strings.Builder
-	files, err := filepath.Glob("*_test.go")
+	return cells
+}
+
+func TestEveryRowOfTheFaultTableIsACellOrSaysWhyNot(t *testing.T) {
+	rows, err := judgedBy()
 	require.NoError(t, err)
-	for _, name := range files {
-		text, err := os.ReadFile(name) //nolint:gosec // our own
-		require.NoError(t, err)
-		tests.Write(text)
+	cells := cellsByRow()
+	tests := sourceOfTests(t)
+	for i, judged := range rows {
+		row := strconv.Itoa(i + 1)
+		var named []string
+		for _, m := range cellName.FindAllStringSubmatch(judged, -1) {
+			named = append(named, m[1])
+		}
+		assert.ElementsMatch(t, cells[row], named, "row %s: the matrix has the one, %s names the other", row, faultTable)
+		assert.Equal(t, len(cells[row]) == 0, strings.HasPrefix(judged, "no cell: "), "row %s: a cell or the reason why there is none", row)
+		for _, name := range testName.FindAllString(judged, -1) {
+			assert.Contains(t, tests, "\nfunc "+name+"(", "row %s", row)
+		}
+		delete(cells, row)
 	}
-	for n := 1; n <= lastRow; n++ {
-		row := strconv.Itoa(n)
-		reason, said := elsewhere[row]
-		assert.True(t, has[row] != said, "row %d: a cell %v, a reason %v", n, has[row], said)
-		for _, name := range regexp.MustCompile(`(Test|Fuzz)[A-Z]\w+`).FindAllString(reason, -1) {
-			assert.Contains(t, tests.String(), "\nfunc "+name+"(", "row %d", n)
+	assert.Empty(t, cells, "rows that %s does not have", faultTable)
+}
+
+// sourceOfTests is that of the packages whose tests the table names.
+func sourceOfTests(t *testing.T) string {
+	var tests strings.Builder
+	for _, pattern := range []string{"*_test.go", "internal/router/*_test.go", "steadymqtest/*_test.go"} {
+		files, err := filepath.Glob(pattern)
+		require.NoError(t, err)
+		for _, name := range files {
+			text, err := os.ReadFile(name) //nolint:gosec // our own
+			require.NoError(t, err)
+			tests.Write(text)
 		}
 	}
+	return tests.String()
 }

@@ -1,6 +1,7 @@
 package steadymq_test
 
 import (
+	"log/slog"
 	"runtime"
 	"testing"
 	"time"
@@ -63,5 +64,61 @@ func TestHandlerThatHangsKeepsNoLaterSessionsInMemory(t *testing.T) {
 		close(release)
 		cycle(2)
 		t.Logf("%d bytes per session while the handler hangs, %d after it has returned", kept, (heap()-before)/300)
+	}, steadymqtest.WithoutLedger())
+}
+
+// What a session has used is gone with it: whatever keeps a piece of each is found after months.
+func TestLostSessionsLeaveNothingInMemory(t *testing.T) {
+	for name, lose := range map[string]func(b *bench){
+		"with their connection": func(b *bench) { b.broker.Reset() },
+		"with their channel":    func(b *bench) { b.broker.CloseChannels(406, "PRECONDITION_FAILED - unknown delivery tag 7") },
+		"by basic.cancel":       func(b *bench) { b.broker.CancelConsumers(queue) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(b *bench) {
+				quiet := steadymq.Hooks{HandlerFailed: func(*steadymq.Delivery, error) {}}
+				b.consuming(ack, steadymq.WithPrefetch(1000), steadymq.WithStallDetector(time.Minute),
+					steadymq.WithLogger(slog.New(slog.DiscardHandler)), steadymq.WithHooks(quiet)) // those of the bench keep all
+				cycle := func(n int) {
+					for range n {
+						b.wait(11 * time.Second)
+						b.broker.Publish(queue, "tea")
+						b.wait(time.Second)
+						lose(b)
+					}
+					b.wait(time.Minute) // what is on its way out is gone
+				}
+				cycle(20)
+				before, sessions := heap(), b.consumer.Stats().Sessions
+				cycle(300)
+				kept := (heap() - before) / 300
+				require.EqualValues(b, 300, b.consumer.Stats().Sessions-sessions)
+				t.Logf("%d bytes kept per lost session", kept)
+				assert.Less(b, kept, 600, "bytes kept per lost session: what the kit remembers")
+			}, steadymqtest.WithoutLedger())
+		})
+	}
+}
+
+// An idle consumer has a connection, a session and its queue of events; what the broker in the
+// same process keeps for it counts here as well.
+func TestIdleConsumerIsSmall(t *testing.T) {
+	bubble(t, func(b *bench) {
+		const consumers = 50
+		b.consuming(ack)
+		before, goroutines := heap(), runtime.NumGoroutine()
+		stops := make([]func() error, consumers)
+		for i := range consumers {
+			other := &bench{T: b.T, broker: b.broker, log: b.log}
+			other.run(ack)
+			stops[i] = other.stop
+		}
+		b.wait(time.Minute)
+		each := (heap() - before) / consumers
+		t.Logf("an idle consumer has %d bytes and %d goroutines, with the broker's share", each, (runtime.NumGoroutine()-goroutines)/consumers)
+		assert.Less(b, each, 256<<10)
+		for _, stop := range stops {
+			require.NoError(b, stop())
+		}
 	}, steadymqtest.WithoutLedger())
 }

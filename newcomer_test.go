@@ -77,7 +77,7 @@ func TestNewcomersMistakesThatNewRefuses(t *testing.T) {
 		"exclusive quorum queue":     {good, "q", queueOf(steadymq.Queue{Exclusive: true}), inQueue + "a quorum queue can be neither exclusive, auto-delete nor transient; use a classic queue"},
 		"transient queue for many":   {good, "q", queueOf(steadymq.Queue{Type: "classic", Transient: true}), inQueue + "a transient queue must be exclusive: RabbitMQ 4.3 refuses shared transient queues (541)"},
 		"two kinds of queue":         {good, "q", queueOf(steadymq.Queue{Args: amqp.Table{"x-queue-type": "classic"}}), inQueue + `Args has x-queue-type classic, Type says "quorum"`},
-		"argument AMQP cannot carry": {good, "q", queueOf(steadymq.Queue{Args: amqp.Table{"x-expires": time.Hour}}), inQueue + "Args holds a value AMQP cannot carry: table field \"x-expires\" value time.Duration not supported"},
+		"argument AMQP cannot carry": {good, "q", queueOf(steadymq.Queue{Args: amqp.Table{"x-expires": time.Hour}}), inQueue + "Args: key \"x-expires\" holds a value of type time.Duration, which AMQP cannot carry; it carries bool, int, int8 to int64, uint8 to uint32, float32, float64, string, []byte, time.Time, amqp.Decimal, amqp.Table and []any"},
 		"only consumer of a quorum queue": {
 			good, "q", append(queueOf(steadymq.Queue{}), steadymq.WithExclusive()),
 			"steadymq: WithExclusive: a quorum queue takes no notice of an exclusive consumer; declare it with Args x-single-active-consumer instead",

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -29,8 +28,26 @@ type Middleware func(next Handler) Handler
 // for every session, on its fresh channel, so everything in it must be
 // idempotent. ctx ends with the setup limit, which also closes the socket under
 // the channel. An error is retried like any failure of the setup; wrap the
-// *amqp.Error of the channel with %w so that it can be classified. The channel
-// must not be used after the function has returned, nor be consumed from.
+// *amqp.Error of the channel with %w so that it can be classified.
+//
+// The channel is the session's: it must not be used after the function has returned, nor be
+// consumed from, for nobody settles what is delivered there. A function that makes it
+// transactional (Tx), which would keep every ack from taking effect, is refused, and so is the
+// name of a queue that AMQP cannot carry. Confirm mode does no harm. Publish on a connection of
+// your own: RabbitMQ stops reading one that has published while memory or disk run low, acks
+// included.
+//
+// A queue that is exclusive, or that the broker names, lives as long as the
+// connection, and a connection has many sessions: the next one is on the same
+// connection unless that was lost. Let the function return the same name again, which
+// a declare of an exclusive queue by name does. If it returns another name than before
+// on the same connection, as one does that lets the broker name the queue, then the
+// connection is replaced and the function called once more, on the new one: the queue
+// from before would stay behind, bound and unread. What was in it is lost. Nor can it
+// be known what a function has declared: a connection on which it has failed three
+// times is replaced, for each time it may have left a queue behind, and so is one whose
+// sessions fail three times within 30 s. [WithQueue] keeps an exclusive queue over all
+// that, whoever names it.
 type TopologyFunc func(ctx context.Context, ch *amqp.Channel) (queue string, err error)
 
 // Queue is the common declare, for WithQueue. The zero value is a durable quorum
@@ -41,11 +58,18 @@ type Queue struct {
 	// Transient makes the queue not survive a broker restart. Only for
 	// exclusive classic queues: RabbitMQ 4.3 refuses shared transient queues.
 	Transient bool
-	// Exclusive limits the queue to this connection; it is gone with it. Only
-	// for classic queues.
+	// Exclusive limits the queue to this connection. It is gone with it, and what
+	// is in it is lost. Only for classic queues. If New was given no name, the
+	// broker names it.
+	//
+	// As long as the connection lives the next session consumes from the same
+	// queue, under the same name, and misses nothing; if it is gone it is declared
+	// anew at once. Failures of sessions do not replace the connection then. What
+	// does is that it ends, that a set-up on it outlasts its limit, or a stall on it
+	// (WithStallDetector): a queue that delivers nothing is given up, messages and all.
 	Exclusive bool
-	// AutoDelete deletes the queue when its last consumer leaves. Only for
-	// classic queues.
+	// AutoDelete deletes the queue when its last consumer leaves, and a session
+	// that is lost is one: what is in it is lost then. Only for classic queues.
 	AutoDelete bool
 	// Exchange is declared before the queue, for Bindings that name no other.
 	// nil: they name exchanges that exist already.
@@ -291,15 +315,21 @@ func WithDialTimeout(d time.Duration) Option {
 }
 
 // WithSetupTimeout bounds a whole try, from dial to the broker's consume-ok,
-// topology included. Past it the socket is closed. Default 15 s, which leaves a
-// broker its own 10 s of handshake and 3 s of silence after a wrong password;
-// range 1 ms to 24 h.
+// topology included. Past it the socket is closed, once no other session lives there.
+// Default 15 s, which leaves a broker its own 10 s of handshake and 3 s of silence after
+// a wrong password; range 1 ms to 24 h.
+//
+// A try for a session on a connection that stands already may find deliveries in its
+// way, which on a slow path take minutes: there the limit counts the silence after the
+// last bytes of a delivery, and the try takes ten times the limit at most.
 func WithSetupTimeout(d time.Duration) Option {
 	return func(c *config) { c.setupTimeout = d; c.duration("WithSetupTimeout", d) }
 }
 
-// WithCloseTimeout bounds the orderly end of a connection; past it the socket is
-// closed under it. Default 5 s, range 1 ms to 24 h.
+// WithCloseTimeout bounds the orderly end of a session, and of its connection; past it
+// the socket is closed under it. Default 5 s, range 1 ms to 24 h. For a session it counts
+// the silence after the last bytes of a delivery, which may be in the way of the broker's
+// answer, as long as the drain limit allows.
 func WithCloseTimeout(d time.Duration) Option {
 	return func(c *config) { c.closeTimeout = d; c.duration("WithCloseTimeout", d) }
 }
@@ -396,7 +426,7 @@ func WithTopology(declare TopologyFunc) Option {
 
 // WithQueue declares the queue given to New, and what goes with it, before every
 // session. Without WithQueue or WithTopology the queue must exist, and is waited
-// for while it does not.
+// for while it does not. q is copied, with all that it holds.
 func WithQueue(q Queue) Option {
 	return func(c *config) {
 		own := q // New completes it
@@ -405,7 +435,8 @@ func WithQueue(q Queue) Option {
 }
 
 // WithConsumeArgs sets arguments of basic.consume, such as "x-priority",
-// "x-consumer-timeout" or "x-stream-offset". The table is copied.
+// "x-consumer-timeout" or "x-stream-offset". The table is copied, with all that it
+// holds.
 //
 // A stream is consumed like any queue, but must be named as one, by
 // "x-stream-offset" here (first, last, next, a number or a time) or by WithQueue:
@@ -417,13 +448,7 @@ func WithQueue(q Queue) Option {
 // while the consumer is away, looks like the old one: give it a new name.
 func WithConsumeArgs(args amqp.Table) Option {
 	return func(c *config) {
-		c.consumeArgs = cloneTable(args)
-		if err := args.Validate(); err != nil {
-			c.refuse("WithConsumeArgs", "holds a value AMQP cannot carry: %v", err)
-		}
-		if early(args) {
-			c.refuse("WithConsumeArgs", "holds a time before 1970, which AMQP cannot carry")
-		}
+		c.consumeArgs = c.takeTable("WithConsumeArgs", "", args)
 	}
 }
 
@@ -442,7 +467,9 @@ func WithConsumerTag(prefix string) Option {
 		c.tagPrefix = prefix
 		if prefix == "" || len(prefix) > maxTagPrefix {
 			c.refuse("WithConsumerTag", "must have 1 to %d bytes, got %d", maxTagPrefix, len(prefix))
+			return
 		}
+		c.shortString("WithConsumerTag", "the tag", prefix)
 	}
 }
 
@@ -485,13 +512,14 @@ func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
 	}
 }
 
-// WithTLSConfig sets the TLS configuration of amqps URLs. It is cloned for every
-// dial, and its ServerName filled per host if empty. TLS below 1.2 is refused.
+// WithTLSConfig sets the TLS configuration of amqps URLs. It is copied, with its root and
+// own certificates: for those that change set GetClientCertificate or VerifyConnection. Its
+// ServerName is filled per host if empty. TLS below 1.2 is refused.
 // Without it the system's roots and the URL's own parameters (cacertfile,
 // certfile, keyfile, server_name_indication) are used.
 func WithTLSConfig(t *tls.Config) Option {
 	return func(c *config) {
-		c.tls = t
+		c.tls = copyTLS(t)
 		switch {
 		case t == nil:
 			c.refuse("WithTLSConfig", "must not be nil; leave it out for the system's roots")
@@ -509,7 +537,7 @@ func WithTLSConfig(t *tls.Config) Option {
 // failed try.
 func WithSASL(mechanisms ...amqp.Authentication) Option {
 	return func(c *config) {
-		c.sasl = mechanisms
+		c.sasl = slices.Clone(mechanisms)
 		if len(mechanisms) == 0 {
 			c.refuse("WithSASL", "needs at least one mechanism")
 		}
@@ -539,7 +567,7 @@ func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
 }
 
 // WithStallDetector looks for a consumer that is alive on paper only: for the given
-// time nothing was delivered and nothing settled, although the prefetch is not
+// time no byte of a delivery came and nothing was settled, although the prefetch is not
 // full. It then asks the queue, by a passive declare on a channel of its own, which
 // needs the configure permission on RabbitMQ 4.3. The silence is a stall if one of
 // these is so, and is so still up to 5 s later:
@@ -550,23 +578,32 @@ func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
 //   - Most of all hosts, three or more being given, say that messages wait for this
 //     consumer, or that the stream is longer (this host is cut off). They are asked
 //     over a connection for one question each, not counted in [Stats].
+//   - The queue does not answer within the setup limit. Here that counts the silence
+//     after the last bytes of a delivery, which may be in the way of the answer, and is
+//     over after ten times as long in any case.
 //
-// Then the session is lost with a cause that says so, and replaced, on another host
-// if there is one. So it is when the queue does not answer within the setup limit.
-// From the start of the silence that takes at most twice the given time and 5 s, on
-// a stream three times, plus the time the answers take.
+// Then the session is lost with a cause that says so, and its connection is given up:
+// the next one is opened to another host if there is one, and behind one URL (a load
+// balancer) or WithURLFunc wherever that leads. From the start of the silence that
+// takes at most twice the given time and 5 s, on a stream three times, plus the time
+// the answers take.
+//
+// If the broker does not let it ask, or the connection has no channel left (channel_max),
+// it notices nothing; a warning says so, once in a Run.
 //
 // With other consumers on the queue silence is normal (single active consumer,
 // priorities) and nothing is done. A quorum queue counts only its active consumer:
 // where x-single-active-consumer is set, declare the queue by WithQueue so that this
 // is known, or leave the detector out. Nor is it for a stream that the consumer does
-// not know to be one, by WithQueue or x-stream-offset.
+// not know to be one, by WithQueue or x-stream-offset, or as long as that offset is
+// ahead of the stream.
 //
 // What it cannot see: a leader that lost its majority answers from what it knew
 // before. What is published through it since is in no queue and not confirmed until
 // the majority is back (seen on RabbitMQ 4.0 and 4.3: "0 messages, 1 consumer"), so
 // the consumer of a queue that was empty waits for that, and nothing tells. With one
-// or two hosts nothing tells what the other side of a partition has, either. No
+// or two hosts nothing tells what the other side of a partition has, either, nor with
+// one URL of a load balancer or WithURLFunc: whom to ask is not known. No
 // session, old or new, gets messages from a queue without majority: replacing it
 // helps where another host has one.
 //
@@ -749,8 +786,9 @@ func (c *config) checkQueue() {
 	if c.queue == "" && c.topology == nil && (q == nil || q.Type != "classic" || !q.Exclusive) {
 		c.refuse("New", "the queue name is empty; give it, or WithTopology, or WithQueue with an exclusive classic queue, whose name the broker may choose")
 	}
-	if len(c.queue) > 255 {
-		c.refuse("New", "the queue name has %d bytes, AMQP allows 255", len(c.queue))
+	c.shortString("New", "the queue name", c.queue)
+	if strings.ContainsAny(c.queue, "\r\n") {
+		c.refuse("New", "the queue name %q has a line break, and RabbitMQ takes those out of the names of queues: none has this one", c.queue)
 	}
 	if q != nil {
 		c.checkDeclare(q)
@@ -777,13 +815,7 @@ func (c *config) checkDeclare(q *Queue) {
 	if q.Transient && !q.Exclusive {
 		c.refuse("WithQueue", "a transient queue must be exclusive: RabbitMQ 4.3 refuses shared transient queues (541)")
 	}
-	if err := q.Args.Validate(); err != nil {
-		c.refuse("WithQueue", "Args holds a value AMQP cannot carry: %v", err)
-	}
-	if early(q.Args) {
-		c.refuse("WithQueue", "Args holds a time before 1970, which AMQP cannot carry")
-	}
-	if q.Args = cloneTable(q.Args); q.Args == nil {
+	if q.Args = c.takeTable("WithQueue", "Args", q.Args); q.Args == nil {
 		q.Args = amqp.Table{}
 	}
 	if t, ok := q.Args["x-queue-type"]; ok && t != q.Type {
@@ -796,7 +828,7 @@ func (c *config) checkExchange(q *Queue) {
 	own := ""
 	if q.Exchange != nil {
 		x := *q.Exchange
-		x.Args = cloneTable(x.Args)
+		x.Args = c.takeTable("WithQueue", "Exchange.Args", x.Args)
 		if x.Kind == "" {
 			x.Kind = "direct"
 		}
@@ -807,14 +839,16 @@ func (c *config) checkExchange(q *Queue) {
 	used := false
 	for i := range q.Bindings {
 		b := &q.Bindings[i]
+		place := fmt.Sprintf("Bindings[%d]", i)
+		b.Args = c.takeTable("WithQueue", place+".Args", b.Args)
+		c.shortString("WithQueue", place+".Key", b.Key)
+		c.shortString("WithQueue", place+".Exchange", b.Exchange)
 		if b.Exchange == "" && q.Exchange == nil {
-			c.refuse("WithQueue", "Bindings[%d] names no exchange; the default exchange leads to every queue by its name already, and takes no bindings", i)
+			c.refuse("WithQueue", "%s names no exchange; the default exchange leads to every queue by its name already, and takes no bindings", place)
 			continue
 		}
 		b.Exchange = cmp.Or(b.Exchange, own)
 		used = used || b.Exchange == own
-		c.checkName("Bindings' Exchange", b.Exchange)
-		c.checkName("Bindings' Key", b.Key)
 	}
 	if q.Exchange != nil && !used {
 		c.refuse("WithQueue", "Exchange %q is declared, and none of Bindings uses it; add Binding{Key: ...}, which is bound to it", own)
@@ -828,18 +862,8 @@ func (c *config) checkKind(x *Exchange) {
 	case !slices.Contains([]string{"direct", "fanout", "topic", "headers"}, x.Kind) && !strings.HasPrefix(x.Kind, "x-"):
 		c.refuse("WithQueue", `Exchange.Kind must be "direct", "fanout", "topic", "headers" or begin with "x-", got %q`, x.Kind)
 	}
-	c.checkName("Exchange.Name", x.Name)
-	c.checkName("Exchange.Kind", x.Kind)
-	if err := x.Args.Validate(); err != nil {
-		c.refuse("WithQueue", "Exchange.Args holds a value AMQP cannot carry: %v", err)
-	}
-}
-
-// checkName checks what AMQP calls a short string.
-func (c *config) checkName(what, name string) {
-	if len(name) > 255 {
-		c.refuse("WithQueue", "%s has %d bytes, AMQP allows 255", what, len(name))
-	}
+	c.shortString("WithQueue", "Exchange.Name", x.Name)
+	c.shortString("WithQueue", "Exchange.Kind", x.Kind)
 }
 
 // checkDeadLetter also turns it into arguments.
@@ -863,9 +887,9 @@ func (c *config) checkDeadLetter(q *Queue) {
 	case dead.Queue != "" && dead.Queue == c.queue, dead.Exchange == "" && dead.Key != "" && dead.Key == c.queue:
 		c.refuse("WithQueue", "DeadLetter leads back into the queue %q itself, at once and for ever", c.queue)
 	}
-	c.checkName("DeadLetter.Queue", dead.Queue)
-	c.checkName("DeadLetter.Exchange", dead.Exchange)
-	c.checkName("DeadLetter.Key", dead.Key)
+	c.shortString("WithQueue", "DeadLetter.Queue", dead.Queue)
+	c.shortString("WithQueue", "DeadLetter.Exchange", dead.Exchange)
+	c.shortString("WithQueue", "DeadLetter.Key", dead.Key)
 	q.Args["x-dead-letter-exchange"] = dead.Exchange
 	if to := cmp.Or(dead.Queue, dead.Key); to != "" {
 		q.Args["x-dead-letter-routing-key"] = to
@@ -893,32 +917,4 @@ func (c *config) checkTogether() {
 func (c *config) stream() bool {
 	_, offset := c.consumeArgs["x-stream-offset"]
 	return offset || c.declare != nil && c.declare.Type == "stream"
-}
-
-// early finds a time that the driver would turn into one of the far future: AMQP counts
-// seconds from 1970, unsigned.
-func early(value any) bool {
-	switch v := value.(type) {
-	case time.Time:
-		return v.Unix() < 0
-	case amqp.Table:
-		return slices.ContainsFunc(slices.Collect(maps.Values(v)), early)
-	case []any:
-		return slices.ContainsFunc(v, early)
-	}
-	return false
-}
-
-func cloneTable(t amqp.Table) amqp.Table {
-	if t == nil {
-		return nil
-	}
-	clone := make(amqp.Table, len(t))
-	for k, v := range t {
-		if inner, ok := v.(amqp.Table); ok {
-			v = cloneTable(inner)
-		}
-		clone[k] = v
-	}
-	return clone
 }

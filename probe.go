@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -25,14 +26,17 @@ const stallConfirm = 5 * time.Second
 // as long as its session.
 type prober struct {
 	s         *session
-	moves     uint64 // at the last look
-	length    int    // of a stream at the last look, -1 if it is not known
-	suspected bool   // by the last look
+	moves     uint64    // at the last look
+	length    int       // of a stream at the last look, -1 if it is not known
+	suspected bool      // by the last look
+	question  *question // that is not answered yet, nil if there is none
+	refused   bool      // the broker does not let it ask
 }
 
 func (s *session) probe() {
 	defer close(s.probed)
 	p := &prober{s: s, moves: s.moves(), length: -1}
+	defer p.finish()
 	look := time.NewTimer(s.config.stallAfter)
 	defer look.Stop()
 	for {
@@ -62,6 +66,9 @@ func (p *prober) look() error {
 		p.moves, p.length = moves, -1
 		return nil
 	}
+	if p.refused {
+		return nil
+	}
 	err := p.ask()
 	if p.s.moves() != p.moves {
 		return nil
@@ -69,10 +76,11 @@ func (p *prober) look() error {
 	return err
 }
 
-// moves counts what was given to handlers and what was settled: a settlement makes
-// room, so the silence that counts begins after the last one.
+// moves changes with every byte of a delivery, with what was given to handlers and with
+// what was settled: a settlement makes room, so the silence that counts begins after the
+// last one. A message may take long to arrive.
 func (s *session) moves() uint64 {
-	n := s.received.Load()
+	n := s.received.Load() + uint64(s.lane.heard.Load())
 	for o := range s.stats.outcomes {
 		n += s.stats.outcomes[o].Load()
 	}
@@ -87,10 +95,13 @@ func (s *session) full() bool { return s.lane.owed.Load() >= int64(s.config.pref
 // active consumer, or one of higher priority, silence is normal.
 func (p *prober) ask() error {
 	s := p.s
-	q, err := s.inspect(s.conn)
+	q, err := p.inspect()
 	switch {
+	case errors.Is(err, errUnanswered):
+		return s.stall("and the queue does not answer")
 	case err != nil:
-		return nil // not allowed, or gone: basic.cancel tells the latter
+		p.cannotAsk(err)
+		return nil
 	case s.stream != nil && p.grew(q.Messages):
 		return s.stall("though the stream has grown")
 	case s.stream == nil && q.Consumers == 0:
@@ -105,7 +116,7 @@ func (p *prober) ask() error {
 // That it has messages says nothing: it keeps them.
 func (p *prober) grew(length int) bool {
 	if p.length >= 0 && length > p.length {
-		return true
+		return !p.s.stream.ahead(length)
 	}
 	p.length = length
 	return false
@@ -166,24 +177,96 @@ func (s *session) inspectAt(e endpoint) (amqp.Queue, error) {
 		<-a.conn.gone
 		unguard()
 	}()
-	return s.inspect(a.conn)
+	return a.conn.inspect(s.queue)
 }
 
-// inspect asks a host for the queue. It takes a channel of its own, which the
-// broker closes if it refuses. A host that does not answer is as good as gone.
-func (s *session) inspect(c *connection) (amqp.Queue, error) {
-	kill := time.AfterFunc(s.config.setupTimeout, func() {
-		if c != s.conn || s.ended.cause() == nil { // else another session may live on it
-			c.socket.kill(s.stall("and the queue does not answer"))
-		}
-	})
-	defer kill.Stop()
+// inspect asks for the queue, on a channel of its own, which the broker closes if it
+// refuses.
+func (c *connection) inspect(queue string) (amqp.Queue, error) {
 	channel, err := c.amqp.Channel()
 	if err != nil {
-		return amqp.Queue{}, err // the connection is ending, or full; its own end tells
+		return amqp.Queue{}, err
 	}
 	defer channel.Close() //nolint:errcheck // a failed declare has closed it already
-	return channel.QueueDeclarePassive(s.queue, true, false, false, false, amqp.Table{})
+	return channel.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{})
+}
+
+// errUnanswered ends a connection on which a question was not answered in time.
+var errUnanswered = errors.New("the stall detector's question was not answered within the setup limit")
+
+// question is one about the queue that has been put to the session's own host. It may
+// outlast the session: its answer stands behind all deliveries of the connection, and if
+// there is none only the end of the connection ends it. That waits until no session
+// lives there.
+type question struct {
+	overdue chan struct{} // closed when the limit has passed
+	done    chan struct{} // closed when there is an answer
+	queue   amqp.Queue    // read after done, as err
+	err     error
+}
+
+func (s *session) question() *question {
+	q := &question{overdue: make(chan struct{}), done: make(chan struct{})}
+	limit := s.config.setupTimeout
+	answered := s.conn.socket.afterSilence(limit, mostSilences*limit, func() {
+		close(q.overdue)
+		s.conn.wear(errUnanswered)
+	})
+	go func() {
+		defer close(q.done)
+		defer answered()
+		q.queue, q.err = s.conn.inspect(s.queue)
+	}()
+	return q
+}
+
+// inspect asks the session's own host, one question at a time. One that is overdue
+// counts as unanswered until there is an answer after all.
+func (p *prober) inspect() (amqp.Queue, error) {
+	if p.question == nil {
+		p.question = p.s.question()
+	}
+	q := p.question
+	select {
+	case <-q.done:
+	case <-q.overdue:
+	case <-p.s.ended.ended:
+	}
+	select {
+	case <-q.done:
+		p.question = nil
+		return q.queue, q.err
+	default:
+		return amqp.Queue{}, errUnanswered
+	}
+}
+
+// finish leaves nothing behind.
+func (p *prober) finish() {
+	if p.question != nil {
+		<-p.question.done
+	}
+}
+
+// cannotAsk tells, once in a Run, that the detector notices nothing: that must not look
+// like health. A broker that refuses is not asked again by this session, for its log has
+// a line of every refusal. That the queue is gone is told by basic.cancel.
+func (p *prober) cannotAsk(err error) {
+	var said *amqp.Error
+	why := ""
+	switch {
+	case errors.Is(err, amqp.ErrChannelMax):
+		why = "the connection has no channel left for it: raise channel_max"
+	case !errors.As(err, &said) || !said.Server || !said.Recover || said.Code == amqp.NotFound:
+		return
+	case said.Code == amqp.AccessRefused:
+		why = "the user needs the configure permission for a passive declare"
+	}
+	p.refused = said != nil && said.Server
+	if p.s.told.blind.CompareAndSwap(false, true) {
+		p.s.warn("the stall detector cannot ask for the queue, so it notices no stall",
+			slog.String("advice", why), slog.String("error", brief(err)))
+	}
 }
 
 func (s *session) stall(format string, args ...any) error {

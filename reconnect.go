@@ -47,7 +47,8 @@ const (
 )
 
 // classify is the one place that decides what a failure means. What the broker
-// said itself counts first; the driver's own codes say nothing (DESIGN F4).
+// said itself counts first; the driver's own codes say nothing: it has 501 for every failure of
+// I/O, and 403 for a socket lost in the handshake.
 func classify(err error) class {
 	var said *amqp.Error
 	if errors.As(err, &said) && said.Server {

@@ -20,8 +20,7 @@ func said(code int, text string) error {
 
 func at(op string, err error) error { return &SessionError{Op: op, Session: 1, Err: err} }
 
-// One row per row of the table of faults that a consumer can meet; the number is
-// that row's.
+// One row per row of docs/FAULTS.md that a consumer can meet; the number is that row's.
 func TestEveryFailureHasItsClass(t *testing.T) {
 	rows := []struct {
 		row  string

@@ -87,7 +87,7 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 	tenancy := c.moveIn()
 	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(context.Cause(ctx)) })
 
-	t := terms{limit: c.limitTerm(of.config.declare)}
+	t := terms{limit: c.limitTerm(of.config.declare), owned: c.owned(of.config)}
 	for {
 		s, err := c.trySession(ctx, of, id, tag, t, tenancy, step)
 		if err != nil && t.concede(err) {
@@ -122,7 +122,7 @@ func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag s
 		terms:      t,
 		tenancy:    tenancy,
 		channelEnd: newNotifier(),
-		cancels:    channel.NotifyCancel(make(chan string, 1)),
+		cancels:    channel.NotifyCancel(make(chan string, 2)), // two consumers while a place is looked for
 		gate:       newGate(),
 		broken:     newNotifier(),
 		stop:       make(chan struct{}),
@@ -160,13 +160,27 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	if err != nil {
 		return "topology", err
 	}
+	step.at("consume")
+	if offset, unclear := s.stream.about(s.queue, s.config.consumeArgs[offsetKey]); unclear && s.terms.queue == "" {
+		if err := s.locate(ctx, offset); err != nil {
+			return "consume", err
+		}
+		return "consume", &again{queue: s.queue}
+	}
 	// Per consumer (global=false): RabbitMQ refuses or ignores the other form.
 	step.at("qos")
 	if err := s.channel.Qos(s.config.prefetch, 0, false); err != nil {
 		return "qos", err
 	}
 	step.at("consume")
-	_, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.queue, s.config.consumeArgs))
+	args := s.stream.resume(s.id, s.config.consumeArgs, s.terms.queue != "")
+	_, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, args)
+	if err == nil {
+		s.stream.subscribed(args[offsetKey])
+	}
+	if s.config.declare != nil { // an auto-delete queue goes with its last consumer, maybe just now
+		err = gone(err)
+	}
 	return "consume", err
 }
 
@@ -373,31 +387,24 @@ func (s *session) awaitHandlers(limit <-chan time.Time) error {
 	}
 }
 
-// call bounds a call of the driver on the session's channel. Its answer stands behind what the
-// broker has sent ahead, so it is the silence after the last delivery that counts against the
-// close limit; limit ends the wait in any case. A call that is not answered in time holds the
-// channel for good, and the session gives it up.
+// call bounds a call of the driver on the session's channel by the close limit, which counts
+// silence; limit ends the wait in any case. A call that is not answered in time holds
+// the channel for good, and the session gives it up.
 func (s *session) call(limit <-chan time.Time, f func() error) error {
 	answer := make(chan error, 1)
 	go func() { answer <- f() }()
+	silent := make(chan struct{})
+	defer s.conn.socket.afterSilence(s.config.closeTimeout, maxDuration, func() { close(silent) })()
 	overdue := errCloseTimeout
-	silence := time.NewTimer(s.config.closeTimeout)
-	defer silence.Stop()
-	for {
-		select {
-		case err := <-answer:
-			return err
-		case <-silence.C:
-			if left := s.config.closeTimeout - s.conn.socket.sinceDelivery(); left > 0 {
-				silence.Reset(left)
-				continue
-			}
-		case <-limit:
-			overdue = errDrainLimit
-		}
-		s.giveUp(errCloseTimeout)
-		return overdue
+	select {
+	case err := <-answer:
+		return err
+	case <-silent:
+	case <-limit:
+		overdue = errDrainLimit
 	}
+	s.giveUp(errCloseTimeout)
+	return overdue
 }
 
 // giveUp leaves the channel behind, which ends with its connection.

@@ -9,7 +9,7 @@ import (
 )
 
 // simPace is how soon retries follow each other once a fault is noticed, which
-// bounds how long after its end a consumer may need (DESIGN section 5).
+// bounds how long after its end a consumer may need (docs/FAULTS.md has the paces).
 type simPace int
 
 const (
@@ -29,7 +29,7 @@ const (
 	silentRefusal = 3 * time.Second // what a try takes to be refused, at most
 )
 
-// simKind is one kind of fault of FAULTS.md.
+// simKind is one kind of fault of docs/FAULTS.md.
 type simKind struct {
 	name     string
 	longest  time.Duration // 0: it strikes at one moment

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -38,6 +39,7 @@ var (
 	errReadTimeout  = errors.New("the peer went silent: read deadline passed")
 	errWatchdog     = errors.New("no byte from the broker")
 	errWriteTimeout = errors.New("the peer takes no more data: write deadline passed")
+	errAstray       = errors.New("the driver has written what is no AMQP frame: there is no place left for an ack")
 )
 
 // socketOptions are the limits of one socket; zero switches a limit off.
@@ -95,6 +97,19 @@ func explainTLS(err error) error {
 	return fmt.Errorf("%w; check host and port (5671 for AMQP over TLS)", err)
 }
 
+// copyTLS copies what a user gives, so that it can change afterwards.
+func copyTLS(c *tls.Config) *tls.Config {
+	if c == nil {
+		return nil
+	}
+	c = c.Clone()
+	c.Certificates = slices.Clone(c.Certificates)
+	if c.RootCAs != nil {
+		c.RootCAs = c.RootCAs.Clone()
+	}
+	return c
+}
+
 // clientTLS copies the caller's config: the name to verify differs per host,
 // and writing it into a shared config verifies the next host as this one.
 func clientTLS(c *tls.Config, address string) *tls.Config {
@@ -150,16 +165,13 @@ type socket struct {
 	mu       sync.Mutex    // held for memory only, never across a blocking call
 	pending  []byte        // waits for the wire
 	spare    []byte        // the other of the two swap buffers
-	urgent   bool          // pending goes out now
-	held     int64         // settlements in pending
-	lastHeld time.Duration // when the last one was, since start
-	due      time.Duration // when pending goes out at the latest, since start
-	armed    bool          // delay is running
+	flush    flushing      // when pending goes out
 	room     chan struct{} // closed when there may be room again; nil if nobody waits
 	out      scanner       // follows the driver's frames
 	lanes    lanes
 	closing  bool
 	deadline time.Time // the driver's own write deadline
+	limit    time.Time // the deadline of the write under way; zero before the first
 }
 
 // ending is why a socket ends; the cause is nil after a plain Close.
@@ -183,6 +195,7 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 	s.delay.Stop()
 	s.lanes = lanes{expected: make(map[string]*lane), open: make(map[uint16]*lane), past: make(map[uint16]*lane)}
 	s.out.visit = s.lanes.learn
+	s.flush = flushing{delay: o.writeDelay, idle: s.idle}
 	if c, ok := conn.(*tls.Conn); ok {
 		s.raw = c.NetConn()
 	}
@@ -374,13 +387,18 @@ func (s *socket) Write(p []byte) (int, error) {
 		return 0, s.err()
 	}
 	s.follow(p)
+	if s.out.off {
+		s.mu.Unlock()
+		s.kill(errAstray)
+		return 0, s.err()
+	}
 	s.pending = append(s.pending, p...)
 	if !s.out.within() {
 		s.letGo() // who waits for the end of a long frame
 	}
-	now := s.urge(true)
+	tell := s.flush.now()
 	s.mu.Unlock()
-	if now {
+	if tell {
 		s.nudge()
 	}
 	return len(p), nil
@@ -403,45 +421,16 @@ func (s *socket) await(blocked func() bool) {
 	}
 }
 
-// urge makes what is pending go out, if it must and the writer does not know yet.
-func (s *socket) urge(must bool) (now bool) {
-	now = must && !s.urgent
-	s.urgent = s.urgent || now
-	return now
-}
+// idle tells whether no settlement can follow for now. It is called with mu held.
+func (s *socket) idle() bool { return s.resting.Load() && !s.lanes.busy() }
 
-// mustGo lets a settlement wait, and nothing else does: nobody waits for an
-// answer to it. It waits while more are to come and the broker has window left.
-func (s *socket) mustGo(l *lane) bool {
-	if s.opts.writeDelay <= 0 {
-		return true
-	}
-	at := time.Since(s.start)
-	alone := at-s.lastHeld > s.opts.writeDelay
-	s.lastHeld = at
-	s.held++
-	starving := 2*s.held >= l.prefetch
-	if alone || starving || s.resting.Load() && !s.lanes.busy() {
-		return true
-	}
-	if s.held == 1 {
-		s.due = at + s.opts.writeDelay
-	}
-	if !s.armed {
-		s.armed = true
-		s.delay.Reset(s.due - at)
-	}
-	return false
-}
-
-// rest is called before Read waits for the broker: settlements that waited for
-// company go out if no more can follow.
+// rest is called before Read waits for the broker.
 func (s *socket) rest() {
 	s.resting.Store(true)
 	s.mu.Lock()
-	now := s.urge(s.held > 0 && !s.lanes.busy())
+	tell := s.flush.rested()
 	s.mu.Unlock()
-	if now {
+	if tell {
 		s.nudge()
 	}
 }
@@ -510,34 +499,25 @@ func (s *socket) farewell() {
 	}
 }
 
-// expire makes what was held long enough go out.
+// expire lets go out what has waited long enough.
 func (s *socket) expire() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.armed = false
-	if s.held == 0 {
-		return
+	if wait := s.flush.expired(time.Since(s.start)); wait > 0 {
+		s.delay.Reset(wait)
 	}
-	// The timer may have been set for settlements that left early.
-	left := s.due - time.Since(s.start)
-	if left <= 0 {
-		s.urgent = true
-		return
-	}
-	s.armed = true
-	s.delay.Reset(left)
 }
 
 // take swaps the buffers: what is pending goes out, the other fills up.
 func (s *socket) take() (batch []byte, closing bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.urgent && !s.closing {
+	if !s.flush.urgent && !s.closing {
 		return nil, false
 	}
 	batch = s.pending
 	s.pending, s.spare = s.spare[:0], batch
-	s.urgent, s.held = false, 0
+	s.flush.taken()
 	s.letGo()
 	return batch, s.closing
 }
@@ -555,16 +535,22 @@ func (s *socket) writeOut(b []byte) error {
 	return nil
 }
 
+// armWrite begins the time of one write.
 func (s *socket) armWrite() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	t := s.deadline
 	if s.opts.writeTimeout > 0 {
-		if own := time.Now().Add(s.opts.writeTimeout); t.IsZero() || own.Before(t) {
-			t = own
-		}
+		s.limit = time.Now().Add(s.opts.writeTimeout)
 	}
-	_ = s.conn.SetWriteDeadline(t)
+	_ = s.conn.SetWriteDeadline(earlier(s.deadline, s.limit))
+}
+
+// earlier returns the earlier deadline; zero is none.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
 }
 
 // writeFailed ends the socket for the reason of a failed write, after the
@@ -627,24 +613,23 @@ func (s *socket) SetDeadline(t time.Time) error {
 
 func (s *socket) SetReadDeadline(t time.Time) error { return s.conn.SetReadDeadline(t) }
 
-// SetWriteDeadline shortens the deadline of the writes that follow; it never
-// lengthens the write timeout.
+// SetWriteDeadline shortens the deadline of the write under way and of those that
+// follow; it never lengthens the write timeout.
 func (s *socket) SetWriteDeadline(t time.Time) error {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.deadline = t
-	s.mu.Unlock()
-	s.armWrite()
-	return nil
+	return s.conn.SetWriteDeadline(earlier(t, s.limit))
 }
 
-// scanner follows the frames in a stream, by their first bytes only. What it
-// does not understand it leaves alone: judging frames is the driver's work.
+// scanner follows the frames in a stream, by their first bytes only. What makes no
+// sense to it turns it off.
 type scanner struct {
 	visit func(head []byte) // sees each frame's beginning
 	skip  uint64            // bytes to the next frame
 	part  [headerHead]byte  // the beginning of a frame that a read cut
 	have  int               // bytes in part
-	off   bool              // not frames, or not any more
+	off   bool              // what came were no frames
 }
 
 // next goes over the following bytes of the stream.

@@ -470,8 +470,9 @@ func TestSlowReaderStaysAlive(t *testing.T) {
 		o := socketLimits
 		o.idleTimeout = 0
 		s, _, far := pipe(t, o)
-		sent := make([]byte, maxPending)
-		_, _ = mathrand.NewChaCha8([32]byte{1}).Read(sent)
+		body := make([]byte, maxPending-len(frameOf(frameBody, 1)))
+		_, _ = mathrand.NewChaCha8([32]byte{1}).Read(body)
+		sent := frameOf(frameBody, 1, body...)
 		written, err := s.Write(sent)
 		require.NoError(t, err)
 		require.Equal(t, len(sent), written)
@@ -1017,7 +1018,7 @@ func TestKillOverTLSDoesNotWaitForThePeer(t *testing.T) {
 	written := make(chan error, 1)
 	go func() {
 		for {
-			if _, err := s.Write(make([]byte, 1<<16)); err != nil {
+			if _, err := s.Write(frameOf(frameBody, 1, make([]byte, 1<<16)...)); err != nil {
 				written <- err
 				return
 			}

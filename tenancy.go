@@ -12,6 +12,31 @@ type tenants struct {
 	empty chan struct{} // closed when the last one has moved out; nil until somebody waits
 }
 
+// wear notes that c does not answer a call that is nobody's stay. It takes no more sessions, and
+// ends now unless one lives there.
+func (c *connection) wear(cause error) {
+	if end := c.tenants.wear(cause); end != nil {
+		c.socket.kill(end)
+	}
+}
+
+func (t *tenants) wear(cause error) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.spend(cause)
+}
+
+// spend is called with mu held.
+func (t *tenants) spend(cause error) error {
+	if t.worn == nil {
+		t.worn = cause
+	}
+	if t.count > 0 {
+		return nil
+	}
+	return t.worn
+}
+
 // tenancy is the stay of one session, or of the try for one. Its methods are safe for
 // concurrent use.
 type tenancy struct {
@@ -51,17 +76,11 @@ func (t *tenants) remove(one *tenancy, cause error) error {
 	}
 	one.left = true
 	t.count--
-	if t.worn == nil {
-		t.worn = cause
-	}
-	if t.count > 0 {
-		return nil
-	}
-	if t.empty != nil {
+	if t.count == 0 && t.empty != nil {
 		close(t.empty)
 		t.empty = nil
 	}
-	return t.worn
+	return t.spend(cause)
 }
 
 // vacated closes when nobody lives on the connection any more. Only its owner asks, once, after

@@ -1,9 +1,11 @@
 package steadymq
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -11,6 +13,9 @@ import (
 
 // topology declares what the session needs and returns the queue to consume.
 func (s *session) topology(ctx context.Context) (queue string, err error) {
+	if s.terms.queue != "" {
+		return s.terms.queue, nil
+	}
 	if err := s.checkStream(ctx); err != nil {
 		return "", err
 	}
@@ -32,11 +37,51 @@ func (s *session) topology(ctx context.Context) (queue string, err error) {
 }
 
 func (s *session) callTopology(ctx context.Context) (queue string, err error) {
-	return userCall[string]{
+	queue, err = s.askTopology(ctx)
+	if err != nil {
+		s.conn.litter.Add(1)
+		return "", err
+	}
+	return queue, s.conn.sameQueue(cmp.Or(queue, s.config.queue))
+}
+
+// askTopology calls the function, and looks at what it has done to the channel.
+func (s *session) askTopology(ctx context.Context) (queue string, err error) {
+	before := s.conn.socket.misused()
+	call := userCall[string]{
 		option: "WithTopology",
 		f:      func(ctx context.Context) (string, error) { return s.config.topology(ctx, s.channel) },
 		left:   s.abandoned,
-	}.run(ctx)
+	}
+	if queue, err = call.run(ctx); err != nil {
+		return "", err
+	}
+	if problem := noShortString(queue); problem != "" {
+		return "", call.named(fmt.Errorf("the queue's name %s", problem))
+	}
+	switch now := s.conn.socket.misused(); {
+	case now.transactions > before.transactions:
+		return "", call.named(errTransactional)
+	case now.consumers > before.consumers && s.told.consumed.CompareAndSwap(false, true):
+		s.queue = cmp.Or(queue, s.config.queue) // for the line
+		s.warn("the topology function has consumed on the session's channel: what is delivered to that consumer waits until the session ends")
+	}
+	return queue, nil
+}
+
+var errTransactional = errors.New("the function has made the channel transactional: acks on it would never take effect")
+
+// misuse counts what must not be done with the channel that a TopologyFunc is given. Only such
+// a function does it, and none runs beside it on its connection.
+type misuse struct {
+	transactions int
+	consumers    int
+}
+
+func (s *socket) misused() misuse {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lanes.misuse
 }
 
 // terms are what the declaration of a session asks for. Where the broker refuses a
@@ -46,12 +91,38 @@ type terms struct {
 	limit    limitTerm
 	deadKept bool // the dead-letter queue exists in another form, which stays
 	refusal  error
+	owned    string // the queue of the connection, which is asked for and not declared
+	anew     bool   // the queue was gone, and is declared anew
+
+	looked bool   // the stream was looked for
+	queue  string // that has been declared already
 }
 
-// concede asks for less after err, if there is less to ask for.
+// again ends a try of a session whose channel has served a question and is of no more use. What
+// was found out holds for the next try, on a fresh channel: so a connection needs but one at a
+// time, and its delivery tags count from 1.
+type again struct {
+	looked bool
+	queue  string
+}
+
+func (*again) Error() string { return "a fresh channel is needed" }
+
+// concede asks for less after err, if there is less to ask for, or goes on where a try has ended.
 func (t *terms) concede(err error) bool {
+	var next *again
+	if errors.As(err, &next) {
+		t.looked, t.queue = t.looked || next.looked, next.queue
+		return true
+	}
 	var said *amqp.Error
-	if !errors.As(err, &said) || !said.Server || said.Code != amqp.PreconditionFailed {
+	switch {
+	case !errors.As(err, &said) || !said.Server:
+		return false
+	case said.Code == amqp.NotFound && errors.As(err, new(*goneError)) && !t.anew:
+		t.owned, t.anew = "", true
+		return true
+	case said.Code != amqp.PreconditionFailed:
 		return false
 	}
 	var dead *deadLetterError
@@ -134,8 +205,12 @@ func (s *session) declareDeadLetter() error {
 }
 
 func (s *session) declareItself() (string, error) {
+	if s.terms.owned != "" { // to declare a name of the broker's is forbidden
+		_, err := s.channel.QueueDeclarePassive(s.terms.owned, false, false, false, false, nil)
+		return s.terms.owned, gone(err)
+	}
 	q := s.config.declare
-	args := cloneTable(q.Args)
+	args := maps.Clone(q.Args)
 	args["x-queue-type"] = q.Type
 	declare := s.channel.QueueDeclare
 	switch s.terms.limit {
@@ -145,5 +220,8 @@ func (s *session) declareItself() (string, error) {
 		declare = s.channel.QueueDeclarePassive
 	}
 	declared, err := declare(s.config.queue, !q.Transient, q.AutoDelete, q.Exclusive, false, args)
+	if err == nil {
+		s.conn.own(declared.Name)
+	}
 	return declared.Name, err
 }

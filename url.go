@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
@@ -261,8 +262,6 @@ func hostName(host string) bool {
 	})
 }
 
-const maxVhost = 255 // bytes, of a short string in AMQP
-
 // wrongVhost looks at the path. // is allowed, which some clients write for the virtual host /.
 func wrongVhost(path string) string {
 	raw := strings.TrimPrefix(path, "/")
@@ -272,8 +271,12 @@ func wrongVhost(path string) string {
 	if strings.Contains(raw, "/") {
 		return "the virtual host in the URL has a further /: percent-encode it as %2F, or leave it out at the end"
 	}
-	if name, err := url.PathUnescape(raw); err != nil || len(name) > maxVhost {
-		return fmt.Sprintf("the virtual host in the URL has more than %d bytes", maxVhost)
+	name, err := url.PathUnescape(raw)
+	switch {
+	case err != nil || len(name) > maxShortString:
+		return fmt.Sprintf("the virtual host in the URL has more than %d bytes", maxShortString)
+	case !utf8.ValidString(name):
+		return "the virtual host in the URL is no UTF-8 once it is decoded"
 	}
 	return ""
 }

@@ -28,6 +28,7 @@ type channel struct {
 
 	lastQueue  string // what an empty queue name means
 	confirm    bool
+	tx         bool // settlements take effect with tx.commit, which is not implemented
 	confirmTag uint64
 	incoming   *publication
 }
@@ -221,6 +222,10 @@ func (ch *channel) handle(m method, d *decoder) *refusal {
 		ch.confirm = true
 		ch.reply(d.octet()&1 != 0, confirmSelectOk)
 		return nil
+	case txSelect:
+		ch.tx = true
+		ch.c.method(ch.id, txSelectOk)
+		return nil
 	case channelFlow:
 		if d.octet()&1 == 0 {
 			return refuse(540, "active=false")
@@ -269,6 +274,9 @@ func (ch *channel) reply(noWait bool, m method, args ...byte) {
 
 // settle is an ack, a nack or a reject.
 func (ch *channel) settle(tag uint64, multiple bool, kind Kind, requeue bool) *refusal {
+	if ch.tx {
+		return nil
+	}
 	b := ch.c.b
 	record := SettlementRecord{
 		Delivery: -1, Connection: ch.c.record.ID, Channel: ch.id, Session: ch.session,

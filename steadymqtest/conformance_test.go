@@ -394,7 +394,7 @@ func notifyClose(ch *amqp.Channel) chan *amqp.Error {
 
 var quorum = amqp.Table{"x-queue-type": "quorum"}
 
-var conformance = slices.Concat(common, byGeneration, counts, refusedLogins)
+var conformance = slices.Concat(common, byGeneration, counts, refusedLogins, owned)
 
 var common = []scenario{
 	{name: "order and tags", script: func(s *script) {

@@ -27,8 +27,8 @@
 //
 // Those of [Broker] strike everywhere, those of [Broker.Host] one address:
 //
-//	the broker says so   CloseConnections CloseChannels CancelConsumers ReleaseConsumers RefuseVhost RefuseConsume RefuseLogin
-//	                     SetLoginRefusal Broker.DeleteQueue Broker.Blocked
+//	the broker says so   CloseConnections CloseChannels CancelConsumers ReleaseConsumers RefuseVhost RefuseConsume RefuseDeclare
+//	                     RefuseLogin SetLoginRefusal Broker.DeleteQueue Broker.Blocked
 //	the broker is ill    HangAt DropAt SilentAfterOpen Silence Late541 SlowCloseOk NoCloseOk StrayReply StrayDelivery Garbage
 //	                     Broker.QuorumStall CutOff Kill PowerOff Restart
 //	the network          Refuse DropSYN DNSFailure Reset FIN BlackHole Stall ZeroWindow SetLatency CutAfter CutClientAfter
@@ -48,7 +48,8 @@
 //	exchange auto-delete        goes with its last binding                 kept, not acted on
 //	priority queues             x-max-priority                             plain order
 //	unroutable basic.publish    mandatory returns it                       the same; immediate is ignored
-//	transactions                tx.select                                  540
+//	transactions                tx.select, tx.commit, tx.rollback          tx.select, after which settlements have
+//	                                                                       no effect; 540 for the others
 //	consumer timeout, 406 form  looked for once a minute                   on time
 //	consumer timeout of 4.3     the consumer is counted until its channel  gone at once; its tag stays taken as there
 //	                            ends, and is served again, unseen by the

@@ -48,6 +48,7 @@ type wireFaults struct {
 	loginRefusal  LoginRefusal // no fault: it is not healed
 	refuseOpen    *refusal
 	refuseConsume *refusal
+	refuseDeclare *refusal
 	lateConsume   time.Duration // 0: off
 	closeOkDelay  time.Duration
 	noCloseOk     bool
@@ -246,6 +247,14 @@ func (f *Faults) RefuseVhost(code int, text string) {
 // (530, "reached maximum (1) of consumers per channel").
 func (f *Faults) RefuseConsume(code int, text string) {
 	f.each(func(h *Host) { h.wire.refuseConsume = refusalOf(code, text) })
+}
+
+// RefuseDeclare answers queue.declare, also a passive one, by a close with a code and a text; code 0 takes it back.
+//
+// Real: (403, "access to queue 'q' in vhost '/' refused for user 'guest'"), which since RabbitMQ 4.3 a passive one gets, too, without the
+// configure permission.
+func (f *Faults) RefuseDeclare(code int, text string) {
+	f.each(func(h *Host) { h.wire.refuseDeclare = refusalOf(code, text) })
 }
 
 func refusalOf(code int, text string) *refusal {

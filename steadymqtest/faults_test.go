@@ -158,7 +158,7 @@ func TestLatencyIsPaidPerWay(t *testing.T) {
 		b := steadymqtest.NewBroker(t, steadymqtest.WithLatency(50*time.Millisecond))
 		b.DeclareQueue("q", steadymqtest.QueueOptions{})
 		b.Publish("q", "1")
-		within(t, 700*time.Millisecond, 10*time.Millisecond, func() { // 7 round trips: FAULTS 3.1
+		within(t, 700*time.Millisecond, 10*time.Millisecond, func() { // 7 round trips: TCP, start, tune, open-ok, channel, qos, consume
 			next(t, consume(t, open(t, dial(t, b), 5), "q", ""))
 		})
 	})
@@ -374,6 +374,12 @@ func TestRefusedVhostAndConsume(t *testing.T) {
 			require.Equal(t, want, c)
 			require.False(t, conn.IsClosed())
 		}
+		b.RefuseConsume(0, "")
+		b.RefuseDeclare(403, "no")
+		_, err = open(t, conn, 1).QueueDeclarePassive("q", true, false, false, false, nil)
+		refused, _, _ := code(t, err)
+		require.Equal(t, 403, refused)
+		b.RefuseDeclare(0, "")
 		b.RefuseConsume(541, "no")
 		_, err = open(t, conn, 1).Consume("q", "", false, false, false, false, nil)
 		require.Error(t, err)

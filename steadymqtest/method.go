@@ -72,6 +72,9 @@ const (
 
 	confirmSelect   method = 85<<16 | 10
 	confirmSelectOk method = 85<<16 | 11
+
+	txSelect   method = 90<<16 | 10
+	txSelectOk method = 90<<16 | 11
 )
 
 func (m method) class() uint16 { return uint16(m >> 16) }

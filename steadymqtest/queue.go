@@ -452,6 +452,9 @@ func (ch *channel) queueDeclare(d *decoder) *refusal {
 	if ch.stage(StageDeclare) {
 		return nil
 	}
+	if r := ch.c.host.wire.refuseDeclare; r != nil {
+		return r
+	}
 	q, r := ch.declareQueue(name, flags, args)
 	if r != nil {
 		return r
@@ -472,6 +475,9 @@ func (ch *channel) declareQueue(name string, flags queueFlags, args map[string]a
 	b := ch.c.b
 	if flags.passive {
 		return ch.find(name)
+	}
+	if strings.HasPrefix(name, "amq.") { // even if the broker itself has named a queue so
+		return nil, refuse(403, "queue name '%s' contains reserved prefix 'amq.*'", name)
 	}
 	if q := b.queues[name]; q != nil && name != "" {
 		return q, q.equivalent(ch.c, flags, args)
@@ -502,8 +508,6 @@ func (b *Broker) declarable(name string, flags queueFlags, args map[string]any) 
 		}
 	}
 	switch {
-	case strings.HasPrefix(name, "amq."):
-		return refuse(403, "queue name '%s' contains reserved prefix 'amq.*'", name)
 	case kind == kindClassic && !flags.durable && !flags.exclusive && b.since(4, 3):
 		return refuse(541, "Feature `transient_nonexcl_queues` is deprecated.\nThis feature is not permitted by default.")
 	case kind == kindClassic:
@@ -525,7 +529,7 @@ func (q *queue) equivalent(c *conn, flags queueFlags, args map[string]any) *refu
 	if q.owner != nil && q.owner != c || flags.exclusive && q.owner == nil || !flags.exclusive && q.owner != nil {
 		return locked(q.name)
 	}
-	if flags.durable != q.durable {
+	if flags.durable != q.durable && q.owner == nil { // of an exclusive queue it does not count
 		return q.inequivalent("durable", flags.durable, q.durable)
 	}
 	if flags.autoDelete != q.autoDelete {

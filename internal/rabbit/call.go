@@ -94,9 +94,13 @@ func (b *Broker) StopVhost(ctx context.Context, vhost string) error {
 ok = supervisor:terminate_child(rabbit_vhost_sup_sup, element(4, Processes))`, binary(vhost))
 }
 
-// StartVhost is restart_vhost.
+// StartVhost is restart_vhost. Since 4.0 a broker looks for virtual hosts that are down every half minute, and may be first.
 func (b *Broker) StartVhost(ctx context.Context, vhost string) error {
-	return b.Do(ctx, "{ok, _} = rabbit_vhost_sup_sup:start_vhost(%s)", binary(vhost))
+	return b.Do(ctx, `ok = case rabbit_vhost_sup_sup:start_vhost(%s) of
+  {ok, _} -> ok;
+  {error, {already_started, _}} -> ok;
+  Failed -> Failed
+end`, binary(vhost))
 }
 
 // NewUser makes a user without permissions.

@@ -1,0 +1,299 @@
+package steadymq_test
+
+import (
+	"context"
+	"errors"
+	"net"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rabbit"
+)
+
+// failingCells are messages that fail or cannot be read, stops that the broker counts, and a URL with the port of another protocol.
+func failingCells() []cell {
+	return []cell{
+		{fault: "handler fails for long, queue declared by us", rows: "66", by: bothWay, test: failsForLong},
+		{fault: "prefetch full of failing messages", rows: "67", test: prefetchFullOfFailures},
+		{fault: "headers that the driver does not read, then a reset", rows: "68, 69", test: strangeHeadersOverAReset},
+		{fault: "message that no handler can be given", rows: "68", test: tooLargeToBeGiven},
+		{fault: "URL that leads to the port of the other nodes", rows: "72", by: direct, test: portOfTheNodes},
+		{
+			fault: "stops with a prefetch that was not started", rows: "73", by: bothWay, test: stopsAreCounted,
+			not: only("only quorum queues count deliveries", quorum),
+		},
+	}
+}
+
+// tried counts the tries of each message.
+type tried struct {
+	mu sync.Mutex
+	of map[int]int
+}
+
+func (t *tried) again(n int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.of == nil {
+		t.of = map[int]int{}
+	}
+	t.of[n]++
+}
+
+// least are the fewest tries of the first messages.
+func (t *tried) least(messages int) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	least := t.of[0]
+	for n := range messages {
+		least = min(least, t.of[n])
+	}
+	return least
+}
+
+// failsForLong: a dependency is away for longer than the default delivery limit bears, and a connection is lost meanwhile, so that the queue
+// is declared again.
+func failsForLong(r *trial) {
+	const failing, beyondTheLimit = 6, 25
+	r.ok(r.broker.DeleteQueue(r.queue))
+	r.opts = append(r.opts,
+		steadymq.WithQueue(steadymq.Queue{Type: string(r.kind)}), steadymq.WithRequeueDelay(20*time.Millisecond, 60*time.Millisecond))
+	var tries tried
+	var well atomic.Bool
+	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+		if n < failing && !well.Load() {
+			tries.again(n)
+			return errors.New("the database is away")
+		}
+		return nil
+	}
+	r.begin()
+	r.must(30*time.Second, "more returns than the default limit allows", func() bool { return tries.least(failing) >= beyondTheLimit })
+	lost, done := r.timed(r.cut)
+	r.resumedSince(lost, done, atOnce)
+	again := tries.least(failing)
+	r.must(10*time.Second, "further returns", func() bool { return tries.least(failing) >= again+3 })
+	well.Store(true)
+	r.judge()
+}
+
+// prefetchFullOfFailures: what stands behind them waits, as long as they fail, and somebody is told.
+func prefetchFullOfFailures(r *trial) {
+	r.opts = append(r.opts, steadymq.WithRequeueDelay(3*time.Second, 3*time.Second))
+	var well atomic.Bool
+	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+		if n < r.prefetch && !well.Load() {
+			return errors.New("not yet")
+		}
+		return nil
+	}
+	r.start()
+	r.consuming()
+	r.publish(2 * r.prefetch)
+	r.must(5*time.Second, "all of them are held", func() bool { return r.consumer.Stats().Held == r.prefetch })
+	r.must(time.Second, "it is told", func() bool { return strings.Contains(r.log.String(), "failed messages are held") })
+	if r.gen != rabbit.Gen310 || r.kind != quorum { // which hands out what was returned after what was not delivered yet
+		r.pause(4 * time.Second) // they come back, once at least
+	}
+	assert.Zero(r, r.ledger.counts().finished, "nothing passes them")
+	well.Store(true)
+	r.judge()
+	assert.Zero(r, r.lostSessions())
+	assert.Zero(r, r.consumer.Stats().Held)
+	assert.Equal(r, 1, strings.Count(r.log.String(), "failed messages are held"))
+}
+
+// strangeHeadersOverAReset: each of them would end the driver's connection, and be the first message of the next one.
+func strangeHeadersOverAReset(r *trial) {
+	many, deep := amqp.Table{}, amqp.Table{}
+	for i := range 9000 {
+		many[strconv.Itoa(i)] = true
+	}
+	for range 40 {
+		deep = amqp.Table{"t": deep}
+	}
+	strange := []amqp.Publishing{
+		{Headers: many}, {Headers: deep}, {Headers: amqp.Table{"marker": int64(-2)}}, // type L, see oldIntegers
+	}
+	release := make(chan struct{})
+	var seen tried
+	r.handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
+		if len(d.Headers) > 0 {
+			seen.again(n)
+			<-release
+		}
+		return nil
+	}
+	r.start()
+	r.consuming()
+	for _, m := range strange {
+		r.send(r.queue, m)
+	}
+	if r.kind != stream || r.gen != rabbit.Gen310 { // there no stream gets dead letters
+		before := r.queue + "-before"
+		r.ok(r.broker.DeclareQueue(before, amqp.Table{
+			"x-dead-letter-exchange": "", "x-dead-letter-routing-key": r.queue, "x-message-ttl": int32(1),
+		}))
+		r.Cleanup(func() { _ = r.broker.DeleteQueue(before) })
+		r.send(before, amqp.Publishing{Headers: amqp.Table{"large": strings.Repeat("x", largeHeaders)}})
+		strange = append(strange, amqp.Publishing{})
+	}
+	r.must(10*time.Second, "each is at its handler", func() bool { return seen.least(len(strange)) == 1 })
+	r.feed()
+	lost, done := r.timed(r.cut)
+	close(release)
+	r.resumedSince(lost, done, atOnce)
+	if r.kind != stream { // which is resumed behind what was handled well, late or not
+		r.must(10*time.Second, "each comes again", func() bool { return seen.least(len(strange)) == 2 })
+	}
+	r.judge()
+	assert.EqualValues(r, 1, r.lostSessions(), "by the reset")
+	assert.Zero(r, r.consumer.Stats().Unreadable)
+}
+
+// send publishes one message, as the next of the feeder, which must not run.
+func (r *trial) send(queue string, m amqp.Publishing) (number int) {
+	r.Helper()
+	conn, err := amqp.DialConfig(r.broker.URL(), amqp.Config{Dial: func(network, address string) (net.Conn, error) {
+		c, err := net.DialTimeout(network, address, 5*time.Second)
+		return oldIntegers{c}, err
+	}})
+	r.ok(err)
+	defer closeWithin(conn, time.Second)
+	ch, err := conn.Channel()
+	r.ok(err)
+	r.ok(ch.Confirm(false))
+	number = r.feeder.next
+	r.feeder.next++
+	m.MessageId, m.DeliveryMode = strconv.Itoa(number), amqp.Persistent
+	confirm, err := ch.PublishWithDeferredConfirm("", queue, true, false, m)
+	r.ok(err)
+	confirmed, err := confirm.WaitContext(r.Context())
+	r.ok(err)
+	assert.True(r, confirmed)
+	r.ledger.confirm(number)
+	return number
+}
+
+// tooLargeToBeGiven: the consumer's own limit stands for all that makes a message unreadable, for a broker sends no header of more than 1 MiB.
+// It is named, held, and in nobody's way; a stream steps over it.
+func tooLargeToBeGiven(r *trial) {
+	var named atomic.Pointer[steadymq.MessageError]
+	r.opts = append(r.opts, steadymq.WithMaxMessageSize(1000), steadymq.WithHooks(steadymq.Hooks{
+		StateChanged: r.changed, Unreadable: func(err *steadymq.MessageError) { named.Store(err) },
+	}))
+	r.start()
+	r.consuming()
+	r.publish(5)
+	large := r.send(r.queue, amqp.Publishing{Body: make([]byte, 200_000)}) // two frames
+	r.feed()
+	r.must(5*time.Second, "it is told", func() bool { return named.Load() != nil })
+	assert.Equal(r, r.queue, named.Load().Queue)
+	assert.EqualValues(r, 200_000, named.Load().Size)
+	r.must(time.Second, "it is logged", func() bool { return strings.Contains(r.log.String(), "cannot be read") })
+	r.pause(time.Second)
+	r.feeder.stop()
+	r.ledger.forget(large)
+	r.awaitFinished()
+	r.quiet() // the feeder's last message may have been cut off from its confirm
+	assert.Zero(r, r.lostSessions())
+	assert.EqualValues(r, 1, r.consumer.Stats().Unreadable)
+	r.cancel()
+	r.stopped(realDrain + realClose + time.Second)
+	r.nothingLeft()
+	r.statsAddUp()
+	if r.kind != stream {
+		assert.Equal(r, []int{large}, r.takeAll(r.queue), "it is there, and nothing else")
+	}
+	r.row(r.duplicates())
+}
+
+// portOfTheNodes: a URL that changes to a wrong port between two sessions.
+func portOfTheNodes(r *trial) {
+	var wrong atomic.Bool
+	right, err := r.broker.Direct(r.Context(), 5672)
+	r.ok(err)
+	nodes, err := r.broker.Direct(r.Context(), 25672)
+	r.ok(err)
+	r.opts = append(r.opts,
+		steadymq.WithDialer(r.sockets.dial), steadymq.WithURLFunc(func(context.Context) (string, error) {
+			if wrong.Load() {
+				return "amqp://guest:guest@" + nodes + "/", nil
+			}
+			return "amqp://guest:guest@" + right + "/", nil
+		}))
+	r.begin()
+	wrong.Store(true)
+	lost := time.Now()
+	r.cut()
+	r.told("port 25672 is RabbitMQ's port for other nodes", realSetup+2*time.Second)
+	r.pause(2 * time.Second)
+	assert.False(r, r.consumesSince(lost))
+	wrong.Store(false)
+	healed := time.Now()
+	r.atNextTry(healed, healed)
+	r.judge()
+}
+
+// stopsAreCounted: up to 4.2 a quorum queue counts a stop as a return of every message that was prefetched, also of those no handler has seen.
+// Since 4.3 it counts failures only.
+func stopsAreCounted(r *trial) {
+	const stops = 3
+	var begun atomic.Int64
+	var mu sync.Mutex
+	attempt := 0 // of the messages that are handled last, the highest
+	var release chan struct{}
+	r.handle = func(_ context.Context, d *steadymq.Delivery, _ int) error {
+		begun.Add(1)
+		mu.Lock()
+		attempt = max(attempt, d.Attempt())
+		mu.Unlock()
+		<-release
+		return nil
+	}
+	r.publish(r.prefetch)
+	for n := range stops + 1 {
+		release = make(chan struct{})
+		begun.Store(0)
+		attempt = 0
+		r.start()
+		r.consuming()
+		r.must(5*time.Second, "all workers are busy", func() bool { return begun.Load() == int64(r.workers) })
+		r.must(5*time.Second, "the rest is prefetched", func() bool {
+			q, err := r.broker.Queue(r.queue)
+			return err == nil && q.Ready == 0
+		})
+		r.cancel()
+		r.pause(100 * time.Millisecond)
+		close(release)
+		r.stopped(realDrain + realClose + time.Second)
+		r.nothingLeft()
+		r.statsAddUp()
+		assert.EqualValues(r, r.workers, r.consumer.Stats().Acked, "stop %d", n+1)
+	}
+	r.queueEmpty()
+	r.acksAreRight()
+	assert.Zero(r, r.lostSessions())
+	assert.Zero(r, r.ledger.counts().twice, "a clean stop costs no duplicate")
+	r.note("Attempt() of a message that no handler had seen: %d", attempt)
+	if r.gen == rabbit.Gen43 {
+		assert.Equal(r, 1, attempt, "what was given back unseen has not been tried")
+	} else {
+		assert.Equal(r, 1+stops, attempt)
+	}
+	r.row(0)
+}
+
+// forget takes a message out of what has to be finished.
+func (l *ledger) forget(n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.confirmed, n)
+}
