@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -334,7 +333,7 @@ func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) 
 	returned := false
 	defer func() {
 		if !returned {
-			err = &PanicError{Value: recover(), Stack: debug.Stack()}
+			err = panicked(recover())
 		}
 		if err == nil {
 			err = d.overlooked()
@@ -345,7 +344,7 @@ func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) 
 		}
 		o = d.Outcome()
 	}()
-	err = h(ctx, d)
+	err = sound(h(ctx, d))
 	returned = true
 	return o, err
 }

@@ -84,7 +84,7 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
 	config.SASL = login.mechanisms
-	socket, err := openSocket(ctx, c.dialer(e, step, abandoned), e.address, tlsConfig, c.socketOptions(e))
+	socket, err := openSocket(ctx, c.dialer(e, step, abandoned), e.address, tlsConfig, c.socketOptions(e), abandoned)
 	if err != nil {
 		// A TCP connect that fails costs the broker nothing; a TLS handshake does.
 		op := step.String()
@@ -93,7 +93,7 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 		}
 		return nil, &SessionError{Host: e.address, Op: op, Err: err}
 	}
-	unguard := context.AfterFunc(ctx, func() { socket.kill(context.Cause(ctx)) })
+	unguard := context.AfterFunc(ctx, func() { socket.kill(causeOf(ctx)) })
 	defer unguard()
 
 	login.abort = socket.kill
@@ -206,15 +206,26 @@ func (c *config) dialer(e endpoint, step *step, abandoned func()) dialFunc {
 	}
 }
 
+var errNoConn = errors.New("WithDialer: the function returned neither a connection nor an error")
+
 // guardedDial is the user's dial.
 func (c *config) guardedDial(abandoned func()) dialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		return userCall[net.Conn]{
 			option: "WithDialer",
-			f:      func(ctx context.Context) (net.Conn, error) { return c.dial(ctx, network, address) },
-			left:   abandoned,
-			late:   abort,
-			bare:   true,
+			f: func(ctx context.Context) (net.Conn, error) {
+				conn, err := c.dial(ctx, network, address)
+				switch {
+				case err == nil && isNil(conn):
+					return nil, errNoConn
+				case err != nil && !isNil(conn): // nobody would close it
+					abort(conn)
+				}
+				return conn, err
+			},
+			left: abandoned,
+			late: abort,
+			bare: true,
 		}.run(ctx)
 	}
 }

@@ -49,7 +49,7 @@ type Consumer struct {
 	running atomic.Bool
 	state   atomic.Int32
 	stats   *counters
-	broken  atomic.Pointer[hookError]
+	broken  atomic.Pointer[brokenError]
 }
 
 // New checks url, queue and options and returns a Consumer. It dials nothing.
@@ -101,9 +101,10 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 //     three times in a row where it does so without a word or WithURLFunc or
 //     WithCredentials give the login, see ErrLoginRefused. Once there has
 //     been a session Run never gives up. WithFatal replaces this rule;
-//   - *OptionError if h or the handler of a middleware is nil, or if a hook has panicked (with
-//     the *PanicError);
-//   - *PanicError if the making of a middleware, or WithFatal, has panicked;
+//   - *OptionError if h or the handler of a middleware is nil, or if a hook or the log handler
+//     has panicked (with the *PanicError);
+//   - *PanicError if the making of a middleware, or WithFatal, has panicked; an error that names
+//     it if it does not return within the set-up limit;
 //   - ErrRunning if the Consumer is running already.
 //
 // A Consumer may be run again after Run has returned.
@@ -143,8 +144,8 @@ type Stats struct {
 	Sessions, Connections, Dials uint64
 	// Handling is the number of handlers running now.
 	Handling int
-	// Held is the number of messages that failed and wait, unsettled, until they
-	// go back to the queue or, of a stream, are tried again. They take up the
+	// Held is the number of messages that failed, or that cannot be read, and wait,
+	// unsettled, until they go back to the queue or, of a stream, are tried again. They take up the
 	// prefetch: once all of it is held nothing else is delivered.
 	Held int
 	// Overdue is the number of handlers that are still running a second or more
@@ -153,8 +154,9 @@ type Stats struct {
 	// Delivered counts deliveries given to a handler, each try in place included.
 	// It is the sum of Acked, Requeued, Discarded and Stale plus those not settled yet.
 	Delivered uint64
-	// Acked, Requeued and Discarded count settlements that were sent; of a stream
-	// Requeued counts the tries in place, which send nothing.
+	// Acked, Requeued and Discarded count settlements that were sent. Of a stream they
+	// count what was decided: the ack of a message that was acked or discarded waits for
+	// those before it, and Requeued counts the tries in place, which send nothing.
 	Acked, Requeued, Discarded uint64
 	// Stale counts settlements that came after the end of their session and
 	// were not sent; the broker delivers those messages again.
@@ -164,7 +166,7 @@ type Stats struct {
 	// nothing, for the broker has the message back.
 	Failed uint64
 	// Unreadable counts deliveries that no handler could be given, see MessageError.
-	// They are in none of the numbers above.
+	// Of the numbers above only Held counts them, for as long as they are held.
 	Unreadable uint64
 	// Abandoned counts what could not be ended in time: a user's function
 	// that ignored its context, or a teardown that outlasted its limit.
@@ -292,9 +294,9 @@ func (s *supervisor) run() error {
 	return s.result()
 }
 
-// result puts a hook's panic before everything else.
+// result puts the panic of a hook or of the log handler before everything else.
 func (s *supervisor) result() error {
-	var broken *hookError
+	var broken *brokenError
 	if errors.As(s.reporter.broken.cause(), &broken) {
 		s.consumer.broken.Store(broken)
 		return join(broken, s.err)

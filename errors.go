@@ -123,8 +123,8 @@ func (e *SessionError) Unwrap() error { return e.Err }
 // read, or its body is larger than WithMaxMessageSize accepts. It is given to
 // Hooks.Unreadable and ends no session.
 //
-// The message is kept unsettled for 7.5 to 22.5 minutes, where it occupies one place of
-// the prefetch, and then put back into its queue (basic.nack with requeue, which a
+// The message is kept unsettled for 7.5 to 15 minutes, whatever WithRequeueDelay says, where it
+// occupies one place of the prefetch, and then put back into its queue (basic.nack with requeue, which a
 // quorum queue's delivery limit counts up to RabbitMQ 4.2 only); a stop puts it back at
 // once. So another consumer may get it, and it is told again when it comes back. To get
 // rid of it, take it out of the queue with a client that can read it. As many of them as
@@ -172,11 +172,13 @@ func (e *OptionError) Error() string {
 	return "steadymq: " + e.Option + ": " + e.Reason
 }
 
-// PanicError is a panic of a handler, a topology function or a hook, turned
-// into an error: one bad message must not end the process.
+// PanicError is a panic of a function that the user has given, turned into an error: one bad
+// message must not end the process. So is an error of the user that panics when it is read, as
+// a nil pointer in an error does.
 type PanicError struct {
-	// Value is what the function panicked with. It is nil for a handler or a hook
-	// that ended its goroutine by runtime.Goexit, as testing.T.FailNow does.
+	// Value is what the function panicked with, or a text in its place if that panics
+	// when it is read. It is nil for a function that ended its goroutine by
+	// runtime.Goexit, as testing.T.FailNow does.
 	Value any
 	// Stack is the stack of the goroutine at the panic.
 	Stack []byte

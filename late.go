@@ -82,14 +82,14 @@ func (s *session) overdue(d *Delivery) (returned func()) {
 // defaultConsumerTimeout is how long RabbitMQ lets a delivery be unsettled.
 const defaultConsumerTimeout = 30 * time.Minute
 
-// consumerTimeout is what the broker will allow, as far as the consumer was told.
+// consumerTimeout is what the broker will allow, as far as the consumer was told; a day at most.
 func (c *config) consumerTimeout() time.Duration {
 	limit := c.consumeArgs["x-consumer-timeout"]
 	if limit == nil && c.declare != nil {
 		limit = c.declare.Args["x-consumer-timeout"]
 	}
-	if ms, ok := headerInt(limit); ok && ms > 0 && ms <= maxDuration.Milliseconds() {
-		return time.Duration(ms) * time.Millisecond
+	if ms, ok := headerInt(limit); ok && ms > 0 {
+		return time.Duration(min(ms, maxDuration.Milliseconds())) * time.Millisecond
 	}
 	return defaultConsumerTimeout
 }

@@ -4,10 +4,13 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
+	"net"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
-	"unicode"
 )
 
 const (
@@ -27,7 +30,11 @@ const (
 	failureGap = time.Second
 	// causesKept is how many causes are counted apart. What a broker or a user's
 	// function says may be different each time.
-	causesKept = 4
+	causesKept = 8
+	// newsKept lines may be told beside those that it is time for, and after newsEvery one more: a
+	// new cause at once, but not a flood of them. A failure that ends a session takes two.
+	newsKept  = 12
+	newsEvery = 5 * time.Minute
 )
 
 // journal writes the log, as much of it as somebody may want to read: of what
@@ -37,15 +44,16 @@ type journal struct {
 	ctx    context.Context // for the values a slog.Handler may look for
 	logger *slog.Logger
 
-	causes map[string]*series // failures since the consumer was last well
-	told   time.Time          // when the last of them was
-	open   bool               // nobody was told yet that it is consuming, after what was told before
-	since  time.Time          // since when it is consuming, zero if it is not
-	away   time.Time          // since when it is not
-	flaps  bool               // the last session ended within settling
-	owed   *slog.Record       // a "consuming" to be told once it has settled
-	settle *time.Timer        // runs while one is owed
-	gaveUp bool               // Run ends by a failure, nobody has asked for it
+	causes map[string]*cause // failures since the consumer was last well
+	told   time.Time         // when the last of them was
+	news   allowance         // of lines told sooner than it is time for
+	open   bool              // nobody was told yet that it is consuming, after what was told before
+	since  time.Time         // since when it is consuming, zero if it is not
+	away   time.Time         // since when it is not
+	flaps  bool              // the last session ended within settling
+	owed   *slog.Record      // a "consuming" to be told once it has settled
+	settle *time.Timer       // runs while one is owed
+	gaveUp bool              // Run ends by a failure, nobody has asked for it
 
 	quiet    *time.Timer // runs after a line about handlers
 	failures failures
@@ -59,7 +67,7 @@ func newJournal(ctx context.Context, logger *slog.Logger) *journal {
 	j := &journal{
 		ctx:    context.WithoutCancel(ctx),
 		logger: logger,
-		causes: make(map[string]*series),
+		causes: make(map[string]*cause),
 		open:   true,
 		settle: time.NewTimer(settling),
 		quiet:  time.NewTimer(silence),
@@ -210,12 +218,13 @@ func (c *StateChange) attrs() []slog.Attr {
 // failing counts a failure with those of the same cause. One that begins an outage is told less
 // often, for the end of the outage is told as well.
 func (j *journal) failing(c StateChange, attrs []slog.Attr) (slog.Level, []slog.Attr) {
-	same := j.series(causeKey(c.Cause))
-	level, gap := slog.LevelDebug, calm
+	same := j.cause(causeKey(c), c.Time)
+	level, gap, lines := slog.LevelDebug, calm, 2
 	if j.open {
-		gap = silence
+		gap, lines = silence, 1
 	}
-	if same.step(c.Time.Sub(j.told) >= gap) {
+	overdue := c.Time.Sub(j.told) >= gap
+	if same.step(overdue) && (overdue || j.news.spend(c.Time, lines)) {
 		level, j.told, j.open = slog.LevelWarn, c.Time, true
 	}
 	if !j.since.IsZero() {
@@ -227,27 +236,61 @@ func (j *journal) failing(c StateChange, attrs []slog.Attr) (slog.Level, []slog.
 	return level, attrs
 }
 
-// series returns the failures of one cause, or those of all that are too many to
-// be told apart.
-func (j *journal) series(cause string) *series {
-	if j.causes[cause] == nil && len(j.causes) >= causesKept {
-		cause = ""
-	}
-	if j.causes[cause] == nil {
-		j.causes[cause] = new(series)
-	}
-	return j.causes[cause]
+// cause is the failures of one cause.
+type cause struct {
+	series
+	last time.Time
 }
 
-// causeKey is what failures have in common that are told as one: step and reason,
-// whatever the host, and whatever numbers a text holds.
-func causeKey(cause error) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsDigit(r) {
-			return -1
-		}
-		return r
-	}, reasonOf(cause))
+// cause returns the failures of the cause with that key. A new one may take the place of the
+// one that has not been seen for the longest time.
+func (j *journal) cause(key string, now time.Time) *cause {
+	if j.causes[key] == nil && len(j.causes) >= causesKept {
+		oldest := slices.MinFunc(slices.Collect(maps.Keys(j.causes)), func(a, b string) int {
+			return j.causes[a].last.Compare(j.causes[b].last)
+		})
+		delete(j.causes, oldest)
+	}
+	if j.causes[key] == nil {
+		j.causes[key] = new(cause)
+	}
+	j.causes[key].last = now
+	return j.causes[key]
+}
+
+// passing matches what differs from one failure to the next of the same cause: IP addresses,
+// and long numbers, such as ports and the numbers of requests. A short one, such as a status,
+// makes another cause.
+var passing = regexp.MustCompile(`\d+\.\d+\.\d+\.\d+|\[[[:xdigit:]:.]+(%\w+)?\]|\d{4,}`)
+
+// causeKey is what failures have in common that are told as one: step and reason, whatever the
+// host.
+func causeKey(c StateChange) string {
+	key := reasonOf(c.Cause)
+	if host, _, err := net.SplitHostPort(c.Host); err == nil && host != "" {
+		key = strings.ReplaceAll(key, host, "")
+	}
+	return passing.ReplaceAllString(key, "")
+}
+
+// allowance bounds the lines that are told beside one a minute.
+type allowance struct {
+	used int
+	at   time.Time // from here on one is given back every newsEvery
+}
+
+func (a *allowance) spend(now time.Time, lines int) bool {
+	for ; a.used > 0 && now.Sub(a.at) >= newsEvery; a.used-- {
+		a.at = a.at.Add(newsEvery)
+	}
+	if a.used == 0 {
+		a.at = now
+	}
+	if a.used+lines > newsKept {
+		return false
+	}
+	a.used += lines
+	return true
 }
 
 // consuming tells that the consumer is consuming, at once or when it has settled, if a failure was
@@ -333,7 +376,7 @@ func (j *journal) failed(f failure) (record slog.Record, due bool) {
 	}
 	now := time.Now()
 	left, due := row.step(now, f)
-	if !due || !j.logger.Enabled(j.ctx, level) {
+	if !due { // whether the logger wants it is asked on the reporter's goroutine
 		return slog.Record{}, false
 	}
 	return newRecord(now, level, message, f.attrs(left)...), true
@@ -380,8 +423,12 @@ func (f failure) attrs(left uint64) []slog.Attr {
 
 // text names the limit that the library's own error does not know.
 func (f failure) text() string {
+	text := brief(f.err)
+	if !strings.Contains(text, ErrHandlerTimeout.Error()) {
+		return text
+	}
 	limit := fmt.Sprintf("%v after %v (WithHandlerTimeout)", ErrHandlerTimeout, f.session.config.handlerTimeout)
-	return strings.Replace(brief(f.err), ErrHandlerTimeout.Error(), limit, 1)
+	return strings.Replace(text, ErrHandlerTimeout.Error(), limit, 1)
 }
 
 // writeFailure also sees to it that what is left out after it is told.

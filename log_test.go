@@ -270,7 +270,7 @@ func TestErrorThatPanicsIsToldAndEndsNothing(t *testing.T) {
 		b.consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.Discard((*nilError)(nil)) })
 		b.broker.Publish(queue, "tea")
 		b.wait(time.Second)
-		assert.NotEmpty(b, b.log.lines("handler failed"))
+		assert.NotEmpty(b, b.log.lines("handler panicked", "outcome=discarded", "the error *steadymq_test.nilError panics when it is read"))
 		assert.Equal(b, steadymq.Consuming, b.consumer.State())
 	})
 }

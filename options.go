@@ -26,8 +26,9 @@ type Middleware func(next Handler) Handler
 // TopologyFunc declares what a session needs on the session's own channel and
 // returns the queue to consume from; "" means the queue given to New. It runs
 // for every session, on its fresh channel, so everything in it must be
-// idempotent. ctx ends with the setup limit, which also closes the socket under
-// the channel. An error is retried like any failure of the setup; wrap the
+// idempotent. ctx ends with the setup limit, which also ends what the function waits for
+// on the channel, by closing the socket; while a cancelled session still lives on that
+// connection, it closes with the last of its handlers. An error is retried like any failure of the setup; wrap the
 // *amqp.Error of the channel with %w so that it can be classified.
 //
 // The channel is the session's: it must not be used after the function has returned, nor be
@@ -281,8 +282,10 @@ func WithBackoff(initial, limit time.Duration) Option {
 
 // WithFatal lets Run give up: it ends with the error for which fatal returns
 // true, and with no other. fatal sees every *SessionError, the first connection
-// included, and is called on Run's goroutine. Without it Run gives up only
-// before the first session, see Run.
+// included. It is called on a goroutine of its own, once at a time, and Run does not go
+// on before it has returned; one that panics, or does not return within the setup limit,
+// ends Run with an error that says so. Without it Run gives up only before the first
+// session, see Run.
 func WithFatal(fatal func(error) bool) Option {
 	return func(c *config) {
 		c.fatal = fatal
@@ -542,8 +545,8 @@ func WithSASL(mechanisms ...amqp.Authentication) Option {
 			c.refuse("WithSASL", "needs at least one mechanism")
 		}
 		for _, m := range mechanisms {
-			if m == nil {
-				c.refuse("WithSASL", "a mechanism is nil")
+			if isNil(m) {
+				c.refuse("WithSASL", "a mechanism is nil, or a nil pointer")
 			}
 		}
 	}
@@ -626,7 +629,7 @@ func WithInsecureSkipVerify() Option {
 
 // WithDialer replaces the TCP dial, with net.Dialer.DialContext's signature: for
 // proxies, tunnels and tests (steadymqtest.Broker.Dialer). TLS is done on top of
-// what it returns. The default dialer sets keep-alive and, on Linux,
+// what it returns. A connection that it returns together with an error is closed. The default dialer sets keep-alive and, on Linux,
 // TCP_USER_TIMEOUT; a dialer of your own should too.
 func WithDialer(dial func(ctx context.Context, network, address string) (net.Conn, error)) Option {
 	return func(c *config) {
@@ -637,7 +640,8 @@ func WithDialer(dial func(ctx context.Context, network, address string) (net.Con
 	}
 }
 
-// WithMiddleware wraps the handler; given several times they add up.
+// WithMiddleware wraps the handler; given several times they add up. The wrapping is done at the
+// beginning of Run, within the setup limit.
 func WithMiddleware(m ...Middleware) Option {
 	return func(c *config) {
 		for _, f := range m {
@@ -657,8 +661,11 @@ func WithMiddleware(m ...Middleware) Option {
 // 4th, 8th ... time and at least every minute, with the count (repeated), every 90 s where it
 // ends sessions that have just begun to consume. Once such a failure was told, "consuming" is told
 // as well, with how long the consumer was away (down): at once, or after 2 s (up) where the session
-// before had not lasted that long. What is left out, and the tries, are DEBUG. Counting starts
-// anew once a session has lasted 10 minutes. An hour of any outage is at most 100 lines of INFO and above.
+// before had not lasted that long. A new cause is told at once; where causes change all the
+// time, the log tells 12 of them and then one every 5 minutes, beside the one a minute. Causes
+// that differ in the host, an IP address or a number of more than three digits are one. What is
+// left out, and the tries, are DEBUG. Counting starts anew once a session has lasted 10 minutes. An
+// hour of any outage is at most 100 lines of INFO and above.
 //
 // What handlers return is told at WARN, a panic with its stack at ERROR: at most one
 // line a second, less often if it goes on and at least every minute, with the count of

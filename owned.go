@@ -27,9 +27,11 @@ type goneError struct{ error }
 
 func (e *goneError) Unwrap() error { return e.error }
 
-func gone(err error) error {
-	if err == nil {
-		return nil
+// gone marks a refusal that says that there is no such queue. A 404 may say something else, as that
+// its node is down: then the queue lives, and another one beside it would be left behind.
+func gone(err error, queue string) error {
+	if !noQueue(err, queue) {
+		return err
 	}
 	return &goneError{err}
 }

@@ -171,7 +171,7 @@ func (s *session) inspectAt(e endpoint) (amqp.Queue, error) {
 	if a.err != nil {
 		return amqp.Queue{}, a.err
 	}
-	unguard := context.AfterFunc(ctx, func() { a.conn.socket.kill(context.Cause(ctx)) })
+	unguard := context.AfterFunc(ctx, func() { a.conn.socket.kill(causeOf(ctx)) })
 	defer func() {
 		a.conn.close(departure{limit: s.config.closeTimeout})
 		<-a.conn.gone

@@ -85,7 +85,7 @@ func (s *scope) drainError() error {
 // stay there if another session lives on it.
 func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag string, step *step) (*session, error) {
 	tenancy := c.moveIn()
-	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(context.Cause(ctx)) })
+	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(causeOf(ctx)) })
 
 	t := terms{limit: c.limitTerm(of.config.declare), owned: c.owned(of.config)}
 	for {
@@ -179,7 +179,7 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 		s.stream.subscribed(args[offsetKey])
 	}
 	if s.config.declare != nil { // an auto-delete queue goes with its last consumer, maybe just now
-		err = gone(err)
+		err = gone(err, s.queue)
 	}
 	return "consume", err
 }

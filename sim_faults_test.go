@@ -32,11 +32,14 @@ const (
 // simKind is one kind of fault of docs/FAULTS.md.
 type simKind struct {
 	name     string
-	longest  time.Duration // 0: it strikes at one moment
-	common   bool          // it has no host
-	loses    bool          // messages may be dropped by the broker
-	harmless bool          // no session may end because of it
-	refuses  []uint64      // codes[dice%codes] for which a Run without a session may give up
+	longest  time.Duration       // 0: it strikes at one moment
+	common   bool                // it has no host
+	stalls   bool                // a stall detector has to see it
+	needs    func(*simPlan) bool // nil: it is for all plans
+	loses    bool                // messages may be dropped by the broker
+	harmless bool                // no session may end because of it
+	hinders  bool                // but none may begin
+	refuses  []uint64            // codes[dice%codes] for which a Run without a session may give up
 	codes    uint64
 	kick     bool // it needs new connections to be met
 	pace     simPace
@@ -62,8 +65,12 @@ func escapeSetup(c *simConsumerPlan) time.Duration { return c.setup + time.Secon
 
 type faultsOf = steadymqtest.Faults
 
-// simKinds are the kit's faults. Every seed enables a random half of them.
-var simKinds = []simKind{
+// simKinds are all faults: simFirstKinds, of which every seed enables a random half, and simMoreKinds,
+// which come in place of some.
+var simKinds = slices.Concat(simFirstKinds, simMoreKinds)
+
+// simFirstKinds are the kit's faults. What they are and their order is part of a seed's meaning.
+var simFirstKinds = []simKind{
 	{name: "connection.close 320", on: func(s *sim, f simFault, at faultsOf) {
 		at.CloseConnections(320, "broker forced connection closure with reason 'shutdown'")
 	}},
@@ -83,11 +90,13 @@ var simKinds = []simKind{
 	{name: "fin", on: func(s *sim, f simFault, at faultsOf) { at.FIN() }},
 	{name: "silence", detect: halfBeats(3), on: func(s *sim, f simFault, at faultsOf) { at.Silence() }},
 	{name: "stray reply on channel", detect: halfBeats(5), on: func(s *sim, f simFault, at faultsOf) { at.StrayReply(false) }},
-	{name: "stray reply on connection", detect: halfBeats(5), on: func(s *sim, f simFault, at faultsOf) { at.StrayReply(true) }},
+	{name: "stray reply on connection", detect: halfBeats(5), on: func(s *sim, f simFault, at faultsOf) {
+		at.StrayReply(!s.plan.renews()) // the next renewal would take it for its answer, and never get its own
+	}},
 	{name: "delivery behind channel.close", codes: 1, refuses: []uint64{0}, on: func(s *sim, f simFault, at faultsOf) { at.StrayDelivery() }},
 	{name: "garbage", on: func(s *sim, f simFault, at faultsOf) { at.Garbage() }},
 	{name: "random bytes", detect: halfBeats(5), on: func(s *sim, f simFault, at faultsOf) { at.Garbage(randomBytes(f.dice)...) }},
-	{name: "rotate the password", common: true, kick: true, on: func(s *sim, f simFault, at faultsOf) { s.rotate(f) }},
+	{name: "rotate the password", common: true, kick: true, codes: 1, refuses: []uint64{0}, on: func(s *sim, f simFault, at faultsOf) { s.rotate(f) }},
 	{name: "purge", common: true, loses: true, harmless: true, on: func(s *sim, f simFault, at faultsOf) { s.broker.PurgeQueue(s.queue(f)) }},
 
 	{
@@ -239,9 +248,9 @@ var simKinds = []simKind{
 		off: func(s *sim, f simFault, at faultsOf) { at.CutClientAfter(-1) },
 	},
 	{
-		name: "no majority", longest: 30 * time.Second, common: true, harmless: true,
-		on:  func(s *sim, f simFault, at faultsOf) { s.broker.QuorumStall(s.queue(f), true) },
-		off: func(s *sim, f simFault, at faultsOf) { s.broker.QuorumStall(s.queue(f), false) },
+		name: "no majority", longest: 30 * time.Second, common: true, harmless: true, stalls: true,
+		on:  func(s *sim, f simFault, at faultsOf) { s.broker.QuorumStall(s.aim(f), true) },
+		off: func(s *sim, f simFault, at faultsOf) { s.broker.QuorumStall(s.aimed(f), false) },
 	},
 	{
 		name: "memory alarm", longest: 30 * time.Second, common: true, harmless: true,
@@ -250,7 +259,7 @@ var simKinds = []simKind{
 	},
 	{
 		name: "delete the queue", longest: 30 * time.Second, common: true, loses: true, pace: paceAbsent,
-		on:  func(s *sim, f simFault, at faultsOf) { s.broker.DeleteQueue(s.queue(f)) },
+		on:  func(s *sim, f simFault, at faultsOf) { s.deleteQueue(f) },
 		off: func(s *sim, f simFault, at faultsOf) { s.declare(s.plan.queues[f.queue]) },
 	},
 	{
@@ -317,26 +326,40 @@ func (s *sim) faultsAt(f simFault) steadymqtest.Faults {
 	return s.broker.Host(f.host).Faults
 }
 
-// connect is how long a dial and a setup take on a healthy path.
+// connect is how long a dial and a setup take on a healthy path that is not slow.
 func (p *simPlan) connect() time.Duration { return 30*p.latency + 50*time.Millisecond }
 
 // fast is the bound of a resume when the session was healthy and the broker is there.
-func (p *simPlan) fast() time.Duration { return 500*time.Millisecond + p.connect() }
+func (p *simPlan) fast(c *simConsumerPlan) time.Duration {
+	fast := 500*time.Millisecond + p.connect() + c.lag
+	if p.queues[c.queue].kind == "stream" {
+		fast += 2500 * time.Millisecond // it looks whether the stream is still there
+	}
+	return fast
+}
 
 // healed is when c must be consuming again if nothing else happens: the bound of
 // the fault, or, loosely, that of faults that overlap or follow too soon.
 func (b *simBurst) healed(p *simPlan, c *simConsumerPlan, loosely bool) time.Duration {
-	if len(b.faults) == 1 && !loosely {
+	if len(b.faults) == 1 && !loosely && !p.roundabout(c) {
 		return b.faults[0].healed(p, c)
 	}
 	var noticed time.Duration
 	for _, f := range b.faults {
 		noticed = max(noticed, f.noticed(c), f.at+5*c.heartbeat/2+time.Second)
 	}
-	if c.alone {
+	if p.owns(c) {
 		noticed += 3*c.heartbeat + 2*time.Second
 	}
-	return noticed + 2*(c.setup+time.Second+c.limit) + p.connect()
+	if p.queues[c.queue].own() { // an old connection stays until its handlers have finished
+		noticed += c.drain + c.shut + time.Second
+	}
+	return noticed + p.tail(c)
+}
+
+// tail is what a consumer may need, once nothing is wrong any more, after faults that overlap.
+func (p *simPlan) tail(c *simConsumerPlan) time.Duration {
+	return 2*(c.setup+time.Second+c.limit+c.lag) + p.connect()
 }
 
 // noticed is when the fault is over and c knows of it at the latest.
@@ -360,10 +383,13 @@ func (f simFault) detect(c *simConsumerPlan) time.Duration {
 func (f simFault) healed(p *simPlan, c *simConsumerPlan) time.Duration {
 	k := &simKinds[f.kind]
 	noticed, pace := f.noticed(c), k.pace
-	if k.escape != nil && f.host >= 0 && p.hosts > 1 && !p.urlFunc {
+	if k.stalls && c.stall > 0 { // its detector may have tried again and again
+		noticed, pace = noticed+time.Second, paceSlow
+	}
+	if k.escape != nil && f.host >= 0 && p.hosts > 1 && !p.urlFunc && !c.balanced {
 		noticed, pace = f.at+f.detect(c)+k.escape(c), paceNow
 	}
-	if c.alone && k.lingers { // the broker buries the old connection first
+	if p.owns(c) && k.lingers { // the broker buries the old connection first
 		noticed = max(noticed, f.at+3*c.heartbeat+time.Second)
 		pace = max(pace, paceRefused)
 	}
@@ -371,7 +397,7 @@ func (f simFault) healed(p *simPlan, c *simConsumerPlan) time.Duration {
 }
 
 func (f simFault) wait(p *simPlan, c *simConsumerPlan, pace simPace) time.Duration {
-	wait := p.fast()
+	wait := p.fast(c)
 	switch pace {
 	case paceNow:
 	case paceRefused:

@@ -33,6 +33,11 @@ const (
 	actMultiple // asks for multiple=true, and takes no notice that it is refused
 	actLate     // another goroutine acks after the handler has returned
 	actStale    // acks after its context has ended
+	numFirstActs
+
+	actAckFail      simAct = iota - 1 // acks by hand, then returns an error
+	actDiscardPanic                   // discards by hand, then panics
+	actCutOff                         // waits for the end of its context, then returns an error of its own
 	numActs
 )
 
@@ -47,7 +52,12 @@ func (s *sim) dice(id string, try int) uint64 {
 }
 
 func (s *sim) act(dice uint64, try int) simAct {
-	if s.calm.Load() || try > 4 {
+	switch {
+	case s.calm.Load():
+		return actOK
+	case s.away.Load() > 0:
+		return actFail
+	case try > 4:
 		return actOK
 	}
 	sum := 0
@@ -91,6 +101,11 @@ func (c *simConsumer) handle(run *simRun) steadymq.Handler {
 		try := c.s.judge.started(h, ctx)
 		h.dice = c.s.dice(d.MessageId, try)
 		act := c.s.act(h.dice, try)
+		if run.trip.Swap(false) {
+			act = actOK
+			c.s.judge.closes(run, c)
+			run.stop()
+		}
 		returned := false
 		c.s.work.Add(1)
 		defer c.s.work.Done()
@@ -169,6 +184,16 @@ func (h *simHandling) settle(ctx context.Context, act simAct) error {
 		h.later()
 	case actStale:
 		return h.stale(ctx)
+	case actAckFail:
+		h.expect(h.try(steadymq.Acked, h.d.Ack), nil, steadymq.ErrStale)
+		return errSimHandler
+	case actDiscardPanic:
+		h.expect(h.try(steadymq.Discarded, h.d.Discard), nil, steadymq.ErrStale)
+		panic("the handler panics after it has discarded")
+	case actCutOff:
+		if err := h.wait(ctx, 40*time.Second); err != nil {
+			return fmt.Errorf("%w: %w", errSimHandler, err)
+		}
 	}
 	return nil
 }

@@ -1,9 +1,11 @@
 package steadymq_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -33,6 +35,18 @@ type simJudge struct {
 	watched    map[string]bool              // consumer tags of which that is looked for
 	used       map[string]bool              // consumer tags that handlers have seen
 	deliveries map[uint64]map[uint64]string // session -> tag -> message
+	streams    map[int]*simStream           // by queue
+	offsets    map[string]int               // of the messages of streams
+	unfit      map[string]bool              // messages that no handler can be given
+	attempts   map[string][]simAttempt      // by message, in its queue
+	places     map[simKey]int               // attempts of a stream's deliveries
+	delivering uint64                       // counts deliveries
+}
+
+// simAttempt is what a delivery called itself.
+type simAttempt struct {
+	key   simKey
+	count int
 }
 
 // simSession is one consumer as the broker knows it.
@@ -43,6 +57,11 @@ type simSession struct {
 	outstanding int
 	settled     time.Time // first settlement
 	marks       int64     // sim.disturbed when it ended
+	end         int       // of a stream, when it began
+	told        int       // of a stream, what had been acked when it began
+	resumed     bool      // there has been a delivery of a stream
+	moved       time.Time // last delivery or settlement
+	orders      map[uint64]uint64
 }
 
 // simHandled is one delivery that a handler got.
@@ -51,6 +70,10 @@ type simHandled struct {
 	allowed uint8 // bit set of outcomes
 	settled bool
 	held    time.Time // not to be requeued before, while all is well
+	run     *simRun
+	stream  bool
+	done    bool // of a stream: handled for good
+	again   bool // of a stream: to be tried again
 }
 
 func newSimJudge(s *sim) *simJudge {
@@ -66,6 +89,11 @@ func newSimJudge(s *sim) *simJudge {
 		watched:    make(map[string]bool),
 		used:       make(map[string]bool),
 		deliveries: make(map[uint64]map[uint64]string),
+		streams:    make(map[int]*simStream),
+		offsets:    make(map[string]int),
+		unfit:      make(map[string]bool),
+		attempts:   make(map[string][]simAttempt),
+		places:     make(map[simKey]int),
 	}
 }
 
@@ -106,7 +134,8 @@ func (j *simJudge) consuming(r steadymqtest.ConsumerRecord) {
 	if j.byTag[r.Tag] != nil && j.used[r.Tag] { // one of a setup that failed may come again
 		j.note("I1", "the consumer tag %s is used a second time", r.Tag)
 	}
-	x := &simSession{record: r, consumer: c, run: c.run}
+	x := &simSession{record: r, consumer: c, run: c.run, moved: r.Started, orders: make(map[uint64]uint64)}
+	j.place(x)
 	j.sessions[r.Session], j.byTag[r.Tag] = x, x
 	j.deliveries[r.Session] = make(map[uint64]string)
 	c.latest = x
@@ -143,6 +172,9 @@ func (j *simJudge) delivered(r steadymqtest.DeliveryRecord) {
 		return
 	}
 	j.deliveries[r.Session][r.Tag] = r.ID
+	j.delivering++
+	x.orders[r.Tag], x.moved = j.delivering, r.Time
+	j.resumes(x, r.ID)
 	if x.outstanding++; x.outstanding > x.consumer.plan.prefetch {
 		j.note("I6", "%d unsettled deliveries of session %s, the prefetch is %d", x.outstanding, r.ConsumerTag, x.consumer.plan.prefetch)
 	}
@@ -167,13 +199,20 @@ func (j *simJudge) settled(r steadymqtest.SettlementRecord) {
 		return
 	}
 	x.outstanding--
+	x.moved = r.Time
 	if x.settled.IsZero() {
 		x.settled = r.Time
 	}
 	h := j.handled[simKey{x.record.Tag, r.Tag}]
+	if j.streamOf(x.consumer) != nil {
+		j.ackedInStream(x, h, &r)
+		return
+	}
 	o := outcomeOf(&r)
 	switch {
 	case r.Kind == steadymqtest.Nack && h == nil && r.Requeue: // no handler had it
+	case j.unfit[r.ID]:
+		j.note("I3", "%v of a message that cannot be read: %+v", o, r)
 	case h == nil:
 		j.note("I3", "%v of a message that no handler had in that session: %+v", o, r)
 	case h.id != r.ID:
@@ -207,15 +246,73 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 	if ctx.Value(simRunKey{}) != h.run {
 		j.note("ctx", "a handler's context has not the values of Run's")
 	}
-	if j.handled[h.key] != nil {
+	if h.run.closed {
+		j.note("I8", "a handler of %s started after the one that has stopped the Run", c.plan.name)
+	}
+	stream := j.streamOf(c) != nil
+	switch before := j.handled[h.key]; {
+	case before == nil:
+	case !stream || !before.again:
 		j.note("I3", "the delivery %v was handled twice", h.key)
+	case time.Now().Before(before.held):
+		j.note("hold", "a failed message of a stream was tried again %v too early: %v", time.Until(before.held), h.key)
+	}
+	if j.unfit[h.d.MessageId] {
+		j.note("I3", "a handler got a message that cannot be read: %v", h.key)
 	}
 	j.notLate(h, ctx)
+	j.attempt(h)
 	j.used[h.key.consumer] = true
 	h.run.handled = true
-	j.handled[h.key] = &simHandled{id: h.d.MessageId}
-	j.tries[h.d.MessageId]++
-	return j.tries[h.d.MessageId]
+	j.handled[h.key] = &simHandled{id: h.d.MessageId, run: h.run, stream: stream}
+	of := h.d.MessageId
+	if stream {
+		of += " by " + c.plan.name
+	}
+	j.tries[of]++
+	return j.tries[of]
+}
+
+// attempt notes what a delivery calls itself.
+func (j *simJudge) attempt(h *simHandling) {
+	n := h.d.Attempt()
+	if n < 1 || n == 1 && h.d.Redelivered {
+		j.note("attempt", "a redelivered message says that this is attempt %d: %v", n, h.key)
+	}
+	if j.streamOf(h.c) == nil { // there are tries in place only
+		j.attempts[h.d.MessageId] = append(j.attempts[h.d.MessageId], simAttempt{h.key, n})
+		return
+	}
+	if before := j.places[h.key]; n != before+1 {
+		j.note("attempt", "attempt %d of a message of a stream is followed by %d: %v", before, n, h.key)
+	}
+	j.places[h.key] = n
+}
+
+// counted sees to it that Attempt has never gone back while a message was in one queue.
+func (j *simJudge) counted() {
+	for id, attempts := range j.attempts {
+		slices.SortFunc(attempts, func(a, b simAttempt) int { return cmp.Compare(j.order(a.key), j.order(b.key)) })
+		last := make(map[string]simAttempt) // by queue
+		for _, a := range attempts {
+			x := j.byTag[a.key.consumer]
+			if x == nil || j.order(a.key) == 0 {
+				continue
+			}
+			if before := last[x.record.Queue]; a.count < before.count {
+				j.note("attempt", "%s was attempt %d in %v and then %d in %v", id, before.count, before.key, a.count, a.key)
+			}
+			last[x.record.Queue] = a
+		}
+	}
+}
+
+// order is when the broker has sent a delivery, among all.
+func (j *simJudge) order(key simKey) uint64 {
+	if x := j.byTag[key.consumer]; x != nil {
+		return x.orders[key.delivery]
+	}
+	return 0
 }
 
 // notLate sees to it that no handler gets a delivery of a session that is known
@@ -245,6 +342,13 @@ func (j *simJudge) allow(key simKey, o steadymq.Outcome) {
 
 func (j *simJudge) decide(h *simHandled, o steadymq.Outcome) {
 	h.allowed |= 1 << o
+	if h.stream {
+		h.again = h.again || o == steadymq.Requeued
+		if o != steadymq.Requeued {
+			h.done = true
+			h.run.reading.done[j.offset(h.id)] = true
+		}
+	}
 	switch o {
 	case steadymq.Acked:
 		j.acked[h.id] = true
@@ -278,12 +382,12 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 // and nothing else has happened, may still settle.
 func (j *simJudge) notNeedless(h *simHandling, x *simHandled) {
 	session := j.byTag[h.key.consumer]
-	if j.s.plan.hold > 0 || session == nil || session.record.Cause != "cancelled by the broker" || h.c.stopping ||
+	if j.s.plan.hold > 0 || session == nil || x.stream || h.c.lagging() || session.record.Cause != "cancelled by the broker" || h.c.stopping ||
 		time.Since(session.record.Ended) > h.c.plan.drain-time.Second {
 		return
 	}
 	marks := session.marks
-	time.AfterFunc(j.s.plan.fast(), func() {
+	time.AfterFunc(j.s.plan.fast(h.c.plan), func() {
 		j.mu.Lock()
 		defer j.mu.Unlock()
 		if !x.settled && !h.c.stopping && h.c.run == h.run && j.s.disturbed.Load() == marks {
@@ -318,9 +422,8 @@ func (j *simJudge) outlived(h *simHandling, waited time.Duration) {
 	if x == nil || x.record.Ended.IsZero() {
 		return
 	}
-	switch x.record.Cause {
-	case "cancelled by the client", "cancelled by the broker", "queue deleted", "consumer timeout", "broker killed":
-		return // handlers may go on
+	if handlersGoOn(x.record.Cause) || x.record.Cause == "broker killed" {
+		return
 	}
 	if late := time.Since(x.record.Ended); late > 5*h.c.plan.heartbeat/2+2*time.Second {
 		j.note("ctx", "the context of handler %v goes on %v after its session was lost (%s)", h.key, late, x.record.Cause)
@@ -338,7 +441,9 @@ func (j *simJudge) tick() {
 			continue
 		}
 		j.resumed(c, now)
+		j.unstalled(c, now)
 	}
+	j.orphans(now)
 }
 
 func (j *simJudge) resumed(c *simConsumer, now time.Duration) {
@@ -347,7 +452,11 @@ func (j *simJudge) resumed(c *simConsumer, now time.Duration) {
 		return
 	}
 	// A connection that was replaced stays for the running handlers of a cancelled session.
-	if n := int(c.sockets.Load()); n > 1 && now > c.resumeBy+c.plan.drain+c.plan.shut+time.Second {
+	most := 1
+	if c.plan.stall > 0 {
+		most++ // it asks another host
+	}
+	if n := int(c.sockets.Load()); n > most && now > c.resumeBy+c.plan.drain+c.plan.shut+time.Second {
 		j.note("I8", "%s has %d sockets open", c.plan.name, n)
 	}
 	if c.live > 1 && now > c.resumeBy+3*c.plan.heartbeat+c.plan.drain+c.plan.shut+2*time.Second {
@@ -373,13 +482,18 @@ func (j *simJudge) expectOf(c *simConsumer, b *simBurst, now time.Duration) {
 	p := j.s.plan
 	loose := b.healed(p, c.plan, true)
 	quiet := now >= c.resumeBy
+	for _, f := range j.s.current {
+		if !f.harmless(c.plan) || simKinds[f.kind].hinders {
+			loose, quiet = max(loose, f.noticed(c.plan)+p.tail(c.plan)), false
+		}
+	}
 	c.looseBy = max(c.looseBy, loose)
 	c.lone = quiet && len(b.faults) == 1 && b.faults[0].last == 0
 	switch {
 	case !c.running || c.stopping:
 	case quiet && c.healthy(now):
 		c.keep = nil
-		if len(b.faults) == 1 && simKinds[b.faults[0].kind].harmless {
+		if len(b.faults) == 1 && b.faults[0].harmless(c.plan) {
 			if p.hold == 0 {
 				c.keep, c.keepUntil = c.latest, b.faults[0].end()+time.Second
 			}
@@ -389,4 +503,77 @@ func (j *simJudge) expectOf(c *simConsumer, b *simBurst, now time.Duration) {
 	default:
 		c.resumeBy, c.keep = max(c.resumeBy, loose), nil
 	}
+}
+
+// harmless tells that no session of c may end because of f.
+func (f simFault) harmless(c *simConsumerPlan) bool {
+	k := &simKinds[f.kind]
+	return k.harmless && !(k.stalls && c.stall > 0)
+}
+
+// stalled judges a session that the stall detector has ended: without a fault there is no stall.
+func (j *simJudge) stalled(c *simConsumer, cause error) {
+	if !strings.Contains(cause.Error(), "stalled: ") {
+		return
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	calm := j.s.now() - j.s.lastMark
+	if j.s.active.Load() == 0 && calm > 2*c.plan.stall+c.plan.setup+10*time.Second+c.plan.lag {
+		j.note("stall", "a session of %s was ended though nothing has happened for %v: %v", c.plan.name, calm, cause)
+	}
+}
+
+// unstalled sees to it that the stall detector leaves a host that is cut off while messages wait. It
+// is judged only where one can know that: the host's own word, or that of two others.
+func (j *simJudge) unstalled(c *simConsumer, now time.Duration) {
+	x, p := c.latest, j.s.plan
+	if c.plan.stall == 0 || c.plan.channelMax == 1 || x == nil || c.live != 1 || p.queues[c.plan.queue].kind == "stream" || len(p.users(c.plan.queue)) > 1 ||
+		j.s.cut[x.record.Host] == cutNot || x.outstanding >= c.plan.prefetch || c.lagging() || j.s.active.Load() > 1 {
+		c.starved = now
+		return
+	}
+	plain := p.hosts == 3 && !p.urlFunc && !c.plan.balanced
+	if !plain && (j.s.cut[x.record.Host] != cutWaiting || p.hosts == 1 || !simStallsAreTrue) || j.s.broker.QueueLen(x.record.Queue) <= 0 {
+		c.starved = now
+		return
+	}
+	since := max(c.starved, x.moved.Sub(j.s.start))
+	if limit := 2*c.plan.stall + 5*time.Second + time.Second + 2*p.connect(); now-since > limit {
+		j.note("stall", "%s stays on %s, which has been cut off for %v while messages wait", c.plan.name, x.record.Host, now-since)
+	}
+}
+
+// orphans sees to it that no queue of the broker's naming is left behind.
+func (j *simJudge) orphans(now time.Duration) {
+	if !slices.ContainsFunc(j.s.plan.queues, func(q simQueuePlan) bool { return q.kind == "named" }) {
+		return
+	}
+	for _, c := range j.s.consumers {
+		p := c.plan
+		if !c.running || c.stopping || now < c.resumeBy+3*p.heartbeat+p.drain+p.shut+2*time.Second {
+			return
+		}
+	}
+	for _, name := range j.s.broker.Queues() {
+		if isNamed(name) && len(j.s.broker.Consumers(name)) == 0 {
+			j.note("own", "nobody consumes from the queue %s, which the broker has named", name)
+		}
+	}
+}
+
+// closes notes that a handler ends the context of its Run: with one worker it is the last.
+func (j *simJudge) closes(run *simRun, c *simConsumer) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	run.closed = c.plan.concurrency == 1
+}
+
+// handlersGoOn tells that a session has ended in such a way that its handlers may still settle.
+func handlersGoOn(cause string) bool {
+	switch cause {
+	case "cancelled by the client", "cancelled by the broker", "queue deleted", "consumer timeout":
+		return true
+	}
+	return false
 }

@@ -16,10 +16,12 @@ type simPlan struct {
 	hosts     int
 	tls       bool
 	latency   time.Duration
-	old       bool          // a broker of the 3.13 generation
+	old       bool // a broker of the 3.x generation
+	version   [2]int
 	hold      time.Duration // the broker's consumer timeout, 0 for none
 	cancels   bool          // and its form: basic.cancel, not 406
 	urlFunc   bool
+	login     simLogin
 	queues    []simQueuePlan
 	consumers []simConsumerPlan
 	bursts    []simBurst
@@ -29,10 +31,11 @@ type simPlan struct {
 
 type simQueuePlan struct {
 	name   string
-	kind   string
-	limit  int32 // x-delivery-limit, -1 for none, quorum only
-	dead   bool  // has a dead-letter queue
-	purged bool  // a fault may drop what is in it
+	kind   string // also "exclusive" and "named", classic queues that live as long as their connection
+	limit  int32  // x-delivery-limit, -1 for none, quorum only
+	dead   bool   // has a dead-letter queue
+	purged bool   // a fault may drop what is in it
+	simQueueOptions
 }
 
 type simConsumerPlan struct {
@@ -46,16 +49,23 @@ type simConsumerPlan struct {
 	writeDelay               time.Duration
 	declare, topology, alone bool // WithQueue, WithTopology, WithExclusive
 	runs                     []simWindow
+	simConsumerOptions
 }
 
 // simWindow is one Run: when it is called and when its context ends, since the start.
-type simWindow struct{ start, stop time.Duration }
+type simWindow struct {
+	start, stop time.Duration
+	byHandler   bool // a handler ends the context
+	broken      bool // a middleware panics when it is made: Run returns at once
+}
 
 type simPublish struct {
 	at        time.Duration
 	queue     int
 	count     int
 	transient bool
+	body      int  // bytes, 0 for a few
+	unfit     bool // no handler can be given it
 }
 
 // simBurst is a fault, or several that overlap.
@@ -91,8 +101,8 @@ func (f simFault) String() string {
 
 func (p *simPlan) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "hosts %d, tls %t, latency %v, old %t, consumer timeout %v (cancel %t), urlFunc %t\n",
-		p.hosts, p.tls, p.latency, p.old, p.hold, p.cancels, p.urlFunc)
+	fmt.Fprintf(&b, "hosts %d, tls %t, latency %v, version %v, consumer timeout %v (cancel %t), urlFunc %t, login %d\n",
+		p.hosts, p.tls, p.latency, p.version, p.hold, p.cancels, p.urlFunc, p.login)
 	for _, q := range p.queues {
 		fmt.Fprintf(&b, "  queue %+v\n", q)
 	}
@@ -128,6 +138,7 @@ func newSimPlan(seed uint64, virtual time.Duration) *simPlan {
 	p.drawBursts(r)
 	p.drawPublishes(r)
 	p.drawStart(r)
+	p.drawOptions(rand.New(rand.NewPCG(seed, 0x0b710)))
 	return p
 }
 
@@ -195,16 +206,16 @@ func (p *simPlan) drawRuns(r *rand.Rand) []simWindow {
 		if stop > p.chaos()-10*time.Second {
 			break
 		}
-		runs = append(runs, simWindow{at, stop})
+		runs = append(runs, simWindow{start: at, stop: stop})
 		at = stop + between(r, 0, 20*time.Second)
 	}
-	return append(runs, simWindow{at, p.virtual}) // the last one ends after the finale
+	return append(runs, simWindow{start: at, stop: p.virtual}) // the last one ends after the finale
 }
 
 // drawActs gives every way a handler behaves a weight, many of them none.
 func (p *simPlan) drawActs(r *rand.Rand) {
 	p.acts[actOK] = 40
-	for a := actOK + 1; a < numActs; a++ {
+	for a := actOK + 1; a < numFirstActs; a++ {
 		if oneIn(r, 2) {
 			p.acts[a] = 1 + r.IntN(8)
 		}
@@ -245,7 +256,7 @@ func (p *simPlan) drawStart(r *rand.Rand) {
 		return
 	}
 	var kinds []int
-	for k, kind := range simKinds {
+	for k, kind := range simFirstKinds {
 		if kind.longest > 0 && !kind.loses && !kind.harmless {
 			kinds = append(kinds, k)
 		}
@@ -261,9 +272,9 @@ func (p *simPlan) drawStart(r *rand.Rand) {
 
 func (p *simPlan) drawKinds(r *rand.Rand) []int {
 	var kinds []int
-	for k := range simKinds {
+	for k := range simFirstKinds {
 		use := oneIn(r, 2)
-		if use && !(simKinds[k].loses && oneIn(r, 2)) {
+		if use && !(simFirstKinds[k].loses && oneIn(r, 2)) {
 			kinds = append(kinds, k)
 		}
 	}
@@ -327,7 +338,7 @@ func (p *simPlan) drawPublishes(r *rand.Rand) {
 			if oneIn(r, 40) {
 				n = 60
 			}
-			p.publishes = append(p.publishes, simPublish{at, q, n, transient})
+			p.publishes = append(p.publishes, simPublish{at: at, queue: q, count: n, transient: transient})
 		}
 	}
 	slices.SortStableFunc(p.publishes, func(a, b simPublish) int { return int(a.at - b.at) })

@@ -195,3 +195,18 @@ func TestJudgeKnowsAConsumeOkFromASession(t *testing.T) {
 	require.Len(t, s.judge.violations, 1)
 	assert.Contains(t, s.judge.violations[0], "I4")
 }
+
+func TestQueueOfTheBrokersNamingIsKeptWhateverElseIsMissing(t *testing.T) { // seed 174
+	bubble(t, func(b *bench) {
+		b.subscribed(ack, steadymq.WithQueue(events))
+		before := b.named()
+		b.broker.RefuseConsume(404, "home node 'rabbit@a' of queue '"+before[0]+"' in vhost '/' is down or inaccessible")
+		b.failChannels(1, 0)
+		b.wait(time.Minute)
+		assert.Equal(b, before, b.named())
+		b.broker.RefuseConsume(0, "")
+		b.wait(10 * time.Second)
+		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		assert.Equal(b, before, b.named())
+	})
+}

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -209,13 +210,31 @@ type sim struct {
 	active        atomic.Int64 // faults that last
 	refused       atomic.Int64 // when the last fault that refuses ended, or will
 	flaps         atomic.Int32
+	away          atomic.Int32 // faults of a dependency
+	strays        [numFuncs]atomic.Int32
 	topologyFails atomic.Int32
 	password      atomic.Value
 	rotation      atomic.Uint64
+
+	// The judge's mutex guards these.
+	lastMark time.Duration     // when the last fault began or ended
+	cut      map[string]simCut // hosts that are cut off
+	aims     map[int]string    // the queue that a fault has struck, by its number
+	minted   int               // messages so far
+	current map[int]simFault // faults that have begun and go on, by number
 }
 
+// simCut is what a host knows that is cut off.
+type simCut int
+
+const (
+	cutNot simCut = iota
+	cutUnseen
+	cutWaiting // that messages wait
+)
+
 func newSim(p *simPlan) *sim {
-	s := &sim{plan: p}
+	s := &sim{plan: p, cut: make(map[string]simCut), aims: make(map[int]string), current: make(map[int]simFault)}
 	s.refused.Store(-1)
 	s.password.Store(simCanary + "/Pa55 w0rd")
 	s.judge = newSimJudge(s)
@@ -225,7 +244,45 @@ func newSim(p *simPlan) *sim {
 // now is the time since the start.
 func (s *sim) now() time.Duration { return time.Since(s.start) }
 
-func (s *sim) queue(f simFault) string { return s.plan.queues[f.queue].name }
+// queue is the one that a fault strikes, or an empty name that is no queue's.
+func (s *sim) queue(f simFault) string {
+	if s.plan.queues[f.queue].kind != "named" {
+		return s.plan.queues[f.queue].name
+	}
+	j := s.judge
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, c := range s.consumers {
+		if c.plan.queue == f.queue && c.latest != nil {
+			return c.latest.record.Queue
+		}
+	}
+	return "none yet"
+}
+
+// aim is queue for a fault that lasts, aimed the queue that it has struck then.
+func (s *sim) aim(f simFault) string {
+	name := s.queue(f)
+	s.judge.mu.Lock()
+	defer s.judge.mu.Unlock()
+	s.aims[f.number] = name
+	return name
+}
+
+func (s *sim) aimed(f simFault) string {
+	s.judge.mu.Lock()
+	defer s.judge.mu.Unlock()
+	return s.aims[f.number]
+}
+
+func (s *sim) deleteQueue(f simFault) {
+	s.broker.DeleteQueue(s.queue(f))
+	s.judge.mu.Lock()
+	defer s.judge.mu.Unlock()
+	if stream := s.judge.streams[f.queue]; stream != nil {
+		*stream = simStream{unfit: make(map[int]bool)}
+	}
+}
 
 // run is the whole story of a seed, in its bubble.
 func (s *sim) run() {
@@ -233,8 +290,14 @@ func (s *sim) run() {
 	s.over = make(chan struct{})
 	s.broker = steadymqtest.NewBroker(nil, s.brokerOptions()...)
 	s.broker.DeclareQueue("dead", steadymqtest.QueueOptions{Type: "classic"})
-	for _, q := range s.plan.queues {
+	for i, q := range s.plan.queues {
 		s.declare(q)
+		if q.kind == "stream" {
+			s.judge.streams[i] = &simStream{unfit: make(map[int]bool)}
+		}
+		if q.kind == "named" {
+			s.broker.DeclareExchange(q.exchangeName(), q.exchange)
+		}
 	}
 	for i := range s.plan.consumers {
 		s.consumers = append(s.consumers, newSimConsumer(s, &s.plan.consumers[i]))
@@ -247,6 +310,9 @@ func (s *sim) run() {
 	s.stop()
 	s.broker.Close()
 	s.work.Wait()
+	for _, c := range s.consumers {
+		c.idle()
+	}
 	s.leftovers()
 }
 
@@ -261,9 +327,7 @@ func (s *sim) brokerOptions() []steadymqtest.Option {
 	if p.tls {
 		o = append(o, steadymqtest.WithTLS())
 	}
-	if p.old {
-		o = append(o, steadymqtest.WithVersion(3, 13))
-	}
+	o = append(o, steadymqtest.WithVersion(p.version[0], p.version[1]))
 	if p.hold > 0 {
 		form := steadymqtest.Form406
 		if p.cancels {
@@ -276,6 +340,9 @@ func (s *sim) brokerOptions() []steadymqtest.Option {
 
 // args are those of a broker; an old one has no limit unless it is told, and -1 would drop everything.
 func (q *simQueuePlan) args(old bool) map[string]any {
+	if q.own() {
+		return map[string]any{}
+	}
 	args := map[string]any{"x-queue-type": q.kind}
 	if q.kind == "quorum" && (q.limit >= 0 || !old) {
 		args["x-delivery-limit"] = q.limit
@@ -297,7 +364,11 @@ func (c *simConsumer) args() map[string]any {
 	return args
 }
 
+// declare makes a queue that is not for its consumers to declare.
 func (s *sim) declare(q simQueuePlan) {
+	if q.theirs || q.own() {
+		return
+	}
 	s.broker.DeclareQueue(q.name, steadymqtest.QueueOptions{Args: q.args(s.plan.old)})
 }
 
@@ -350,7 +421,7 @@ func (s *sim) events() []simEvent {
 }
 
 func (s *sim) begin(f simFault) {
-	s.disturbed.Add(1)
+	s.mark()
 	s.strikes.add(s.now(), time.Minute)
 	if f.last > 0 {
 		s.active.Add(1)
@@ -359,25 +430,118 @@ func (s *sim) begin(f simFault) {
 		s.refused.Store(max(s.refused.Load(), int64(f.end())))
 	}
 	s.strike(f)
+	s.cutOff(f, true)
+	if f.last > 0 {
+		s.judge.mu.Lock()
+		s.current[f.number] = f
+		s.judge.mu.Unlock()
+	}
 }
 
 func (s *sim) end(f simFault) {
-	s.disturbed.Add(1)
+	s.mark()
 	s.active.Add(-1)
 	s.heal(f)
+	s.cutOff(f, false)
+	s.judge.mu.Lock()
+	defer s.judge.mu.Unlock()
+	delete(s.current, f.number)
 }
 
-func (s *sim) publish(x simPublish) {
+// mark notes that a fault begins or ends.
+func (s *sim) mark() {
+	s.disturbed.Add(1)
+	s.judge.mu.Lock()
+	defer s.judge.mu.Unlock()
+	s.lastMark = s.now()
+}
+
+// cutOff notes which hosts are.
+func (s *sim) cutOff(f simFault, on bool) {
+	if simKinds[f.kind].name != "cut off" {
+		return
+	}
+	s.judge.mu.Lock()
+	defer s.judge.mu.Unlock()
+	host := s.broker.Host(f.host).Addr()
+	switch {
+	case !on:
+		s.cut[host] = cutNot
+	case f.dice%2 == 0:
+		s.cut[host] = cutWaiting
+	default:
+		s.cut[host] = cutUnseen
+	}
+}
+
+// backlog publishes more than the consumers of a queue take.
+func (s *sim) backlog(f simFault) {
+	n := 5
+	for _, c := range s.plan.users(f.queue) {
+		n += c.prefetch
+	}
+	if !s.plan.queues[f.queue].own() {
+		s.publish(simPublish{queue: f.queue, count: n})
+	}
+}
+
+// publish returns how many messages have reached a queue.
+func (s *sim) publish(x simPublish) (routed int) {
 	for i := range x.count {
 		m := steadymqtest.Message{Body: []byte("work"), Transient: x.transient}
+		if x.body > 0 && (i == 0 || x.unfit) {
+			m.Body = make([]byte, x.body)
+		}
 		switch i % 8 { // headers that the driver refuses
 		case 3:
 			m.RawHeaders = nestedArrays(40)
 		case 6:
 			m.RawHeaders = header('L', 0, 0, 0, 0, 0, 0, 0, 1)
 		}
-		s.broker.PublishMessage(s.plan.queues[x.queue].name, m)
+		if x.unfit && x.body == 0 {
+			m.RawHeaders = header('?')
+		}
+		if s.send(x, m) {
+			routed++
+		}
 	}
+	return routed
+}
+
+// send publishes a message as its queue wants it, and tells the judge before.
+func (s *sim) send(x simPublish, m steadymqtest.Message) (routed bool) {
+	q, j := &s.plan.queues[x.queue], s.judge
+	j.mu.Lock()
+	s.minted++
+	m.ID = fmt.Sprint("m", s.minted)
+	j.unfit[m.ID] = x.unfit
+	stream := j.streams[x.queue]
+	if stream != nil {
+		at := len(stream.published)
+		j.offsets[m.ID], stream.unfit[at] = at, x.unfit
+		stream.published = append(stream.published, time.Now())
+	}
+	j.mu.Unlock()
+	if q.exchange == "" {
+		routed = s.broker.PublishMessage(q.name, m) != ""
+	} else {
+		_, n := s.broker.PublishExchange(q.exchangeName(), simKeyOf(q), m)
+		routed = n > 0
+	}
+	if stream != nil && !routed {
+		j.mu.Lock()
+		stream.published = stream.published[:len(stream.published)-1]
+		j.mu.Unlock()
+	}
+	return routed
+}
+
+// simKeyOf is the key that messages to q have.
+func simKeyOf(q *simQueuePlan) string {
+	if q.exchange == "topic" {
+		return "work.1"
+	}
+	return "work"
 }
 
 // flap ends a session right after its beginning. It is called by a hook.
@@ -400,7 +564,7 @@ func (s *sim) flap() {
 
 // rotate changes the password for logins to come.
 func (s *sim) rotate(f simFault) {
-	if s.plan.urlFunc {
+	if s.plan.urlFunc || s.plan.login != loginByURL {
 		word := fmt.Sprintf("%s%d", simCanary, f.dice%1000)
 		s.broker.SetPassword("sim", word)
 		s.password.Store(word)
@@ -416,27 +580,115 @@ func (s *sim) finale() {
 	s.broker.Unblocked()
 	s.flaps.Store(0)
 	s.topologyFails.Store(0)
+	s.away.Store(0)
+	for i := range s.strays {
+		s.strays[i].Store(0)
+	}
 	s.calm.Store(true)
-	for i, q := range s.plan.queues {
-		s.broker.QuorumStall(q.name, false)
-		s.declare(q)
-		s.publish(simPublish{queue: i, count: 5})
+	for _, name := range s.broker.Queues() {
+		s.broker.QuorumStall(name, false)
 	}
 	limit := s.now() + 2*time.Minute
 	for _, c := range s.consumers {
-		limit = max(limit, c.looseBy+2*time.Minute)
+		limit = max(limit, c.looseBy+2*time.Minute+c.plan.longest+4*c.plan.lag)
 	}
-	for _, q := range s.plan.queues {
-		s.drained(q.name, limit)
+	for i, q := range s.plan.queues {
+		s.declare(q)
+		s.last(i, limit)
+	}
+	for i := range s.plan.queues {
+		s.drained(i, limit)
 	}
 	s.judge.tick()
 }
 
-// drained waits until a queue is empty and nothing delivered from it unsettled.
-func (s *sim) drained(queue string, limit time.Duration) {
-	if s.failed.Load() {
-		return
+// last publishes to a queue for the last time, and knows that nothing of it is lost.
+func (s *sim) last(i int, limit time.Duration) {
+	q := &s.plan.queues[i]
+	theirs := q.theirs || q.own() || q.exchange != ""
+	if theirs {
+		s.until(limit, func() string {
+			if c := s.idler(i); c != "" {
+				return c + " does not consume"
+			}
+			return ""
+		})
 	}
+	if n := s.publish(simPublish{queue: i, count: 5}); n < 5 && !s.failed.Load() {
+		s.judge.violate("I2", "of 5 messages %d reach the queue %s", n, q.name)
+	}
+}
+
+// idler is a consumer of the queue that has not been in session since its Run began, "" if there is none.
+func (s *sim) idler(queue int) string {
+	s.judge.mu.Lock()
+	defer s.judge.mu.Unlock()
+	for _, c := range s.consumers {
+		if c.plan.queue == queue && (c.live == 0 || c.state != steadymq.Consuming) {
+			return c.plan.name
+		}
+	}
+	return ""
+}
+
+// until waits until nothing is wrong any more, and says what is when the limit has passed.
+func (s *sim) until(limit time.Duration, wrong func() string) {
+	for !s.failed.Load() {
+		what := wrong()
+		if what == "" {
+			return
+		}
+		if s.now() > limit {
+			s.judge.violate("I2", "after all faults: %s", what)
+			return
+		}
+		s.sleepUntil(s.now() + 3*time.Second)
+	}
+}
+
+// drained waits until a queue is empty and nothing delivered from it unsettled.
+func (s *sim) drained(i int, limit time.Duration) {
+	q := &s.plan.queues[i]
+	unfit := slices.ContainsFunc(s.plan.publishes, func(x simPublish) bool { return x.queue == i && x.unfit })
+	switch {
+	case s.failed.Load():
+	case q.kind == "stream":
+		s.until(limit, func() string { return s.unread(i) })
+	case unfit || q.kind == "named":
+		s.until(limit, func() string { return s.left(q) })
+	default:
+		s.settled(q.name, limit)
+	}
+}
+
+// unread tells of a message of a stream that somebody has not handled.
+func (s *sim) unread(queue int) string {
+	for _, c := range s.consumers {
+		if c.plan.queue != queue {
+			continue
+		}
+		if n := s.judge.behind(c); n >= 0 {
+			return fmt.Sprintf("%s has not handled message %d of the stream", c.plan.name, n)
+		}
+	}
+	return ""
+}
+
+// left tells of a message that is not settled and can be read.
+func (s *sim) left(q *simQueuePlan) string {
+	l := s.broker.Ledger()
+	s.judge.mu.Lock()
+	defer s.judge.mu.Unlock()
+	for _, m := range l.Messages {
+		waits := m.Fate == steadymqtest.Ready || m.Fate == steadymqtest.Unacked
+		if waits && !s.judge.unfit[m.ID] && (m.Queue == q.name || q.kind == "named" && isNamed(m.Queue)) {
+			return fmt.Sprintf("a message is left: %+v", m)
+		}
+	}
+	return ""
+}
+
+func (s *sim) settled(queue string, limit time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit-s.now())
 	defer cancel()
 	if err := s.broker.WaitSettled(ctx, queue); err != nil {
@@ -460,6 +712,11 @@ func (s *sim) stop() {
 	if left := s.broker.Connections(); len(left) > 0 {
 		s.judge.violate("I8", "the broker still has connections: %+v", left)
 	}
+	for _, name := range s.broker.Queues() {
+		if isNamed(name) || slices.ContainsFunc(s.plan.queues, func(q simQueuePlan) bool { return q.own() && q.name == name }) {
+			s.judge.violate("own", "the queue %s, which lives as long as its connection, is left", name)
+		}
+	}
 	s.judge.conserved(s.broker.Ledger())
 	for _, c := range s.consumers {
 		c.toldAll()
@@ -470,16 +727,17 @@ func (s *sim) stop() {
 func (j *simJudge) conserved(l steadymqtest.Ledger) {
 	j.mu.Lock() // handlers that were left behind may still be at it
 	defer j.mu.Unlock()
+	j.counted()
 	queues := make(map[string]*simQueuePlan)
 	for i := range j.s.plan.queues {
 		queues[j.s.plan.queues[i].name] = &j.s.plan.queues[i]
 	}
 	for _, m := range l.Messages {
 		q := queues[m.Queue]
-		if q == nil {
+		if q == nil || q.kind == "stream" {
 			continue
 		}
-		var ok bool
+		ok := j.unfit[m.ID] && m.Fate == steadymqtest.Ready
 		switch m.Fate {
 		case steadymqtest.Acked:
 			ok = j.acked[m.ID]
@@ -536,6 +794,9 @@ type simConsumer struct {
 	plan     *simConsumerPlan
 	consumer *steadymq.Consumer
 	sockets  atomic.Int64
+	breaks   atomic.Bool // the middleware, when a handler is made
+	asks     simRate // for credentials
+	tries simRate // to dial
 	dials    map[string]*simRate // the dialer's, by address
 	dialing  sync.Mutex
 
@@ -550,6 +811,7 @@ type simConsumer struct {
 	keepUntil         time.Duration
 	lone              bool // the last fault came alone
 	consumes          simRate
+	starved           time.Duration // since when it has not been on a host that is cut off while messages wait
 	troubles          int
 	state             steadymq.State // as the hook says
 	clean             bool           // the last Run ended well
@@ -568,6 +830,11 @@ type simRun struct {
 	session  *simSession   // that was live at that moment
 	marks    int64         // sim.disturbed at that moment
 	troubles int
+	reading  simReading // of a stream
+	trip     atomic.Bool // the next handler is to end its context ...
+	stop     func()
+	closed   bool // ... and has
+	broken   bool // a middleware panics
 }
 
 type simRunKey struct{}
@@ -575,15 +842,23 @@ type simRunKey struct{}
 func newSimConsumer(s *sim, p *simConsumerPlan) *simConsumer {
 	c := &simConsumer{s: s, plan: p, dials: make(map[string]*simRate), told: make(map[*steadymq.Delivery]bool), clean: true, state: steadymq.Idle}
 	urls := s.urls()
+	if p.channelMax > 0 {
+		for i := range urls {
+			urls[i] += fmt.Sprint("?channel_max=", p.channelMax)
+		}
+	}
 	first, options := urls[0], c.options()
 	if len(urls) > 1 {
 		options = append(options, steadymq.WithURLs(urls[1:]...))
 	}
+	if p.balanced {
+		options = c.options()
+	}
 	if s.plan.urlFunc {
-		first, options = "", append(c.options(), steadymq.WithURLFunc(s.nextURL))
+		first, options = "", append(c.options(), steadymq.WithURLFunc(c.nextURL))
 	}
 	var err error
-	c.consumer, err = steadymq.New(first, s.plan.queues[p.queue].name, options...)
+	c.consumer, err = steadymq.New(first, s.plan.queues[p.queue].queueName(), options...)
 	if err != nil {
 		panic(err)
 	}
@@ -605,7 +880,7 @@ func (c *simConsumer) options() []steadymq.Option {
 		steadymq.WithCloseTimeout(p.shut),
 		steadymq.WithDrainTimeout(p.drain),
 		steadymq.WithBackoff(p.initial, p.limit),
-		steadymq.WithRequeueDelay(p.hold, 8*p.hold),
+		steadymq.WithRequeueDelay(p.hold, p.longest),
 		steadymq.WithWriteDelay(p.writeDelay),
 		steadymq.WithLogger(slog.New(&simLog{c: c})),
 		steadymq.WithHooks(steadymq.Hooks{StateChanged: c.changed, HandlerFailed: c.handlerFailed, Settled: c.settled}),
@@ -614,7 +889,13 @@ func (c *simConsumer) options() []steadymq.Option {
 }
 
 func (c *simConsumer) moreOptions() []steadymq.Option {
-	var o []steadymq.Option
+	o := c.s.plan.options(c.plan)
+	if c.plan.middleware {
+		o = append(o, steadymq.WithMiddleware(c.wrap))
+	}
+	if c.s.plan.login != loginByURL {
+		o = append(o, steadymq.WithCredentials(c.credentials))
+	}
 	if c.plan.handlerTimeout > 0 {
 		o = append(o, steadymq.WithHandlerTimeout(c.plan.handlerTimeout))
 	}
@@ -623,7 +904,7 @@ func (c *simConsumer) moreOptions() []steadymq.Option {
 		o = append(o, steadymq.WithExclusive())
 	}
 	if c.plan.declare {
-		o = append(o, steadymq.WithQueue(steadymq.Queue{Type: q.kind, Args: c.args()}))
+		o = append(o, steadymq.WithQueue(c.queueOption()))
 	}
 	if c.plan.topology {
 		o = append(o, steadymq.WithTopology(c.topology))
@@ -650,14 +931,23 @@ func (c *simConsumer) topology(ctx context.Context, ch *amqp.Channel) (string, e
 		time.Sleep(c.plan.setup + 2*time.Second)
 		return "", errors.New("the topology came too late")
 	}
+	if err := c.stray(ctx, funcTopology); err != nil {
+		return "", err
+	}
 	q := &c.s.plan.queues[c.plan.queue]
-	_, err := ch.QueueDeclare(q.name, true, false, false, false, q.args(c.s.plan.old))
-	return q.name, err
+	declared, err := ch.QueueDeclare(q.queueName(), true, false, q.own(), false, q.args(c.s.plan.old))
+	if err == nil && q.exchange != "" {
+		err = ch.QueueBind(declared.Name, simKeyTo(q), q.exchangeName(), false, nil)
+	}
+	return declared.Name, err
 }
 
 func (s *sim) urls() []string {
 	var urls []string
 	scheme, user := "amqp", url.UserPassword("sim", s.password.Load().(string))
+	if s.plan.login != loginByURL { // the credentials take its place
+		user = url.UserPassword("sim", simCanary+"-of-old")
+	}
 	if s.plan.tls {
 		scheme = "amqps"
 	}
@@ -666,11 +956,6 @@ func (s *sim) urls() []string {
 		urls = append(urls, u.String())
 	}
 	return urls
-}
-
-func (s *sim) nextURL(context.Context) (string, error) {
-	urls := s.urls()
-	return urls[s.rotation.Add(1)%uint64(len(urls))], nil
 }
 
 func (s *sim) consumerOf(tag string) *simConsumer {
@@ -718,11 +1003,24 @@ func (r *simRate) count() int {
 // connects is how often a minute may see a connect to one host: the mean of full
 // jitter is half the limit; a third more for chance, and 40 for the way there.
 func (p *simConsumerPlan) connects() int {
-	return max(40, int(2*time.Minute/p.limit)*4/3)
+	n := max(40, int(2*time.Minute/p.limit)*4/3)
+	if p.stall > 0 {
+		n += 30 // the detector asks other hosts, and replaces sessions
+	}
+	return n
 }
 
 // dial counts dials, I7, and sockets, I8.
 func (c *simConsumer) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	c.s.work.Add(1)
+	defer c.s.work.Done()
+	c.tries.add(c.s.now(), time.Minute)
+	if err := c.stray(ctx, funcDial); err != nil {
+		return nil, err
+	}
+	if c.plan.balanced {
+		address = c.s.broker.Host(int(c.s.rotation.Add(1) % uint64(c.s.plan.hosts))).Addr()
+	}
 	c.dialing.Lock()
 	all, made := c.dials[address], c.dials["made "+address]
 	if all == nil {
@@ -758,6 +1056,17 @@ type simConn struct {
 	net.Conn
 	c    *simConsumer
 	once sync.Once
+}
+
+// Read takes its time on a slow path.
+func (s *simConn) Read(p []byte) (int, error) {
+	pace := s.c.plan.bandwidth
+	if pace == 0 {
+		return s.Conn.Read(p)
+	}
+	n, err := s.Conn.Read(p[:min(len(p), 4096)])
+	time.Sleep(time.Duration(n) * time.Second / time.Duration(pace))
+	return n, err
 }
 
 func (s *simConn) Close() error {
@@ -823,6 +1132,17 @@ func (c *simConsumer) settled(d *steadymq.Delivery, o steadymq.Outcome) {
 	c.told[d] = true
 }
 
+// lagging tells that its path is so slow that an answer may stand behind more than a limit.
+func (c *simConsumer) lagging() bool { return c.plan.lag > c.plan.drain || c.plan.lag > c.plan.setup/2 }
+
+// idle is the last of I9: nothing is counted that is over.
+func (c *simConsumer) idle() {
+	n := c.consumer.Stats()
+	if n.Handling != 0 || n.Held != 0 || n.Overdue != 0 {
+		c.s.judge.violate("I9", "%s still counts %+v", c.plan.name, n)
+	}
+}
+
 // toldAll is I9: no settled delivery is missing.
 func (c *simConsumer) toldAll() {
 	j := c.s.judge
@@ -842,6 +1162,7 @@ func (c *simConsumer) changed(x steadymq.StateChange) {
 	j.canary("StateChanged", x)
 	if x.Cause != nil {
 		j.canary("StateChanged", x.Cause)
+		j.stalled(c, x.Cause)
 	}
 	var at *steadymq.SessionError
 	switch {
@@ -852,11 +1173,14 @@ func (c *simConsumer) changed(x steadymq.StateChange) {
 	case x.To == steadymq.Consuming && x.From != steadymq.Connecting:
 		j.violate("I9", "from %v to consuming", x.From)
 	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
 	c.state = x.To
 	if x.To == steadymq.Consuming {
-		j.mu.Lock()
-		defer j.mu.Unlock()
 		c.run.sessions++
+		if session := j.byTag[x.ConsumerTag]; session != nil {
+			j.begins(c.run, session)
+		}
 	}
 }
 
@@ -867,7 +1191,8 @@ func (c *simConsumer) story() {
 			return
 		}
 		last := i == len(c.plan.runs)-1
-		for c.once(w.stop, last) {
+		for c.once(&w, last) {
+			w.broken = false
 			if !c.sleepUntil(c.s.now() + time.Second) {
 				return
 			}
@@ -888,25 +1213,33 @@ func (c *simConsumer) sleepUntil(at time.Duration) bool {
 }
 
 // once calls Run and has it stopped; it reports whether Run gave up before.
-func (c *simConsumer) once(stop time.Duration, last bool) (again bool) {
-	run := &simRun{start: c.s.now(), asked: -1}
+func (c *simConsumer) once(w *simWindow, last bool) (again bool) {
+	run := &simRun{start: c.s.now(), asked: -1, broken: w.broken}
+	run.reading.done, run.reading.acked = make(map[int]bool), make(map[int]bool)
+	c.breaks.Store(w.broken)
 	ctx, cancel := context.WithCancel(context.WithValue(context.Background(), simRunKey{}, run))
 	defer cancel()
+	run.stop = sync.OnceFunc(func() {
+		c.ask(run)
+		cancel()
+	})
 	c.begin(run)
 	done := make(chan struct{})
-	timer := time.NewTimer(stop - c.s.now())
+	timer := time.NewTimer(w.stop - c.s.now())
 	if last {
 		timer.Stop()
 	}
 	c.s.work.Go(func() {
 		select {
 		case <-timer.C:
+			if w.byHandler && !c.tripped(run, ctx) {
+				return
+			}
 		case <-c.s.over:
 		case <-done:
 			return
 		}
-		c.ask(run)
-		cancel()
+		run.stop()
 	})
 	err := c.consumer.Run(ctx, c.handle(run))
 	c.returned(run, err)
@@ -914,16 +1247,31 @@ func (c *simConsumer) once(stop time.Duration, last bool) (again bool) {
 	return ctx.Err() == nil
 }
 
+// tripped waits a while for a handler that ends the context of its Run, and tells whether none has.
+func (c *simConsumer) tripped(run *simRun, ctx context.Context) bool {
+	run.trip.Store(true)
+	timer := time.NewTimer(5 * time.Second)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-c.s.over:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
 func (c *simConsumer) begin(run *simRun) {
 	j := c.s.judge
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	c.run, c.running, c.stopping, c.keep = run, true, false, nil
-	c.resumeBy = max(run.start+c.s.plan.fast(), c.looseBy)
+	c.resumeBy = max(run.start+c.s.plan.fast(c.plan), c.looseBy)
 	if c.s.active.Load() > 0 {
-		c.resumeBy = max(c.resumeBy, c.looseBy, run.start+c.s.plan.fast())
+		c.resumeBy = max(c.resumeBy, c.looseBy, run.start+c.s.plan.fast(c.plan))
 	}
-	if c.plan.alone && !c.clean {
+	if c.s.plan.owns(c.plan) && !c.clean {
 		c.resumeBy += 3*c.plan.heartbeat + 2*time.Second
 	}
 }
@@ -951,7 +1299,7 @@ func (c *simConsumer) ask(run *simRun) {
 	now := c.s.now()
 	run.asked, c.stopping = now, true
 	run.marks, run.troubles = c.s.disturbed.Load(), c.troubles
-	run.healthy = c.s.plan.hold == 0 && now >= c.resumeBy && now >= run.start+c.s.plan.fast() && c.s.active.Load() == 0 && c.live > 0
+	run.healthy = c.s.plan.hold == 0 && now >= c.resumeBy && now >= run.start+c.s.plan.fast(c.plan) && !c.lagging() && c.s.active.Load() == 0 && c.live > 0
 	if run.healthy {
 		run.session = c.latest
 	}
@@ -974,7 +1322,11 @@ func (c *simConsumer) returned(run *simRun, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	c.clean = err == nil
-	if run.asked < 0 {
+	switch {
+	case run.broken:
+		c.brokenRun(run, err, now)
+		return
+	case run.asked < 0:
 		c.gaveUp(run, err, now)
 		return
 	}
@@ -986,7 +1338,7 @@ func (c *simConsumer) returned(run *simRun, err error) {
 func (c *simConsumer) gaveUp(run *simRun, err error, now time.Duration) {
 	var at *steadymq.SessionError
 	refused := time.Duration(c.s.refused.Load()) >= run.start
-	if run.sessions > 0 || run.handled || !refused || !errors.As(err, &at) {
+	if run.sessions > 0 || run.handled || !refused || c.plan.never || !errors.As(err, &at) {
 		c.s.judge.note("I4", "Run of %s gave up after %d sessions: %v", c.plan.name, run.sessions, err)
 	}
 	var said *amqp.Error
@@ -1019,7 +1371,7 @@ func (c *simConsumer) stopped(run *simRun, err error, took time.Duration, inFlig
 	if undisturbed && x.record.Cause != "cancelled by the client" {
 		j.note("I5", "%s was stopped, its consumer ended by %q", p.name, x.record.Cause)
 	}
-	if err == nil && x != nil && x.record.Cause == "cancelled by the client" && x.outstanding > 0 {
+	if err == nil && x != nil && x.record.Cause == "cancelled by the client" && x.outstanding > 0 && c.s.judge.streamOf(c) == nil {
 		j.note("I5", "%s stopped cleanly, but %d of its deliveries were not settled", p.name, x.outstanding)
 	}
 }

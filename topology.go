@@ -128,11 +128,11 @@ func (t *terms) concede(err error) bool {
 	var dead *deadLetterError
 	switch {
 	case errors.As(err, &dead):
-		if t.deadKept || !strings.Contains(said.Reason, inequivalent) {
+		if t.deadKept || !strings.HasPrefix(said.Reason, inequivalent) {
 			return false
 		}
 		t.deadKept = true
-	case t.limit != limitUnsaid && t.limit != limitOff || !strings.Contains(said.Reason, inequivalentLimit):
+	case t.limit != limitUnsaid && t.limit != limitOff || !strings.HasPrefix(said.Reason, inequivalentLimit):
 		return false
 	default:
 		t.limit++
@@ -141,7 +141,7 @@ func (t *terms) concede(err error) bool {
 	return true
 }
 
-// What RabbitMQ says before it comes to a name.
+// How RabbitMQ begins, before it comes to a name.
 const (
 	inequivalent      = "PRECONDITION_FAILED - inequivalent arg '"
 	inequivalentLimit = inequivalent + limitArg + "' for queue "
@@ -207,7 +207,7 @@ func (s *session) declareDeadLetter() error {
 func (s *session) declareItself() (string, error) {
 	if s.terms.owned != "" { // to declare a name of the broker's is forbidden
 		_, err := s.channel.QueueDeclarePassive(s.terms.owned, false, false, false, false, nil)
-		return s.terms.owned, gone(err)
+		return s.terms.owned, gone(err, s.terms.owned)
 	}
 	q := s.config.declare
 	args := maps.Clone(q.Args)

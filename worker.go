@@ -3,7 +3,6 @@ package steadymq
 import (
 	"context"
 	"errors"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -140,10 +139,10 @@ func (p *pool) invoke(s *session, d *Delivery, goexit *error) (err error) {
 		if returned {
 			return
 		}
-		panicked := &PanicError{Value: recover(), Stack: debug.Stack()}
-		err, *goexit = panicked, panicked
+		err = panicked(recover())
+		*goexit = err
 	}()
-	err = p.handler(ctx, d)
+	err = sound(p.handler(ctx, d))
 	returned = true
 	return err
 }
@@ -162,6 +161,6 @@ func (p *pool) failed(s *session, d *Delivery, held time.Duration, err error) {
 	errors.As(err, &panicked)
 	p.reporter.failed(failure{session: s, delivery: d, held: held, err: err, panicked: panicked})
 	if hook := p.config.hooks.HandlerFailed; hook != nil {
-		p.reporter.call(func() { hook(d, err) })
+		p.reporter.hook(func() { hook(d, err) })
 	}
 }
