@@ -327,6 +327,7 @@ func (s *supervisor) connecting() stateFunc {
 		s.enter(Connecting, nil)
 	}
 	step := newStep("dial")
+	defer s.scope.waiting(s.host, step)()
 	try := s.scope.begin()
 	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, try, step) }, step)
 	if a.conn != nil {
@@ -353,9 +354,9 @@ func (s *supervisor) connecting() stateFunc {
 // in the way of its answers.
 func (s *supervisor) bounded() (context.Context, context.CancelFunc) {
 	if s.conn != nil {
-		return s.conn.socket.withSilence(s.ctx, s.config.setupTimeout, errSetupTimeout)
+		return s.conn.socket.withSilence(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 	}
-	return context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
+	return context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 }
 
 // open is one try. It runs on a goroutine of its own and touches nothing of the
@@ -364,7 +365,7 @@ func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, num
 	own := conn == nil
 	if own {
 		var err error
-		if conn, err = s.connect(ctx, e); err != nil {
+		if conn, err = s.connect(ctx, e, step); err != nil {
 			return attempt{err: err}
 		}
 	}
@@ -374,7 +375,7 @@ func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, num
 	return attempt{conn: conn, own: own, session: session, err: err}
 }
 
-func (s *supervisor) connect(ctx context.Context, e endpoint) (*connection, error) {
+func (s *supervisor) connect(ctx context.Context, e endpoint, step *step) (*connection, error) {
 	if s.config.urlFunc != nil {
 		var err error
 		if e, err = s.askURL(ctx); err != nil {
@@ -382,7 +383,7 @@ func (s *supervisor) connect(ctx context.Context, e endpoint) (*connection, erro
 		}
 	}
 	s.stats.dials.Add(1)
-	conn, err := openConnection(ctx, s.config, e, s.scope.abandoned)
+	conn, err := openConnection(ctx, s.config, e, step, s.scope.abandoned)
 	if err == nil {
 		s.stats.connections.Add(1)
 	}
@@ -442,10 +443,10 @@ func (s *supervisor) release() {
 // failed looks at a failure: is it the end, does it take the connection with it,
 // when is the next try?
 func (s *supervisor) failed(err error) stateFunc {
-	if s.ctx.Err() != nil {
+	now := time.Now()
+	if s.ctx.Err() != nil || s.expired(now) {
 		return s.draining
 	}
-	now := time.Now()
 	s.hosts.failed(s.host, err, now)
 	s.keepOrReplace(err, now)
 	if gives, broken := s.givesUp(err); gives || broken != nil {
@@ -459,6 +460,13 @@ func (s *supervisor) failed(err error) stateFunc {
 	}
 	s.cause, s.retryIn = err, s.retry.wait(err, now, fresh)
 	return s.backoff
+}
+
+// expired tells whether the deadline of Run's context has passed. A dial that has the same one may
+// end a moment before the context does.
+func (s *supervisor) expired(now time.Time) bool {
+	limit, ok := s.ctx.Deadline()
+	return ok && !now.Before(limit)
 }
 
 // givesUp tells whether err ends Run. A WithFatal that does not return properly ends it, too.
@@ -551,7 +559,7 @@ const teardownGrace = 500 * time.Millisecond
 // within the same limit, then the connection and all that is still on its way
 // out within the close limit.
 func (s *supervisor) draining() stateFunc {
-	s.enter(Draining, nil)
+	s.enter(Draining, s.err)
 	s.sweep()
 	s.hurryLeaving()
 	limit := time.NewTimer(s.config.drainTimeout)

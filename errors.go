@@ -20,7 +20,8 @@ var (
 
 	// ErrMultiple is returned by a settlement with multiple=true: it would
 	// settle the deliveries of other handlers that are still at work. Nothing
-	// was sent and the delivery is still unsettled.
+	// was sent and the delivery is still unsettled. A handler that leaves it so and
+	// returns nil has failed with this error.
 	ErrMultiple = errors.New("steadymq: multiple=true is refused, it would settle deliveries that other handlers still work on; settle each delivery on its own")
 )
 
@@ -54,13 +55,18 @@ var ErrMessageTooLarge = errors.New("the message is larger than the limit (WithM
 // Reasons the library ends something by itself. They appear as causes inside
 // a SessionError.
 var (
-	errSetupTimeout = errors.New("setup limit passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)")
+	errSetupTimeout = errors.New("setup limit passed")
 	errCloseTimeout = errors.New("close limit passed without an answer, so the socket was closed (WithCloseTimeout)")
 	errDrainLimit   = errors.New("drain limit passed before the broker answered")
 	errCancelled    = errors.New("the broker cancelled the consumer (basic.cancel): the queue was deleted or moved, or a delivery was held longer than the consumer timeout")
 	errChannelEnded = errors.New("the channel ended without a reason from the broker")
 	errStopped      = errors.New("the consumer was stopped")
 )
+
+// setupPassed is errSetupTimeout with its value and what to do.
+func (c *config) setupPassed() error {
+	return because(fmt.Errorf("setup limit of %v passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)", c.setupTimeout), errSetupTimeout)
+}
 
 // SessionError says at which step a session failed and why. It is the error
 // of Run when it gives up, the cause (context.Cause) of a handler's context
@@ -77,8 +83,8 @@ type SessionError struct {
 	// Host is the broker's address, "" where none was involved.
 	Host string
 	// Op is the step: "dial" (TCP, DNS), "open" (TLS, login, virtual host),
-	// "channel", "qos", "topology", "consume", or "lost" for a session that
-	// was consuming.
+	// "channel", "qos", "topology" (the text says "declare" where it is WithQueue that
+	// failed), "consume", or "lost" for a session that was consuming.
 	Op string
 	// Session is the number of the session, counted from 1 in each Run; it
 	// is the number the session would have got when it failed before consuming.
@@ -95,11 +101,19 @@ func (e *SessionError) Error() string {
 	if e.Queue != "" {
 		where = "queue " + e.Queue + ": "
 	}
-	step := e.Op
+	step := e.step()
 	if e.Host != "" {
 		step += " " + e.Host
 	}
 	return fmt.Sprintf("steadymq: %ssession %d: %s: %s%s", where, e.Session, step, e.reason(), advice(e.Op, e.Err))
+}
+
+// step is the word for Op in a text. What WithQueue does is no topology to its user.
+func (e *SessionError) step() string {
+	if e.Op == "topology" && errors.As(e.Err, new(*declareError)) {
+		return "declare"
+	}
+	return e.Op
 }
 
 // Unwrap returns the reason.

@@ -152,7 +152,8 @@ type StateChange struct {
 	Attempt int
 	// RetryIn is the wait before the next try, in Backoff only.
 	RetryIn time.Duration
-	// Cause is why: a *SessionError in Backoff, Run's error in Stopped.
+	// Cause is why: a *SessionError in Backoff, why Run gives up in Draining (nil if its context
+	// has ended), Run's error in Stopped.
 	Cause error
 }
 
@@ -201,7 +202,16 @@ func (r *reporter) changed(c StateChange) {
 
 // warn logs one line in its place among the changes of state. It never blocks.
 func (r *reporter) warn(message string, attrs ...slog.Attr) {
-	record := newRecord(time.Now(), slog.LevelWarn, message, attrs...)
+	r.line(slog.LevelWarn, message, attrs)
+}
+
+// info is warn for what need not be anybody's fault.
+func (r *reporter) info(message string, attrs ...slog.Attr) {
+	r.line(slog.LevelInfo, message, attrs)
+}
+
+func (r *reporter) line(level slog.Level, message string, attrs []slog.Attr) {
+	record := newRecord(time.Now(), level, message, attrs...)
 	r.tell(func() { r.log(func() { r.journal.write(record) }) })
 }
 
@@ -261,8 +271,8 @@ func (r *reporter) run() {
 		select {
 		case what := <-r.events:
 			what()
-		case now := <-r.journal.calm.C:
-			r.log(func() { r.journal.well(now) })
+		case now := <-r.journal.settle.C:
+			r.log(func() { r.journal.settled(now) })
 		case <-r.journal.quiet.C:
 			r.log(r.journal.sum)
 		case <-r.quit:

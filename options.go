@@ -620,8 +620,9 @@ func WithStallDetector(after time.Duration) Option {
 	}
 }
 
-// WithInsecureSkipVerify allows a TLS configuration with InsecureSkipVerify, which
-// New refuses otherwise: anyone on the path can then read the password. For tests.
+// WithInsecureSkipVerify switches the verification of the broker's certificate off, as
+// InsecureSkipVerify of a tls.Config does, which New refuses without this option: anyone on the
+// path can then read the password. For tests. New refuses it for amqp URLs, which have no TLS.
 func WithInsecureSkipVerify() Option {
 	return func(c *config) { c.insecure = true }
 }
@@ -655,18 +656,20 @@ func WithMiddleware(m ...Middleware) Option {
 // WithLogger sets where the library logs. Default slog.Default(), as it is when Run
 // begins. For silence give slog.New(slog.DiscardHandler).
 //
-// Each change of state is one line, with queue and consumer tag: WARN for a failure
-// and a stop by one, else INFO. A failure whose cause repeats is told at its 1st, 2nd,
-// 4th, 8th ... time and at least every minute, with the count (repeated); so is a
-// consumer that is consuming again and again, else once that has lasted 90 s, which is
-// also when counting starts anew. A new cause is told at once; where causes change all the
+// Each change of state is one line, with queue and consumer tag: WARN for a failure,
+// ERROR when Run gives up, else INFO. A failure whose cause repeats is told at its 1st, 2nd,
+// 4th, 8th ... time and at least every minute, with the count (repeated), every 90 s where it
+// ends sessions that have just begun to consume. Once such a failure was told, "consuming" is told
+// as well, with how long the consumer was away (down): at once, or after 2 s (up) where the session
+// before had not lasted that long. A new cause is told at once; where causes change all the
 // time, the log tells 12 of them and then one every 5 minutes, beside the one a minute. Causes
-// that differ in the host, an IP address or a number of more than three digits are one. The others, and the tries, are DEBUG. An hour of any
-// outage is at most 100 lines of INFO and above.
+// that differ in the host, an IP address or a number of more than three digits are one. What is
+// left out, and the tries, are DEBUG. Counting starts anew once a session has lasted 10 minutes. An
+// hour of any outage is at most 100 lines of INFO and above.
 //
 // What handlers return is told at WARN, a panic with its stack at ERROR: at most one
 // line a second, less often if it goes on and at least every minute, with the count of
-// those left out (suppressed). Hooks.HandlerFailed is told of all.
+// those left out (suppressed). Hooks.HandlerFailed is told of all. Durations are texts, as 1.5s.
 func WithLogger(logger *slog.Logger) Option {
 	return func(c *config) {
 		c.logger = logger
@@ -737,6 +740,9 @@ func (c *config) contradicts(e endpoint, which string) (problems []*OptionError)
 	u := e.uri
 	if u.Scheme == "amqp" && c.tls != nil {
 		refuse("WithTLSConfig", "%s has the scheme amqp, which is not encrypted; use amqps")
+	}
+	if u.Scheme == "amqp" && c.insecure {
+		refuse("WithInsecureSkipVerify", "%s has the scheme amqp, which has no TLS and no certificate to verify; leave the option out, or use amqps")
 	}
 	if c.tls != nil && (u.CACertFile != "" || u.CertFile != "" || u.ServerName != "") {
 		refuse("WithTLSConfig", "takes the place of cacertfile, certfile, keyfile and server_name_indication, but %s has some; use RootCAs, Certificates and ServerName of the configuration in their place")

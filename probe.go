@@ -161,12 +161,13 @@ func (s *session) contradicts(here, there amqp.Queue) bool {
 
 // inspectAt opens a connection for one question, within the setup limit.
 func (s *session) inspectAt(e endpoint) (amqp.Queue, error) {
-	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
+	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 	defer cancel()
+	step := newStep("dial")
 	a := within(ctx, func() attempt {
-		c, err := openConnection(ctx, s.config, e, s.abandoned)
+		c, err := openConnection(ctx, s.config, e, step, s.abandoned)
 		return attempt{conn: c, own: true, err: err}
-	}, newStep("open"))
+	}, step)
 	if a.err != nil {
 		return amqp.Queue{}, a.err
 	}

@@ -38,6 +38,7 @@ type session struct {
 	tenancy    *tenancy    // of the connection
 	terms      terms       // of its declaration
 	limit      int         // delivery limit of its queue, 0 for none that takes messages away
+	limitKnown bool        // it was declared by us
 
 	ctx    context.Context // of the handlers
 	cancel context.CancelCauseFunc
@@ -159,7 +160,7 @@ func (c *connection) trySession(ctx context.Context, of *scope, id, try uint64, 
 		return nil, s.failure(op, c.explain(err))
 	}
 	s.since = time.Now()
-	s.limit = s.deliveryLimit()
+	s.limit, s.limitKnown = s.deliveryLimit()
 	s.keepsLimit()
 	s.ctx, s.cancel = context.WithCancelCause(of.handlers)
 	s.watchBacklog()
@@ -272,6 +273,11 @@ func (s *session) consume() error {
 
 func (s *session) lost(err error) error { return s.failure("lost", err) }
 
+// acksLost is lost while stopping, or on the way out: nothing proves any more what was settled.
+func (s *session) acksLost(err error) error {
+	return s.lost(fmt.Errorf("%w; this was while stopping: the last acks may be lost, and their messages come again", err))
+}
+
 func (s *session) failure(op string, err error) error {
 	return &SessionError{Queue: cmp.Or(s.queue, s.config.queue), Host: s.conn.host, Session: s.id, Op: op, Err: err}
 }
@@ -340,9 +346,9 @@ func (s *session) retire(cause error) {
 	case <-s.gate.empty: // closeChannel proves what they have settled
 		return
 	case <-s.channelEnd.ended:
-		s.drained = s.lost(s.diagnose())
+		s.drained = s.acksLost(s.diagnose())
 	case <-s.conn.end.ended:
-		s.drained = s.lost(s.conn.end.cause())
+		s.drained = s.acksLost(s.conn.end.cause())
 	case <-limit.C:
 	}
 	s.lose(cause)
@@ -375,12 +381,12 @@ func (s *session) unsubscribe(limit <-chan time.Time) error {
 	case errors.Is(err, errDrainLimit) && s.gate.busy():
 		return s.drainError()
 	case errors.Is(err, errDrainLimit), errors.Is(err, errCloseTimeout):
-		return s.lost(errCloseTimeout)
+		return s.acksLost(errCloseTimeout)
 	case !s.channel.IsClosed(): // a reply to nothing, so the next one would be taken for another, too
 		s.giveUp(err)
-		return s.lost(err)
+		return s.acksLost(err)
 	}
-	return s.lost(s.diagnose())
+	return s.acksLost(s.diagnose())
 }
 
 func (s *session) awaitHandlers(limit <-chan time.Time) error {
@@ -388,9 +394,9 @@ func (s *session) awaitHandlers(limit <-chan time.Time) error {
 	case <-s.gate.empty:
 		return nil
 	case <-s.channelEnd.ended:
-		return s.lost(s.diagnose())
+		return s.acksLost(s.diagnose())
 	case <-s.conn.end.ended:
-		return s.lost(s.conn.end.cause())
+		return s.acksLost(s.conn.end.cause())
 	case <-limit:
 		return s.drainError()
 	}
@@ -472,7 +478,7 @@ func (s *session) closeChannel(hardLimit time.Duration) {
 		}
 	}
 	if err != nil && !s.over.Load() {
-		s.drained = s.lost(err)
+		s.drained = s.acksLost(err)
 	}
 }
 

@@ -90,6 +90,9 @@ func (d Delivery) LogValue() slog.Value {
 	)
 }
 
+// String tells in one line what LogValue does.
+func (d Delivery) String() string { return oneLine(d.LogValue().String()) }
+
 // shownDepth is how deep headers are shown. encoding/json refuses what is deeper than 10,000
 // levels.
 const shownDepth = 100

@@ -369,13 +369,13 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 	x := j.handled[h.key]
 	switch {
 	case x.allowed != 0: // it has settled by hand
-	case err == nil:
+	case err == nil && act != actMultiple:
 		j.decide(x, steadymq.Acked)
 	case act == actDiscard:
 		j.decide(x, steadymq.Discarded)
 	default:
 		j.decide(x, steadymq.Requeued)
-		if act == actFail || act == actPanic || act == actGoexit {
+		if act == actFail || act == actPanic || act == actGoexit || act == actMultiple {
 			x.held = time.Now().Add(h.c.plan.hold / 2)
 		}
 	}

@@ -23,7 +23,9 @@ func (s *session) topology(ctx context.Context) (queue string, err error) {
 	case s.config.topology != nil:
 		queue, err = s.callTopology(ctx)
 	case s.config.declare != nil:
-		queue, err = s.declareQueue()
+		if queue, err = s.declareQueue(); err != nil {
+			err = &declareError{err}
+		}
 	}
 	if queue == "" && err == nil {
 		queue = s.config.queue
@@ -152,10 +154,16 @@ type deadLetterError struct {
 }
 
 func (e *deadLetterError) Error() string {
-	return fmt.Sprintf("declare the dead-letter queue %q: %v", e.queue, e.err)
+	return fmt.Sprintf("dead-letter queue %q: %v", e.queue, e.err)
 }
 
 func (e *deadLetterError) Unwrap() error { return e.err }
+
+// declareError is a failure of what WithQueue declares.
+type declareError struct{ err error }
+
+func (e *declareError) Error() string { return e.err.Error() }
+func (e *declareError) Unwrap() error { return e.err }
 
 // declareQueue declares what WithQueue says, in the order in which one needs the
 // other.
@@ -163,7 +171,7 @@ func (s *session) declareQueue() (string, error) {
 	q := s.config.declare
 	if x := q.Exchange; x != nil {
 		if err := s.channel.ExchangeDeclare(x.Name, x.Kind, !x.Transient, false, false, false, x.Args); err != nil {
-			return "", fmt.Errorf("declare exchange %q: %w", x.Name, err)
+			return "", fmt.Errorf("exchange %q: %w", x.Name, err)
 		}
 	}
 	if err := s.declareDeadLetter(); err != nil {
@@ -175,7 +183,7 @@ func (s *session) declareQueue() (string, error) {
 	}
 	for _, b := range q.Bindings {
 		if err := s.channel.QueueBind(name, b.Key, b.Exchange, false, b.Args); err != nil {
-			return "", fmt.Errorf("bind to exchange %q: %w", b.Exchange, err)
+			return "", fmt.Errorf("binding to exchange %q: %w", b.Exchange, err)
 		}
 	}
 	return name, nil

@@ -105,7 +105,7 @@ func (s *session) complain(e *MessageError) {
 		what = "a message cannot be read: no handler gets it, it is stepped over"
 	}
 	s.warn(what, slog.String("exchange", e.Exchange), slog.String("routing_key", e.RoutingKey), slog.Uint64("delivery_tag", e.DeliveryTag),
-		slog.Uint64("size", e.Size), slog.String("reason", e.Err.Error()), slog.Int("left_out", leftOut))
+		slog.Uint64("size", e.Size), slog.String("reason", e.Err.Error()), suppressed(leftOut))
 }
 
 // passed settles what no handler was given, so the outcomes do not count it. A

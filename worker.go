@@ -115,6 +115,9 @@ func (p *pool) handle(s *session, d *Delivery) {
 	defer s.gate.leave() // even if the hook that conclude calls ends the goroutine
 	defer func() {
 		p.stats.handling.Add(-1)
+		if err == nil {
+			err = d.overlooked()
+		}
 		failed = err != nil && !s.cutOff(err)
 		held = s.conclude(d, err)
 	}()
