@@ -26,6 +26,7 @@ import (
 var (
 	mutantsRun   = flag.Bool("mutants", false, "plant each bug and see whether the simulation catches it")
 	mutantsSeeds = flag.Int("mutantseeds", 200, "how many seeds may be needed to catch a planted bug")
+	mutantsJudge = flag.String("mutantjudge", "", "plant only the bugs that sim or a test has to catch")
 	mutantsOnly  = flag.String("mutant", "", "plant only the bugs whose name contains this")
 )
 
@@ -525,6 +526,37 @@ var mutants = []mutant{
 	inTest("TestDetectorWithoutAChannelSaysSoOnce", change("a detector without a channel is silent", "probe.go",
 		"case errors.Is(err, amqp.ErrChannelMax):", "case false:")),
 
+	// Where options meet.
+	change("a stream skips a message after a lost session", "stream.go", "args[offsetKey] = p.next", "args[offsetKey] = p.next + 1"),
+	change("every session of a stream begins where the first one did", "stream.go", "\tif !p.known {\n\t\treturn args\n", "\tif true {\n\t\treturn args\n"),
+	change("a stream's acks do not move its place", "stream.go", "\t\tp.next = d.offset + 1\n", "\t\t_ = d.offset\n"),
+	change("the stall detector never looks", "probe.go",
+		"look := time.NewTimer(s.config.stallAfter)", "look := time.NewTimer(24 * time.Hour)"),
+	change("any silence is a stall", "probe.go",
+		"return q.Messages > 0 && q.Consumers <= 1 && !single", "return q.Consumers <= 1 && !single"),
+	change("a message that is still arriving is a silent peer", "inbound.go",
+		"\tin.body -= len(b)\n\tin.progress()\n", "\tin.body -= len(b)\n"),
+	change("the renewal of credentials spins", "connection.go",
+		"time.NewTimer(max(left, again.draw()))", "time.NewTimer(max(left, time.Millisecond))"),
+	change("the renewal of credentials counts time while deliveries come", "connection.go",
+		"c.socket.afterSilence(time.Until(limit), maxDuration, func()", "c.socket.afterSilence(time.Until(limit), time.Until(limit), func()"),
+	change("credentials are those of the URL", "connection.go",
+		"\tif c.credentials == nil {\n", "\tif true {\n"),
+	change("every session leaves a channel behind", "session.go",
+		"\tchannel, err := c.amqp.Channel()\n", "\t_, _ = c.amqp.Channel()\n\tchannel, err := c.amqp.Channel()\n"),
+	change("a queue is not bound", "topology.go", "range q.Bindings {\n\t\tif err", "range q.Bindings[:0] {\n\t\tif err"),
+	change("a panic of a function of the user ends the process", "guard.go", "if !returned { // recover", "if false { // recover"),
+	change("a function of the user is waited for however long it takes", "guard.go",
+		"\tcase <-grace.C:\n\t}\n\tc.left()\n", "\tcase a := <-done:\n\t\treturn a.value, c.returned(a.err)\n\t}\n\tc.left()\n"),
+	change("what the broker has counted is no attempt", "attempt.go", "\treturn max(n, here)\n", "\treturn here\n"),
+	change("a handler starts though the one before it has ended Run's context", "worker.go", "p.ctx.Err() != nil || ", ""),
+	change("handlers get what cannot be read", "lane.go",
+		"\tif unfit != nil {\n\t\tl.aside.put(d, unfit)\n\t\treturn\n\t}\n", "\t_ = unfit\n"),
+	change("what cannot be read is discarded", "unreadable.go",
+		"return p.lane.settle(basicNack, d.fence.tag, nackRequeue)", "return p.lane.settle(basicReject, d.fence.tag, 0)"),
+	change("the default limit drops what fails on a queue of WithQueue", "limit.go", "\treturn limitOff\n", "\treturn limitTheirs\n"),
+	change("a limit of -1 drops what fails on 3.x", "limit.go", "c.major() < 4 || q.deadLetters()", "c.major() < 3 || q.deadLetters()"),
+
 	// Telling.
 	inTest("TestHourOfOutageIsAtMost100Lines", change("repeated causes are all told", "log.go",
 		"\tif s.count < s.next && !time {",
@@ -835,7 +867,7 @@ func TestMutants(t *testing.T) {
 	}
 	caught, all := 0, 0
 	for _, m := range mutants {
-		if !strings.Contains(m.name, *mutantsOnly) {
+		if !strings.Contains(m.name, *mutantsOnly) || *mutantsJudge == "sim" && m.test != "" || *mutantsJudge == "test" && m.test == "" {
 			continue
 		}
 		all++

@@ -41,7 +41,9 @@ func (j *simJudge) place(x *simSession) {
 	for r.acked[r.told] {
 		r.told++
 	}
-	x.told = r.told
+	if r.told > r.from { // else it may have no place but by its clock
+		x.told = r.told
+	}
 }
 
 // begins notes where the first session of a Run, of which the consumer knows, begins.
