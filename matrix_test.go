@@ -483,7 +483,7 @@ var elsewhere = map[string]string{
 	"31": "a consumer opens a few channels on a connection of its own, and takes a new one where that is too many: TestEveryFailureHasItsClass",
 	"42": "multiple=true cannot be sent: TestMultipleAcksAreRefusedAndSettleNothing",
 	"48": "New refuses shared transient queues: TestNewRefusesBadInputAllAtOnceWithoutShowingTheURL",
-	"49": "the stall detector and the look for a stream declare passively, on channels of their own, and a refusal tells them nothing",
+	"49": "the stall detector and the look for a stream declare passively, on channels that a session does without, and a refusal tells them nothing",
 	"50": "the prefetch is always per consumer",
 	"51": "there is one consumer on a channel",
 	"52": "every session has a tag of its own",
