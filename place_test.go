@@ -134,6 +134,20 @@ func TestQuietStreamThatIsMadeAnewIsReadFromItsBeginning(t *testing.T) {
 	}
 }
 
+func TestStreamMadeAnewIsReadFromItsBeginningAlsoByWhoWaitsForAMessageOfTheFuture(t *testing.T) {
+	bubble(t, func(b *bench) {
+		handled := b.reading(steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": 5}))
+		b.broker.Publish(queue, "old 0", "old 1")
+		b.wait(time.Minute)
+		b.broker.DeleteQueue(queue)
+		b.wait(2 * time.Second)
+		b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: "stream"})
+		b.broker.Publish(queue, "new 0", "new 1")
+		b.wait(time.Minute)
+		assert.Equal(b, []string{"new 0", "new 1"}, *handled)
+	})
+}
+
 // The first message may be anywhere when the session is lost: on the wire, in the buffer, with a
 // handler.
 func TestStreamSkipsNothingBehindAFirstMessageThatIsUnderWay(t *testing.T) {

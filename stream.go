@@ -33,6 +33,7 @@ type position struct {
 	queue   string // the stream it is about
 	from    any    // the offset to resume at as long as next is not known; nil before the first subscription
 	begun   bool   // there has been a subscription
+	looks   int    // how often the place was looked up
 	known   bool   // next is set
 	next    int64  // offset of the first message not settled for good
 	doubted bool   // the broker has cancelled the consumer, so the stream may be on its way out
@@ -77,6 +78,10 @@ func newPosition(c *config) *position {
 	return &position{settled: newRow(), acked: newRow()}
 }
 
+// maxLooks is how often a look that is cut off is tried again: what the stream holds may be more
+// than the path can carry within the setup limit.
+const maxLooks = 2
+
 // about notes which stream it is about, and returns the offset that has to be looked up before a
 // session subscribes, if there is one: what shifts, until the stream has a place. If that is last
 // and the look was cut off, it is what came since, or else still the last.
@@ -87,12 +92,12 @@ func (p *position) about(queue string, given any) (offset any, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.queue != queue {
-		p.queue, p.from, p.known, p.begun = queue, nil, false, false
+		p.queue, p.from, p.known, p.begun, p.looks = queue, nil, false, false, 0
 	}
 	if p.fresh() {
 		return given, shifts(given, time.Now())
 	}
-	return p.from, given == "last" && !p.known && !p.begun
+	return p.from, given == "last" && !p.known && !p.begun && p.looks < maxLooks
 }
 
 // fresh is called with mu held.
@@ -143,6 +148,7 @@ func (p *position) assume(since time.Time) (answered func(error) error) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.looks++
 	if !p.fresh() {
 		return func(err error) error { return err }
 	}
