@@ -75,6 +75,11 @@ type fence struct {
 	tries   uint32 // in place, before this one
 	settler settler
 	refused atomic.Pointer[error] // why a settlement by hand was refused, which left it unsettled
+
+	// Of a message of a stream only.
+	came   *amqp.Delivery // as it was when its handler was given it
+	offset int64          // its place
+	placed bool           // it has one
 }
 
 var _ amqp.Acknowledger = (*fence)(nil)
@@ -99,10 +104,17 @@ func (d *Delivery) init(s settler) {
 	d.Acknowledger = d.fence
 }
 
+// keep notes what the handler is given, which may change all that is exported. The bytes of the
+// body and the headers themselves are not copied.
+func (d *Delivery) keep() {
+	came := d.Delivery
+	d.fence.came = &came
+}
+
 // again returns the delivery of the next try in place.
 func (d *Delivery) again() *Delivery {
 	next := newDelivery()
-	next.Delivery = d.Delivery
+	next.Delivery = *d.fence.came
 	next.DeliveryTag = d.fence.tag
 	next.fence.tries = d.fence.tries + 1
 	return next

@@ -226,7 +226,6 @@ type supervisor struct {
 	number  uint64
 	scope   *scope // what its sessions share
 	tag     string
-	tries   atomic.Uint64 // of a session: two may overlap if one was left behind
 	host    string
 	next    endpoint // of the next dial, once it is known
 
@@ -329,7 +328,8 @@ func (s *supervisor) connecting() stateFunc {
 	}
 	step := newStep("dial")
 	defer s.scope.waiting(s.host, step)()
-	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, step) }, step)
+	try := s.scope.begin()
+	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, try, step) }, step)
 	if a.conn != nil {
 		s.conn, s.host = a.conn, a.conn.host
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
@@ -361,7 +361,7 @@ func (s *supervisor) bounded() (context.Context, context.CancelFunc) {
 
 // open is one try. It runs on a goroutine of its own and touches nothing of the
 // supervisor that changes.
-func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, number uint64, step *step) attempt {
+func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, number, try uint64, step *step) attempt {
 	own := conn == nil
 	if own {
 		var err error
@@ -370,8 +370,8 @@ func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, num
 		}
 	}
 	// A tag is never used again, not even by the next try for this session.
-	tag := fmt.Sprintf("%s.%d-%d", s.tag, s.tries.Add(1), number)
-	session, err := conn.openSession(ctx, s.scope, number, tag, step)
+	tag := fmt.Sprintf("%s.%d-%d", s.tag, try, number)
+	session, err := conn.openSession(ctx, s.scope, number, try, tag, step)
 	return attempt{conn: conn, own: own, session: session, err: err}
 }
 

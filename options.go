@@ -442,13 +442,29 @@ func WithQueue(q Queue) Option {
 // holds.
 //
 // A stream is consumed like any queue, but must be named as one, by
-// "x-stream-offset" here (first, last, next, a number or a time) or by WithQueue:
-// later sessions of the same Run then resume at the first message not yet
-// settled, instead of skipping what was published while away. A stream has no
-// requeue: a message put back is given to a handler again, see WithRequeueDelay.
+// "x-stream-offset" here (first, last, next, a number, a time or an interval such as
+// "1h") or by WithQueue: later sessions of the same Run then resume at the first
+// message not yet settled, instead of skipping what was published while away. A
+// stream has no requeue: a message put back is given to a handler again, see
+// WithRequeueDelay. A number that the stream has not come to is waited for.
+//
+// The place is known before the first delivery, too: what is published once the
+// consumer has said that it is consuming is not skipped, however its session ends.
+// What next, last, an interval and a time of the last five minutes or to come stand
+// for is therefore looked up before the first session of a Run, by consumers that the
+// broker shows for a moment, that settle nothing and read the last chunk of the
+// stream. RabbitMQ answers from its messages at once; where none has come after some
+// 30 ms, as in an empty stream, or the look is cut off, the place is a time, five
+// minutes earlier than it was here. Then a session that is lost before its first
+// delivery is followed by one that may be given messages from five minutes before,
+// and none is skipped as long as the clock here is at most five minutes fast. All of
+// that is so on RabbitMQ 3.10, 4.0 and 4.3. Last is the last chunk, as RabbitMQ has it.
+//
 // Where the stream itself is found to be gone, the next one of its name is read
 // from its beginning; one that others delete and declare anew within a moment, or
-// while the consumer is away, looks like the old one: give it a new name.
+// while the consumer is away, looks like the old one: give it a new name. It is looked
+// for where this consumer would declare it, by a passive declare, which needs the
+// configure permission on RabbitMQ 4.3: without it, a new one looks like the old one.
 func WithConsumeArgs(args amqp.Table) Option {
 	return func(c *config) {
 		c.consumeArgs = c.takeTable("WithConsumeArgs", "", args)
@@ -577,7 +593,8 @@ func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
 //
 //   - The queue has messages and this consumer is its only one (a quorum queue
 //     without majority), or it knows of no consumer at all (a forgotten one).
-//   - It is a stream, and has grown since the last look.
+//   - It is a stream, and has grown since the last look; not as long as it may be
+//     shorter than a number that x-stream-offset begins at.
 //   - Most of all hosts, three or more being given, say that messages wait for this
 //     consumer, or that the stream is longer (this host is cut off). They are asked
 //     over a connection for one question each, not counted in [Stats].

@@ -41,20 +41,23 @@ func shifts(offset any, now time.Time) bool {
 // offset, and stays where it is when the channel that has consumed it is closed. From the first
 // basic.consume on there is a place to resume at; until the messages tell, it is one by the clock.
 func (s *session) locate(ctx context.Context, offset any) error {
-	if _, text := offset.(string); offset == "next" || !text && shifts(offset, time.Now()) {
+	s.lane.forget() // these consumers are none of the session's, and are told apart by their tags
+	s.tag += looker
+	s.lane = s.conn.socket.lane(s.tag, s.config.prefetch)
+	if at, ok := offset.(time.Time); offset == nil || offset == "next" || ok && at.After(time.Now()) {
 		return s.locateEnd(ctx, offset)
 	}
 	if err := s.channel.Qos(1, 0, false); err != nil {
 		return err
 	}
 	since := time.Now()
-	answered := s.stream.assume(since.Add(-interval(offset)))
+	answered := s.place().assume(since.Add(-interval(offset)))
 	if err := answered(s.sample(offset)); err != nil {
 		return err
 	}
 	first, err := s.awaitSample(ctx, time.Since(since))
 	if first != nil {
-		s.stream.locate(offsetOf(first))
+		s.place().locate(offsetOf(first))
 	}
 	return err
 }
@@ -66,7 +69,7 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 		return err
 	}
 	since := time.Now()
-	answered := s.stream.assume(since)
+	answered := s.place().assume(since)
 	behind, err := s.listen(offset)
 	if answered(err) != nil {
 		return err
@@ -97,9 +100,9 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 		end = max(end, offsetOf(d))
 	}
 	if next, ok := <-behind; ok {
-		s.stream.locate(next)
+		s.place().locate(next)
 	} else if end != unknownOffset {
-		s.stream.locate(end + 1)
+		s.place().locate(end + 1)
 	}
 	return nil
 }
@@ -121,7 +124,7 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 	case <-s.lane.aside.more: // one that cannot be read
 	case <-limit.C:
 	case <-s.cancels:
-		s.stream.doubt()
+		s.place().doubt()
 		return nil, errCancelled
 	case <-s.channelEnd.ended:
 		return nil, amqp.ErrClosed
@@ -137,15 +140,18 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 func (s *session) cancelled() bool {
 	select {
 	case <-s.cancels:
-		s.stream.doubt()
+		s.place().doubt()
 		return true
 	default:
 		return false
 	}
 }
 
-// listener is what the second consumer of a channel adds to its tag.
-const listener = ".next"
+// What the consumers of a look add to the tag: all of them, and the second on its channel.
+const (
+	looker   = ".look"
+	listener = ".next"
+)
 
 // listen consumes from an offset at the end of the stream, and returns that of the first message
 // once the consumer has been cancelled. There is none if nothing came.

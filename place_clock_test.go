@@ -40,3 +40,17 @@ func TestIntervalsAreThoseOfRabbitMQ(t *testing.T) {
 	}
 	assert.GreaterOrEqual(t, interval("9000Y"), 290*365*day)
 }
+
+// What a stream holds may be more than a slow path carries within the setup limit.
+func TestPlaceThatIsCutOffAgainAndAgainIsTakenFromTheClock(t *testing.T) {
+	for given, want := range map[any]int{"last": maxLooks, "next": 1, "1h": 1, nil: 1, "first": 0, 5: 0} {
+		p, looks := new(position), 0
+		for range 5 {
+			if _, unclear := p.about("log", given); unclear {
+				looks++
+				_ = p.assume(time.Now())
+			}
+		}
+		assert.Equal(t, want, looks, given)
+	}
+}

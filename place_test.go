@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -130,6 +132,20 @@ func TestQuietStreamThatIsMadeAnewIsReadFromItsBeginning(t *testing.T) {
 			})
 		}
 	}
+}
+
+func TestStreamMadeAnewIsReadFromItsBeginningAlsoByWhoWaitsForAMessageOfTheFuture(t *testing.T) {
+	bubble(t, func(b *bench) {
+		handled := b.reading(steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": 5}))
+		b.broker.Publish(queue, "old 0", "old 1")
+		b.wait(time.Minute)
+		b.broker.DeleteQueue(queue)
+		b.wait(2 * time.Second)
+		b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: "stream"})
+		b.broker.Publish(queue, "new 0", "new 1")
+		b.wait(time.Minute)
+		assert.Equal(b, []string{"new 0", "new 1"}, *handled)
+	})
 }
 
 // The first message may be anywhere when the session is lost: on the wire, in the buffer, with a
@@ -488,4 +504,102 @@ func TestQuietStreamThatGrowsWithoutADeliveryIsAStall(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A try that was left behind goes on with the number of the session that came after it, and
+// takes its place in the stream.
+func TestTryThatWasLeftBehindDoesNotTouchTheStreamsPlace(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.of("stream")
+		started, release := make(chan *steadymq.Delivery, 8), make(chan struct{})
+		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "slow" && d.Session() == 1 {
+				return hold(started, release)(ctx, d)
+			}
+			return nil
+		}, steadymq.WithConcurrency(2), steadymq.WithPrefetch(4), steadymq.WithSetupTimeout(5*time.Second), steadymq.WithDrainTimeout(time.Minute),
+			steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
+		first := b.broker.Host(0)
+		if b.open() == 1 && b.broker.Connections()[0].Host != first.Addr() {
+			first = b.broker.Host(1)
+		}
+		b.broker.Publish(queue, "slow", "a", "b")
+		<-started
+		b.broker.CancelConsumers(queue)
+		b.wait(500 * time.Millisecond) // the successor is being set up
+		first.Stall()
+		b.wait(10 * time.Second)
+		assert.Equal(b, steadymq.Consuming, b.consumer.State(), "on the other host")
+		first.Unstall()
+		b.wait(5 * time.Second)
+		close(release)
+		for range 20 {
+			b.broker.Publish(queue, "good")
+			b.wait(time.Second)
+		}
+		assert.EqualValues(b, 2, b.consumer.Stats().Sessions)
+		assert.GreaterOrEqual(b, b.consumer.Stats().Acked, uint64(23), "all of them")
+		assert.Zero(b, b.broker.Unsettled(queue))
+	}, steadymqtest.WithHosts(2))
+}
+
+func TestStreamGoesOnThoughAHandlerReplacesTheHeaders(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.streaming(func(_ context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "3" {
+				d.Headers = nil
+			}
+			return nil
+		}, steadymq.WithPrefetch(4))
+		for i := range 20 {
+			b.broker.Publish(queue, fmt.Sprint(i))
+		}
+		b.wait(time.Minute)
+		assert.EqualValues(b, 20, b.consumer.Stats().Delivered)
+		assert.Len(b, b.broker.Ledger().Settlements, 20)
+	})
+}
+
+func TestStreamKeepsItsPlaceThoughAHandlerReplacesTheHeaders(t *testing.T) {
+	bubble(t, func(b *bench) {
+		b.of("stream")
+		b.publish(100, "old")
+		var seen atomic.Int32
+		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			seen.Add(1)
+			d.Headers = nil
+			return nil
+		}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": int64(50)}))
+		b.wait(time.Second)
+		require.EqualValues(b, 50, seen.Load())
+		b.broker.Reset()
+		b.wait(time.Minute)
+		assert.EqualValues(b, 50, seen.Load(), "each once, but for the prefetch")
+	})
+}
+
+// Middleware that unpacks a body sees its own work at the second try.
+func TestTryInPlaceGetsTheMessageAsItCame(t *testing.T) {
+	bubble(t, func(b *bench) {
+		var mu sync.Mutex
+		var bodies []string
+		unpack := func(next steadymq.Handler) steadymq.Handler {
+			return func(ctx context.Context, d *steadymq.Delivery) error {
+				mu.Lock()
+				bodies = append(bodies, string(d.Body))
+				mu.Unlock()
+				d.Body = []byte("unpacked " + string(d.Body))
+				return next(ctx, d)
+			}
+		}
+		b.streaming(func(_ context.Context, d *steadymq.Delivery) error {
+			if d.Attempt() < 3 {
+				return errAway
+			}
+			return nil
+		}, steadymq.WithMiddleware(unpack))
+		b.broker.Publish(queue, "tea")
+		b.wait(time.Minute)
+		assert.Equal(b, []string{"tea", "tea", "tea"}, bodies)
+	})
 }

@@ -26,6 +26,7 @@ import (
 type session struct {
 	*scope
 	id   uint64
+	try  uint64 // its number, which no other has
 	conn *connection
 
 	channel    *amqp.Channel
@@ -71,6 +72,19 @@ type scope struct {
 	running  func() int64    // how many workers are at work, once the pool has been stopped
 	stream   *position       // where to resume, nil unless it is a stream
 	told     *notices
+	tries    atomic.Uint64 // for sessions so far: two may overlap if one was left behind
+}
+
+// begin returns the number of a new try.
+func (s *scope) begin() uint64 { return s.tries.Add(1) }
+
+// place is where the session stands in its stream, nil where there is none or another try has begun
+// since: what a try that was left behind finds out is of no interest.
+func (s *session) place() *position {
+	if s.tries.Load() != s.try {
+		return nil
+	}
+	return s.stream
 }
 
 // abandoned counts a user's function that had to be left behind.
@@ -83,13 +97,13 @@ func (s *scope) drainError() error {
 // openSession opens a channel on c, sets it up and subscribes, all within ctx:
 // the driver's calls take no context, so the end of ctx ends the connection under them, or the
 // stay there if another session lives on it.
-func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag string, step *step) (*session, error) {
+func (c *connection) openSession(ctx context.Context, of *scope, id, try uint64, tag string, step *step) (*session, error) {
 	tenancy := c.moveIn()
 	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(causeOf(ctx)) })
 
 	t := terms{limit: c.limitTerm(of.config.declare), owned: c.owned(of.config)}
 	for {
-		s, err := c.trySession(ctx, of, id, tag, t, tenancy, step)
+		s, err := c.trySession(ctx, of, id, try, tag, t, tenancy, step)
 		if err != nil && t.concede(err) {
 			continue
 		}
@@ -107,7 +121,7 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 }
 
 // trySession is openSession on these terms.
-func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag string, t terms, tenancy *tenancy, step *step) (*session, error) {
+func (c *connection) trySession(ctx context.Context, of *scope, id, try uint64, tag string, t terms, tenancy *tenancy, step *step) (*session, error) {
 	step.at("channel")
 	channel, err := c.amqp.Channel()
 	if err != nil {
@@ -116,6 +130,7 @@ func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag s
 	s := &session{
 		scope:      of,
 		id:         id,
+		try:        try,
 		conn:       c,
 		channel:    channel,
 		tag:        tag,
@@ -141,7 +156,7 @@ func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag s
 		_ = channel.Close() // also bounded by ctx, through the socket
 		s.lane.forget()
 		err = s.said(err)
-		s.stream.gone(err)
+		s.place().gone(err)
 		return nil, s.failure(op, c.explain(err))
 	}
 	s.since = time.Now()
@@ -161,7 +176,7 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 		return "topology", err
 	}
 	step.at("consume")
-	if offset, unclear := s.stream.about(s.queue, s.config.consumeArgs[offsetKey]); unclear && s.terms.queue == "" {
+	if offset, unclear := s.place().about(s.queue, s.config.consumeArgs[offsetKey]); unclear && s.terms.queue == "" {
 		if err := s.locate(ctx, offset); err != nil {
 			return "consume", err
 		}
@@ -173,10 +188,10 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 		return "qos", err
 	}
 	step.at("consume")
-	args := s.stream.resume(s.id, s.config.consumeArgs, s.terms.queue != "")
+	args := s.place().resume(s.try, s.config.consumeArgs, s.terms.queue != "")
 	_, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, args)
 	if err == nil {
-		s.stream.subscribed(args[offsetKey])
+		s.place().subscribed(args[offsetKey])
 	}
 	if s.config.declare != nil { // an auto-delete queue goes with its last consumer, maybe just now
 		err = gone(err, s.queue)
@@ -472,7 +487,7 @@ func (s *session) began(d *Delivery) {
 	if s.config.stallAfter > 0 {
 		s.received.Add(1)
 	}
-	s.stream.began(s.id, &d.Delivery)
+	s.stream.began(s.try, d)
 	if d.Redelivered && s.limit > 0 {
 		s.nearsLimit(d)
 	}
@@ -545,11 +560,11 @@ func (s *session) send(d *Delivery, o Outcome) error {
 		s.tryAgain(d)
 		return nil
 	}
-	for _, done := range s.stream.ready(s.id, d) {
+	for _, done := range s.stream.ready(s.try, d) {
 		if err := s.ack(done.tag); err != nil {
 			return err
 		}
-		s.stream.told(s.id, done)
+		s.stream.told(s.try, done)
 	}
 	return nil
 }

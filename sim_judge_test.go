@@ -40,6 +40,7 @@ type simJudge struct {
 	unfit      map[string]bool              // messages that no handler can be given
 	attempts   map[string][]simAttempt      // by message, in its queue
 	places     map[simKey]int               // attempts of a stream's deliveries
+	looks      map[uint64]bool              // sessions for no handler
 	delivering uint64                       // counts deliveries
 }
 
@@ -94,6 +95,7 @@ func newSimJudge(s *sim) *simJudge {
 		unfit:      make(map[string]bool),
 		attempts:   make(map[string][]simAttempt),
 		places:     make(map[simKey]int),
+		looks:      make(map[uint64]bool),
 	}
 }
 
@@ -126,6 +128,9 @@ func (j *simJudge) hooks() steadymqtest.Hooks {
 func (j *simJudge) consuming(r steadymqtest.ConsumerRecord) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if strings.Contains(r.Tag, ".look") { // it looks where a stream ends, and settles nothing
+		return
+	}
 	c := j.s.consumerOf(r.Tag)
 	if c == nil {
 		j.note("I1", "a consumer with a tag of nobody: %s", r.Tag)
@@ -133,6 +138,10 @@ func (j *simJudge) consuming(r steadymqtest.ConsumerRecord) {
 	}
 	if j.byTag[r.Tag] != nil && j.used[r.Tag] { // one of a setup that failed may come again
 		j.note("I1", "the consumer tag %s is used a second time", r.Tag)
+	}
+	if strings.HasSuffix(r.Tag, ".next") || j.looks[r.Session] { // it looks where a stream ends
+		j.looks[r.Session] = true
+		return
 	}
 	x := &simSession{record: r, consumer: c, run: c.run, moved: r.Started, orders: make(map[uint64]uint64)}
 	j.place(x)
@@ -276,7 +285,8 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 // attempt notes what a delivery calls itself.
 func (j *simJudge) attempt(h *simHandling) {
 	n := h.d.Attempt()
-	if n < 1 || n == 1 && h.d.Redelivered {
+	_, acquired := h.d.Headers["x-acquired-count"] // since 4.3: it may have come back untried
+	if n < 1 || n == 1 && h.d.Redelivered && !acquired {
 		j.note("attempt", "a redelivered message says that this is attempt %d: %v", n, h.key)
 	}
 	if j.streamOf(h.c) == nil { // there are tries in place only

@@ -41,7 +41,9 @@ func (j *simJudge) place(x *simSession) {
 	for r.acked[r.told] {
 		r.told++
 	}
-	x.told = r.told
+	if r.told > r.from { // else it may have no place but by its clock
+		x.told = r.told
+	}
 }
 
 // begins notes where the first session of a Run, of which the consumer knows, begins.
@@ -80,6 +82,9 @@ func (j *simJudge) resumes(x *simSession, id string) {
 		return
 	}
 	r, at := &x.run.reading, j.offset(id)
+	if at < r.from { // the look for the place was cut off, so the clock stands for it
+		r.from, r.next, r.told, x.told = at, at, at, at
+	}
 	done := func(n int) bool { return r.done[n] || stream.unfit[n] }
 	for r.next < len(stream.published) && (done(r.next) || stream.published[r.next].Before(r.since)) {
 		r.next++

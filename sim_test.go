@@ -221,7 +221,7 @@ type sim struct {
 	cut      map[string]simCut // hosts that are cut off
 	aims     map[int]string    // the queue that a fault has struck, by its number
 	minted   int               // messages so far
-	current map[int]simFault // faults that have begun and go on, by number
+	current  map[int]simFault  // faults that have begun and go on, by number
 }
 
 // simCut is what a host knows that is cut off.
@@ -794,9 +794,9 @@ type simConsumer struct {
 	plan     *simConsumerPlan
 	consumer *steadymq.Consumer
 	sockets  atomic.Int64
-	breaks   atomic.Bool // the middleware, when a handler is made
-	asks     simRate // for credentials
-	tries simRate // to dial
+	breaks   atomic.Bool         // the middleware, when a handler is made
+	asks     simRate             // for credentials
+	tries    simRate             // to dial
 	dials    map[string]*simRate // the dialer's, by address
 	dialing  sync.Mutex
 
@@ -830,7 +830,7 @@ type simRun struct {
 	session  *simSession   // that was live at that moment
 	marks    int64         // sim.disturbed at that moment
 	troubles int
-	reading  simReading // of a stream
+	reading  simReading  // of a stream
 	trip     atomic.Bool // the next handler is to end its context ...
 	stop     func()
 	closed   bool // ... and has

@@ -19,8 +19,8 @@ const unknownOffset = -1
 
 // placed gives d an offset if the broker's cannot be read.
 func placed(d *Delivery) {
-	if _, ok := headerInt(d.Headers[offsetKey]); !ok {
-		d.Headers = amqp.Table{offsetKey: int64(unknownOffset)}
+	if !d.fence.placed {
+		d.fence.offset, d.fence.placed = unknownOffset, true
 	}
 }
 
@@ -33,10 +33,11 @@ type position struct {
 	queue   string // the stream it is about
 	from    any    // the offset to resume at as long as next is not known; nil before the first subscription
 	begun   bool   // there has been a subscription
+	looks   int    // how often the place was looked up
 	known   bool   // next is set
 	next    int64  // offset of the first message not settled for good
 	doubted bool   // the broker has cancelled the consumer, so the stream may be on its way out
-	session uint64 // the one that the rows are about
+	session uint64 // the try of the session that the rows are about
 	settled row    // what handlers are done with
 	acked   row    // of that, what the broker was told
 }
@@ -77,6 +78,10 @@ func newPosition(c *config) *position {
 	return &position{settled: newRow(), acked: newRow()}
 }
 
+// maxLooks is how often a look that is cut off is tried again: what the stream holds may be more
+// than the path can carry within the setup limit.
+const maxLooks = 2
+
 // about notes which stream it is about, and returns the offset that has to be looked up before a
 // session subscribes, if there is one: what shifts, until the stream has a place. If that is last
 // and the look was cut off, it is what came since, or else still the last.
@@ -87,12 +92,12 @@ func (p *position) about(queue string, given any) (offset any, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.queue != queue {
-		p.queue, p.from, p.known, p.begun = queue, nil, false, false
+		p.queue, p.from, p.known, p.begun, p.looks = queue, nil, false, false, 0
 	}
 	if p.fresh() {
 		return given, shifts(given, time.Now())
 	}
-	return p.from, given == "last" && !p.known && !p.begun
+	return p.from, given == "last" && !p.known && !p.begun && p.looks < maxLooks
 }
 
 // fresh is called with mu held.
@@ -138,8 +143,12 @@ func (p *position) subscribed(offset any) {
 // called with what the broker answers: if it does not take the consumer, there is no place.
 // Any other failure does not tell whether it has.
 func (p *position) assume(since time.Time) (answered func(error) error) {
+	if p == nil {
+		return func(err error) error { return err }
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.looks++
 	if !p.fresh() {
 		return func(err error) error { return err }
 	}
@@ -161,6 +170,9 @@ func (p *position) assume(since time.Time) (answered func(error) error) {
 
 // locate sets the place, unless the offset is unknown.
 func (p *position) locate(offset int64) {
+	if p == nil {
+		return
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if offset != unknownOffset {
@@ -216,7 +228,7 @@ const (
 // afterwards a new one looks like the old one. The broker closes the channel if it is
 // not, or if the question is not allowed: then the session needs another one.
 func (s *session) checkStream(ctx context.Context) error {
-	if s.stream == nil || s.terms.looked {
+	if s.place() == nil || s.terms.looked {
 		return nil
 	}
 	s.stream.mu.Lock()
@@ -231,7 +243,7 @@ func (s *session) checkStream(ctx context.Context) error {
 		switch {
 		case err != nil:
 			if noQueue(s.said(err), queue) {
-				s.stream.startOver()
+				s.place().startOver()
 			}
 			return &again{looked: true}
 		case !doubted, time.Since(since) >= min(streamDoubt, s.config.setupTimeout/2):
@@ -286,11 +298,13 @@ func noQueue(err error, name string) bool {
 
 // began notes a delivery that a handler is given: even if none is ever settled,
 // the next session must not start behind it.
-func (p *position) began(session uint64, d *amqp.Delivery) {
+func (p *position) began(session uint64, d *Delivery) {
 	if p == nil {
 		return
 	}
+	d.keep()
 	offset, ok := headerInt(d.Headers[offsetKey])
+	d.fence.offset, d.fence.placed = offset, ok
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if ok && !p.known && session == p.session {
@@ -304,13 +318,12 @@ func (p *position) began(session uint64, d *amqp.Delivery) {
 // behind one slow handler any number of messages would be done that the next
 // session, which resumes at the slow one, is given again.
 func (p *position) ready(session uint64, d *Delivery) []settledAt {
-	offset, ok := headerInt(d.Headers[offsetKey])
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !ok || session != p.session {
+	if !d.fence.placed || session != p.session {
 		return []settledAt{{tag: d.fence.tag}}
 	}
-	return p.settled.add(settledAt{d.fence.tag, offset})
+	return p.settled.add(settledAt{d.fence.tag, d.fence.offset})
 }
 
 // told notes that the broker was told, which moves the place to resume at.
