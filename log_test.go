@@ -93,7 +93,10 @@ func TestHourOfOutageIsAtMost100Lines(t *testing.T) {
 		"sessions last 89 s":     func(b *bench) { b.flap(89 * time.Second) },
 		"sessions last 91 s":     func(b *bench) { b.flap(91 * time.Second) },
 		"sessions and outages":   func(b *bench) { b.comeAndGo(11*time.Second, 12*time.Second) },
-		"long ones":              func(b *bench) { b.comeAndGo(100*time.Second, 30*time.Second) },
+		"long ones": func(b *bench) {
+			b.comeAndGo(100*time.Second, 30*time.Second)
+			assert.Regexp(b, `repeated=\d\d`, b.log.last("backoff", "lost:"), "counting goes on")
+		},
 	}
 	for name, outage := range outages {
 		t.Run(name, func(t *testing.T) {

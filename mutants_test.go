@@ -582,7 +582,7 @@ var mutants = []mutant{
 		"slog.String(\"name\", c.Queue)}")),
 	inTest("TestHourOfCausesThatAreAllDifferentIsAtMost100Lines", change("every cause is counted apart", "log.go",
 		" || j.news.spend(c.Time, lines)) {",
-		" || true) {")),
+		" || j.news.spend(c.Time, 0*lines)) {")),
 	inTest("TestFailureOnTwoHostsIsOneCause", change("each host is a cause of its own", "log.go",
 		"j.cause(causeKey(c), c.Time)",
 		"j.cause(c.Host, c.Time)")),
