@@ -163,7 +163,7 @@ var mutants = []mutant{
 		"if errors.As(err, &said) && said.Server {\n\t\t\tp.mu", "if errors.As(err, &said) {\n\t\t\tp.mu")),
 	inTest("TestLastMessageOfAStreamIsGivenAlsoIfTheSetUpWasCut", change("the last message is skipped where the look for it was cut off", "stream.go",
 		`given == "last" && !p.known && !p.begun && p.looks < maxLooks`, "false")),
-	inTest("TestStreamSetUpMayBeCutAnywhere", change("a consumer cancelled while its place is looked for has asked", "place.go",
+	inTest("TestEmptyStreamMayCancelTheConsumerThatLooksForItsEnd", change("a consumer cancelled while its place is looked for has asked", "place.go",
 		"\t\ts.place().doubt()\n\t\treturn nil, errCancelled\n", "\t\treturn nil, nil\n")),
 	inTest("TestStreamSetUpMayBeCutAnywhere", change("an interval by the clock is as short as can be", "place.go",
 		"since.Add(-interval(offset))", "since")),

@@ -110,7 +110,8 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 // sample consumes messages to see where they stand; they come by the lane, which reads whatever a
 // broker may send.
 func (s *session) sample(offset any) error {
-	_, err := s.channel.Consume(s.queue, s.tag, false, false, false, false, amqp.Table{offsetKey: offset})
+	args := amqp.Table{offsetKey: offset}
+	_, err := s.channel.Consume(s.queue, s.tag, false, false, false, false, args)
 	return err
 }
 

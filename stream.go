@@ -31,7 +31,7 @@ func placed(d *Delivery) {
 type position struct {
 	mu      sync.Mutex
 	queue   string // the stream it is about
-	from    any    // the offset to resume at as long as next is not known; nil before the first subscription
+	from    any    // where to resume as long as next is not known; nil before the first subscription
 	begun   bool   // there has been a subscription
 	looks   int    // how often the place was looked up
 	known   bool   // next is set
