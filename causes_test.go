@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -26,10 +27,11 @@ func (b *bench) failingWith(cause func(n int) string) {
 
 func TestNewCauseThatDiffersByAShortNumberIsToldAtOnce(t *testing.T) {
 	bubble(t, func(b *bench) {
-		status := 503
-		b.failingWith(func(int) string { return fmt.Sprintf("the vault answered with status %d", status) })
+		var status atomic.Int32
+		status.Store(503)
+		b.failingWith(func(int) string { return fmt.Sprintf("the vault answered with status %d", status.Load()) })
 		b.wait(40 * time.Second)
-		status = 401
+		status.Store(401)
 		b.wait(5 * time.Second)
 		assert.NotEmpty(b, b.warnings("status 401"), "a new cause, five seconds later")
 	})
