@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"io/fs"
 	"net"
@@ -28,7 +27,7 @@ func brokenErrors() map[string]error {
 		"a nil pointer":                    (*fs.PathError)(nil),
 		"a nil pointer of the net":         (*net.OpError)(nil),
 		"a wrapped nil pointer":            fmt.Errorf("away: %w", (*fs.PathError)(nil)),
-		"joined with a nil pointer":        errors.Join(errAway, (*fs.PathError)(nil)),
+		"a nil pointer beside another one": fmt.Errorf("%w, %w", errAway, (*fs.PathError)(nil)),
 		"an empty error of the system":     fmt.Errorf("away: %w", &os.SyscallError{Syscall: "read"}),
 		"one that panics with itself":      selfish{},
 		"one whose Is panics":              picky{},
@@ -125,8 +124,11 @@ func TestCauseOfRunsContextThatCannotBeReadEndsNoProcess(t *testing.T) {
 			bubble(t, func(b *bench) {
 				ctx, stop := context.WithCancelCause(b.Context())
 				ended := make(chan error, 1)
-				c := b.make()
-				b.broker.Host(0).Stall() // it stops in the handshake
+				c := b.make(steadymq.WithTopology(func(ctx context.Context, _ *amqp.Channel) (string, error) {
+					<-ctx.Done()
+					time.Sleep(50 * time.Millisecond) // the connection has ended for that cause
+					return "", errAway
+				}))
 				go func() { ended <- c.Run(ctx, ack) }()
 				b.wait(time.Second)
 				stop(broken)
