@@ -39,8 +39,9 @@ var (
 	// not let us in: it said so (403, an *amqp.Error is inside, too), it offers
 	// none of our mechanisms, or it ended the socket after 3 s of silence, which
 	// is how RabbitMQ refuses clients that do not want to be told, and how other
-	// brokers may refuse all. Before the first session it ends Run: at once, or
-	// at the third silence in a row.
+	// brokers may refuse all. Before the first session it ends Run: at once, or at
+	// the third refusal in a row where that was silence, or where WithURLFunc or
+	// WithCredentials give the login.
 	ErrLoginRefused = errors.New("login refused")
 
 	// ErrHandlerTimeout is the cause (context.Cause) of a handler's context
