@@ -44,7 +44,7 @@ func (s *session) locate(ctx context.Context, offset any) error {
 	s.lane.forget() // these consumers are none of the session's, and are told apart by their tags
 	s.tag += looker
 	s.lane = s.conn.socket.lane(s.tag, s.config.prefetch)
-	if at, ok := offset.(time.Time); offset == nil || offset == "next" || ok && at.After(time.Now()) {
+	if _, text := offset.(string); offset == "next" || !text && shifts(offset, time.Now()) {
 		return s.locateEnd(ctx, offset)
 	}
 	if err := s.channel.Qos(1, 0, false); err != nil {
