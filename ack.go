@@ -117,6 +117,7 @@ func (d *Delivery) again() *Delivery {
 	next.Delivery = *d.fence.came
 	next.DeliveryTag = d.fence.tag
 	next.fence.tries = d.fence.tries + 1
+	next.fence.offset, next.fence.placed = d.fence.offset, d.fence.placed
 	return next
 }
 

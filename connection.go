@@ -403,9 +403,10 @@ func (c *connection) close(d departure) {
 // hurry shortens a departure that has been asked for, unless it is the first one still.
 func (c *connection) hurry(d departure) {
 	select {
-	case c.leave <- d:
+	case <-c.leave: // the first one, which watch has not seen yet
 	default:
 	}
+	c.leave <- d
 }
 
 // alive tells whether a new session may be opened on it.

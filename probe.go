@@ -140,7 +140,7 @@ func (s *session) elsewhere(here amqp.Queue) error {
 	rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
 	need := len(hosts)/2 + 1
 	for left := len(others); need > 0; left-- {
-		if left < need {
+		if left < need || s.ended.cause() != nil {
 			return nil
 		}
 		if there, err := s.inspectAt(others[left-1]); err == nil && s.contradicts(here, there) {

@@ -361,8 +361,8 @@ func (s *session) drain() {
 	defer limit.Stop()
 	s.shut()
 	s.ended.notify(errStopped)
-	s.releaseHeld()
 	s.drained = s.unsubscribe(limit.C)
+	s.releaseHeld() // behind basic.cancel, or they would come back
 	if s.drained == nil {
 		s.drained = s.awaitHandlers(limit.C)
 	}

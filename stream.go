@@ -35,6 +35,7 @@ type position struct {
 	begun   bool   // there has been a subscription
 	looks   int    // how often the place was looked up
 	known   bool   // next is set
+	guessed bool   // from the first deliveries, of which none is settled yet
 	next    int64  // offset of the first message not settled for good
 	doubted bool   // the broker has cancelled the consumer, so the stream may be on its way out
 	session uint64 // the try of the session that the rows are about
@@ -113,6 +114,7 @@ func (p *position) resume(session uint64, args amqp.Table, asked bool) amqp.Tabl
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.session, p.settled, p.acked, p.doubted = session, newRow(), newRow(), false
+	p.guessed = false
 	if !p.known && (asked || p.from == nil) {
 		return args
 	}
@@ -149,6 +151,7 @@ func (p *position) assume(since time.Time) (answered func(error) error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.looks++
+	mine := p.looks
 	if !p.fresh() {
 		return func(err error) error { return err }
 	}
@@ -162,7 +165,9 @@ func (p *position) assume(since time.Time) (answered func(error) error) {
 		if errors.As(err, &said) && said.Server {
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			p.from = nil
+			if !p.begun && p.looks == mine { // nobody has subscribed or looked since
+				p.from = nil
+			}
 		}
 		return err
 	}
@@ -303,13 +308,20 @@ func (p *position) began(session uint64, d *Delivery) {
 		return
 	}
 	d.keep()
-	offset, ok := headerInt(d.Headers[offsetKey])
-	d.fence.offset, d.fence.placed = offset, ok
+	if d.fence.tries == 0 { // a try in place has that of the first one
+		d.fence.offset, d.fence.placed = headerInt(d.Headers[offsetKey])
+	}
+	offset, ok := d.fence.offset, d.fence.placed
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if ok && !p.known && session == p.session {
-		// Tags count from 1: a worker with an earlier one may not be here yet.
-		p.known, p.next = true, max(offset-int64(d.DeliveryTag)+1, 0)
+	if !ok || session != p.session {
+		return
+	}
+	// Tags count from 1: a worker with an earlier one may not be here yet. A filter leaves gaps, so
+	// that one may lower the place still.
+	at := max(offset-int64(d.fence.tag)+1, 0)
+	if !p.known || p.guessed && at < p.next {
+		p.known, p.guessed, p.next = true, true, at
 	}
 }
 
@@ -334,6 +346,7 @@ func (p *position) told(session uint64, d settledAt) {
 		return
 	}
 	for _, d := range p.acked.add(d) {
+		p.guessed = false
 		if d.offset == unknownOffset {
 			p.next++
 			continue

@@ -62,7 +62,7 @@ func (t *tenancy) giveUp(cause error) { t.leave(cause) }
 
 func (t *tenancy) leave(cause error) {
 	if end := t.conn.tenants.remove(t, cause); end != nil {
-		t.conn.socket.kill(end)
+		go t.conn.socket.kill(end) // a user's connection may hang in its Close
 	}
 }
 

@@ -120,7 +120,7 @@ func (t *terms) concede(err error) bool {
 	case !errors.As(err, &said) || !said.Server:
 		return false
 	case said.Code == amqp.NotFound && errors.As(err, new(*goneError)) && !t.anew:
-		t.owned, t.anew = "", true
+		t.owned, t.queue, t.anew = "", "", true
 		return true
 	case said.Code != amqp.PreconditionFailed:
 		return false
