@@ -3,8 +3,8 @@ package steadymq
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
-	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -56,7 +56,8 @@ func (o Outcome) String() string {
 // Reject are safe too, and refuse multiple=true with ErrMultiple.
 //
 // Inside a Handler there is usually nothing to settle by hand: the handler's
-// error decides. A handler that settles by itself is respected.
+// error decides. A handler that settles by itself is respected. One that was refused that and
+// returns nil has failed, with that refusal: its message is put back, not acked.
 type Delivery struct {
 	amqp.Delivery
 
@@ -73,6 +74,12 @@ type fence struct {
 	outcome atomic.Uint32
 	tries   uint32 // in place, before this one
 	settler settler
+	refused atomic.Pointer[error] // why a settlement by hand was refused, which left it unsettled
+
+	// Of a message of a stream only.
+	came   *amqp.Delivery // as it was when its handler was given it
+	offset int64          // its place
+	placed bool           // it has one
 }
 
 var _ amqp.Acknowledger = (*fence)(nil)
@@ -97,10 +104,17 @@ func (d *Delivery) init(s settler) {
 	d.Acknowledger = d.fence
 }
 
+// keep notes what the handler is given, which may change all that is exported. The bytes of the
+// body and the headers themselves are not copied.
+func (d *Delivery) keep() {
+	came := d.Delivery
+	d.fence.came = &came
+}
+
 // again returns the delivery of the next try in place.
 func (d *Delivery) again() *Delivery {
 	next := newDelivery()
-	next.Delivery = d.Delivery
+	next.Delivery = *d.fence.came
 	next.DeliveryTag = d.fence.tag
 	next.fence.tries = d.fence.tries + 1
 	return next
@@ -197,17 +211,33 @@ func (f *fence) settle(by settler, o Outcome) error {
 // claim checks a settlement that came through the amqp.Acknowledger interface.
 func (f *fence) claim(tag uint64, multiple bool, o Outcome) error {
 	if multiple {
-		return ErrMultiple
+		return f.refuse(&ErrMultiple)
 	}
 	if tag != f.tag {
-		return errOtherTag
+		return f.refuse(&errOtherTag)
 	}
 	return f.settle(f.settler, o)
 }
 
+// refuse notes it, for a handler that takes no notice.
+func (f *fence) refuse(reason *error) error {
+	f.refused.Store(reason)
+	return *reason
+}
+
+// overlooked is the error of a handler that returned none, but has tried to settle d by hand and
+// was refused: an ack would not be what it meant. It is nil if there is nothing of the kind.
+func (d *Delivery) overlooked() error {
+	reason := d.fence.refused.Load()
+	if reason == nil || d.Outcome() != Unsettled {
+		return nil
+	}
+	return fmt.Errorf("the handler returned no error, and what it settled by hand was refused: %w", *reason)
+}
+
 var (
 	errOtherTag    = errors.New("steadymq: the delivery tag was changed; a delivery can only settle itself; nothing was sent")
-	errUndelivered = errors.New("steadymq: this Delivery is of no broker; make one for a test with NewDelivery; nothing was sent")
+	errUndelivered = errors.New("steadymq: this Delivery was not made by NewDelivery, which tests have for that; nothing was sent")
 )
 
 // Ack implements amqp.Acknowledger.
@@ -306,13 +336,19 @@ func OutcomeOf(err error) (o Outcome, explicit bool) {
 // Invoke runs h on d as a Consumer does, without its holds, so that a test of a
 // handler can assert what becomes of the message: a panic is an error
 // (*PanicError), and the error settles d unless h has settled it by itself. It
-// returns the outcome and the error. Make d with NewDelivery; middleware wraps h
-// before: Invoke(ctx, policy(handle), d).
+// returns the outcome and the error. Make d with NewDelivery: any other is refused, without a
+// call of h. Middleware wraps h before: Invoke(ctx, policy(handle), d).
 func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) {
+	if d == nil || d.fence == nil {
+		return Unsettled, errUndelivered
+	}
 	returned := false
 	defer func() {
 		if !returned {
-			err = &PanicError{Value: recover(), Stack: debug.Stack()}
+			err = panicked(recover())
+		}
+		if err == nil {
+			err = d.overlooked()
 		}
 		if d.Outcome() == Unsettled {
 			wanted, _ := OutcomeOf(err)
@@ -320,7 +356,7 @@ func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) 
 		}
 		o = d.Outcome()
 	}()
-	err = h(ctx, d)
+	err = sound(h(ctx, d))
 	returned = true
 	return o, err
 }

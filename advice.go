@@ -1,6 +1,7 @@
 package steadymq
 
 import (
+	"crypto/x509"
 	"errors"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -11,7 +12,7 @@ import (
 func advice(op string, err error) string {
 	var said *amqp.Error
 	if !errors.As(err, &said) || !said.Server {
-		return ""
+		return adviceTLS(err)
 	}
 	switch kind := classifySaid(said); {
 	case kind == classAbsent:
@@ -25,7 +26,21 @@ func advice(op string, err error) string {
 	case said.Code == amqp.AccessRefused:
 		return "; give the user the permission (rabbitmqctl set_permissions)"
 	case op == "topology" && said.Code == amqp.PreconditionFailed:
-		return "; what exists was declared otherwise: declare it alike, or delete it"
+		return "; what exists was declared otherwise: declare it alike, or delete it (its messages go with it)"
+	}
+	return ""
+}
+
+// adviceTLS says what to do about a certificate that is not trusted.
+func adviceTLS(err error) string {
+	var invalid x509.CertificateInvalidError
+	switch {
+	case errors.As(err, new(x509.UnknownAuthorityError)):
+		return "; trust its CA by cacertfile in the URL or by WithTLSConfig (RootCAs)"
+	case errors.As(err, new(x509.HostnameError)):
+		return "; use a host name of the certificate in the URL, or name one by server_name_indication in the URL or by WithTLSConfig (ServerName)"
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return "; renew the broker's certificate, or set the clock of this host"
 	}
 	return ""
 }

@@ -37,8 +37,10 @@ func (d *Delivery) Attempt() int {
 	n := d.returns()
 	if n == 0 && d.Redelivered {
 		n = 1
-		if _, counted := d.count(deliveryCount); counted {
-			n = 0 // in another queue
+		_, counted := d.count(deliveryCount)  // in another queue
+		_, acquired := d.count(acquiredCount) // and came back unharmed, by nack or a lost session
+		if counted || acquired {
+			n = 0
 		}
 	}
 	if d.fence != nil {

@@ -67,9 +67,10 @@ type connection struct {
 
 // openConnection dials e and opens an AMQP connection there, all within ctx.
 // The error is a *SessionError without its number.
-// abandoned is told of each function of the user that had to be left behind.
-func openConnection(ctx context.Context, c *config, e endpoint, abandoned func()) (*connection, error) {
-	tlsConfig, err := e.tlsConfig(c.tls)
+// step tells how far it has come, abandoned is told of each function of the user that had to be
+// left behind.
+func openConnection(ctx context.Context, c *config, e endpoint, step *step, abandoned func()) (*connection, error) {
+	tlsConfig, err := e.tlsConfig(c.tls, c.insecure)
 	if err != nil {
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
@@ -83,17 +84,16 @@ func openConnection(ctx context.Context, c *config, e endpoint, abandoned func()
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
 	config.SASL = login.mechanisms
-	var dialed atomic.Bool
-	socket, err := openSocket(ctx, c.dialer(e, &dialed, abandoned), e.address, tlsConfig, c.socketOptions(e))
+	socket, err := openSocket(ctx, c.dialer(e, step, abandoned), e.address, tlsConfig, c.socketOptions(e), abandoned)
 	if err != nil {
 		// A TCP connect that fails costs the broker nothing; a TLS handshake does.
-		op := "dial"
-		if dialed.Load() {
-			op, err = "open", namePort(e, err)
+		op := step.String()
+		if op != "dial" {
+			err = namePort(e, err)
 		}
 		return nil, &SessionError{Host: e.address, Op: op, Err: err}
 	}
-	unguard := context.AfterFunc(ctx, func() { socket.kill(context.Cause(ctx)) })
+	unguard := context.AfterFunc(ctx, func() { socket.kill(causeOf(ctx)) })
 	defer unguard()
 
 	login.abort = socket.kill
@@ -164,7 +164,7 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 			timer.Stop()
 			return
 		}
-		ctx, cancel := context.WithTimeoutCause(life, cfg.setupTimeout, errSetupTimeout)
+		ctx, cancel := context.WithTimeoutCause(life, cfg.setupTimeout, cfg.setupPassed())
 		if fresh, err := cfg.askCredentials(ctx, abandoned); err == nil && c.updateSecret(ctx, fresh.Password) == nil {
 			if expires = fresh.Expires; time.Until(expires) > minRefresh {
 				again.failures = 0
@@ -174,6 +174,8 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 	}
 }
 
+var errSecretTimeout = because(errors.New("setup limit passed before the broker took the new credentials (WithSetupTimeout)"), errSetupTimeout)
+
 // updateSecret is an RPC, so its limit, which counts silence, closes the socket. The end of the
 // connection does not: the answer is on its way, and close-ok after it. As long as deliveries
 // come there is nothing to gain: a broker that did not take the secret closes by itself.
@@ -182,12 +184,12 @@ func (c *connection) updateSecret(ctx context.Context, secret string) error {
 	if !ok {
 		return nil
 	}
-	defer c.socket.afterSilence(time.Until(limit), maxDuration, func() { c.socket.kill(errSetupTimeout) })()
+	defer c.socket.afterSilence(time.Until(limit), maxDuration, func() { c.socket.kill(errSecretTimeout) })()
 	return c.amqp.UpdateSecret(secret, "the old one expires")
 }
 
 // dialer bounds the dial to e and notes that it succeeded.
-func (c *config) dialer(e endpoint, dialed *atomic.Bool, abandoned func()) dialFunc {
+func (c *config) dialer(e endpoint, step *step, abandoned func()) dialFunc {
 	limit := c.dialTimeoutOf(e)
 	dial := defaultDial(limit, c.heartbeatOf(e)*3/2)
 	if c.dial != nil {
@@ -197,20 +199,33 @@ func (c *config) dialer(e endpoint, dialed *atomic.Bool, abandoned func()) dialF
 		ctx, cancel := context.WithTimeout(ctx, limit)
 		defer cancel()
 		conn, err := dial(ctx, network, address)
-		dialed.Store(err == nil)
+		if err == nil {
+			step.at("open")
+		}
 		return conn, err
 	}
 }
+
+var errNoConn = errors.New("WithDialer: the function returned neither a connection nor an error")
 
 // guardedDial is the user's dial.
 func (c *config) guardedDial(abandoned func()) dialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		return userCall[net.Conn]{
 			option: "WithDialer",
-			f:      func(ctx context.Context) (net.Conn, error) { return c.dial(ctx, network, address) },
-			left:   abandoned,
-			late:   abort,
-			bare:   true,
+			f: func(ctx context.Context) (net.Conn, error) {
+				conn, err := c.dial(ctx, network, address)
+				switch {
+				case err == nil && isNil(conn):
+					return nil, errNoConn
+				case err != nil && !isNil(conn): // nobody would close it
+					abort(conn)
+				}
+				return conn, err
+			},
+			left: abandoned,
+			late: abort,
+			bare: true,
 		}.run(ctx)
 	}
 }

@@ -27,7 +27,7 @@ func TestBrokersCloseIsAnsweredHoweverSlowlyItReads(t *testing.T) {
 		require.NoError(t, err)
 		played := make(chan error, 1)
 		go func() { played <- broker(far) }()
-		conn, err := openConnection(t.Context(), c, e, func() {})
+		conn, err := openConnection(t.Context(), c, e, newStep("dial"), func() {})
 		require.NoError(t, err)
 		require.NoError(t, <-played)
 

@@ -49,7 +49,7 @@ type Consumer struct {
 	running atomic.Bool
 	state   atomic.Int32
 	stats   *counters
-	broken  atomic.Pointer[hookError]
+	broken  atomic.Pointer[brokenError]
 }
 
 // New checks url, queue and options and returns a Consumer. It dials nothing.
@@ -101,9 +101,10 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 //     three times in a row where it does so without a word or WithURLFunc or
 //     WithCredentials give the login, see ErrLoginRefused. Once there has
 //     been a session Run never gives up. WithFatal replaces this rule;
-//   - *OptionError if h or the handler of a middleware is nil, or if a hook has panicked (with
-//     the *PanicError);
-//   - *PanicError if the making of a middleware, or WithFatal, has panicked;
+//   - *OptionError if h or the handler of a middleware is nil, or if a hook or the log handler
+//     has panicked (with the *PanicError);
+//   - *PanicError if the making of a middleware, or WithFatal, has panicked; an error that names
+//     it if it does not return within the set-up limit;
 //   - ErrRunning if the Consumer is running already.
 //
 // A Consumer may be run again after Run has returned.
@@ -143,8 +144,8 @@ type Stats struct {
 	Sessions, Connections, Dials uint64
 	// Handling is the number of handlers running now.
 	Handling int
-	// Held is the number of messages that failed and wait, unsettled, until they
-	// go back to the queue or, of a stream, are tried again. They take up the
+	// Held is the number of messages that failed, or that cannot be read, and wait,
+	// unsettled, until they go back to the queue or, of a stream, are tried again. They take up the
 	// prefetch: once all of it is held nothing else is delivered.
 	Held int
 	// Overdue is the number of handlers that are still running a second or more
@@ -153,8 +154,9 @@ type Stats struct {
 	// Delivered counts deliveries given to a handler, each try in place included.
 	// It is the sum of Acked, Requeued, Discarded and Stale plus those not settled yet.
 	Delivered uint64
-	// Acked, Requeued and Discarded count settlements that were sent; of a stream
-	// Requeued counts the tries in place, which send nothing.
+	// Acked, Requeued and Discarded count settlements that were sent. Of a stream they
+	// count what was decided: the ack of a message that was acked or discarded waits for
+	// those before it, and Requeued counts the tries in place, which send nothing.
 	Acked, Requeued, Discarded uint64
 	// Stale counts settlements that came after the end of their session and
 	// were not sent; the broker delivers those messages again.
@@ -164,7 +166,7 @@ type Stats struct {
 	// nothing, for the broker has the message back.
 	Failed uint64
 	// Unreadable counts deliveries that no handler could be given, see MessageError.
-	// They are in none of the numbers above.
+	// Of the numbers above only Held counts them, for as long as they are held.
 	Unreadable uint64
 	// Abandoned counts what could not be ended in time: a user's function
 	// that ignored its context, or a teardown that outlasted its limit.
@@ -224,7 +226,6 @@ type supervisor struct {
 	number  uint64
 	scope   *scope // what its sessions share
 	tag     string
-	tries   atomic.Uint64 // of a session: two may overlap if one was left behind
 	host    string
 	next    endpoint // of the next dial, once it is known
 
@@ -292,9 +293,9 @@ func (s *supervisor) run() error {
 	return s.result()
 }
 
-// result puts a hook's panic before everything else.
+// result puts the panic of a hook or of the log handler before everything else.
 func (s *supervisor) result() error {
-	var broken *hookError
+	var broken *brokenError
 	if errors.As(s.reporter.broken.cause(), &broken) {
 		s.consumer.broken.Store(broken)
 		return join(broken, s.err)
@@ -326,7 +327,9 @@ func (s *supervisor) connecting() stateFunc {
 		s.enter(Connecting, nil)
 	}
 	step := newStep("dial")
-	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, step) }, step)
+	defer s.scope.waiting(s.host, step)()
+	try := s.scope.begin()
+	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, try, step) }, step)
 	if a.conn != nil {
 		s.conn, s.host = a.conn, a.conn.host
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
@@ -351,28 +354,28 @@ func (s *supervisor) connecting() stateFunc {
 // in the way of its answers.
 func (s *supervisor) bounded() (context.Context, context.CancelFunc) {
 	if s.conn != nil {
-		return s.conn.socket.withSilence(s.ctx, s.config.setupTimeout, errSetupTimeout)
+		return s.conn.socket.withSilence(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 	}
-	return context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
+	return context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 }
 
 // open is one try. It runs on a goroutine of its own and touches nothing of the
 // supervisor that changes.
-func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, number uint64, step *step) attempt {
+func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, number, try uint64, step *step) attempt {
 	own := conn == nil
 	if own {
 		var err error
-		if conn, err = s.connect(ctx, e); err != nil {
+		if conn, err = s.connect(ctx, e, step); err != nil {
 			return attempt{err: err}
 		}
 	}
 	// A tag is never used again, not even by the next try for this session.
-	tag := fmt.Sprintf("%s.%d-%d", s.tag, s.tries.Add(1), number)
-	session, err := conn.openSession(ctx, s.scope, number, tag, step)
+	tag := fmt.Sprintf("%s.%d-%d", s.tag, try, number)
+	session, err := conn.openSession(ctx, s.scope, number, try, tag, step)
 	return attempt{conn: conn, own: own, session: session, err: err}
 }
 
-func (s *supervisor) connect(ctx context.Context, e endpoint) (*connection, error) {
+func (s *supervisor) connect(ctx context.Context, e endpoint, step *step) (*connection, error) {
 	if s.config.urlFunc != nil {
 		var err error
 		if e, err = s.askURL(ctx); err != nil {
@@ -380,7 +383,7 @@ func (s *supervisor) connect(ctx context.Context, e endpoint) (*connection, erro
 		}
 	}
 	s.stats.dials.Add(1)
-	conn, err := openConnection(ctx, s.config, e, s.scope.abandoned)
+	conn, err := openConnection(ctx, s.config, e, step, s.scope.abandoned)
 	if err == nil {
 		s.stats.connections.Add(1)
 	}
@@ -440,10 +443,10 @@ func (s *supervisor) release() {
 // failed looks at a failure: is it the end, does it take the connection with it,
 // when is the next try?
 func (s *supervisor) failed(err error) stateFunc {
-	if s.ctx.Err() != nil {
+	now := time.Now()
+	if s.ctx.Err() != nil || s.expired(now) {
 		return s.draining
 	}
-	now := time.Now()
 	s.hosts.failed(s.host, err, now)
 	s.keepOrReplace(err, now)
 	if gives, broken := s.givesUp(err); gives || broken != nil {
@@ -457,6 +460,13 @@ func (s *supervisor) failed(err error) stateFunc {
 	}
 	s.cause, s.retryIn = err, s.retry.wait(err, now, fresh)
 	return s.backoff
+}
+
+// expired tells whether the deadline of Run's context has passed. A dial that has the same one may
+// end a moment before the context does.
+func (s *supervisor) expired(now time.Time) bool {
+	limit, ok := s.ctx.Deadline()
+	return ok && !now.Before(limit)
 }
 
 // givesUp tells whether err ends Run. A WithFatal that does not return properly ends it, too.
@@ -549,7 +559,7 @@ const teardownGrace = 500 * time.Millisecond
 // within the same limit, then the connection and all that is still on its way
 // out within the close limit.
 func (s *supervisor) draining() stateFunc {
-	s.enter(Draining, nil)
+	s.enter(Draining, s.err)
 	s.sweep()
 	s.hurryLeaving()
 	limit := time.NewTimer(s.config.drainTimeout)

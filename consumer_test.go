@@ -256,7 +256,7 @@ func TestMultipleAcksAreRefusedAndSettleNothing(t *testing.T) {
 			errs <- d.Nack(true, true)
 			errs <- d.Acknowledger.Ack(d.DeliveryTag, true)
 			<-release
-			return nil
+			return d.Ack()
 		}, steadymq.WithConcurrency(2))
 		b.broker.Publish(queue, "a", "b")
 		b.wait(time.Second)

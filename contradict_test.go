@@ -38,15 +38,15 @@ func TestRefusedDeclarationNamesWhatWasDeclared(t *testing.T) {
 		queue  steadymq.Queue
 		before func(b *bench)
 	}{
-		`declare exchange "events"`: {
+		`: exchange "events": `: {
 			steadymq.Queue{Exchange: &steadymq.Exchange{Name: "events", Kind: "topic"}, Bindings: []steadymq.Binding{{Key: "k"}}},
 			func(b *bench) { b.broker.DeclareExchange("events", "fanout") },
 		},
-		`bind to exchange "nowhere"`: {
+		`: binding to exchange "nowhere": `: {
 			steadymq.Queue{Type: "classic", Bindings: []steadymq.Binding{{Exchange: "nowhere"}}},
 			func(b *bench) { b.broker.DeleteQueue(queue) },
 		},
-		`declare the dead-letter queue "amq.dead"`: {
+		`: dead-letter queue "amq.dead": `: {
 			steadymq.Queue{DeadLetter: &steadymq.DeadLetter{Queue: "amq.dead"}},
 			func(b *bench) { b.broker.DeleteQueue(queue) },
 		},

@@ -20,7 +20,8 @@ var (
 
 	// ErrMultiple is returned by a settlement with multiple=true: it would
 	// settle the deliveries of other handlers that are still at work. Nothing
-	// was sent and the delivery is still unsettled.
+	// was sent and the delivery is still unsettled. A handler that leaves it so and
+	// returns nil has failed with this error.
 	ErrMultiple = errors.New("steadymq: multiple=true is refused, it would settle deliveries that other handlers still work on; settle each delivery on its own")
 )
 
@@ -38,8 +39,9 @@ var (
 	// not let us in: it said so (403, an *amqp.Error is inside, too), it offers
 	// none of our mechanisms, or it ended the socket after 3 s of silence, which
 	// is how RabbitMQ refuses clients that do not want to be told, and how other
-	// brokers may refuse all. Before the first session it ends Run: at once, or
-	// at the third silence in a row.
+	// brokers may refuse all. Before the first session it ends Run: at once, or at
+	// the third refusal in a row where that was silence, or where WithURLFunc or
+	// WithCredentials give the login.
 	ErrLoginRefused = errors.New("login refused")
 
 	// ErrHandlerTimeout is the cause (context.Cause) of a handler's context
@@ -54,13 +56,18 @@ var ErrMessageTooLarge = errors.New("the message is larger than the limit (WithM
 // Reasons the library ends something by itself. They appear as causes inside
 // a SessionError.
 var (
-	errSetupTimeout = errors.New("setup limit passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)")
+	errSetupTimeout = errors.New("setup limit passed")
 	errCloseTimeout = errors.New("close limit passed without an answer, so the socket was closed (WithCloseTimeout)")
 	errDrainLimit   = errors.New("drain limit passed before the broker answered")
 	errCancelled    = errors.New("the broker cancelled the consumer (basic.cancel): the queue was deleted or moved, or a delivery was held longer than the consumer timeout")
 	errChannelEnded = errors.New("the channel ended without a reason from the broker")
 	errStopped      = errors.New("the consumer was stopped")
 )
+
+// setupPassed is errSetupTimeout with its value and what to do.
+func (c *config) setupPassed() error {
+	return because(fmt.Errorf("setup limit of %v passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)", c.setupTimeout), errSetupTimeout)
+}
 
 // SessionError says at which step a session failed and why. It is the error
 // of Run when it gives up, the cause (context.Cause) of a handler's context
@@ -77,8 +84,8 @@ type SessionError struct {
 	// Host is the broker's address, "" where none was involved.
 	Host string
 	// Op is the step: "dial" (TCP, DNS), "open" (TLS, login, virtual host),
-	// "channel", "qos", "topology", "consume", or "lost" for a session that
-	// was consuming.
+	// "channel", "qos", "topology" (the text says "declare" where it is WithQueue that
+	// failed), "consume", or "lost" for a session that was consuming.
 	Op string
 	// Session is the number of the session, counted from 1 in each Run; it
 	// is the number the session would have got when it failed before consuming.
@@ -95,11 +102,19 @@ func (e *SessionError) Error() string {
 	if e.Queue != "" {
 		where = "queue " + e.Queue + ": "
 	}
-	step := e.Op
+	step := e.step()
 	if e.Host != "" {
 		step += " " + e.Host
 	}
 	return fmt.Sprintf("steadymq: %ssession %d: %s: %s%s", where, e.Session, step, e.reason(), advice(e.Op, e.Err))
+}
+
+// step is the word for Op in a text. What WithQueue does is no topology to its user.
+func (e *SessionError) step() string {
+	if e.Op == "topology" && errors.As(e.Err, new(*declareError)) {
+		return "declare"
+	}
+	return e.Op
 }
 
 // Unwrap returns the reason.
@@ -109,8 +124,8 @@ func (e *SessionError) Unwrap() error { return e.Err }
 // read, or its body is larger than WithMaxMessageSize accepts. It is given to
 // Hooks.Unreadable and ends no session.
 //
-// The message is kept unsettled for 7.5 to 22.5 minutes, where it occupies one place of
-// the prefetch, and then put back into its queue (basic.nack with requeue, which a
+// The message is kept unsettled for 7.5 to 15 minutes, whatever WithRequeueDelay says, where it
+// occupies one place of the prefetch, and then put back into its queue (basic.nack with requeue, which a
 // quorum queue's delivery limit counts up to RabbitMQ 4.2 only); a stop puts it back at
 // once. So another consumer may get it, and it is told again when it comes back. To get
 // rid of it, take it out of the queue with a client that can read it. As many of them as
@@ -158,11 +173,13 @@ func (e *OptionError) Error() string {
 	return "steadymq: " + e.Option + ": " + e.Reason
 }
 
-// PanicError is a panic of a handler, a topology function or a hook, turned
-// into an error: one bad message must not end the process.
+// PanicError is a panic of a function that the user has given, turned into an error: one bad
+// message must not end the process. So is an error of the user that panics when it is read, as
+// a nil pointer in an error does.
 type PanicError struct {
-	// Value is what the function panicked with. It is nil for a handler or a hook
-	// that ended its goroutine by runtime.Goexit, as testing.T.FailNow does.
+	// Value is what the function panicked with, or a text in its place if that panics
+	// when it is read. It is nil for a function that ended its goroutine by
+	// runtime.Goexit, as testing.T.FailNow does.
 	Value any
 	// Stack is the stack of the goroutine at the panic.
 	Stack []byte

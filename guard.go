@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime/debug"
+	"reflect"
 	"time"
 )
 
@@ -49,7 +49,7 @@ func (c userCall[T]) run(ctx context.Context) (T, error) {
 		}()
 	}
 	var none T
-	return none, c.named(fmt.Errorf("%w: %w", context.Cause(ctx), errIgnoresContext))
+	return none, c.named(fmt.Errorf("%w: %w", causeOf(ctx), errIgnoresContext))
 }
 
 // answer is what a user's function has returned.
@@ -63,11 +63,12 @@ func (c userCall[T]) answer(ctx context.Context, done chan<- answer[T]) {
 	returned := false
 	defer func() {
 		if !returned { // recover gives nil after a runtime.Goexit
-			a.err = &PanicError{Value: recover(), Stack: debug.Stack()}
+			a.err = panicked(recover())
 		}
 		done <- a
 	}()
 	a.value, a.err = c.f(ctx)
+	a.err = sound(a.err)
 	returned = true
 }
 
@@ -87,6 +88,8 @@ func (c userCall[T]) named(err error) error {
 
 // wrap makes the handler of a Run out of the user's and the middleware around it.
 func (c *config) wrap(ctx context.Context, h Handler, left func()) (Handler, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
+	defer cancel()
 	for i := len(c.middleware) - 1; i >= 0; i-- {
 		made, err := userCall[Handler]{
 			option: "WithMiddleware",
@@ -104,8 +107,13 @@ func (c *config) wrap(ctx context.Context, h Handler, left func()) (Handler, err
 	return h, nil
 }
 
-// isFatal asks the user's function whether err ends Run.
+// errNoAnswer ends a function that has no context to watch.
+var errNoAnswer = errors.New("no answer within the setup limit (WithSetupTimeout)")
+
+// isFatal asks the user's function whether err ends Run. Nothing heals meanwhile.
 func (c *config) isFatal(ctx context.Context, err error, left func()) (bool, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
+	defer cancel()
 	return userCall[bool]{
 		option: "WithFatal",
 		f:      func(context.Context) (bool, error) { return c.fatal(err), nil },
@@ -113,13 +121,25 @@ func (c *config) isFatal(ctx context.Context, err error, left func()) (bool, err
 	}.run(ctx)
 }
 
-// protect turns a panic of a function that the user has hidden in a value, such as a callback
-// of a tls.Config, into an error.
-func protect(option string, f func() error) (err error) {
+// isNil tells whether a value of the user is nil, or a nil pointer in an interface, which is not.
+func isNil(value any) bool {
+	v := reflect.ValueOf(value)
+	return !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil()
+}
+
+// transfer calls Read or Write of a connection that may be the user's, or run callbacks of the
+// user's TLS configuration. What panics there, or ends the goroutine, ends the socket: broken is
+// told why, and it is the error of a panic.
+func transfer(f func([]byte) (int, error), p []byte, broken func(error)) (n int, err error) {
+	returned := false
 	defer func() {
-		if v := recover(); v != nil {
-			err = fmt.Errorf("%s: %w", option, &PanicError{Value: v, Stack: debug.Stack()})
+		if !returned {
+			n, err = 0, fmt.Errorf("a function of the connection or of its TLS configuration: %w", panicked(recover()))
+			broken(err)
 		}
 	}()
-	return f()
+	n, err = f(p)
+	err = sound(err)
+	returned = true
+	return n, err
 }

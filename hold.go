@@ -30,11 +30,6 @@ func (c *config) hold(n int) time.Duration {
 	return min(jitter(min(d, c.requeueLongest)), c.requeueLongest)
 }
 
-// longestHold is that of a message which no handler can be given.
-func (c *config) longestHold() time.Duration {
-	return min(jitter(c.requeueLongest), c.requeueLongest)
-}
-
 // add requeues d after delay, or at once when the session no longer holds. It reports whether d
 // is held.
 func (h *holds) add(d *Delivery, delay time.Duration) (held bool) {
@@ -187,6 +182,6 @@ func (h *holds) tell() {
 		}
 	}
 	s.warn("failed messages are held and take up the prefetch, what stands behind them waits: mend what fails, "+
-		"return Discard for what never can succeed, or raise WithPrefetch",
+		"return Discard for what never can succeed, take what cannot be read out of the queue with another client, or raise WithPrefetch",
 		slog.Int("held", held), slog.Int("prefetch", s.config.prefetch), slog.Time("since", since))
 }

@@ -83,7 +83,7 @@ func (s *socket) fill() error {
 		in.lane.heard.Store(s.heard.Load())
 	}
 	s.rest()
-	n, err := s.conn.Read(in.buf[in.w:])
+	n, err := transfer(s.conn.Read, in.buf[in.w:], s.kill)
 	s.resting.Store(false)
 	if n == 0 {
 		return s.readFailed(err)

@@ -33,15 +33,21 @@ func TestHourOfFailuresIsAtMost100Lines(t *testing.T) {
 
 // What a user has switched off costs no line.
 func TestFailureBelowTheLevelOfTheLoggerMakesNoLine(t *testing.T) {
-	j := newJournal(t.Context(), slog.New(levelHandler{slog.LevelError}))
+	lines := 0
+	j := newJournal(t.Context(), slog.New(levelHandler{slog.LevelError, &lines}))
 	defer j.stop()
-	_, due := j.failed(failure{session: &session{conn: &connection{}}, delivery: NewDelivery(amqp.Delivery{}), err: errors.New("away")})
-	assert.False(t, due)
+	record, due := j.failed(failure{session: &session{conn: &connection{}}, delivery: NewDelivery(amqp.Delivery{}), err: errors.New("away")})
+	assert.True(t, due)
+	j.writeFailure(record)
+	assert.Zero(t, lines)
 }
 
-type levelHandler struct{ level slog.Level }
+type levelHandler struct {
+	level slog.Level
+	lines *int
+}
 
 func (h levelHandler) Enabled(_ context.Context, level slog.Level) bool { return level >= h.level }
-func (h levelHandler) Handle(context.Context, slog.Record) error        { return nil }
+func (h levelHandler) Handle(context.Context, slog.Record) error        { *h.lines++; return nil }
 func (h levelHandler) WithAttrs([]slog.Attr) slog.Handler               { return h }
 func (h levelHandler) WithGroup(string) slog.Handler                    { return h }

@@ -40,7 +40,7 @@ var errBodySize = errors.New("a body longer than announced")
 func (l *lane) begun() bool { return l.message != nil && !l.headed }
 
 // interrupt drops a message that is not complete, as the driver does.
-func (l *lane) interrupt() { l.message, l.headed, l.unfit = nil, false, nil }
+func (l *lane) interrupt() { l.message, l.headed, l.size, l.unfit = nil, false, 0, nil }
 
 // begin reads a basic.deliver. It returns false if that is another consumer's.
 func (l *lane) begin(payload []byte) (mine bool, err error) {
@@ -77,6 +77,8 @@ func (l *lane) head(payload []byte) {
 	if l.unfit == nil {
 		// What is announced is not there yet: no more than one frame is believed.
 		l.message.Body = make([]byte, 0, min(l.size, frameSize))
+	} else {
+		l.unfit.Size = l.size
 	}
 	l.finish()
 }

@@ -11,6 +11,7 @@ import (
 // message shows is no flood.
 type notices struct {
 	held, overdue, limit, unreadable thinned
+	connecting                       thinned
 	slow, limitKept, renamed         atomic.Bool
 	blind, consumed                  atomic.Bool
 }
@@ -19,12 +20,12 @@ type notices struct {
 type thinned struct {
 	mu   sync.Mutex
 	last time.Time
-	left int
+	left uint64
 }
 
 // pass tells whether a line may be told, at most one each interval, and how many
 // were left out before it.
-func (t *thinned) pass(interval time.Duration) (left int, ok bool) {
+func (t *thinned) pass(interval time.Duration) (left uint64, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := time.Now()
@@ -36,19 +37,39 @@ func (t *thinned) pass(interval time.Duration) (left int, ok bool) {
 	return left, true
 }
 
+const (
+	slowConnect  = 2 * time.Second  // the longest that a try takes without a line about it
+	slowInterval = 10 * time.Minute // between two such lines
+)
+
+// waiting tells of a try that takes its time, at which step it is. The function it returns is
+// called at the end of the try.
+func (s *scope) waiting(host string, step *step) (over func()) {
+	timer := time.AfterFunc(slowConnect, func() {
+		if left, ok := s.told.connecting.pass(slowInterval); ok {
+			attrs := []slog.Attr{slog.String("queue", s.config.queue), slog.String("step", step.String()), lasting("for", slowConnect), suppressed(left)}
+			if host != "" { // WithURLFunc has named it
+				attrs = append(attrs, slog.String("host", host))
+			}
+			s.reporter.info("still connecting", attrs...)
+		}
+	})
+	return func() { timer.Stop() }
+}
+
 // overdueGrace is what a handler is given to return in once its context has ended.
 const overdueGrace = time.Second
 
 // overdue watches a handler that has a timeout. The function it returns is called
 // when the handler has returned.
 func (s *session) overdue(d *Delivery) (returned func()) {
-	limit := s.config.handlerTimeout
+	limit, id := s.config.handlerTimeout, d.MessageId // the handler may change it
 	timer := time.AfterFunc(limit+overdueGrace, func() {
 		now := s.stats.overdue.Add(1)
 		if left, ok := s.told.overdue.pass(time.Minute); ok {
 			s.warn("a handler is running past its timeout, it ignores the end of its context",
-				slog.Duration("timeout", limit), slog.Uint64("delivery_tag", d.fence.tag),
-				slog.Int64("overdue", now), slog.Int("left_out", left))
+				lasting("timeout", limit), messageID(id), slog.Uint64("delivery_tag", d.fence.tag),
+				slog.Int64("overdue", now), suppressed(left))
 		}
 	})
 	return func() {
@@ -61,14 +82,14 @@ func (s *session) overdue(d *Delivery) (returned func()) {
 // defaultConsumerTimeout is how long RabbitMQ lets a delivery be unsettled.
 const defaultConsumerTimeout = 30 * time.Minute
 
-// consumerTimeout is what the broker will allow, as far as the consumer was told.
+// consumerTimeout is what the broker will allow, as far as the consumer was told; a day at most.
 func (c *config) consumerTimeout() time.Duration {
 	limit := c.consumeArgs["x-consumer-timeout"]
 	if limit == nil && c.declare != nil {
 		limit = c.declare.Args["x-consumer-timeout"]
 	}
-	if ms, ok := headerInt(limit); ok && ms > 0 && ms <= maxDuration.Milliseconds() {
-		return time.Duration(ms) * time.Millisecond
+	if ms, ok := headerInt(limit); ok && ms > 0 {
+		return time.Duration(min(ms, maxDuration.Milliseconds())) * time.Millisecond
 	}
 	return defaultConsumerTimeout
 }
@@ -112,7 +133,7 @@ func (p *backlog) look() {
 	if late && s.told.slow.CompareAndSwap(false, true) {
 		s.warn("handlers are so slow that deliveries wait for them longer than half of the consumer timeout, "+
 			"after which the broker takes them back: lower WithPrefetch, or raise WithConcurrency",
-			slog.Duration("consumer_timeout", p.timeout), slog.Int("prefetch", s.config.prefetch),
+			lasting("consumer_timeout", p.timeout), slog.Int("prefetch", s.config.prefetch),
 			slog.Int("concurrency", s.config.concurrency))
 	}
 	p.mu.Lock()

@@ -56,25 +56,25 @@ func (q *Queue) deadLetters() bool {
 	return leads
 }
 
-// deliveryLimit is the limit that takes messages away from this session's queue, as
-// far as one can know; 0 for none.
-func (s *session) deliveryLimit() int {
+// deliveryLimit is the limit that takes messages away from this session's queue, 0 for none, and
+// whether that is known: of a queue that others have declared it is a guess.
+func (s *session) deliveryLimit() (limit int, known bool) {
 	q := s.config.declare
 	switch {
 	case s.stream != nil, s.terms.limit == limitOff:
-		return 0
+		return 0, true
 	case q != nil && (q.Type != "quorum" || q.deadLetters()):
-		return 0
+		return 0, true
 	}
 	if q != nil {
 		if n, said := headerInt(q.Args[limitArg]); said {
-			return int(min(max(n, 0), maxCount))
+			return int(min(max(n, 0), maxCount)), true
 		}
 	}
 	if s.conn.major() < 4 {
-		return 0
+		return 0, false
 	}
-	return defaultLimit
+	return defaultLimit, false
 }
 
 // keepsLimit tells, once in a Run, of a queue that exists with a limit.
@@ -91,15 +91,21 @@ func (s *session) keepsLimit() {
 // nearsLimit tells of a redelivered message that the limit will soon take away.
 func (s *session) nearsLimit(d *Delivery) {
 	n, _ := d.count(deliveryCount)
-	if n == 0 || n < s.limit-s.limit/4 || n > s.limit && !d.arrivesCounted(n) {
+	switch {
+	case n == 0 || n < s.limit-s.limit/4:
+		return
+	case n > s.limit && !d.arrivesCounted(n), n > s.limit+1 && !s.limitKnown:
 		return // more than the limit shows that there is none
 	}
 	left, ok := s.told.limit.pass(time.Second)
 	if !ok {
 		return
 	}
-	s.warn("a message has come back so often that the queue's delivery limit will soon take it: it is then dropped, or dead-lettered. "+
-		"See why its handler fails; Queue.DeadLetter or a policy with delivery-limit -1 keeps it",
-		slog.Int("returns", n), slog.Int("limit", s.limit), slog.String("exchange", d.Exchange), slog.String("routing_key", d.RoutingKey),
-		slog.String("message_id", d.MessageId), slog.Int("left_out", left))
+	message, limit := "a message has come back so often that the queue's delivery limit will soon take it: it is then dropped, or dead-lettered", slog.Int("limit", s.limit)
+	if !s.limitKnown {
+		message, limit = "a message has come back often: if this queue has RabbitMQ's default delivery limit of 20, it is soon dropped, or dead-lettered", slog.Attr{}
+	}
+	s.warn(message+". See why its handler fails; Queue.DeadLetter or a policy with delivery-limit -1 keeps it",
+		slog.Int("returns", n), limit, slog.String("exchange", d.Exchange), slog.String("routing_key", d.RoutingKey),
+		messageID(d.MessageId), suppressed(left))
 }

@@ -52,6 +52,17 @@ func (b *bench) flap(every time.Duration) {
 	}
 }
 
+// comeAndGo has a session and an outage, one after the other, for an hour.
+func (b *bench) comeAndGo(up, down time.Duration) {
+	for end := time.Now().Add(time.Hour); time.Now().Before(end); {
+		b.wait(up)
+		b.broker.Refuse(true)
+		b.broker.Reset()
+		b.wait(down)
+		b.broker.Refuse(false)
+	}
+}
+
 func TestHourOfOutageIsAtMost100Lines(t *testing.T) {
 	const most = 100
 	outages := map[string]func(b *bench){
@@ -81,6 +92,11 @@ func TestHourOfOutageIsAtMost100Lines(t *testing.T) {
 		"sessions last 61 s":     func(b *bench) { b.flap(61 * time.Second) },
 		"sessions last 89 s":     func(b *bench) { b.flap(89 * time.Second) },
 		"sessions last 91 s":     func(b *bench) { b.flap(91 * time.Second) },
+		"sessions and outages":   func(b *bench) { b.comeAndGo(11*time.Second, 12*time.Second) },
+		"long ones": func(b *bench) {
+			b.comeAndGo(100*time.Second, 30*time.Second)
+			assert.Regexp(b, `repeated=\d\d`, b.log.last("backoff", "lost:"), "counting goes on")
+		},
 	}
 	for name, outage := range outages {
 		t.Run(name, func(t *testing.T) {
@@ -143,29 +159,6 @@ func TestFailureOnTwoHostsIsOneCause(t *testing.T) {
 	}, steadymqtest.WithHosts(2))
 }
 
-// The 3rd "consuming" of a row is left out. When it lasts, the log must not end with
-// the failure before it.
-func TestConsumingThatWasLeftOutIsToldOnceItLasts(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		for range 4 {
-			b.wait(time.Second)
-			b.broker.Reset()
-		}
-		b.wait(20 * time.Second)
-		require.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.Contains(b, b.log.last(), "backoff")
-		assert.Contains(b, b.log.last(), "repeated=4")
-		assert.Contains(b, b.log.last(), "up=")
-		b.wait(90 * time.Second)
-		assert.Contains(b, b.log.last(), "consuming")
-		b.broker.Reset()
-		b.wait(time.Second)
-		assert.Len(b, b.log.lines("backoff"), 4, "1st, 2nd, 4th, and the first of a new row")
-		assert.NotContains(b, b.log.last("backoff"), "repeated")
-	})
-}
-
 // A failed handler.
 
 func TestHandlersErrorIsToldWithItsMessage(t *testing.T) {
@@ -188,7 +181,7 @@ func TestHandlersErrorIsToldWithItsMessage(t *testing.T) {
 		line := b.log.last("level=WARN")
 		for _, text := range []string{
 			`"steadymq: handler failed"`, "queue=orders", "consumer=steadymq-", "session=1", "exchange=shop", "routing_key=order.new",
-			"delivery_tag=1", "attempt=1", "redelivered=false", "held=", `error="database is away"`,
+			"delivery_tag=1", "attempt=1", "redelivered=false", "retry_in=", "message_id=m1", `error="database is away"`,
 		} {
 			assert.Contains(b, line, text)
 		}
@@ -280,7 +273,7 @@ func TestErrorThatPanicsIsToldAndEndsNothing(t *testing.T) {
 		b.consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.Discard((*nilError)(nil)) })
 		b.broker.Publish(queue, "tea")
 		b.wait(time.Second)
-		assert.NotEmpty(b, b.log.lines("handler failed"))
+		assert.NotEmpty(b, b.log.lines("handler panicked", "outcome=discarded", "the error *steadymq_test.nilError panics when it is read"))
 		assert.Equal(b, steadymq.Consuming, b.consumer.State())
 	})
 }

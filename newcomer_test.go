@@ -169,7 +169,7 @@ var mistakes = []mistake{
 	{
 		name:   "certificate of the broker's own making",
 		broker: []steadymqtest.Option{steadymqtest.WithTLS()},
-		says:   []string{"failed to verify certificate"},
+		says:   []string{"failed to verify certificate", "trust its CA by cacertfile in the URL or by WithTLSConfig (RootCAs)"},
 	},
 	{
 		name: "port of the HTTP API",
@@ -197,7 +197,7 @@ var mistakes = []mistake{
 	{
 		name:   "broker that answers nothing",
 		make:   func(b *bench) { b.broker.HangAt(steadymqtest.StageTune, true) },
-		says:   []string{"setup limit passed", "is it reachable and not overloaded? (WithSetupTimeout)"},
+		says:   []string{"setup limit of 15s passed", "is it reachable and not overloaded? (WithSetupTimeout)"},
 		within: 15 * time.Second,
 	},
 	{

@@ -3,7 +3,6 @@ package steadymq
 import (
 	"context"
 	"log/slog"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -89,8 +88,9 @@ func (s State) String() string {
 // none is called any more once Run has returned.
 //
 // A panic in a hook is a fault of the program, not of the path to the broker: it
-// is recovered, Run drains and returns an *OptionError for WithHooks with the
-// *PanicError inside, and so does every later Run of that Consumer.
+// is recovered, no hook is called any more, Run drains and returns an *OptionError for
+// WithHooks with the *PanicError inside, and so does every later Run of that Consumer.
+// A panic in the handler of WithLogger ends Run likewise.
 type Hooks struct {
 	// StateChanged is called for every change of state, in order and never
 	// concurrently, on a goroutine of its own: a slow hook delays no
@@ -112,11 +112,17 @@ type Hooks struct {
 	Unreadable func(*MessageError)
 
 	// Settled is called once for every delivery given to a handler, when its
-	// outcome is known for good: Acked, Requeued and Discarded when it was sent,
-	// by the handler's error or by hand; Stale when it came too late and was not
-	// sent. A held message (WithRequeueDelay, RequeueAfter) is told when it goes
-	// back, or as Stale if its session ended first. d is the delivery that the
-	// handler got, also where a copy of it was settled.
+	// outcome is decided: Acked, Requeued and Discarded when it is sent, by the
+	// handler's error or by hand; Stale when it came too late and was not sent. A
+	// held message (WithRequeueDelay, RequeueAfter) is told when it goes back, or as
+	// Stale if its session ended first. d is the delivery that the handler got, also
+	// where a copy of it was settled.
+	//
+	// On a stream Acked and Discarded tell that the handler is done with the message,
+	// not yet that it was sent: acks go in the order of the stream, so the ack waits for
+	// the messages before it, and if the session is lost meanwhile the message comes
+	// again. Requeued tells of a try in place that follows, and nothing is sent;
+	// where the consumer stops first, a later one starts at that message.
 	//
 	// It is called on the goroutine that settles, which it delays, concurrently
 	// with others; for messages that were held when their session ended on that of
@@ -146,7 +152,8 @@ type StateChange struct {
 	Attempt int
 	// RetryIn is the wait before the next try, in Backoff only.
 	RetryIn time.Duration
-	// Cause is why: a *SessionError in Backoff, Run's error in Stopped.
+	// Cause is why: a *SessionError in Backoff, why Run gives up in Draining (nil if its context
+	// has ended), Run's error in Stopped.
 	Cause error
 }
 
@@ -166,7 +173,7 @@ type reporter struct {
 	done    chan struct{}
 	muted   atomic.Bool
 	dropped *atomic.Uint64
-	broken  *notifier // ended by the first panic of a hook
+	broken  *notifier // ended by the first panic of a hook or of the log handler
 }
 
 func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *reporter {
@@ -186,43 +193,46 @@ func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *report
 // changed tells a change of state.
 func (r *reporter) changed(c StateChange) {
 	r.tell(func() {
-		r.journal.changed(c)
-		if r.hooks.StateChanged != nil && r.broken.cause() == nil {
-			r.hooks.StateChanged(c)
+		r.log(func() { r.journal.changed(c) })
+		if r.hooks.StateChanged != nil {
+			r.hook(func() { r.hooks.StateChanged(c) })
 		}
 	})
 }
 
 // warn logs one line in its place among the changes of state. It never blocks.
 func (r *reporter) warn(message string, attrs ...slog.Attr) {
-	record := newRecord(time.Now(), slog.LevelWarn, message, attrs...)
-	r.tell(func() { r.journal.write(record) })
+	r.line(slog.LevelWarn, message, attrs)
+}
+
+// info is warn for what need not be anybody's fault.
+func (r *reporter) info(message string, attrs ...slog.Attr) {
+	r.line(slog.LevelInfo, message, attrs)
+}
+
+func (r *reporter) line(level slog.Level, message string, attrs []slog.Attr) {
+	record := newRecord(time.Now(), level, message, attrs...)
+	r.tell(func() { r.log(func() { r.journal.write(record) }) })
 }
 
 // failed logs what a handler returned, unless it is left out. What is left out is
 // not queued either: it must not crowd out changes of state.
 func (r *reporter) failed(f failure) {
 	if record, due := r.journal.failed(f); due {
-		r.tell(func() { r.journal.writeFailure(record) })
+		r.tell(func() { r.log(func() { r.journal.writeFailure(record) }) })
 	}
 }
 
 // unreadable tells the hook of a message that no handler can be given.
 func (r *reporter) unreadable(e *MessageError) {
 	if hook := r.hooks.Unreadable; hook != nil {
-		r.tell(func() {
-			if r.broken.cause() == nil {
-				hook(e)
-			}
-		})
+		r.tell(func() { r.hook(func() { hook(e) }) })
 	}
 }
 
 // settled tells the hook of an outcome, on the goroutine that settles.
 func (r *reporter) settled(d *Delivery, o Outcome) {
-	if r.broken.cause() == nil {
-		r.call(func() { r.hooks.Settled(d, o) })
-	}
+	r.hook(func() { r.hooks.Settled(d, o) })
 }
 
 // released tells the hook of held messages that have been settled, in the place of
@@ -260,14 +270,14 @@ func (r *reporter) run() {
 	for {
 		select {
 		case what := <-r.events:
-			r.call(what)
-		case now := <-r.journal.calm.C:
-			r.call(func() { r.journal.well(now) })
+			what()
+		case now := <-r.journal.settle.C:
+			r.log(func() { r.journal.settled(now) })
 		case <-r.journal.quiet.C:
-			r.call(r.journal.sum)
+			r.log(r.journal.sum)
 		case <-r.quit:
 			for len(r.events) > 0 {
-				r.call(<-r.events)
+				(<-r.events)()
 			}
 			ended = true
 			return
@@ -287,29 +297,44 @@ func (r *reporter) stop() {
 	r.muted.Store(true)
 }
 
-// call calls a hook or the logger, unless Run has returned. It turns a panic, and
-// the end of the goroutine, into the end of Run.
-func (r *reporter) call(hook func()) {
+// hook calls a hook, unless one has panicked before.
+func (r *reporter) hook(f func()) {
+	if r.broken.cause() == nil {
+		r.call(f, "WithHooks", "a hook")
+	}
+}
+
+// log calls the log handler. It goes on after a panic: how the Run ends is worth a line.
+func (r *reporter) log(f func()) { r.call(f, "WithLogger", "the log handler") }
+
+// call calls a function of the user, unless Run has returned. It turns a panic, and the
+// end of the goroutine, into the end of Run.
+func (r *reporter) call(f func(), option, what string) {
 	if r.muted.Load() {
 		return
 	}
 	returned := false
 	defer func() {
 		if !returned {
-			r.broken.notify(&hookError{PanicError{Value: recover(), Stack: debug.Stack()}})
+			r.broken.notify(&brokenError{option, what, panicked(recover())})
 		}
 	}()
-	hook()
+	f()
 	returned = true
 }
 
-// hookError is the OptionError of a hook that panicked.
-type hookError struct{ panicked PanicError }
-
-func (e *hookError) Error() string {
-	return (&OptionError{"WithHooks", "a hook panicked, mend it and make a new Consumer: " + e.panicked.Error()}).Error()
+// brokenError is the OptionError of a hook or a log handler that panicked.
+type brokenError struct {
+	option, what string
+	panicked     *PanicError
 }
 
-func (e *hookError) Unwrap() []error {
-	return []error{&OptionError{"WithHooks", "a hook panicked"}, &e.panicked}
+func (e *brokenError) Error() string {
+	return e.refused(": " + e.panicked.Error()).Error()
+}
+
+func (e *brokenError) Unwrap() []error { return []error{e.refused(""), e.panicked} }
+
+func (e *brokenError) refused(why string) *OptionError {
+	return &OptionError{e.option, e.what + " panicked, mend it and make a new Consumer" + why}
 }

@@ -26,8 +26,9 @@ type Middleware func(next Handler) Handler
 // TopologyFunc declares what a session needs on the session's own channel and
 // returns the queue to consume from; "" means the queue given to New. It runs
 // for every session, on its fresh channel, so everything in it must be
-// idempotent. ctx ends with the setup limit, which also closes the socket under
-// the channel. An error is retried like any failure of the setup; wrap the
+// idempotent. ctx ends with the setup limit, which also ends what the function waits for
+// on the channel, by closing the socket; while a cancelled session still lives on that
+// connection, it closes with the last of its handlers. An error is retried like any failure of the setup; wrap the
 // *amqp.Error of the channel with %w so that it can be classified.
 //
 // The channel is the session's: it must not be used after the function has returned, nor be
@@ -281,8 +282,10 @@ func WithBackoff(initial, limit time.Duration) Option {
 
 // WithFatal lets Run give up: it ends with the error for which fatal returns
 // true, and with no other. fatal sees every *SessionError, the first connection
-// included, and is called on Run's goroutine. Without it Run gives up only
-// before the first session, see Run.
+// included. It is called on a goroutine of its own, once at a time, and Run does not go
+// on before it has returned; one that panics, or does not return within the setup limit,
+// ends Run with an error that says so. Without it Run gives up only before the first
+// session, see Run.
 func WithFatal(fatal func(error) bool) Option {
 	return func(c *config) {
 		c.fatal = fatal
@@ -439,13 +442,29 @@ func WithQueue(q Queue) Option {
 // holds.
 //
 // A stream is consumed like any queue, but must be named as one, by
-// "x-stream-offset" here (first, last, next, a number or a time) or by WithQueue:
-// later sessions of the same Run then resume at the first message not yet
-// settled, instead of skipping what was published while away. A stream has no
-// requeue: a message put back is given to a handler again, see WithRequeueDelay.
+// "x-stream-offset" here (first, last, next, a number, a time or an interval such as
+// "1h") or by WithQueue: later sessions of the same Run then resume at the first
+// message not yet settled, instead of skipping what was published while away. A
+// stream has no requeue: a message put back is given to a handler again, see
+// WithRequeueDelay. A number that the stream has not come to is waited for.
+//
+// The place is known before the first delivery, too: what is published once the
+// consumer has said that it is consuming is not skipped, however its session ends.
+// What next, last, an interval and a time of the last five minutes or to come stand
+// for is therefore looked up before the first session of a Run, by consumers that the
+// broker shows for a moment, that settle nothing and read the last chunk of the
+// stream. RabbitMQ answers from its messages at once; where none has come after some
+// 30 ms, as in an empty stream, or the look is cut off, the place is a time, five
+// minutes earlier than it was here. Then a session that is lost before its first
+// delivery is followed by one that may be given messages from five minutes before,
+// and none is skipped as long as the clock here is at most five minutes fast. All of
+// that is so on RabbitMQ 3.10, 4.0 and 4.3. Last is the last chunk, as RabbitMQ has it.
+//
 // Where the stream itself is found to be gone, the next one of its name is read
 // from its beginning; one that others delete and declare anew within a moment, or
-// while the consumer is away, looks like the old one: give it a new name.
+// while the consumer is away, looks like the old one: give it a new name. It is looked
+// for where this consumer would declare it, by a passive declare, which needs the
+// configure permission on RabbitMQ 4.3: without it, a new one looks like the old one.
 func WithConsumeArgs(args amqp.Table) Option {
 	return func(c *config) {
 		c.consumeArgs = c.takeTable("WithConsumeArgs", "", args)
@@ -542,8 +561,8 @@ func WithSASL(mechanisms ...amqp.Authentication) Option {
 			c.refuse("WithSASL", "needs at least one mechanism")
 		}
 		for _, m := range mechanisms {
-			if m == nil {
-				c.refuse("WithSASL", "a mechanism is nil")
+			if isNil(m) {
+				c.refuse("WithSASL", "a mechanism is nil, or a nil pointer")
 			}
 		}
 	}
@@ -574,7 +593,8 @@ func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
 //
 //   - The queue has messages and this consumer is its only one (a quorum queue
 //     without majority), or it knows of no consumer at all (a forgotten one).
-//   - It is a stream, and has grown since the last look.
+//   - It is a stream, and has grown since the last look; not as long as it may be
+//     shorter than a number that x-stream-offset begins at.
 //   - Most of all hosts, three or more being given, say that messages wait for this
 //     consumer, or that the stream is longer (this host is cut off). They are asked
 //     over a connection for one question each, not counted in [Stats].
@@ -617,15 +637,16 @@ func WithStallDetector(after time.Duration) Option {
 	}
 }
 
-// WithInsecureSkipVerify allows a TLS configuration with InsecureSkipVerify, which
-// New refuses otherwise: anyone on the path can then read the password. For tests.
+// WithInsecureSkipVerify switches the verification of the broker's certificate off, as
+// InsecureSkipVerify of a tls.Config does, which New refuses without this option: anyone on the
+// path can then read the password. For tests. New refuses it for amqp URLs, which have no TLS.
 func WithInsecureSkipVerify() Option {
 	return func(c *config) { c.insecure = true }
 }
 
 // WithDialer replaces the TCP dial, with net.Dialer.DialContext's signature: for
 // proxies, tunnels and tests (steadymqtest.Broker.Dialer). TLS is done on top of
-// what it returns. The default dialer sets keep-alive and, on Linux,
+// what it returns. A connection that it returns together with an error is closed. The default dialer sets keep-alive and, on Linux,
 // TCP_USER_TIMEOUT; a dialer of your own should too.
 func WithDialer(dial func(ctx context.Context, network, address string) (net.Conn, error)) Option {
 	return func(c *config) {
@@ -636,7 +657,8 @@ func WithDialer(dial func(ctx context.Context, network, address string) (net.Con
 	}
 }
 
-// WithMiddleware wraps the handler; given several times they add up.
+// WithMiddleware wraps the handler; given several times they add up. The wrapping is done at the
+// beginning of Run, within the setup limit.
 func WithMiddleware(m ...Middleware) Option {
 	return func(c *config) {
 		for _, f := range m {
@@ -651,16 +673,20 @@ func WithMiddleware(m ...Middleware) Option {
 // WithLogger sets where the library logs. Default slog.Default(), as it is when Run
 // begins. For silence give slog.New(slog.DiscardHandler).
 //
-// Each change of state is one line, with queue and consumer tag: WARN for a failure
-// and a stop by one, else INFO. A failure whose cause repeats is told at its 1st, 2nd,
-// 4th, 8th ... time and at least every minute, with the count (repeated); so is a
-// consumer that is consuming again and again, else once that has lasted 90 s, which is
-// also when counting starts anew. The others, and the tries, are DEBUG. An hour of any
-// outage is at most 100 lines of INFO and above.
+// Each change of state is one line, with queue and consumer tag: WARN for a failure,
+// ERROR when Run gives up, else INFO. A failure whose cause repeats is told at its 1st, 2nd,
+// 4th, 8th ... time and at least every minute, with the count (repeated), every 90 s where it
+// ends sessions that have just begun to consume. Once such a failure was told, "consuming" is told
+// as well, with how long the consumer was away (down): at once, or after 2 s (up) where the session
+// before had not lasted that long. A new cause is told at once; where causes change all the
+// time, the log tells 12 of them and then one every 5 minutes, beside the one a minute. Causes
+// that differ in the host, an IP address or a number of more than three digits are one. What is
+// left out, and the tries, are DEBUG. Counting starts anew once a session has lasted 10 minutes. An
+// hour of any outage is at most 100 lines of INFO and above.
 //
 // What handlers return is told at WARN, a panic with its stack at ERROR: at most one
 // line a second, less often if it goes on and at least every minute, with the count of
-// those left out (suppressed). Hooks.HandlerFailed is told of all.
+// those left out (suppressed). Hooks.HandlerFailed is told of all. Durations are texts, as 1.5s.
 func WithLogger(logger *slog.Logger) Option {
 	return func(c *config) {
 		c.logger = logger
@@ -731,6 +757,9 @@ func (c *config) contradicts(e endpoint, which string) (problems []*OptionError)
 	u := e.uri
 	if u.Scheme == "amqp" && c.tls != nil {
 		refuse("WithTLSConfig", "%s has the scheme amqp, which is not encrypted; use amqps")
+	}
+	if u.Scheme == "amqp" && c.insecure {
+		refuse("WithInsecureSkipVerify", "%s has the scheme amqp, which has no TLS and no certificate to verify; leave the option out, or use amqps")
 	}
 	if c.tls != nil && (u.CACertFile != "" || u.CertFile != "" || u.ServerName != "") {
 		refuse("WithTLSConfig", "takes the place of cacertfile, certfile, keyfile and server_name_indication, but %s has some; use RootCAs, Certificates and ServerName of the configuration in their place")

@@ -102,8 +102,6 @@ func (p *prober) ask() error {
 	case err != nil:
 		p.cannotAsk(err)
 		return nil
-	case s.stream != nil && s.ahead(q.Messages):
-		return nil
 	case s.stream != nil && p.grew(q.Messages):
 		return s.stall("though the stream has grown")
 	case s.stream == nil && q.Consumers == 0:
@@ -118,24 +116,10 @@ func (p *prober) ask() error {
 // That it has messages says nothing: it keeps them.
 func (p *prober) grew(length int) bool {
 	if p.length >= 0 && length > p.length {
-		return true
+		return !p.s.stream.ahead(length)
 	}
 	p.length = length
 	return false
-}
-
-// ahead tells whether a stream of that length has yet to come to where the consumer was
-// told to begin.
-func (s *session) ahead(length int) bool {
-	if s.received.Load() > 0 {
-		return false
-	}
-	from := s.config.consumeArgs[offsetKey]
-	if at, ok := from.(time.Time); ok {
-		return time.Now().Before(at)
-	}
-	offset, ok := headerInt(from)
-	return ok && offset >= int64(length)
 }
 
 // waits tells whether the queue has messages for nobody but us. A quorum queue
@@ -177,16 +161,17 @@ func (s *session) contradicts(here, there amqp.Queue) bool {
 
 // inspectAt opens a connection for one question, within the setup limit.
 func (s *session) inspectAt(e endpoint) (amqp.Queue, error) {
-	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, errSetupTimeout)
+	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 	defer cancel()
+	step := newStep("dial")
 	a := within(ctx, func() attempt {
-		c, err := openConnection(ctx, s.config, e, s.abandoned)
+		c, err := openConnection(ctx, s.config, e, step, s.abandoned)
 		return attempt{conn: c, own: true, err: err}
-	}, newStep("open"))
+	}, step)
 	if a.err != nil {
 		return amqp.Queue{}, a.err
 	}
-	unguard := context.AfterFunc(ctx, func() { a.conn.socket.kill(context.Cause(ctx)) })
+	unguard := context.AfterFunc(ctx, func() { a.conn.socket.kill(causeOf(ctx)) })
 	defer func() {
 		a.conn.close(departure{limit: s.config.closeTimeout})
 		<-a.conn.gone

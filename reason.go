@@ -98,7 +98,7 @@ func brokerText(e *amqp.Error) string {
 		reason = inner
 	}
 	if e.Server {
-		return strings.TrimSpace(strconv.Itoa(e.Code) + " " + reason)
+		return strings.TrimSuffix(strings.TrimSpace(strconv.Itoa(e.Code)+" "+reason), ".")
 	}
 	return reason
 }
@@ -135,5 +135,5 @@ func reasonOf(cause error) string {
 	if !ok {
 		return brief(cause)
 	}
-	return brief(errors.New(at.Op + ": " + at.reason()))
+	return brief(errors.New(at.step()+": "+at.reason())) + advice(at.Op, at.Err)
 }

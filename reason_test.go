@@ -39,6 +39,7 @@ func TestErrorsSayAThingOnce(t *testing.T) {
 		{"lost", driver, `lost mq1:5672: frame "x" could not be parsed`},
 		{"channel", amqp.ErrClosed, "channel mq1:5672: channel/connection is not open"},
 		{"consume", said(404, "NOT_FOUND - no queue 'orders' in vhost '/'"), "consume mq1:5672: 404 NOT_FOUND - no queue 'orders' in vhost '/'; it is asked for again until someone has declared it, which WithQueue or WithTopology can do"},
+		{"open", fmt.Errorf("%w: %w: check it", ErrLoginRefused, said(403, "ACCESS_REFUSED - see the logfile.")), "open mq1:5672: login refused: 403 ACCESS_REFUSED - see the logfile: check it"},
 		{"topology", fmt.Errorf("bind: %w", said(403, "ACCESS_REFUSED - no")), "topology mq1:5672: bind: 403 ACCESS_REFUSED - no; give the user the permission (rabbitmqctl set_permissions)"},
 		{"topology", &PanicError{Value: "a\nb"}, "topology mq1:5672: panic: a; b"},
 		{"lost", nil, "lost mq1:5672: <nil>"},

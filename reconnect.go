@@ -362,7 +362,7 @@ func within(ctx context.Context, try func() attempt, step *step) attempt {
 		return a
 	case <-grace.C:
 		close(give)
-		return attempt{err: &SessionError{Op: step.String(), Err: context.Cause(ctx)}}
+		return attempt{err: &SessionError{Op: step.String(), Err: causeOf(ctx)}}
 	}
 }
 

@@ -26,6 +26,7 @@ import (
 type session struct {
 	*scope
 	id   uint64
+	try  uint64 // its number, which no other has
 	conn *connection
 
 	channel    *amqp.Channel
@@ -37,6 +38,7 @@ type session struct {
 	tenancy    *tenancy    // of the connection
 	terms      terms       // of its declaration
 	limit      int         // delivery limit of its queue, 0 for none that takes messages away
+	limitKnown bool        // it was declared by us
 
 	ctx    context.Context // of the handlers
 	cancel context.CancelCauseFunc
@@ -70,6 +72,19 @@ type scope struct {
 	running  func() int64    // how many workers are at work, once the pool has been stopped
 	stream   *position       // where to resume, nil unless it is a stream
 	told     *notices
+	tries    atomic.Uint64 // for sessions so far: two may overlap if one was left behind
+}
+
+// begin returns the number of a new try.
+func (s *scope) begin() uint64 { return s.tries.Add(1) }
+
+// place is where the session stands in its stream, nil where there is none or another try has begun
+// since: what a try that was left behind finds out is of no interest.
+func (s *session) place() *position {
+	if s.tries.Load() != s.try {
+		return nil
+	}
+	return s.stream
 }
 
 // abandoned counts a user's function that had to be left behind.
@@ -82,13 +97,13 @@ func (s *scope) drainError() error {
 // openSession opens a channel on c, sets it up and subscribes, all within ctx:
 // the driver's calls take no context, so the end of ctx ends the connection under them, or the
 // stay there if another session lives on it.
-func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag string, step *step) (*session, error) {
+func (c *connection) openSession(ctx context.Context, of *scope, id, try uint64, tag string, step *step) (*session, error) {
 	tenancy := c.moveIn()
-	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(context.Cause(ctx)) })
+	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(causeOf(ctx)) })
 
 	t := terms{limit: c.limitTerm(of.config.declare), owned: c.owned(of.config)}
 	for {
-		s, err := c.trySession(ctx, of, id, tag, t, tenancy, step)
+		s, err := c.trySession(ctx, of, id, try, tag, t, tenancy, step)
 		if err != nil && t.concede(err) {
 			continue
 		}
@@ -106,7 +121,7 @@ func (c *connection) openSession(ctx context.Context, of *scope, id uint64, tag 
 }
 
 // trySession is openSession on these terms.
-func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag string, t terms, tenancy *tenancy, step *step) (*session, error) {
+func (c *connection) trySession(ctx context.Context, of *scope, id, try uint64, tag string, t terms, tenancy *tenancy, step *step) (*session, error) {
 	step.at("channel")
 	channel, err := c.amqp.Channel()
 	if err != nil {
@@ -115,13 +130,14 @@ func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag s
 	s := &session{
 		scope:      of,
 		id:         id,
+		try:        try,
 		conn:       c,
 		channel:    channel,
 		tag:        tag,
 		terms:      t,
 		tenancy:    tenancy,
 		channelEnd: newNotifier(),
-		cancels:    channel.NotifyCancel(make(chan string, 1)),
+		cancels:    channel.NotifyCancel(make(chan string, 2)), // two consumers while a place is looked for
 		gate:       newGate(),
 		broken:     newNotifier(),
 		stop:       make(chan struct{}),
@@ -140,11 +156,11 @@ func (c *connection) trySession(ctx context.Context, of *scope, id uint64, tag s
 		_ = channel.Close() // also bounded by ctx, through the socket
 		s.lane.forget()
 		err = s.said(err)
-		s.stream.gone(err)
+		s.place().gone(err)
 		return nil, s.failure(op, c.explain(err))
 	}
 	s.since = time.Now()
-	s.limit = s.deliveryLimit()
+	s.limit, s.limitKnown = s.deliveryLimit()
 	s.keepsLimit()
 	s.ctx, s.cancel = context.WithCancelCause(of.handlers)
 	s.watchBacklog()
@@ -159,13 +175,24 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	if err != nil {
 		return "topology", err
 	}
+	step.at("consume")
+	if offset, unclear := s.place().about(s.queue, s.config.consumeArgs[offsetKey]); unclear && s.terms.queue == "" {
+		if err := s.locate(ctx, offset); err != nil {
+			return "consume", err
+		}
+		return "consume", &again{queue: s.queue}
+	}
 	// Per consumer (global=false): RabbitMQ refuses or ignores the other form.
 	step.at("qos")
 	if err := s.channel.Qos(s.config.prefetch, 0, false); err != nil {
 		return "qos", err
 	}
 	step.at("consume")
-	_, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, s.stream.resume(s.id, s.queue, s.config.consumeArgs))
+	args := s.place().resume(s.try, s.config.consumeArgs, s.terms.queue != "")
+	_, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, args)
+	if err == nil {
+		s.place().subscribed(args[offsetKey])
+	}
 	if s.config.declare != nil { // an auto-delete queue goes with its last consumer, maybe just now
 		err = gone(err, s.queue)
 	}
@@ -246,6 +273,11 @@ func (s *session) consume() error {
 
 func (s *session) lost(err error) error { return s.failure("lost", err) }
 
+// acksLost is lost while stopping, or on the way out: nothing proves any more what was settled.
+func (s *session) acksLost(err error) error {
+	return s.lost(fmt.Errorf("%w; this was while stopping: the last acks may be lost, and their messages come again", err))
+}
+
 func (s *session) failure(op string, err error) error {
 	return &SessionError{Queue: cmp.Or(s.queue, s.config.queue), Host: s.conn.host, Session: s.id, Op: op, Err: err}
 }
@@ -314,9 +346,9 @@ func (s *session) retire(cause error) {
 	case <-s.gate.empty: // closeChannel proves what they have settled
 		return
 	case <-s.channelEnd.ended:
-		s.drained = s.lost(s.diagnose())
+		s.drained = s.acksLost(s.diagnose())
 	case <-s.conn.end.ended:
-		s.drained = s.lost(s.conn.end.cause())
+		s.drained = s.acksLost(s.conn.end.cause())
 	case <-limit.C:
 	}
 	s.lose(cause)
@@ -349,12 +381,12 @@ func (s *session) unsubscribe(limit <-chan time.Time) error {
 	case errors.Is(err, errDrainLimit) && s.gate.busy():
 		return s.drainError()
 	case errors.Is(err, errDrainLimit), errors.Is(err, errCloseTimeout):
-		return s.lost(errCloseTimeout)
+		return s.acksLost(errCloseTimeout)
 	case !s.channel.IsClosed(): // a reply to nothing, so the next one would be taken for another, too
 		s.giveUp(err)
-		return s.lost(err)
+		return s.acksLost(err)
 	}
-	return s.lost(s.diagnose())
+	return s.acksLost(s.diagnose())
 }
 
 func (s *session) awaitHandlers(limit <-chan time.Time) error {
@@ -362,9 +394,9 @@ func (s *session) awaitHandlers(limit <-chan time.Time) error {
 	case <-s.gate.empty:
 		return nil
 	case <-s.channelEnd.ended:
-		return s.lost(s.diagnose())
+		return s.acksLost(s.diagnose())
 	case <-s.conn.end.ended:
-		return s.lost(s.conn.end.cause())
+		return s.acksLost(s.conn.end.cause())
 	case <-limit:
 		return s.drainError()
 	}
@@ -446,7 +478,7 @@ func (s *session) closeChannel(hardLimit time.Duration) {
 		}
 	}
 	if err != nil && !s.over.Load() {
-		s.drained = s.lost(err)
+		s.drained = s.acksLost(err)
 	}
 }
 
@@ -455,7 +487,7 @@ func (s *session) began(d *Delivery) {
 	if s.config.stallAfter > 0 {
 		s.received.Add(1)
 	}
-	s.stream.began(s.id, &d.Delivery)
+	s.stream.began(s.try, d)
 	if d.Redelivered && s.limit > 0 {
 		s.nearsLimit(d)
 	}
@@ -528,11 +560,11 @@ func (s *session) send(d *Delivery, o Outcome) error {
 		s.tryAgain(d)
 		return nil
 	}
-	for _, done := range s.stream.ready(s.id, d) {
+	for _, done := range s.stream.ready(s.try, d) {
 		if err := s.ack(done.tag); err != nil {
 			return err
 		}
-		s.stream.told(s.id, done)
+		s.stream.told(s.try, done)
 	}
 	return nil
 }

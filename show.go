@@ -39,7 +39,8 @@ type deliveryJSON struct {
 
 // MarshalJSON implements json.Marshaler: the message, where it came from and what
 // became of it. A body that is UTF-8 is in "body", any other in "body_base64". It
-// takes whatever a publisher may have put into headers and properties.
+// takes whatever a publisher may have put into headers and properties. Of headers that nest
+// deeper than 100 levels the rest is left out: "..." stands in its place.
 func (d Delivery) MarshalJSON() ([]byte, error) {
 	j := deliveryJSON{
 		Queue:           d.Queue(),
@@ -61,10 +62,10 @@ func (d Delivery) MarshalJSON() ([]byte, error) {
 		DeliveryMode:    d.DeliveryMode,
 		ContentType:     d.ContentType,
 		ContentEncoding: d.ContentEncoding,
-		Headers:         tableJSON(d.Headers),
+		Headers:         tableJSON(d.Headers, shownDepth),
 	}
 	if !d.Timestamp.IsZero() {
-		j.Timestamp = valueJSON(d.Timestamp)
+		j.Timestamp = valueJSON(d.Timestamp, 1)
 	}
 	if utf8.Valid(d.Body) {
 		j.Body = string(d.Body)
@@ -89,27 +90,40 @@ func (d Delivery) LogValue() slog.Value {
 	)
 }
 
-func tableJSON(t amqp.Table) map[string]any {
+// String tells in one line what LogValue does.
+func (d Delivery) String() string { return oneLine(d.LogValue().String()) }
+
+// shownDepth is how deep headers are shown. encoding/json refuses what is deeper than 10,000
+// levels.
+const shownDepth = 100
+
+func tableJSON(t amqp.Table, depth int) map[string]any {
 	if t == nil {
 		return nil
 	}
 	m := make(map[string]any, len(t))
 	for k, v := range t {
-		m[k] = valueJSON(v)
+		m[k] = valueJSON(v, depth-1)
 	}
 	return m
 }
 
 // valueJSON replaces what encoding/json refuses: times of no year it can write, and
-// numbers that are none.
-func valueJSON(v any) any {
+// numbers that are none, and what is nested deeper than depth.
+func valueJSON(v any, depth int) any {
 	switch v := v.(type) {
 	case amqp.Table:
-		return tableJSON(v)
+		if depth == 0 {
+			return "..."
+		}
+		return tableJSON(v, depth)
 	case []any:
+		if depth == 0 {
+			return "..."
+		}
 		list := make([]any, len(v))
 		for i := range v {
-			list[i] = valueJSON(v[i])
+			list[i] = valueJSON(v[i], depth-1)
 		}
 		return list
 	case time.Time:

@@ -30,7 +30,7 @@ const (
 	actAckTwice // twice
 	actRace     // two goroutines settle at once
 	actReject   // by hand through the driver's own methods
-	actMultiple // asks for multiple=true
+	actMultiple // asks for multiple=true, and takes no notice that it is refused
 	actLate     // another goroutine acks after the handler has returned
 	actStale    // acks after its context has ended
 	numFirstActs

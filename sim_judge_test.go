@@ -128,6 +128,9 @@ func (j *simJudge) hooks() steadymqtest.Hooks {
 func (j *simJudge) consuming(r steadymqtest.ConsumerRecord) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if strings.Contains(r.Tag, ".look") { // it looks where a stream ends, and settles nothing
+		return
+	}
 	c := j.s.consumerOf(r.Tag)
 	if c == nil {
 		j.note("I1", "a consumer with a tag of nobody: %s", r.Tag)
@@ -282,7 +285,8 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 // attempt notes what a delivery calls itself.
 func (j *simJudge) attempt(h *simHandling) {
 	n := h.d.Attempt()
-	if n < 1 || n == 1 && h.d.Redelivered {
+	_, acquired := h.d.Headers["x-acquired-count"] // since 4.3: it may have come back untried
+	if n < 1 || n == 1 && h.d.Redelivered && !acquired {
 		j.note("attempt", "a redelivered message says that this is attempt %d: %v", n, h.key)
 	}
 	if j.streamOf(h.c) == nil { // there are tries in place only
@@ -371,13 +375,13 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 	x := j.handled[h.key]
 	switch {
 	case x.allowed != 0: // it has settled by hand
-	case err == nil:
+	case err == nil && act != actMultiple:
 		j.decide(x, steadymq.Acked)
 	case act == actDiscard:
 		j.decide(x, steadymq.Discarded)
 	default:
 		j.decide(x, steadymq.Requeued)
-		if act == actFail || act == actPanic || act == actGoexit {
+		if act == actFail || act == actPanic || act == actGoexit || act == actMultiple {
 			x.held = time.Now().Add(h.c.plan.hold / 2)
 		}
 	}

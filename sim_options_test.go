@@ -317,15 +317,6 @@ func (p *simPlan) drawMoreFaults(r *rand.Rand) {
 // met tells whether a fault of the kind is one for somebody in the plan.
 func (k *simKind) met(p *simPlan) bool { return k.needs == nil || k.needs(p) }
 
-func anyConsumer(p *simPlan, is func(*simConsumerPlan) bool) bool {
-	for i := range p.consumers {
-		if is(&p.consumers[i]) {
-			return true
-		}
-	}
-	return false
-}
-
 // options are those of c that depend on nothing but the plan.
 func (p *simPlan) options(c *simConsumerPlan) []steadymq.Option {
 	q := &p.queues[c.queue]

@@ -82,6 +82,9 @@ func (j *simJudge) resumes(x *simSession, id string) {
 		return
 	}
 	r, at := &x.run.reading, j.offset(id)
+	if at < r.from { // the look for the place was cut off, so the clock stands for it
+		r.from, r.next, r.told, x.told = at, at, at, at
+	}
 	done := func(n int) bool { return r.done[n] || stream.unfit[n] }
 	for r.next < len(stream.published) && (done(r.next) || stream.published[r.next].Before(r.since)) {
 		r.next++

@@ -69,7 +69,8 @@ func defaultDial(timeout, userTimeout time.Duration) dialFunc {
 
 // openSocket dials address, shakes hands if tlsConfig is given, and returns
 // the started socket. All of it ends with ctx, whose cause is then in the error.
-func openSocket(ctx context.Context, dial dialFunc, address string, tlsConfig *tls.Config, o socketOptions) (*socket, error) {
+// abandoned is told of a callback of the TLS configuration that has to be left behind.
+func openSocket(ctx context.Context, dial dialFunc, address string, tlsConfig *tls.Config, o socketOptions, abandoned func()) (*socket, error) {
 	raw, err := dial(ctx, "tcp", address)
 	if err != nil {
 		return nil, withCause(ctx, err)
@@ -78,7 +79,13 @@ func openSocket(ctx context.Context, dial dialFunc, address string, tlsConfig *t
 		return newSocket(raw, o), nil
 	}
 	conn := tls.Client(raw, clientTLS(tlsConfig, address))
-	if err := protect("WithTLSConfig", func() error { return conn.HandshakeContext(ctx) }); err != nil {
+	_, err = userCall[struct{}]{
+		option: "WithTLSConfig",
+		f:      func(ctx context.Context) (struct{}, error) { return struct{}{}, conn.HandshakeContext(ctx) },
+		left:   abandoned,
+		bare:   true,
+	}.run(ctx)
+	if err != nil {
 		abort(raw)
 		return nil, withCause(ctx, fmt.Errorf("tls handshake with %s: %w", address, explainTLS(err)))
 	}
@@ -126,7 +133,7 @@ func clientTLS(c *tls.Config, address string) *tls.Config {
 
 // withCause says why ctx ended where err only says that it did.
 func withCause(ctx context.Context, err error) error {
-	cause := context.Cause(ctx)
+	cause := causeOf(ctx)
 	if cause == nil || errors.Is(err, cause) {
 		return err
 	}
@@ -288,7 +295,7 @@ func (s *socket) end(reset bool) {
 		abort(s.raw)
 		return
 	}
-	_ = s.raw.Close()
+	hangUp(s.raw)
 }
 
 // abort closes a connection without waiting for what it still has to send.
@@ -298,6 +305,13 @@ func abort(conn net.Conn) {
 	if c, ok := conn.(interface{ SetLinger(sec int) error }); ok {
 		_ = c.SetLinger(0)
 	}
+	hangUp(conn)
+}
+
+// hangUp closes a connection, which may be the user's: there is nothing to be done about a Close
+// that panics.
+func hangUp(conn net.Conn) {
+	defer func() { _ = recover() }()
 	_ = conn.Close()
 }
 
@@ -526,7 +540,7 @@ func (s *socket) take() (batch []byte, closing bool) {
 func (s *socket) writeOut(b []byte) error {
 	for len(b) > 0 {
 		s.armWrite()
-		n, err := s.conn.Write(b[:min(len(b), writeChunk)])
+		n, err := transfer(s.conn.Write, b[:min(len(b), writeChunk)], s.kill)
 		if err != nil {
 			return err
 		}

@@ -898,7 +898,7 @@ func TestOpenSocketEndsWithItsContext(t *testing.T) {
 			near, far := net.Pipe()
 			collect(far)
 			began := time.Now()
-			_, err := openSocket(limited(t), dialTo(near), "mq.example:5671", &tls.Config{}, socketLimits)
+			_, err := openSocket(limited(t), dialTo(near), "mq.example:5671", &tls.Config{}, socketLimits, func() {})
 			assert.ErrorIs(t, err, reason)
 			assert.Equal(t, 15*time.Second, time.Since(began))
 			_, err = near.Write([]byte{0})
@@ -912,7 +912,7 @@ func TestOpenSocketEndsWithItsContext(t *testing.T) {
 				return nil, ctx.Err()
 			}
 			began := time.Now()
-			_, err := openSocket(limited(t), dial, "mq.example:5672", nil, socketLimits)
+			_, err := openSocket(limited(t), dial, "mq.example:5672", nil, socketLimits, func() {})
 			assert.ErrorIs(t, err, reason)
 			assert.Equal(t, 15*time.Second, time.Since(began))
 		})
@@ -921,7 +921,7 @@ func TestOpenSocketEndsWithItsContext(t *testing.T) {
 		inBubble(t, func(t *testing.T) {
 			refused := errors.New("connection refused")
 			dial := func(context.Context, string, string) (net.Conn, error) { return nil, refused }
-			_, err := openSocket(limited(t), dial, "mq.example:5672", nil, socketLimits)
+			_, err := openSocket(limited(t), dial, "mq.example:5672", nil, socketLimits, func() {})
 			assert.Equal(t, refused, err, "ctx has nothing to do with it")
 		})
 	})
@@ -948,7 +948,7 @@ func TestTLSOnARealSocket(t *testing.T) {
 		echoed <- err
 	}()
 
-	s, err := openSocket(t.Context(), defaultDial(5*time.Second, 15*time.Second), listener.Addr().String(), client, socketLimits)
+	s, err := openSocket(t.Context(), defaultDial(5*time.Second, 15*time.Second), listener.Addr().String(), client, socketLimits, func() {})
 	require.NoError(t, err)
 	assert.Empty(t, client.ServerName, "the caller's config is not touched")
 	sent := bytes.Repeat(heartbeatFrame, 20_000)
@@ -976,7 +976,7 @@ func TestTLSRefusedSaysWhy(t *testing.T) {
 		}
 	}()
 	client.ServerName = "another.example"
-	_, err = openSocket(t.Context(), defaultDial(5*time.Second, 0), listener.Addr().String(), client, socketLimits)
+	_, err = openSocket(t.Context(), defaultDial(5*time.Second, 0), listener.Addr().String(), client, socketLimits, func() {})
 	var invalid *tls.CertificateVerificationError
 	assert.ErrorAs(t, err, &invalid)
 	<-refused
@@ -998,7 +998,7 @@ func TestTLSSpokenToAPortWithoutItSaysSo(t *testing.T) {
 				_ = conn.Close()
 			}
 		}()
-		_, err = openSocket(t.Context(), defaultDial(5*time.Second, 0), listener.Addr().String(), &tls.Config{}, socketLimits)
+		_, err = openSocket(t.Context(), defaultDial(5*time.Second, 0), listener.Addr().String(), &tls.Config{}, socketLimits, func() {})
 		var record tls.RecordHeaderError
 		assert.ErrorAs(t, err, &record)
 		assert.ErrorContains(t, err, says)
@@ -1012,7 +1012,7 @@ func TestKillOverTLSDoesNotWaitForThePeer(t *testing.T) {
 	server, client := certificates(t)
 	shaken := make(chan error, 1)
 	go func() { shaken <- tls.Server(far, server).HandshakeContext(t.Context()) }()
-	s, err := openSocket(t.Context(), dialTo(near), "127.0.0.1:1", client, socketLimits)
+	s, err := openSocket(t.Context(), dialTo(near), "127.0.0.1:1", client, socketLimits, func() {})
 	require.NoError(t, err)
 	require.NoError(t, <-shaken)
 	written := make(chan error, 1)

@@ -19,8 +19,8 @@ const unknownOffset = -1
 
 // placed gives d an offset if the broker's cannot be read.
 func placed(d *Delivery) {
-	if _, ok := headerInt(d.Headers[offsetKey]); !ok {
-		d.Headers = amqp.Table{offsetKey: int64(unknownOffset)}
+	if !d.fence.placed {
+		d.fence.offset, d.fence.placed = unknownOffset, true
 	}
 }
 
@@ -31,10 +31,13 @@ func placed(d *Delivery) {
 type position struct {
 	mu      sync.Mutex
 	queue   string // the stream it is about
-	known   bool   // there has been a delivery, next is set
+	from    any    // where to resume as long as next is not known; nil before the first subscription
+	begun   bool   // there has been a subscription
+	looks   int    // how often the place was looked up
+	known   bool   // next is set
 	next    int64  // offset of the first message not settled for good
 	doubted bool   // the broker has cancelled the consumer, so the stream may be on its way out
-	session uint64 // the one that the rows are about
+	session uint64 // the try of the session that the rows are about
 	settled row    // what handlers are done with
 	acked   row    // of that, what the broker was told
 }
@@ -75,26 +78,115 @@ func newPosition(c *config) *position {
 	return &position{settled: newRow(), acked: newRow()}
 }
 
-// resume returns the arguments of the basic.consume of a new session.
-func (p *position) resume(session uint64, queue string, args amqp.Table) amqp.Table {
+// maxLooks is how often a look that is cut off is tried again: what the stream holds may be more
+// than the path can carry within the setup limit.
+const maxLooks = 2
+
+// about notes which stream it is about, and returns the offset that has to be looked up before a
+// session subscribes, if there is one: what shifts, until the stream has a place. If that is last
+// and the look was cut off, it is what came since, or else still the last.
+func (p *position) about(queue string, given any) (offset any, ok bool) {
+	if p == nil {
+		return nil, false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.queue != queue {
+		p.queue, p.from, p.known, p.begun, p.looks = queue, nil, false, false, 0
+	}
+	if p.fresh() {
+		return given, shifts(given, time.Now())
+	}
+	return p.from, given == "last" && !p.known && !p.begun && p.looks < maxLooks
+}
+
+// fresh is called with mu held.
+func (p *position) fresh() bool { return p.from == nil && !p.known }
+
+// resume returns the arguments of the basic.consume of a new session. The first one, which has
+// just asked where to begin, and was not told, begins where it was given to.
+func (p *position) resume(session uint64, args amqp.Table, asked bool) amqp.Table {
 	args = maps.Clone(args)
 	if p == nil {
 		return args
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.queue != queue {
-		p.queue, p.known = queue, false
-	}
 	p.session, p.settled, p.acked, p.doubted = session, newRow(), newRow(), false
-	if !p.known {
+	if !p.known && (asked || p.from == nil) {
 		return args
 	}
 	if args == nil {
 		args = amqp.Table{}
 	}
-	args[offsetKey] = p.next
+	args[offsetKey] = p.from
+	if p.known {
+		args[offsetKey] = p.next
+	}
 	return args
+}
+
+// subscribed notes a consume-ok, and where the first one begins.
+func (p *position) subscribed(offset any) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.begun = true
+	if p.fresh() {
+		p.from = offset
+	}
+}
+
+// assume takes a time for the place, as long as no message tells it. The function it returns is
+// called with what the broker answers: if it does not take the consumer, there is no place.
+// Any other failure does not tell whether it has.
+func (p *position) assume(since time.Time) (answered func(error) error) {
+	if p == nil {
+		return func(err error) error { return err }
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.looks++
+	if !p.fresh() {
+		return func(err error) error { return err }
+	}
+	since = since.Add(-clockMargin)
+	if epoch := time.Unix(0, 0); since.Before(epoch) {
+		since = epoch
+	}
+	p.from = since
+	return func(err error) error {
+		var said *amqp.Error
+		if errors.As(err, &said) && said.Server {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.from = nil
+		}
+		return err
+	}
+}
+
+// locate sets the place, unless the offset is unknown.
+func (p *position) locate(offset int64) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if offset != unknownOffset {
+		p.next, p.known = offset, true
+	}
+}
+
+// ahead tells whether a stream of that length may not have come to the place yet, because the
+// consumer was told to begin at a message of the future.
+func (p *position) ahead(length int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	at, ok := headerInt(p.from)
+	return ok && !p.known && int64(length) <= at
 }
 
 // startOver notes that the stream is gone. The one that will have its name
@@ -106,8 +198,12 @@ func (p *position) startOver() {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.next, p.session = 0, 0 // what late handlers of the old one settle counts no more
 	p.doubted = false
+	if p.fresh() {
+		return
+	}
+	p.known, p.next = true, 0
+	p.session = 0 // what late handlers of the old one settle counts no more
 }
 
 // doubt notes that the broker has cancelled the consumer.
@@ -129,31 +225,28 @@ const (
 )
 
 // checkStream looks whether the stream is there still, before it is declared:
-// afterwards a new one looks like the old one. It takes a channel of its own,
-// which the broker closes if not.
+// afterwards a new one looks like the old one. The broker closes the channel if it is
+// not, or if the question is not allowed: then the session needs another one.
 func (s *session) checkStream(ctx context.Context) error {
-	if s.stream == nil {
+	if s.place() == nil || s.terms.looked {
 		return nil
 	}
 	s.stream.mu.Lock()
-	queue, known, doubted := s.stream.queue, s.stream.known, s.stream.doubted
+	queue, fresh, doubted := s.stream.queue, s.stream.fresh(), s.stream.doubted
 	s.stream.mu.Unlock()
 	declares := s.config.topology != nil || s.config.declare != nil
-	if !known || !declares && !doubted {
+	if fresh || !declares && !doubted {
 		return nil
 	}
-	channel, err := s.conn.amqp.Channel()
-	if err != nil {
-		return err
-	}
-	defer channel.Close() //nolint:errcheck // a failed declare has closed it already
 	for since := time.Now(); ; {
-		_, err := channel.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{})
+		_, err := s.channel.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{})
 		switch {
-		case noQueue(err, queue):
-			s.stream.startOver()
-			return nil
-		case err != nil, !doubted, time.Since(since) >= min(streamDoubt, s.config.setupTimeout/2):
+		case err != nil:
+			if noQueue(s.said(err), queue) {
+				s.place().startOver()
+			}
+			return &again{looked: true}
+		case !doubted, time.Since(since) >= min(streamDoubt, s.config.setupTimeout/2):
 			return nil
 		}
 		if err := pause(ctx, streamLook); err != nil {
@@ -170,7 +263,7 @@ func pause(ctx context.Context, d time.Duration) error {
 	case <-timer.C:
 		return nil
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return causeOf(ctx)
 	}
 }
 
@@ -205,11 +298,13 @@ func noQueue(err error, name string) bool {
 
 // began notes a delivery that a handler is given: even if none is ever settled,
 // the next session must not start behind it.
-func (p *position) began(session uint64, d *amqp.Delivery) {
+func (p *position) began(session uint64, d *Delivery) {
 	if p == nil {
 		return
 	}
+	d.keep()
 	offset, ok := headerInt(d.Headers[offsetKey])
+	d.fence.offset, d.fence.placed = offset, ok
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if ok && !p.known && session == p.session {
@@ -223,13 +318,12 @@ func (p *position) began(session uint64, d *amqp.Delivery) {
 // behind one slow handler any number of messages would be done that the next
 // session, which resumes at the slow one, is given again.
 func (p *position) ready(session uint64, d *Delivery) []settledAt {
-	offset, ok := headerInt(d.Headers[offsetKey])
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !ok || session != p.session {
+	if !d.fence.placed || session != p.session {
 		return []settledAt{{tag: d.fence.tag}}
 	}
-	return p.settled.add(settledAt{d.fence.tag, offset})
+	return p.settled.add(settledAt{d.fence.tag, d.fence.offset})
 }
 
 // told notes that the broker was told, which moves the place to resume at.

@@ -13,6 +13,9 @@ import (
 
 // topology declares what the session needs and returns the queue to consume.
 func (s *session) topology(ctx context.Context) (queue string, err error) {
+	if s.terms.queue != "" {
+		return s.terms.queue, nil
+	}
 	if err := s.checkStream(ctx); err != nil {
 		return "", err
 	}
@@ -20,7 +23,9 @@ func (s *session) topology(ctx context.Context) (queue string, err error) {
 	case s.config.topology != nil:
 		queue, err = s.callTopology(ctx)
 	case s.config.declare != nil:
-		queue, err = s.declareQueue()
+		if queue, err = s.declareQueue(); err != nil {
+			err = &declareError{err}
+		}
 	}
 	if queue == "" && err == nil {
 		queue = s.config.queue
@@ -88,10 +93,28 @@ type terms struct {
 	refusal  error
 	owned    string // the queue of the connection, which is asked for and not declared
 	anew     bool   // the queue was gone, and is declared anew
+
+	looked bool   // the stream was looked for
+	queue  string // that has been declared already
 }
 
-// concede asks for less after err, if there is less to ask for.
+// again ends a try of a session whose channel has served a question and is of no more use. What
+// was found out holds for the next try, on a fresh channel: so a connection needs but one at a
+// time, and its delivery tags count from 1.
+type again struct {
+	looked bool
+	queue  string
+}
+
+func (*again) Error() string { return "a fresh channel is needed" }
+
+// concede asks for less after err, if there is less to ask for, or goes on where a try has ended.
 func (t *terms) concede(err error) bool {
+	var next *again
+	if errors.As(err, &next) {
+		t.looked, t.queue = t.looked || next.looked, next.queue
+		return true
+	}
 	var said *amqp.Error
 	switch {
 	case !errors.As(err, &said) || !said.Server:
@@ -105,11 +128,11 @@ func (t *terms) concede(err error) bool {
 	var dead *deadLetterError
 	switch {
 	case errors.As(err, &dead):
-		if t.deadKept || !strings.Contains(said.Reason, inequivalent) {
+		if t.deadKept || !strings.HasPrefix(said.Reason, inequivalent) {
 			return false
 		}
 		t.deadKept = true
-	case t.limit != limitUnsaid && t.limit != limitOff || !strings.Contains(said.Reason, inequivalentLimit):
+	case t.limit != limitUnsaid && t.limit != limitOff || !strings.HasPrefix(said.Reason, inequivalentLimit):
 		return false
 	default:
 		t.limit++
@@ -118,7 +141,7 @@ func (t *terms) concede(err error) bool {
 	return true
 }
 
-// What RabbitMQ says before it comes to a name.
+// How RabbitMQ begins, before it comes to a name.
 const (
 	inequivalent      = "PRECONDITION_FAILED - inequivalent arg '"
 	inequivalentLimit = inequivalent + limitArg + "' for queue "
@@ -131,10 +154,16 @@ type deadLetterError struct {
 }
 
 func (e *deadLetterError) Error() string {
-	return fmt.Sprintf("declare the dead-letter queue %q: %v", e.queue, e.err)
+	return fmt.Sprintf("dead-letter queue %q: %v", e.queue, e.err)
 }
 
 func (e *deadLetterError) Unwrap() error { return e.err }
+
+// declareError is a failure of what WithQueue declares.
+type declareError struct{ err error }
+
+func (e *declareError) Error() string { return e.err.Error() }
+func (e *declareError) Unwrap() error { return e.err }
 
 // declareQueue declares what WithQueue says, in the order in which one needs the
 // other.
@@ -142,7 +171,7 @@ func (s *session) declareQueue() (string, error) {
 	q := s.config.declare
 	if x := q.Exchange; x != nil {
 		if err := s.channel.ExchangeDeclare(x.Name, x.Kind, !x.Transient, false, false, false, x.Args); err != nil {
-			return "", fmt.Errorf("declare exchange %q: %w", x.Name, err)
+			return "", fmt.Errorf("exchange %q: %w", x.Name, err)
 		}
 	}
 	if err := s.declareDeadLetter(); err != nil {
@@ -154,7 +183,7 @@ func (s *session) declareQueue() (string, error) {
 	}
 	for _, b := range q.Bindings {
 		if err := s.channel.QueueBind(name, b.Key, b.Exchange, false, b.Args); err != nil {
-			return "", fmt.Errorf("bind to exchange %q: %w", b.Exchange, err)
+			return "", fmt.Errorf("binding to exchange %q: %w", b.Exchange, err)
 		}
 	}
 	return name, nil

@@ -70,6 +70,10 @@ func (l *lane) skip(n uint64, end bool) {
 	l.headed = l.headed || end
 }
 
+// unreadableHold is the longest that a message is held which no handler can be given: half of
+// RabbitMQ's consumer timeout.
+const unreadableHold = 15 * time.Minute
+
 // setAside sees to the messages that no handler can be given.
 func (s *session) setAside() {
 	for _, m := range s.lane.aside.take() {
@@ -86,7 +90,7 @@ func (s *session) setAside() {
 			continue
 		}
 		d.Headers = nil // they may be large, and nobody is going to read them
-		s.holds.add(d, s.config.longestHold())
+		s.holds.add(d, min(jitter(unreadableHold), unreadableHold))
 	}
 }
 
@@ -101,7 +105,7 @@ func (s *session) complain(e *MessageError) {
 		what = "a message cannot be read: no handler gets it, it is stepped over"
 	}
 	s.warn(what, slog.String("exchange", e.Exchange), slog.String("routing_key", e.RoutingKey), slog.Uint64("delivery_tag", e.DeliveryTag),
-		slog.Uint64("size", e.Size), slog.String("reason", e.Err.Error()), slog.Int("left_out", leftOut))
+		slog.Uint64("size", e.Size), slog.String("reason", e.Err.Error()), suppressed(leftOut))
 }
 
 // passed settles what no handler was given, so the outcomes do not count it. A

@@ -266,7 +266,7 @@ func TestManyUnreadableMessagesMakeOneLogLineASecond(t *testing.T) {
 		}
 		assert.Equal(b, 50, told)
 		assert.InDelta(b, 5, strings.Count(b.log.String(), "a message cannot be read"), 1)
-		assert.Contains(b, b.log.String(), "left_out=9")
+		assert.Contains(b, b.log.String(), "suppressed=9")
 	})
 }
 

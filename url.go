@@ -351,7 +351,7 @@ func anyValue(*endpoint, string) string { return "" }
 
 func (e *endpoint) setVerify(value string) string {
 	if value != "verify_peer" {
-		return "the parameter verify of the URL must be verify_peer, which is always so here: without it anyone on the path can read the password (for tests: WithTLSConfig and WithInsecureSkipVerify)"
+		return "the parameter verify of the URL must be verify_peer, which is always so here: without it anyone on the path can read the password (for tests: WithInsecureSkipVerify)"
 	}
 	return ""
 }

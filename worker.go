@@ -3,7 +3,6 @@ package steadymq
 import (
 	"context"
 	"errors"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -116,6 +115,9 @@ func (p *pool) handle(s *session, d *Delivery) {
 	defer s.gate.leave() // even if the hook that conclude calls ends the goroutine
 	defer func() {
 		p.stats.handling.Add(-1)
+		if err == nil {
+			err = d.overlooked()
+		}
 		failed = err != nil && !s.cutOff(err)
 		held = s.conclude(d, err)
 	}()
@@ -137,10 +139,10 @@ func (p *pool) invoke(s *session, d *Delivery, goexit *error) (err error) {
 		if returned {
 			return
 		}
-		panicked := &PanicError{Value: recover(), Stack: debug.Stack()}
-		err, *goexit = panicked, panicked
+		err = panicked(recover())
+		*goexit = err
 	}()
-	err = p.handler(ctx, d)
+	err = sound(p.handler(ctx, d))
 	returned = true
 	return err
 }
@@ -159,6 +161,6 @@ func (p *pool) failed(s *session, d *Delivery, held time.Duration, err error) {
 	errors.As(err, &panicked)
 	p.reporter.failed(failure{session: s, delivery: d, held: held, err: err, panicked: panicked})
 	if hook := p.config.hooks.HandlerFailed; hook != nil {
-		p.reporter.call(func() { hook(d, err) })
+		p.reporter.hook(func() { hook(d, err) })
 	}
 }

@@ -307,7 +307,60 @@ var byGeneration = []scenario{
 		}
 		begin("int32", int32(1))
 		begin("long ago", time.Now().Add(-time.Hour).Truncate(time.Second))
+		begin("interval", "1h")
+		begin("interval in months", "15M")
 		begin("nonsense", "nonsense")
+	}},
+	{name: "the end of a stream", script: func(s *script) {
+		conn := s.dial()
+		q := s.queue(s.open(conn, 0), "s", amqp.Table{"x-queue-type": "stream"})
+		// The last offset and that of the first message published after the consumer of the end came, as far as the broker says
+		// before it answers that the consumers are cancelled.
+		end := func(what string, ahead any, publish ...string) {
+			ch := s.open(conn, 1000)
+			from := func(tag string, offset any) <-chan amqp.Delivery {
+				ds, err := ch.Consume(q, tag, false, false, false, false, amqp.Table{"x-stream-offset": offset})
+				s.fails(what+" "+tag, err)
+				return ds
+			}
+			behind, sample := from("ahead", ahead), from("last", "last")
+			s.publish(conn, "", q, publish...)
+			time.Sleep(300 * time.Millisecond)
+			require.NoError(s.t, ch.Cancel("last", true))
+			require.NoError(s.t, ch.Cancel("ahead", false))
+			last, first := int64(-1), int64(-1)
+			for d := range sample {
+				last = max(last, d.Headers["x-stream-offset"].(int64))
+			}
+			for d := range behind {
+				if first < 0 {
+					first = d.Headers["x-stream-offset"].(int64)
+				}
+			}
+			s.note("%s: the last offset is %d, the first behind the end %d", what, last, first)
+			s.fails("close", ch.Close())
+		}
+		end("empty", "next")
+		end("empty", "next", "0", "1")
+		end("next", "next")
+		end("a time to come", time.Now().Add(time.Hour).Truncate(time.Second))
+		end("next", "next", "2", "3")
+		end("a time to come", time.Now().Add(time.Hour).Truncate(time.Second), "4")
+		begin := func(what string, offset any, publish ...string) {
+			ch := s.open(conn, 1)
+			ds, err := ch.Consume(q, "c", false, false, false, false, amqp.Table{"x-stream-offset": offset})
+			s.fails(what, err)
+			if len(publish) > 0 {
+				s.none(what, ds)
+				s.publish(conn, "", q, publish...)
+			}
+			d := s.next(what, ds)
+			s.note("offset %v", d.Headers["x-stream-offset"])
+			s.fails("close", ch.Close())
+		}
+		begin("the end", int64(5), "5")
+		begin("behind the end", int64(8), "6", "7", "8")
+		begin("long ago", time.Now().Add(-time.Hour).Truncate(time.Second))
 	}},
 	{
 		name: "consumer timeout", until: 403, arrange: hurry,

@@ -1,6 +1,10 @@
 package steadymqtest
 
-import "time"
+import (
+	"strconv"
+	"strings"
+	"time"
+)
 
 // A stream keeps its messages: consumers read it from an offset on, settling gives them credit and removes nothing.
 
@@ -23,14 +27,12 @@ func (c *consumer) seek(spec any) *refusal {
 			c.offset = end
 			return nil
 		}
-	case time.Time:
-		c.offset = end
-		for i, e := range c.q.log {
-			if !e.at.Before(at) {
-				c.offset = i
-				break
-			}
+		if age, ok := interval(at); ok {
+			c.offset = c.q.since(c.ch.c.b.now.Add(-age))
+			return nil
 		}
+	case time.Time:
+		c.offset = c.q.since(at)
 		return nil
 	default:
 		if n, ok := integer(spec); ok && n >= 0 {
@@ -42,6 +44,30 @@ func (c *consumer) seek(spec any) *refusal {
 		return refuse(541, "")
 	}
 	return refuse(406, "invalid arg 'x-stream-offset' for queue '%s' in vhost '/': {invalid_stream_offset_arg,{longstr,<<\"%v\">>}}", c.q.name, spec)
+}
+
+// since is the offset of the first message that is not older than a time. RabbitMQ begins with its chunk.
+func (q *queue) since(at time.Time) int {
+	for i, e := range q.log {
+		if !e.at.Before(at) {
+			return i
+		}
+	}
+	return len(q.log)
+}
+
+// interval reads how far back an offset such as 1h begins.
+func interval(text string) (time.Duration, bool) {
+	const day = 24 * time.Hour
+	for unit, length := range map[string]time.Duration{
+		"Y": 365 * day, "M": 30 * day, "D": day, "h": time.Hour, "m": time.Minute, "s": time.Second,
+	} {
+		if number, ok := strings.CutSuffix(text, unit); ok {
+			n, err := strconv.ParseUint(number, 10, 16)
+			return time.Duration(n) * length, err == nil
+		}
+	}
+	return 0, false
 }
 
 // pumpStream gives every consumer what it has credit for.

@@ -1,0 +1,67 @@
+package steadymq_test
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/steadymqtest"
+)
+
+func TestAdviceOnCertificates(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(*tls.Config)
+		says   string
+	}{
+		"unknown authority": {func(c *tls.Config) { c.RootCAs = x509.NewCertPool() }, "trust its CA by cacertfile in the URL"},
+		"another name":      {func(c *tls.Config) { c.ServerName = "other.test" }, "use a host name of the certificate in the URL"},
+		"expired": {
+			func(c *tls.Config) { c.Time = func() time.Time { return time.Now().AddDate(100, 0, 0) } },
+			"renew the broker's certificate, or set the clock",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(b *bench) {
+				config := b.broker.TLSConfig()
+				c.change(config)
+				b.run(ack, steadymq.WithTLSConfig(config))
+				b.wait(time.Second)
+				require.NotEmpty(b, b.causes())
+				assert.ErrorContains(b, b.causes()[0], c.says)
+				assert.Contains(b, b.log.last("level=WARN"), c.says)
+			}, steadymqtest.WithTLS())
+		})
+	}
+}
+
+func TestInsecureSkipVerifySwitchesVerificationOff(t *testing.T) {
+	for name, with := range map[string][]steadymq.Option{
+		"alone":                    nil,
+		"with a TLS configuration": opts(steadymq.WithTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12})),
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(b *bench) {
+				b.consuming(ack, append(with, steadymq.WithInsecureSkipVerify())...)
+			}, steadymqtest.WithTLS())
+		})
+	}
+	t.Run("refused without TLS", func(t *testing.T) {
+		_, err := steadymq.New("amqp://h/", queue, steadymq.WithInsecureSkipVerify())
+		require.ErrorContains(t, err, "WithInsecureSkipVerify: the URL has the scheme amqp")
+		require.ErrorAs(t, err, new(*steadymq.OptionError))
+	})
+	t.Run("refused without TLS, from WithURLFunc", func(t *testing.T) {
+		bubble(t, func(b *bench) {
+			b.run(ack, steadymq.WithInsecureSkipVerify(), steadymq.WithURLFunc(func(context.Context) (string, error) { return b.broker.URL, nil }))
+			b.wait(time.Second)
+			require.NotEmpty(b, b.causes())
+			assert.ErrorContains(b, b.causes()[0], "WithInsecureSkipVerify")
+		})
+	})
+}
