@@ -544,7 +544,7 @@ func (j *simJudge) unstalled(c *simConsumer, now time.Duration) {
 		return
 	}
 	plain := p.hosts == 3 && !p.urlFunc && !c.plan.balanced
-	if !plain && (j.s.cut[x.record.Host] != cutWaiting || p.hosts == 1 || !simStallsAreTrue) || j.s.broker.QueueLen(x.record.Queue) <= 0 {
+	if !plain && (j.s.cut[x.record.Host] != cutWaiting || p.hosts == 1) || j.s.broker.QueueLen(x.record.Queue) <= 0 {
 		c.starved = now
 		return
 	}
