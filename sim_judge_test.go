@@ -526,6 +526,9 @@ func (j *simJudge) stalled(c *simConsumer, cause error) {
 	if !strings.Contains(cause.Error(), "stalled: ") {
 		return
 	}
+	if q := &j.s.plan.queues[c.plan.queue]; q.kind == "stream" && q.purged {
+		return // it may wait at its old place in a stream that others have declared anew
+	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	calm := j.s.now() - j.s.lastMark

@@ -221,7 +221,6 @@ func TestSeedsThatFoundFaults(t *testing.T) {
 		41:   "a queue that the broker has named is left behind with its messages",
 		174:  "a queue that the broker has named is left behind by a 404 about something else",
 		354:  "a frame that takes long to arrive is a silent peer",
-		481:  "a stream whose workers are all busy is stalled",
 		1078: "the stall detector's question holds up the stop",
 	} {
 		t.Run(found, func(t *testing.T) {
