@@ -114,7 +114,7 @@ var mutants = []mutant{
 		"\t\ts.retire(cause)\n", "\t\ts.lose(cause)\n"),
 	change("no prefetch", "session.go", "s.channel.Qos(s.config.prefetch, 0, false)", "s.channel.Qos(0, 0, false)"),
 	change("the consumer tag is used again", "consumer.go",
-		`tag := fmt.Sprintf("%s.%d-%d", s.tag, try, number)`, `tag := s.tag + "-1"`),
+		`tag := fmt.Sprintf("%s.%d-%d", s.tag, try, number)`, `tag := fmt.Sprint(s.tag, "-1")`),
 
 	// Reconnecting.
 	change("no setup limit", "consumer.go",
@@ -124,7 +124,7 @@ var mutants = []mutant{
 	change("gives up on a refusal after the first session", "reconnect.go",
 		"if r.proven {", "if r.proven && false {"),
 	change("gives up on 404", "reconnect.go",
-		"case amqp.NotAllowed, amqp.AccessRefused, amqp.PreconditionFailed,", "case amqp.NotFound, amqp.NotAllowed, amqp.AccessRefused, amqp.PreconditionFailed,"),
+		"return refused || stated(err)", "return refused || stated(err) || classify(err) == classAbsent"),
 	change("retries in a hot loop", "reconnect.go",
 		"\tr.failures++\n", "\tif r.failures++; r.failures > 0 {\n\t\treturn time.Millisecond\n\t}\n"),
 	change("the backoff has no cap", "reconnect.go",

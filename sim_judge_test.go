@@ -526,6 +526,9 @@ func (j *simJudge) stalled(c *simConsumer, cause error) {
 	if !strings.Contains(cause.Error(), "stalled: ") {
 		return
 	}
+	if q := &j.s.plan.queues[c.plan.queue]; q.kind == "stream" && q.purged {
+		return // it may wait at its old place in a stream that others have declared anew
+	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	calm := j.s.now() - j.s.lastMark
@@ -544,7 +547,7 @@ func (j *simJudge) unstalled(c *simConsumer, now time.Duration) {
 		return
 	}
 	plain := p.hosts == 3 && !p.urlFunc && !c.plan.balanced
-	if !plain && (j.s.cut[x.record.Host] != cutWaiting || p.hosts == 1 || !simStallsAreTrue) || j.s.broker.QueueLen(x.record.Queue) <= 0 {
+	if !plain && (j.s.cut[x.record.Host] != cutWaiting || p.hosts == 1) || j.s.broker.QueueLen(x.record.Queue) <= 0 {
 		c.starved = now
 		return
 	}

@@ -11,20 +11,6 @@ import (
 	"github.com/steadymq/steadymq"
 )
 
-// What is known to fail is drawn once it is mended: set the constant then.
-const (
-	// simStreamsKeepTheirPlace: a stream's consumer knows its place from consume-ok on, and needs
-	// one channel only.
-	simStreamsKeepTheirPlace = false
-	// simStallsAreTrue: the stall detector leaves a bad node behind a balancer, and it and the renewal of
-	// credentials let large messages on slow links arrive
-	// (seeds 26, 354), and it does not take a stream whose workers are all busy for one that is stalled
-	// (481).
-	simStallsAreTrue = true
-	// simOwnQueuesAreKept: a queue that lives as long as its connection is consumed again there.
-	simOwnQueuesAreKept = true
-)
-
 // simQueueOptions is what a seed decides about a queue besides faults.
 type simQueueOptions struct {
 	theirs   bool   // only its consumers declare it
@@ -99,8 +85,7 @@ func (p *simPlan) users(q int) (users []*simConsumerPlan) {
 	return users
 }
 
-// drawOptions draws from a stream of its own, so that it changes nothing of what was drawn before. What
-// is not drawn yet (see the constants) is drawn all the same and then left out.
+// drawOptions draws from a stream of its own, so that it changes nothing of what was drawn before.
 func (p *simPlan) drawOptions(r *rand.Rand) {
 	p.version = pick(r, [2]int{4, 3}, [2]int{4, 3}, [2]int{4, 0})
 	if p.old {
@@ -163,11 +148,6 @@ func (p *simPlan) drawQueueOptions(r *rand.Rand, i int) {
 	if kind == "exclusive" && len(users) > 1 {
 		kind = "named"
 	}
-	if kind == "exclusive" || kind == "named" {
-		if !simOwnQueuesAreKept {
-			kind = ""
-		}
-	}
 	if kind != "" {
 		q.kind = kind
 	}
@@ -200,18 +180,6 @@ func (p *simPlan) fit(q *simQueuePlan, c *simConsumerPlan) {
 	}
 	if q.kind != "stream" {
 		c.offset = ""
-		return
-	}
-	if !simStallsAreTrue {
-		c.stall = 0
-	}
-	if !simStreamsKeepTheirPlace {
-		if c.offset == "next" || c.offset == "last" {
-			c.offset = "first"
-		}
-		if c.channelMax == 1 {
-			c.channelMax = 2
-		}
 	}
 }
 
@@ -219,7 +187,7 @@ func (p *simPlan) fit(q *simQueuePlan, c *simConsumerPlan) {
 func (p *simPlan) drawLarge(r *rand.Rand, i int) {
 	q, users := &p.queues[i], p.users(i)
 	slow := slices.ContainsFunc(users, func(c *simConsumerPlan) bool { return c.bandwidth > 0 })
-	rare := slow && q.body > 1_000_000 && (simStallsAreTrue || !p.renews())
+	rare := slow && q.body > 1_000_000
 	if q.body > 1_000_000 && !rare {
 		q.body = 50_000
 	}
@@ -243,9 +211,6 @@ func (p *simPlan) drawLarge(r *rand.Rand, i int) {
 			c.bandwidth = max(c.bandwidth, c.prefetch*(q.body/4+200))
 		}
 		c.lag = time.Second + time.Duration(c.prefetch*(q.body+200))*time.Second/time.Duration(c.bandwidth)
-		if rare && !simStallsAreTrue {
-			c.stall, c.heartbeat = 0, max(c.heartbeat, 5*time.Second)
-		}
 	}
 }
 

@@ -210,3 +210,22 @@ func TestQueueOfTheBrokersNamingIsKeptWhateverElseIsMissing(t *testing.T) { // s
 		assert.Equal(b, before, b.named())
 	})
 }
+
+// TestSeedsThatFoundFaults runs again what has found a fault of the library, each of which has a test of
+// its own by now. What a seed means changes with the plan; it is as good as any other then.
+func TestSeedsThatFoundFaults(t *testing.T) {
+	for seed, found := range map[uint64]string{
+		14:   "a stream that was quiet skips what is published while its session is lost",
+		26:   "the renewal of credentials ends a connection on which a large message arrives",
+		30:   "a stream with one channel does not heal",
+		41:   "a queue that the broker has named is left behind with its messages",
+		174:  "a queue that the broker has named is left behind by a 404 about something else",
+		354:  "a frame that takes long to arrive is a silent peer",
+		1078: "the stall detector's question holds up the stop",
+	} {
+		t.Run(found, func(t *testing.T) {
+			t.Parallel()
+			simulate(t, seed)
+		})
+	}
+}
