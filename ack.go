@@ -75,11 +75,14 @@ type fence struct {
 	tries   uint32 // in place, before this one
 	settler settler
 	refused atomic.Pointer[error] // why a settlement by hand was refused, which left it unsettled
+	stream  *streamed             // nil for a queue's
+}
 
-	// Of a message of a stream only.
-	came   *amqp.Delivery // as it was when its handler was given it
-	offset int64          // its place
-	placed bool           // it has one
+// streamed is what is kept of a message of a stream, for all its tries.
+type streamed struct {
+	came   amqp.Delivery // as it was when its handler was first given it
+	offset int64         // its place
+	placed bool          // it has one
 }
 
 var _ amqp.Acknowledger = (*fence)(nil)
@@ -107,17 +110,16 @@ func (d *Delivery) init(s settler) {
 // keep notes what the handler is given, which may change all that is exported. The bytes of the
 // body and the headers themselves are not copied.
 func (d *Delivery) keep() {
-	came := d.Delivery
-	d.fence.came = &came
+	d.fence.stream = &streamed{came: d.Delivery}
 }
 
 // again returns the delivery of the next try in place.
 func (d *Delivery) again() *Delivery {
 	next := newDelivery()
-	next.Delivery = *d.fence.came
+	next.fence.stream = d.fence.stream
+	next.Delivery = next.fence.stream.came
 	next.DeliveryTag = d.fence.tag
 	next.fence.tries = d.fence.tries + 1
-	next.fence.offset, next.fence.placed = d.fence.offset, d.fence.placed
 	return next
 }
 

@@ -8,7 +8,7 @@ import (
 	"github.com/stretchr/testify/assert"
 )
 
-func streamed(tag uint64, offset int64) *Delivery {
+func streamAt(tag uint64, offset int64) *Delivery {
 	d := newDelivery()
 	d.DeliveryTag, d.Headers = tag, amqp.Table{offsetKey: offset}
 	d.fence.tag = tag
@@ -20,8 +20,8 @@ func TestPlaceIsThatOfTheFirstMessageThoughAFilterLeavesGaps(t *testing.T) {
 	p := &position{settled: newRow(), acked: newRow()}
 	p.resume(1, amqp.Table{offsetKey: "first"}, false)
 	p.subscribed("first")
-	p.began(1, streamed(2, 100))
-	p.began(1, streamed(1, 0))
+	p.began(1, streamAt(2, 100))
+	p.began(1, streamAt(1, 0))
 	assert.LessOrEqual(t, p.resume(2, nil, false)[offsetKey], int64(0))
 }
 

@@ -187,7 +187,7 @@ func (p *simPlan) fit(q *simQueuePlan, c *simConsumerPlan) {
 func (p *simPlan) drawLarge(r *rand.Rand, i int) {
 	q, users := &p.queues[i], p.users(i)
 	slow := slices.ContainsFunc(users, func(c *simConsumerPlan) bool { return c.bandwidth > 0 })
-	rare := slow && q.body > 1_000_000
+	rare := slow && q.body > 1_000_000 && p.hold == 0 // else the broker gives it no time to arrive
 	if q.body > 1_000_000 && !rare {
 		q.body = 50_000
 	}

@@ -19,8 +19,8 @@ const unknownOffset = -1
 
 // placed gives d an offset if the broker's cannot be read.
 func placed(d *Delivery) {
-	if !d.fence.placed {
-		d.fence.offset, d.fence.placed = unknownOffset, true
+	if m := d.fence.stream; !m.placed {
+		m.offset, m.placed = unknownOffset, true
 	}
 }
 
@@ -307,11 +307,11 @@ func (p *position) began(session uint64, d *Delivery) {
 	if p == nil {
 		return
 	}
-	d.keep()
-	if d.fence.tries == 0 { // a try in place has that of the first one
-		d.fence.offset, d.fence.placed = headerInt(d.Headers[offsetKey])
+	if d.fence.tries == 0 { // the others have what it was, and its place
+		d.keep()
+		d.fence.stream.offset, d.fence.stream.placed = headerInt(d.Headers[offsetKey])
 	}
-	offset, ok := d.fence.offset, d.fence.placed
+	offset, ok := d.fence.stream.offset, d.fence.stream.placed
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !ok || session != p.session {
@@ -332,10 +332,10 @@ func (p *position) began(session uint64, d *Delivery) {
 func (p *position) ready(session uint64, d *Delivery) []settledAt {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !d.fence.placed || session != p.session {
+	if !d.fence.stream.placed || session != p.session {
 		return []settledAt{{tag: d.fence.tag}}
 	}
-	return p.settled.add(settledAt{d.fence.tag, d.fence.offset})
+	return p.settled.add(settledAt{d.fence.tag, d.fence.stream.offset})
 }
 
 // told notes that the broker was told, which moves the place to resume at.
