@@ -9,6 +9,7 @@ import (
 	"unicode/utf8"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 const (
@@ -16,7 +17,7 @@ const (
 
 	// maxArguments is how large a table may be. It is sent in one frame, with at most
 	// three short strings beside it; a broker closes the connection for a longer one.
-	maxArguments = frameSize - 1<<10
+	maxArguments = wire.FrameSize - 1<<10
 
 	// maxNesting ends the look at a table that holds itself.
 	maxNesting = 100

@@ -6,11 +6,12 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"sync/atomic"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/errtext"
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // Credentials log in to the broker; see WithCredentials. They print without the
@@ -45,7 +46,7 @@ func (c Credentials) MarshalText() ([]byte, error) { return []byte(c.String()), 
 type connection struct {
 	host         string
 	heartbeat    time.Duration // asked for
-	socket       *socket
+	socket       *wire.Socket
 	amqp         *amqp.Connection
 	closeTimeout time.Duration
 
@@ -93,21 +94,21 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 		}
 		return nil, &SessionError{Host: e.address, Op: op, Err: err}
 	}
-	unguard := context.AfterFunc(ctx, func() { socket.kill(causeOf(ctx)) })
+	unguard := context.AfterFunc(ctx, func() { socket.Kill(causeOf(ctx)) })
 	defer unguard()
 
-	login.abort = socket.kill
+	login.abort = socket.Kill
 	conn, err := amqp.Open(socket, config)
 	if err != nil {
 		err = handshakeCause(err, socket, login, e)
-		socket.kill(err)
+		socket.Kill(err)
 		if conn != nil {
 			_ = conn.Close() // the socket is dead: it only frees the driver's goroutines
 		}
-		socket.wait()
+		socket.Wait()
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
-	socket.watchPeer()
+	socket.WatchPeer()
 	opened := &connection{
 		host:         e.address,
 		heartbeat:    c.heartbeatOf(e),
@@ -174,7 +175,7 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 	}
 }
 
-var errSecretTimeout = because(errors.New("setup limit passed before the broker took the new credentials (WithSetupTimeout)"), errSetupTimeout)
+var errSecretTimeout = errtext.Because(errors.New("setup limit passed before the broker took the new credentials (WithSetupTimeout)"), errSetupTimeout)
 
 // updateSecret is an RPC, so its limit, which counts silence, closes the socket. The end of the
 // connection does not: the answer is on its way, and close-ok after it. As long as deliveries
@@ -184,65 +185,20 @@ func (c *connection) updateSecret(ctx context.Context, secret string) error {
 	if !ok {
 		return nil
 	}
-	defer c.socket.afterSilence(time.Until(limit), maxDuration, func() { c.socket.kill(errSecretTimeout) })()
+	defer c.socket.AfterSilence(time.Until(limit), maxDuration, func() { c.socket.Kill(errSecretTimeout) })()
 	return c.amqp.UpdateSecret(secret, "the old one expires")
 }
 
-// dialer bounds the dial to e and notes that it succeeded.
-func (c *config) dialer(e endpoint, step *step, abandoned func()) dialFunc {
-	limit := c.dialTimeoutOf(e)
-	dial := defaultDial(limit, c.heartbeatOf(e)*3/2)
-	if c.dial != nil {
-		dial = c.guardedDial(abandoned)
-	}
-	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		ctx, cancel := context.WithTimeout(ctx, limit)
-		defer cancel()
-		conn, err := dial(ctx, network, address)
-		if err == nil {
-			step.at("open")
-		}
-		return conn, err
-	}
-}
-
-var errNoConn = errors.New("WithDialer: the function returned neither a connection nor an error")
-
-// guardedDial is the user's dial.
-func (c *config) guardedDial(abandoned func()) dialFunc {
-	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		return userCall[net.Conn]{
-			option: "WithDialer",
-			f: func(ctx context.Context) (net.Conn, error) {
-				conn, err := c.dial(ctx, network, address)
-				switch {
-				case err == nil && isNil(conn):
-					return nil, errNoConn
-				case err != nil && !isNil(conn): // nobody would close it
-					abort(conn)
-				}
-				return conn, err
-			},
-			left: abandoned,
-			late: abort,
-			bare: true,
-		}.run(ctx)
-	}
-}
-
-func (c *config) socketOptions(e endpoint) socketOptions {
+func (c *config) socketOptions(e endpoint) wire.Options {
 	interval := c.heartbeatOf(e)
-	return socketOptions{
-		idleTimeout:  2 * interval,
-		writeTimeout: interval,
-		writeDelay:   c.writeDelay,
-		maxMessage:   c.maxMessage,
+	return wire.Options{
+		IdleTimeout:  2 * interval,
+		WriteTimeout: interval,
+		WriteDelay:   c.writeDelay,
+		Refuse:       c.tooLarge,
+		Transfer:     transfer,
 	}
 }
-
-// frameSize is what the driver's own dial asks for. A broker that proposes no
-// limit would get none otherwise.
-const frameSize = 128 << 10
 
 // amqpConfig is made anew for every dial: the driver writes into its maps.
 // Recovery stays nil, always: it reuses the channel, so that a late ack settles
@@ -259,14 +215,14 @@ func (c *config) amqpConfig(e endpoint) amqp.Config {
 		Locale:     "en_US",
 		Properties: properties,
 		ChannelMax: e.uri.ChannelMax,
-		FrameSize:  frameSize,
+		FrameSize:  wire.FrameSize,
 	}
 }
 
 // handshakeCause tells why Open failed. The driver reports a socket lost in the
 // handshake as "403 username or password" or "403 vhost" without having heard
 // that from the broker, so only what the broker itself said is believed.
-func handshakeCause(err error, s *socket, l *login, e endpoint) error {
+func handshakeCause(err error, s *wire.Socket, l *login, e endpoint) error {
 	if l.failed != nil {
 		return l.failed
 	}
@@ -277,7 +233,7 @@ func handshakeCause(err error, s *socket, l *login, e endpoint) error {
 	if errors.As(err, &said) && said.Server {
 		return said
 	}
-	lost := s.cause()
+	lost := s.Cause()
 	switch {
 	case lost == nil:
 		return err
@@ -296,7 +252,7 @@ func (c *connection) explain(err error) error {
 	if errors.As(err, &said) && said.Server {
 		return err
 	}
-	if cause := c.socket.cause(); cause != nil {
+	if cause := c.socket.Cause(); cause != nil {
 		return cause
 	}
 	if err == nil {
@@ -313,7 +269,7 @@ func (c *connection) watch() {
 	select {
 	case err := <-c.closed:
 		c.end.notify(c.explain(errorOrNil(err)))
-	case <-c.socket.done():
+	case <-c.socket.Done():
 		c.end.notify(c.endOfSocket())
 	case asked := <-c.leave:
 		limit = c.awaitTenants(asked)
@@ -336,7 +292,7 @@ func (c *connection) awaitTenants(asked departure) time.Duration {
 		case <-vacated:
 		case err := <-c.closed:
 			c.end.notify(c.explain(errorOrNil(err)))
-		case <-c.socket.done():
+		case <-c.socket.Done():
 			c.end.notify(c.endOfSocket())
 		case <-over.C:
 		}
@@ -368,7 +324,7 @@ func errorOrNil(err *amqp.Error) error {
 // although deliveries may be in the way of close-ok: the sessions have had theirs, so these
 // deliveries are of no use, and the sooner they go back the better.
 func (c *connection) teardown(limit time.Duration) {
-	kill := time.AfterFunc(limit, func() { c.socket.kill(errCloseTimeout) })
+	kill := time.AfterFunc(limit, func() { c.socket.Kill(errCloseTimeout) })
 	c.stopRefresh()
 	<-c.refreshed // its RPC and the close would take each other's answer
 	// A driver that is closing by itself holds its mutex until the socket has
@@ -380,9 +336,9 @@ func (c *connection) teardown(limit time.Duration) {
 	// close-ok may still be on its way.
 	_ = c.socket.Close()
 	kill.Stop()
-	c.socket.kill(nil)
+	c.socket.Kill(nil)
 	drain(c.closed)
-	c.socket.wait()
+	c.socket.Wait()
 }
 
 // departure is how a connection is asked to close.

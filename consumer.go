@@ -10,6 +10,8 @@ import (
 	"slices"
 	"sync/atomic"
 	"time"
+
+	"github.com/steadymq/steadymq/internal/errtext"
 )
 
 // Handler handles one delivery. Its error decides the outcome: nil acks the
@@ -298,7 +300,7 @@ func (s *supervisor) result() error {
 	var broken *brokenError
 	if errors.As(s.reporter.broken.cause(), &broken) {
 		s.consumer.broken.Store(broken)
-		return join(broken, s.err)
+		return errtext.Join(broken, s.err)
 	}
 	return s.err
 }
@@ -354,7 +356,7 @@ func (s *supervisor) connecting() stateFunc {
 // in the way of its answers.
 func (s *supervisor) bounded() (context.Context, context.CancelFunc) {
 	if s.conn != nil {
-		return s.conn.socket.withSilence(s.ctx, s.config.setupTimeout, s.config.setupPassed())
+		return s.conn.socket.WithSilence(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 	}
 	return context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 }
@@ -598,7 +600,7 @@ func (s *supervisor) note(err error) {
 	case s.err == nil:
 		s.err = err
 	case err != nil:
-		s.err = join(s.err, err)
+		s.err = errtext.Join(s.err, err)
 	}
 }
 

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/steadymq/steadymq/internal/errtext"
 )
 
 // Errors of settling a delivery. All of them leave the wire untouched.
@@ -66,7 +68,7 @@ var (
 
 // setupPassed is errSetupTimeout with its value and what to do.
 func (c *config) setupPassed() error {
-	return because(fmt.Errorf("setup limit of %v passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)", c.setupTimeout), errSetupTimeout)
+	return errtext.Because(fmt.Errorf("setup limit of %v passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)", c.setupTimeout), errSetupTimeout)
 }
 
 // SessionError says at which step a session failed and why. It is the error
@@ -190,7 +192,7 @@ func (e *PanicError) Error() string {
 	if e.Value == nil {
 		return "steadymq: panic: runtime.Goexit was called"
 	}
-	return oneLine(fmt.Sprintf("steadymq: panic: %v", e.Value))
+	return errtext.OneLine(fmt.Sprintf("steadymq: panic: %v", e.Value))
 }
 
 // Unwrap returns the value if it was an error.

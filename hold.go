@@ -149,7 +149,7 @@ func (h *holds) release(by settler) {
 func (h *holds) crowd() bool {
 	taken := int64(len(h.timers))
 	if taken > 0 && h.session.stream != nil {
-		taken = h.session.lane.owed.Load()
+		taken = h.session.wire.Unsettled()
 	}
 	return taken > 0 && 2*taken >= int64(h.session.config.prefetch)
 }

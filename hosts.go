@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"time"
+
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 const (
@@ -121,7 +123,7 @@ func goesLast(err error) bool {
 // fellSilent tells a peer or a path that is dead without having said so, and a
 // node that serves nothing.
 func fellSilent(err error) bool {
-	for _, silence := range []error{errReadTimeout, errWatchdog, errUnconfirmed, errWriteTimeout, errSetupTimeout, errStalled} {
+	for _, silence := range []error{wire.ErrReadTimeout, wire.ErrWatchdog, wire.ErrUnconfirmed, wire.ErrWriteTimeout, errSetupTimeout, errStalled} {
 		if errors.Is(err, silence) {
 			return true
 		}

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/steadymq/steadymq/internal/wire"
 	"github.com/stretchr/testify/assert"
 )
 
@@ -34,7 +35,7 @@ func TestHostsAreTriedLastGoodFirstThenShuffled(t *testing.T) {
 		h.worked("b:5672")
 		first, _ := h.turns(1, now)
 		assert.Equal(t, []string{"b:5672"}, first)
-		h.failed("b:5672", at("lost", errPeerReset), now)
+		h.failed("b:5672", at("lost", wire.ErrPeerReset), now)
 		others, fresh := h.turns(2, now)
 		second[others[0]] = true
 		assert.NotEqual(t, others[0], others[1])
@@ -50,8 +51,8 @@ func TestHostsAreTriedLastGoodFirstThenShuffled(t *testing.T) {
 var reasonsToGoLast = map[string]error{
 	"it drains":                 at("lost", said(320, "CONNECTION_FORCED")),
 	"it refuses":                at("dial", syscall.ECONNREFUSED),
-	"it is no broker":           at("open", &notAMQPError{first: 'H'}),
-	"it fell silent":            at("lost", errReadTimeout),
+	"it is no broker":           at("open", &wire.NotAMQPError{First: 'H'}),
+	"it fell silent":            at("lost", wire.ErrReadTimeout),
 	"it does not finish set-up": at("open", errSetupTimeout),
 	"it serves nothing":         at("lost", errStalled),
 }
@@ -84,10 +85,10 @@ func TestLastGoodHostIsTriedAgainBeforeOneThatFellSilentBeforeIt(t *testing.T) {
 		c := defaults("amqp://a/", "q")
 		c.urls = append(c.urls, "amqp://b/")
 		h := newHosts(c)
-		h.failed("a:5672", at("lost", errWatchdog), now)
+		h.failed("a:5672", at("lost", wire.ErrWatchdog), now)
 		h.turns(1, now)
 		h.worked("b:5672")
-		h.failed("b:5672", at("lost", errPeerReset), now)
+		h.failed("b:5672", at("lost", wire.ErrPeerReset), now)
 		order, fresh := h.turns(2, now)
 		assert.Equal(t, []string{"b:5672", "a:5672"}, order)
 		assert.Equal(t, 1, fresh, "the second turn of a host is no fresh one")
@@ -108,7 +109,7 @@ func TestOfHostsThatGoLastTheOneThatFailedFirstHasItsTurnFirst(t *testing.T) {
 func TestEveryHostHasItsTurnHoweverTheOthersFail(t *testing.T) {
 	now := time.Now()
 	h := threeHosts()
-	h.failed("a:5672", at("lost", errReadTimeout), now)
+	h.failed("a:5672", at("lost", wire.ErrReadTimeout), now)
 	turns := make(map[string]int)
 	for range 30 {
 		order, _ := h.turns(1, now)

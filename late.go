@@ -129,7 +129,7 @@ func (p *backlog) look() {
 	taken := s.stats.delivered.Load() - p.base // first: what is taken meanwhile must not count twice
 	late := taken < p.arrived[0]
 	copy(p.arrived[:], p.arrived[1:])
-	p.arrived[len(p.arrived)-1] = taken + uint64(s.lane.waiting())
+	p.arrived[len(p.arrived)-1] = taken + uint64(s.inbox.waiting())
 	if late && s.told.slow.CompareAndSwap(false, true) {
 		s.warn("handlers are so slow that deliveries wait for them longer than half of the consumer timeout, "+
 			"after which the broker takes them back: lower WithPrefetch, or raise WithConcurrency",

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/steadymq/steadymq/internal/errtext"
 )
 
 const (
@@ -423,7 +425,7 @@ func (f failure) attrs(left uint64) []slog.Attr {
 
 // text names the limit that the library's own error does not know.
 func (f failure) text() string {
-	text := brief(f.err)
+	text := errtext.Brief(f.err)
 	if !strings.Contains(text, ErrHandlerTimeout.Error()) {
 		return text
 	}
@@ -452,6 +454,6 @@ func (j *journal) sumOf(f *failures, level slog.Level, message string) {
 	}
 	f.mu.Unlock()
 	if left > 0 {
-		j.writeFailure(newRecord(now, level, message, append(attrs, suppressed(left), slog.String("error", brief(last)))...))
+		j.writeFailure(newRecord(now, level, message, append(attrs, suppressed(left), slog.String("error", errtext.Brief(last)))...))
 	}
 }

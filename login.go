@@ -8,6 +8,7 @@ import (
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // toldOfRefusals is the capability of a client that wants to be told of a refused login:
@@ -105,7 +106,7 @@ var errSilentRefusal = fmt.Errorf("%w: the broker ended the socket after 3s of s
 // refusal tells a refused login from any other failure of the handshake; nil if it is none.
 // The driver calls every loss of the socket at this step a wrong password, without having
 // heard that from the broker.
-func (l *login) refusal(err error, s *socket) error {
+func (l *login) refusal(err error, s *wire.Socket) error {
 	var said *amqp.Error
 	if errors.As(err, &said) && said.Server {
 		if said.Code != amqp.AccessRefused {
@@ -115,10 +116,10 @@ func (l *login) refusal(err error, s *socket) error {
 	}
 	if errors.Is(err, amqp.ErrSASL) {
 		return fmt.Errorf("%w: the broker offers the login mechanisms %q and none of %q (WithSASL, or auth_mechanism in the URL)",
-			ErrLoginRefused, s.offered(), strings.Join(l.asked, " "))
+			ErrLoginRefused, s.Mechanisms(), strings.Join(l.asked, " "))
 	}
-	lost := s.cause()
-	ended := lost == nil || errors.Is(lost, errPeerClosed) || errors.Is(lost, errPeerReset)
+	lost := s.Cause()
+	ended := lost == nil || errors.Is(lost, wire.ErrPeerClosed) || errors.Is(lost, wire.ErrPeerReset)
 	if errors.Is(err, amqp.ErrCredentials) && time.Since(l.answered) >= loginSilence && ended {
 		return fmt.Errorf("%w%s", errSilentRefusal, l.hint())
 	}
@@ -131,15 +132,4 @@ func (l *login) hint() string {
 		return ""
 	}
 	return "; RabbitMQ lets the user guest in from its own host only, so make another user (https://www.rabbitmq.com/docs/access-control#loopback-users)"
-}
-
-// mechanismsOf reads what connection.start offers, "" where b is none.
-func mechanismsOf(b []byte) string {
-	if methodID(b) != connectionStart {
-		return ""
-	}
-	f := fields{b: b[methodHead:]}
-	f.short()   // version
-	f.longstr() // the server's properties
-	return string(f.longstr())
 }

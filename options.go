@@ -13,6 +13,7 @@ import (
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // Option configures a Consumer. Options are checked by New; a later option
@@ -181,7 +182,7 @@ type config struct {
 	tls            *tls.Config
 	sasl           []amqp.Authentication
 	credentials    func(context.Context) (Credentials, error)
-	dial           dialFunc
+	dial           wire.DialFunc
 
 	middleware []Middleware
 	logger     *slog.Logger

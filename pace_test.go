@@ -6,19 +6,20 @@ import (
 	"testing"
 	"time"
 
+	"github.com/steadymq/steadymq/internal/wire"
 	"github.com/stretchr/testify/assert"
 )
 
 // oneOfEach is a failure of every class.
 var oneOfEach = map[class]error{
-	classNetwork:  at("open", errPeerClosed),
+	classNetwork:  at("open", wire.ErrPeerClosed),
 	classRefused:  at("dial", syscall.ECONNREFUSED),
 	classForced:   at("open", said(320, "CONNECTION_FORCED - closed")),
 	classChannel:  at("consume", said(406, "PRECONDITION_FAILED - unknown delivery tag 5")),
 	classAbsent:   at("consume", said(404, "NOT_FOUND - no queue 'q' in vhost '/'")),
 	classLocked:   at("consume", said(405, "RESOURCE_LOCKED - locked")),
 	classOperator: at("consume", said(403, "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u'")),
-	classPeer:     at("open", &notAMQPError{first: 'H'}),
+	classPeer:     at("open", &wire.NotAMQPError{First: 'H'}),
 }
 
 func TestEveryClassHasAPace(t *testing.T) {
@@ -56,7 +57,7 @@ func TestNoWaitExceedsAGivenLimit(t *testing.T) {
 				}
 			}
 			r.healthy()
-			assert.LessOrEqual(t, r.wait(at("lost", errPeerReset), now, false), limit)
+			assert.LessOrEqual(t, r.wait(at("lost", wire.ErrPeerReset), now, false), limit)
 		}
 	}
 }

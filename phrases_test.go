@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/steadymq/steadymq/internal/wire"
 	"github.com/stretchr/testify/assert"
 )
 
@@ -122,6 +123,6 @@ func TestStreamStartsOverOnlyIfItIsGoneItself(t *testing.T) {
 	}
 	p := &position{queue: "events", known: true, next: 7}
 	p.gone(at("topology", said(403, "NOT_FOUND - no queue 'events' in vhost '/'")))
-	p.gone(at("topology", errPeerReset))
+	p.gone(at("topology", wire.ErrPeerReset))
 	assert.EqualValues(t, 7, p.next)
 }

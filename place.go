@@ -41,9 +41,9 @@ func shifts(offset any, now time.Time) bool {
 // offset, and stays where it is when the channel that has consumed it is closed. From the first
 // basic.consume on there is a place to resume at; until the messages tell, it is one by the clock.
 func (s *session) locate(ctx context.Context, offset any) error {
-	s.lane.forget() // these consumers are none of the session's, and are told apart by their tags
+	s.forget() // these consumers are none of the session's, and are told apart by their tags
 	s.tag += looker
-	s.lane = s.conn.socket.lane(s.tag, s.config.prefetch)
+	s.receive()
 	if _, text := offset.(string); offset == "next" || !text && shifts(offset, time.Now()) {
 		return s.locateEnd(ctx, offset)
 	}
@@ -91,12 +91,12 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 	if s.cancelled() {
 		return errCancelled
 	}
-	s.lane.inbox.close()
+	s.inbox.close()
 	end := int64(unknownOffset)
 	if first != nil {
 		end = offsetOf(first)
 	}
-	for _, d := range s.lane.inbox.clear() {
+	for _, d := range s.inbox.clear() {
 		end = max(end, offsetOf(d))
 	}
 	if next, ok := <-behind; ok {
@@ -120,9 +120,9 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 	limit := time.NewTimer(locateWait + locateTrips*trip)
 	defer limit.Stop()
 	select {
-	case d := <-s.lane.next:
+	case d := <-s.inbox.next:
 		return d, nil
-	case <-s.lane.aside.more: // one that cannot be read
+	case <-s.aside.more: // one that cannot be read
 	case <-limit.C:
 	case <-s.cancels:
 		s.place().doubt()

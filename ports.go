@@ -7,6 +7,8 @@ import (
 	"io"
 	"strconv"
 	"syscall"
+
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // otherPorts are those on which RabbitMQ speaks something else than AMQP, unless it is
@@ -38,7 +40,7 @@ func (e *wrongPortError) Error() string {
 // answer is what the peer did, without the advice that the port has given already.
 func (e *wrongPortError) answer() string {
 	switch {
-	case errors.As(e.err, new(*notAMQPError)):
+	case errors.As(e.err, new(*wire.NotAMQPError)):
 		return "the peer does not speak AMQP 0-9-1"
 	case errors.As(e.err, new(tls.RecordHeaderError)):
 		return "the peer does not speak TLS"
@@ -63,10 +65,10 @@ func namePort(e endpoint, err error) error {
 }
 
 func unlikeABroker(err error) bool {
-	for _, end := range []error{io.EOF, io.ErrUnexpectedEOF, errPeerReset, syscall.ECONNRESET, errSetupTimeout} {
+	for _, end := range []error{io.EOF, io.ErrUnexpectedEOF, wire.ErrPeerReset, syscall.ECONNRESET, errSetupTimeout} {
 		if errors.Is(err, end) {
 			return true
 		}
 	}
-	return errors.As(err, new(*notAMQPError)) || errors.As(err, new(tls.RecordHeaderError))
+	return errors.As(err, new(*wire.NotAMQPError)) || errors.As(err, new(tls.RecordHeaderError))
 }

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/errtext"
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // errStalled is the cause of a session that WithStallDetector ended.
@@ -80,7 +82,7 @@ func (p *prober) look() error {
 // what was settled: a settlement makes room, so the silence that counts begins after the
 // last one. A message may take long to arrive.
 func (s *session) moves() uint64 {
-	n := s.received.Load() + uint64(s.lane.heard.Load())
+	n := s.received.Load() + uint64(s.wire.Heard())
 	for o := range s.stats.outcomes {
 		n += s.stats.outcomes[o].Load()
 	}
@@ -89,7 +91,7 @@ func (s *session) moves() uint64 {
 
 // full tells whether the broker may give no more: what it gave waits for a worker,
 // is with one, or waits for its requeue or, of a stream, for its turn to be acked.
-func (s *session) full() bool { return s.lane.owed.Load() >= int64(s.config.prefetch) }
+func (s *session) full() bool { return s.wire.Unsettled() >= int64(s.config.prefetch) }
 
 // ask returns why what the queue says makes the silence a stall. Behind a single
 // active consumer, or one of higher priority, silence is normal.
@@ -171,7 +173,7 @@ func (s *session) inspectAt(e endpoint) (amqp.Queue, error) {
 	if a.err != nil {
 		return amqp.Queue{}, a.err
 	}
-	unguard := context.AfterFunc(ctx, func() { a.conn.socket.kill(causeOf(ctx)) })
+	unguard := context.AfterFunc(ctx, func() { a.conn.socket.Kill(causeOf(ctx)) })
 	defer func() {
 		a.conn.close(departure{limit: s.config.closeTimeout})
 		<-a.conn.gone
@@ -208,7 +210,7 @@ type question struct {
 func (s *session) question() *question {
 	q := &question{overdue: make(chan struct{}), done: make(chan struct{})}
 	limit := s.config.setupTimeout
-	answered := s.conn.socket.afterSilence(limit, mostSilences*limit, func() {
+	answered := s.conn.socket.AfterSilence(limit, wire.MostSilences*limit, func() {
 		close(q.overdue)
 		s.conn.wear(errUnanswered)
 	})
@@ -265,7 +267,7 @@ func (p *prober) cannotAsk(err error) {
 	p.refused = said != nil && said.Server
 	if p.s.told.blind.CompareAndSwap(false, true) {
 		p.s.warn("the stall detector cannot ask for the queue, so it notices no stall",
-			slog.String("advice", why), slog.String("error", brief(err)))
+			slog.String("advice", why), slog.String("error", errtext.Brief(err)))
 	}
 }
 

@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/errtext"
+	"github.com/steadymq/steadymq/internal/wire"
 	"github.com/stretchr/testify/assert"
 )
 
@@ -28,14 +30,14 @@ func TestErrorsSayAThingOnce(t *testing.T) {
 		want string
 	}{
 		{"dial", refused, "dial mq1:5672: connection refused"},
-		{"dial", because(errSetupTimeout, refused), "dial mq1:5672: " + errSetupTimeout.Error()},
+		{"dial", errtext.Because(errSetupTimeout, refused), "dial mq1:5672: " + errSetupTimeout.Error()},
 		{"dial", fmt.Errorf("dial mq1:5672: %w", context.DeadlineExceeded), "dial mq1:5672: context deadline exceeded"},
 		{"dial", errors.Join(refused, errIgnoresContext), "dial mq1:5672: connection refused; " + errIgnoresContext.Error()},
 		{"dial", &net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Err: "no such host", Name: "mq1"}}, "dial mq1:5672: lookup mq1: no such host"},
 		{"open", fmt.Errorf("tls handshake with mq1:5672: %w", io.EOF), "open mq1:5672: tls handshake: EOF"},
 		{"open", &net.OpError{Op: "remote error", Err: tls.AlertError(42)}, "open mq1:5672: remote error: tls: bad certificate"},
-		{"open", fmt.Errorf("lost while logging in: %w", readCause(reset)), "open mq1:5672: lost while logging in: the peer reset the connection"},
-		{"lost", errPeerClosed, "lost mq1:5672: the peer closed the connection"},
+		{"open", fmt.Errorf("lost while logging in: %w", errtext.Because(wire.ErrPeerReset, reset)), "open mq1:5672: lost while logging in: the peer reset the connection"},
+		{"lost", wire.ErrPeerClosed, "lost mq1:5672: the peer closed the connection"},
 		{"lost", driver, `lost mq1:5672: frame "x" could not be parsed`},
 		{"channel", amqp.ErrClosed, "channel mq1:5672: channel/connection is not open"},
 		{"consume", said(404, "NOT_FOUND - no queue 'orders' in vhost '/'"), "consume mq1:5672: 404 NOT_FOUND - no queue 'orders' in vhost '/'; it is asked for again until someone has declared it, which WithQueue or WithTopology can do"},
@@ -48,9 +50,6 @@ func TestErrorsSayAThingOnce(t *testing.T) {
 		assert.Equal(t, "steadymq: queue orders: session 7: "+c.want, err.Error())
 		assert.Equal(t, c.err, err.Unwrap())
 	}
-	assert.ErrorIs(t, readCause(reset), syscall.ECONNRESET)
-	assert.ErrorIs(t, readCause(reset), errPeerReset)
-	assert.ErrorIs(t, errPeerClosed, io.EOF)
 }
 
 // The addresses of a user's own calls are news.
@@ -62,11 +61,11 @@ func TestErrorsOfOtherPlacesKeepTheirAddresses(t *testing.T) {
 
 func TestErrorsOfRunStayInOneLine(t *testing.T) {
 	drain := &DrainError{Handlers: 2, Limit: 1}
-	lost := &SessionError{Op: "lost", Err: errPeerClosed}
-	err := join(drain, nil, lost)
+	lost := &SessionError{Op: "lost", Err: wire.ErrPeerClosed}
+	err := errtext.Join(drain, nil, lost)
 	assert.NotContains(t, err.Error(), "\n")
 	assert.ErrorIs(t, err, ErrDrainTimeout)
-	assert.ErrorIs(t, err, errPeerClosed)
-	assert.Equal(t, error(lost), join(nil, lost))
-	assert.NoError(t, join(nil, nil))
+	assert.ErrorIs(t, err, wire.ErrPeerClosed)
+	assert.Equal(t, error(lost), errtext.Join(nil, lost))
+	assert.NoError(t, errtext.Join(nil, nil))
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // class is a kind of failure, by what to do about it.
@@ -105,7 +106,7 @@ func wrongPeer(err error) bool {
 	var name x509.HostnameError
 	var invalid x509.CertificateInvalidError
 	var record tls.RecordHeaderError
-	var protocol *notAMQPError
+	var protocol *wire.NotAMQPError
 	var port *wrongPortError
 	return errors.As(err, &verify) || errors.As(err, &authority) || errors.As(err, &name) ||
 		errors.As(err, &invalid) || errors.As(err, &record) || errors.As(err, &protocol) ||

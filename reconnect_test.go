@@ -11,6 +11,7 @@ import (
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/wire"
 	"github.com/stretchr/testify/assert"
 )
 
@@ -31,7 +32,7 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"2 operator closes", at("lost", said(320, "CONNECTION_FORCED - closed")), classForced},
 		{"3 maintenance", at("lost", said(320, "CONNECTION_FORCED - Node was put into maintenance mode")), classForced},
 		{"3 refused dial", at("dial", &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}), classRefused},
-		{"4 kill -9", at("lost", fmt.Errorf("%w: %w", errPeerReset, syscall.ECONNRESET)), classNetwork},
+		{"4 kill -9", at("lost", fmt.Errorf("%w: %w", wire.ErrPeerReset, syscall.ECONNRESET)), classNetwork},
 		{"5 wrong password", at("open", errSilentRefusal), classOperator},
 		{"6 no vhost", at("open", said(530, "NOT_ALLOWED - vhost x not found")), classOperator},
 		{"6 no permission on vhost", at("open", said(530, "NOT_ALLOWED - access to vhost '/' refused for user 'u'")), classOperator},
@@ -40,12 +41,12 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"8 vhost down", at("open", said(541, "INTERNAL_ERROR - access to vhost '/' refused: vhost '/' is down")), classOperator},
 		{"9 frame size", at("open", said(530, "NOT_ALLOWED - negotiated frame_max = 4096 is lower than the minimum allowed value (8192)")), classOperator},
 		{"10 slow handshake", at("open", errSetupTimeout), classNetwork},
-		{"11 lost at login", at("open", fmt.Errorf("lost while logging in: %w", errPeerClosed)), classNetwork},
+		{"11 lost at login", at("open", fmt.Errorf("lost while logging in: %w", wire.ErrPeerClosed)), classNetwork},
 		{"11 the driver's made-up 403", at("open", amqp.ErrCredentials), classNetwork},
 		{"11 the driver's made-up vhost", at("open", amqp.ErrVhost), classNetwork},
-		{"12 black hole", at("lost", errReadTimeout), classNetwork},
-		{"15, 16 watchdog", at("lost", errWatchdog), classNetwork},
-		{"18 zero window", at("lost", errWriteTimeout), classNetwork},
+		{"12 black hole", at("lost", wire.ErrReadTimeout), classNetwork},
+		{"15, 16 watchdog", at("lost", wire.ErrWatchdog), classNetwork},
+		{"18 zero window", at("lost", wire.ErrWriteTimeout), classNetwork},
 		{"20 frame error", at("lost", said(501, "FRAME_ERROR - cannot decode")), classNetwork},
 		{"20 unexpected frame", at("lost", said(505, "UNEXPECTED_FRAME - expected content header")), classNetwork},
 		{"21 stream coordinator", at("lost", said(506, "RESOURCE_ERROR")), classNetwork},
@@ -53,9 +54,9 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"23 no leader", at("lost", said(541, "INTERNAL_ERROR - timed out consuming from quorum queue")), classOperator},
 		{"24 token expired", at("lost", said(320, "CONNECTION_FORCED - credential expired")), classForced},
 		{"26 unknown authority", at("open", &tls.CertificateVerificationError{Err: x509.UnknownAuthorityError{}}), classPeer},
-		{"27 plain AMQP on a TLS port", at("open", &notAMQPError{first: 0x15}), classPeer},
+		{"27 plain AMQP on a TLS port", at("open", &wire.NotAMQPError{First: 0x15}), classPeer},
 		{"27 TLS on a plain port", at("open", tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}), classPeer},
-		{"28 proxy cuts", at("lost", errPeerClosed), classNetwork},
+		{"28 proxy cuts", at("lost", wire.ErrPeerClosed), classNetwork},
 		{"30 no such host", at("dial", &net.DNSError{Err: "no such host", IsNotFound: true}), classRefused},
 		{"30 SYN dropped", at("dial", errors.New("i/o timeout")), classRefused},
 		{"31 channel_max, local", at("channel", amqp.ErrChannelMax), classNetwork},
@@ -98,8 +99,8 @@ func longest(err error, n int) (least, most time.Duration) {
 
 func TestPaceFollowsWhatAFailedTryCosts(t *testing.T) {
 	refused := at("dial", syscall.ECONNREFUSED)
-	lost := at("lost", errPeerReset)
-	handshake := at("open", errPeerClosed)
+	lost := at("lost", wire.ErrPeerReset)
+	handshake := at("open", wire.ErrPeerClosed)
 	missing := at("consume", said(404, "NOT_FOUND"))
 	forbidden := at("consume", said(403, "ACCESS_REFUSED"))
 	cases := []struct {
@@ -134,12 +135,12 @@ func TestPaceFollowsWhatAFailedTryCosts(t *testing.T) {
 func TestRefusedDialsDoNotSlowDownWhatComesAfterThem(t *testing.T) {
 	for range 100 {
 		r := newTestRetry()
-		r.wait(at("lost", errPeerReset), time.Time{}, false)
+		r.wait(at("lost", wire.ErrPeerReset), time.Time{}, false)
 		for range 100 { // a long outage
 			r.wait(at("dial", syscall.ECONNREFUSED), time.Time{}, false)
 		}
 		assert.LessOrEqual(t, r.wait(at("consume", said(404, "NOT_FOUND - no queue")), time.Time{}, false), time.Second)
-		assert.LessOrEqual(t, r.wait(at("open", errPeerClosed), time.Time{}, false), 500*time.Millisecond, "the third failure that costs")
+		assert.LessOrEqual(t, r.wait(at("open", wire.ErrPeerClosed), time.Time{}, false), 500*time.Millisecond, "the third failure that costs")
 	}
 }
 
@@ -161,7 +162,7 @@ func TestLockIsWaitedForAsLongAsABrokerNeedsToBuryAConnection(t *testing.T) {
 
 func TestOnlyAHealthySessionResetsTheBackoff(t *testing.T) {
 	r := newTestRetry()
-	lost := at("lost", errPeerReset)
+	lost := at("lost", wire.ErrPeerReset)
 	for range 20 {
 		r.wait(lost, time.Now(), false)
 		r.consuming()
@@ -182,14 +183,14 @@ func TestOperatorsPaceStartsFromItsOwnStart(t *testing.T) {
 	for range 100 {
 		r := newTestRetry()
 		for range 10 {
-			r.wait(at("lost", errPeerReset), time.Now(), false)
+			r.wait(at("lost", wire.ErrPeerReset), time.Now(), false)
 		}
 		assert.Equal(t, time.Second, r.wait(at("consume", said(404, "NOT_FOUND")), time.Now(), false))
 	}
 }
 
 func TestARefusingHostDoesNotQuickenThePaceOfOneThatFlaps(t *testing.T) {
-	lost, refused := at("lost", errPeerReset), at("dial", syscall.ECONNREFUSED)
+	lost, refused := at("lost", wire.ErrPeerReset), at("dial", syscall.ECONNREFUSED)
 	var total time.Duration
 	for range 100 {
 		r := newTestRetry()
@@ -210,7 +211,7 @@ func TestAnUntriedHostIsTriedAtOnceButNotWhenTheBrokerRefuses(t *testing.T) {
 	}
 	assert.GreaterOrEqual(t, r.wait(at("open", said(530, "vhost")), time.Now(), true), time.Second)
 
-	wrong := at("open", &notAMQPError{first: 'H'})
+	wrong := at("open", &wire.NotAMQPError{First: 'H'})
 	assert.LessOrEqual(t, r.wait(wrong, time.Now(), true), atOnce, "the next host may be the right one")
 	assert.GreaterOrEqual(t, r.wait(wrong, time.Now(), false), time.Second)
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // session is one *amqp.Channel with one consumer on it. It is never repaired,
@@ -30,7 +31,9 @@ type session struct {
 	conn *connection
 
 	channel    *amqp.Channel
-	lane       *lane // the way of the deliveries and settlements
+	wire       *wire.Subscription // the way of the deliveries and settlements
+	inbox      *inbox             // what was delivered and no worker has taken
+	aside      *aside             // what was delivered and no handler can be given
 	queue      string
 	tag        string
 	cancels    chan string // the driver's NotifyCancel
@@ -151,10 +154,10 @@ func (c *connection) trySession(ctx context.Context, of *scope, id, try uint64, 
 	if of.config.hooks.Settled != nil {
 		s.settler = observed{s}
 	}
-	s.lane = c.socket.lane(tag, of.config.prefetch)
+	s.receive()
 	if op, err := s.subscribe(ctx, step); err != nil {
 		_ = channel.Close() // also bounded by ctx, through the socket
-		s.lane.forget()
+		s.forget()
 		err = s.said(err)
 		s.place().gone(err)
 		return nil, s.failure(op, c.explain(err))
@@ -166,6 +169,28 @@ func (c *connection) trySession(ctx context.Context, of *scope, id, try uint64, 
 	s.watchBacklog()
 	go s.run()
 	return s, nil
+}
+
+// receive makes the way for the deliveries of the consumer with the session's tag.
+func (s *session) receive() {
+	s.inbox, s.aside = newInbox(s.config.prefetch), newAside()
+	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, &receiver{inbox: s.inbox, aside: s.aside})
+}
+
+// forget ends the way of a consumer that there is not.
+func (s *session) forget() {
+	s.inbox.close()
+	s.clear()
+	s.wire.Forget()
+}
+
+// clear takes what no worker has taken, once the inbox is closed.
+func (s *session) clear() []*Delivery {
+	all := s.inbox.clear()
+	for _, m := range s.aside.take() {
+		all = append(all, m.delivery)
+	}
+	return all
 }
 
 // subscribe returns the step that failed, and why.
@@ -243,7 +268,8 @@ func (s *session) run() {
 	}
 	s.closeChannel(hardLimit)
 	s.lose(cmp.Or(cause, error(errStopped)))
-	s.lane.bury()
+	s.clear()
+	s.wire.LeaveTombstone()
 	s.tenancy.moveOut()
 }
 
@@ -253,7 +279,7 @@ func (s *session) run() {
 func (s *session) consume() error {
 	for {
 		select {
-		case <-s.lane.aside.more:
+		case <-s.aside.more:
 			s.setAside()
 			continue
 		case <-s.channelEnd.ended:
@@ -315,7 +341,7 @@ func (s *session) diagnose() error {
 func (s *session) shut() {
 	s.gate.shut()
 	s.backlog.stop()
-	s.lane.close()
+	s.inbox.close()
 }
 
 // lose ends a session whose channel is gone: running handlers are told, and
@@ -409,7 +435,7 @@ func (s *session) call(limit <-chan time.Time, f func() error) error {
 	answer := make(chan error, 1)
 	go func() { answer <- f() }()
 	silent := make(chan struct{})
-	defer s.conn.socket.afterSilence(s.config.closeTimeout, maxDuration, func() { close(silent) })()
+	defer s.conn.socket.AfterSilence(s.config.closeTimeout, maxDuration, func() { close(silent) })()
 	overdue := errCloseTimeout
 	select {
 	case err := <-answer:
@@ -431,7 +457,7 @@ func (s *session) giveUp(cause error) {
 // handBackRest returns to the queue what was delivered and no worker took.
 // basic.nack says "never started": it does not count towards a delivery limit.
 func (s *session) handBackRest() {
-	for _, d := range s.lane.clear() {
+	for _, d := range s.clear() {
 		s.handBack(d.DeliveryTag)
 	}
 }
@@ -440,7 +466,7 @@ func (s *session) handBackRest() {
 // with the others, behind the basic.cancel: before it the broker would give it to
 // this consumer once more.
 func (s *session) unstarted(d *Delivery) {
-	if !s.lane.takeBack(d) {
+	if !s.inbox.takeBack(d) {
 		s.handBack(d.DeliveryTag)
 	}
 }
@@ -451,7 +477,7 @@ func (s *session) handBack(tag uint64) {
 	if s.over.Load() || s.stream != nil {
 		return
 	}
-	_ = s.lane.settle(basicNack, tag, nackRequeue)
+	_ = s.wire.Requeue(tag)
 }
 
 // closeChannel waits for close-ok, the only proof AMQP 0-9-1 has that the acks before it arrived,
@@ -553,15 +579,15 @@ func (c *collecting) settle(d *Delivery, o Outcome) error {
 func (s *session) send(d *Delivery, o Outcome) error {
 	switch {
 	case s.stream == nil && o == Acked:
-		return s.ack(d.fence.tag)
+		return s.wire.Ack(d.fence.tag)
 	case s.stream == nil:
-		return s.reject(d.fence.tag, o == Requeued)
+		return s.wire.Reject(d.fence.tag, o == Requeued)
 	case o == Requeued: // a stream would take it as done
 		s.tryAgain(d)
 		return nil
 	}
 	for _, done := range s.stream.ready(s.try, d) {
-		if err := s.ack(done.tag); err != nil {
+		if err := s.wire.Ack(done.tag); err != nil {
 			return err
 		}
 		s.stream.told(s.try, done)
@@ -577,17 +603,7 @@ const againAfter = 10 * time.Millisecond
 // before can settle it. Once the session has ended nobody takes it any more.
 func (s *session) tryAgain(d *Delivery) {
 	again := d.again()
-	time.AfterFunc(againAfter, func() { s.lane.put(again) })
-}
-
-func (s *session) ack(tag uint64) error { return s.lane.settle(basicAck, tag, 0) }
-
-func (s *session) reject(tag uint64, requeue bool) error {
-	var bits byte
-	if requeue {
-		bits = rejectRequeue
-	}
-	return s.lane.settle(basicReject, tag, bits)
+	time.AfterFunc(againAfter, func() { s.inbox.put(again) })
 }
 
 // conclude settles a delivery by its handler's error, unless the handler has

@@ -8,6 +8,7 @@ import (
 	"unicode/utf8"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/errtext"
 )
 
 // deliveryJSON is what MarshalJSON shows.
@@ -91,7 +92,7 @@ func (d Delivery) LogValue() slog.Value {
 }
 
 // String tells in one line what LogValue does.
-func (d Delivery) String() string { return oneLine(d.LogValue().String()) }
+func (d Delivery) String() string { return errtext.OneLine(d.LogValue().String()) }
 
 // shownDepth is how deep headers are shown. encoding/json refuses what is deeper than 10,000
 // levels.

@@ -2,33 +2,42 @@ package steadymq
 
 import (
 	"context"
+	"io"
 	"net"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/steadymq/steadymq/internal/wire"
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 )
 
 // receiving is a supervisor with a connection where bytes of deliveries come every second for as
 // long as given.
 func receiving(t *testing.T, during time.Duration) *supervisor {
 	near, far := net.Pipe()
-	s := newSocket(near, socketOptions{})
+	s := wire.NewSocket(near, wire.Options{})
 	stop := make(chan struct{})
 	t.Cleanup(func() {
 		close(stop)
-		s.kill(nil)
-		s.wait()
+		s.Kill(nil)
+		s.Wait()
 		_ = far.Close()
 	})
+	s.Subscribe("t", 1, &receiver{inbox: newInbox(1), aside: newAside()})
+	go func() { _, _ = io.Copy(io.Discard, far) }()
+	go func() { _, _ = io.Copy(io.Discard, s) }()
+	_, err := s.Write(methodOf(1, 60, 20, 0, 0, 1, 'q', 1, 't', 0, 0, 0, 0, 0))
+	require.NoError(t, err)
+	began := time.Now()
 	go func() {
 		every := time.NewTicker(time.Second)
 		defer every.Stop()
-		for time.Since(s.start) < during {
+		for time.Since(began) < during {
 			select {
 			case <-every.C:
-				s.delivered.Store(int64(time.Since(s.start)))
+				_, _ = far.Write(deliveryOf(1, nil))
 			case <-stop:
 				return
 			}
@@ -75,7 +84,7 @@ func TestLimitOfATryOnANewConnectionCountsTime(t *testing.T) {
 func TestLimitThatIsCalledOffDoesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := receiving(t, 15*time.Second)
-		stop := s.conn.socket.afterSilence(10*time.Second, time.Hour, func() { t.Error("called") })
+		stop := s.conn.socket.AfterSilence(10*time.Second, time.Hour, func() { t.Error("called") })
 		time.Sleep(20 * time.Second) // it has looked once
 		stop()
 		stop()
@@ -87,7 +96,7 @@ func TestLimitIsOverInTheEndWhateverComes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := receiving(t, time.Hour)
 		over := make(chan struct{})
-		defer s.conn.socket.afterSilence(10*time.Second, time.Minute, func() { close(over) })()
+		defer s.conn.socket.AfterSilence(10*time.Second, time.Minute, func() { close(over) })()
 		since := time.Now()
 		select {
 		case <-over:

@@ -16,7 +16,7 @@ type tenants struct {
 // ends now unless one lives there.
 func (c *connection) wear(cause error) {
 	if end := c.tenants.wear(cause); end != nil {
-		c.socket.kill(end)
+		c.socket.Kill(end)
 	}
 }
 
@@ -62,7 +62,7 @@ func (t *tenancy) giveUp(cause error) { t.leave(cause) }
 
 func (t *tenancy) leave(cause error) {
 	if end := t.conn.tenants.remove(t, cause); end != nil {
-		go t.conn.socket.kill(end) // a user's connection may hang in its Close
+		go t.conn.socket.Kill(end) // a user's connection may hang in its Close
 	}
 }
 

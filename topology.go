@@ -47,7 +47,7 @@ func (s *session) callTopology(ctx context.Context) (queue string, err error) {
 
 // askTopology calls the function, and looks at what it has done to the channel.
 func (s *session) askTopology(ctx context.Context) (queue string, err error) {
-	before := s.conn.socket.misused()
+	before := s.conn.socket.Misuse()
 	call := userCall[string]{
 		option: "WithTopology",
 		f:      func(ctx context.Context) (string, error) { return s.config.topology(ctx, s.channel) },
@@ -59,10 +59,10 @@ func (s *session) askTopology(ctx context.Context) (queue string, err error) {
 	if problem := noShortString(queue); problem != "" {
 		return "", call.named(fmt.Errorf("the queue's name %s", problem))
 	}
-	switch now := s.conn.socket.misused(); {
-	case now.transactions > before.transactions:
+	switch now := s.conn.socket.Misuse(); {
+	case now.Transactions > before.Transactions:
 		return "", call.named(errTransactional)
-	case now.consumers > before.consumers && s.told.consumed.CompareAndSwap(false, true):
+	case now.Consumers > before.Consumers && s.told.consumed.CompareAndSwap(false, true):
 		s.queue = cmp.Or(queue, s.config.queue) // for the line
 		s.warn("the topology function has consumed on the session's channel: what is delivered to that consumer waits until the session ends")
 	}
@@ -70,19 +70,6 @@ func (s *session) askTopology(ctx context.Context) (queue string, err error) {
 }
 
 var errTransactional = errors.New("the function has made the channel transactional: acks on it would never take effect")
-
-// misuse counts what must not be done with the channel that a TopologyFunc is given. Only such
-// a function does it, and none runs beside it on its connection.
-type misuse struct {
-	transactions int
-	consumers    int
-}
-
-func (s *socket) misused() misuse {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.lanes.misuse
-}
 
 // terms are what the declaration of a session asks for. Where the broker refuses a
 // part of it that is not worth failing for, the session asks for less, on a fresh

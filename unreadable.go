@@ -22,7 +22,7 @@ type aside struct {
 	all []unreadable
 }
 
-func newAside() aside { return aside{more: make(chan struct{}, 1)} }
+func newAside() *aside { return &aside{more: make(chan struct{}, 1)} }
 
 // put never blocks.
 func (a *aside) put(d *Delivery, err *MessageError) {
@@ -43,31 +43,12 @@ func (a *aside) take() []unreadable {
 	return all
 }
 
-// refuse notes why no handler can be given the message that is being read. The first
-// reason stays.
-func (l *lane) refuse(reason error) {
-	if d := l.message; l.unfit == nil {
-		l.unfit = &MessageError{Exchange: d.Exchange, RoutingKey: d.RoutingKey, DeliveryTag: d.DeliveryTag, Redelivered: d.Redelivered, Err: reason}
+// tooLarge says why a body is not kept.
+func (c *config) tooLarge(size uint64) error {
+	if c.maxMessage == 0 || size <= c.maxMessage {
+		return nil
 	}
-	l.unfit.Size = l.size
-}
-
-var errHeaderSize = fmt.Errorf("its headers are larger than %d bytes", maxHeader)
-
-// skipHead begins a message whose content header is too large to be read. It comes
-// piece by piece.
-func (l *lane) skipHead(size uint64) {
-	l.size = size
-	l.refuse(errHeaderSize)
-}
-
-// skip goes over n bytes of a message that no handler can be given: of its header, if
-// that is too large, and of its body.
-func (l *lane) skip(n uint64, end bool) {
-	if l.headed {
-		l.size -= n
-	}
-	l.headed = l.headed || end
+	return fmt.Errorf("%w of %d bytes: raise it, or take the message out of the queue", ErrMessageTooLarge, c.maxMessage)
 }
 
 // unreadableHold is the longest that a message is held which no handler can be given: half of
@@ -76,7 +57,7 @@ const unreadableHold = 15 * time.Minute
 
 // setAside sees to the messages that no handler can be given.
 func (s *session) setAside() {
-	for _, m := range s.lane.aside.take() {
+	for _, m := range s.aside.take() {
 		m.err.Queue, m.err.Host, m.err.Session = s.queue, s.conn.host, s.id
 		s.stats.unreadable.Add(1)
 		s.reporter.unreadable(m.err)
@@ -120,5 +101,5 @@ func (p passed) settle(d *Delivery, _ Outcome) error {
 	case p.stream != nil:
 		return p.send(d, Acked)
 	}
-	return p.lane.settle(basicNack, d.fence.tag, nackRequeue)
+	return p.wire.Requeue(d.fence.tag)
 }

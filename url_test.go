@@ -191,7 +191,7 @@ func TestEachURLHasItsOwnHeartbeatAndDialTimeout(t *testing.T) {
 		c, err := build(urls[0], "q", append(opts, WithURLs(urls[1:]...)))
 		require.NoError(t, err)
 		for _, e := range newHosts(c).endpoints {
-			assert.Equal(t, 2*c.heartbeatOf(e), c.socketOptions(e).idleTimeout)
+			assert.Equal(t, 2*c.heartbeatOf(e), c.socketOptions(e).IdleTimeout)
 			all = append(all, [2]time.Duration{c.amqpConfig(e).Heartbeat, c.dialTimeoutOf(e)})
 		}
 		return all

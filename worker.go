@@ -85,7 +85,7 @@ func (p *pool) work() {
 // handleAll handles the deliveries of s until there are no more.
 func (p *pool) handleAll(s *session) {
 	for {
-		d, ok := s.lane.take()
+		d, ok := s.inbox.take()
 		if !ok {
 			return
 		}

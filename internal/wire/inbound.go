@@ -1,4 +1,4 @@
-package steadymq
+package wire
 
 import (
 	"encoding/binary"
@@ -38,8 +38,8 @@ type inbound struct {
 	pass  int64 // bytes of a frame that the driver still gets
 	all   bool  // these are no frames any more: judging that is the driver's work
 
-	lane *lane // whose message is being read
-	body int   // bytes of its frame still to come, with the frame's end
+	lane *Subscription // whose message is being read
+	body int           // bytes of its frame still to come, with the frame's end
 
 	beat  []byte        // for the driver, in place of what it does not see
 	given time.Duration // when the driver last got a frame, since the socket's start
@@ -48,7 +48,7 @@ type inbound struct {
 }
 
 // Read hands out what came from the broker for the driver.
-func (s *socket) Read(p []byte) (int, error) {
+func (s *Socket) Read(p []byte) (int, error) {
 	for len(p) > 0 && !s.over.Load() {
 		n, err := s.sift(p)
 		if err != nil {
@@ -69,7 +69,7 @@ func (s *socket) Read(p []byte) (int, error) {
 }
 
 // fill waits for more from the broker.
-func (s *socket) fill() error {
+func (s *Socket) fill() error {
 	in := &s.in
 	if in.took && in.pass == 0 && time.Duration(s.heard.Load())-in.given >= beatEvery {
 		in.beat, in.took = heartbeat, false
@@ -83,7 +83,7 @@ func (s *socket) fill() error {
 		in.lane.heard.Store(s.heard.Load())
 	}
 	s.rest()
-	n, err := transfer(s.conn.Read, in.buf[in.w:], s.kill)
+	n, err := s.opts.transfer(s.conn.Read, in.buf[in.w:], s.Kill)
 	s.resting.Store(false)
 	if n == 0 {
 		return s.readFailed(err)
@@ -114,7 +114,7 @@ func (in *inbound) makeRoom() {
 
 // sift goes over what was read. It copies to p what is for the driver and
 // returns 0 where more has to be read first.
-func (s *socket) sift(p []byte) (int, error) {
+func (s *Socket) sift(p []byte) (int, error) {
 	in := &s.in
 	for {
 		var err error
@@ -140,7 +140,7 @@ func (s *socket) sift(p []byte) (int, error) {
 }
 
 // give copies to p from the frame that is the driver's.
-func (s *socket) give(p []byte) int {
+func (s *Socket) give(p []byte) int {
 	in := &s.in
 	b := in.buf[in.r:in.w]
 	if !in.all {
@@ -157,12 +157,12 @@ func (s *socket) give(p []byte) int {
 
 // next decides whose the next frame is. It returns false if it has to see more
 // of it first.
-func (s *socket) next() (complete bool, err error) {
+func (s *Socket) next() (complete bool, err error) {
 	in := &s.in
 	b := in.buf[in.r:in.w]
 	need := needed(b[0])
 	if need == 0 && !in.begun {
-		return false, &notAMQPError{first: b[0]}
+		return false, &NotAMQPError{First: b[0]}
 	}
 	if need == 0 {
 		in.all = true
@@ -185,7 +185,7 @@ func (s *socket) next() (complete bool, err error) {
 		return s.theirs(b, whole)
 	case b[0] == frameHeader && l.begun() && whole <= math.MaxInt32:
 		return in.header(l, b, int(whole))
-	case whole > frameSize: // the driver refuses what is longer than agreed
+	case whole > FrameSize: // the driver refuses what is longer than agreed
 		return s.theirs(b, whole)
 	case b[0] == frameMethod:
 		return in.method(l, b, int(whole))
@@ -199,10 +199,10 @@ func (s *socket) next() (complete bool, err error) {
 
 // theirs leaves a frame to the driver. It has no way to skip a body, and makes room
 // for one as large as announced.
-func (s *socket) theirs(b []byte, whole uint64) (complete bool, err error) {
+func (s *Socket) theirs(b []byte, whole uint64) (complete bool, err error) {
 	if b[0] == frameHeader {
 		size := binary.BigEndian.Uint64(b[frameHead+4:])
-		if err := s.opts.tooLarge(size); err != nil {
+		if err := s.opts.refuse(size); err != nil {
 			return false, fmt.Errorf("a message of %d bytes, not for this consumer but for what WithTopology does: %w", size, err)
 		}
 	}
@@ -211,7 +211,7 @@ func (s *socket) theirs(b []byte, whole uint64) (complete bool, err error) {
 }
 
 // piecemeal has a lane take a frame as it comes.
-func (in *inbound) piecemeal(l *lane, whole int) (complete bool) {
+func (in *inbound) piecemeal(l *Subscription, whole int) (complete bool) {
 	in.lane, in.body = l, whole-frameHead
 	in.r += frameHead
 	in.progress()
@@ -220,7 +220,7 @@ func (in *inbound) piecemeal(l *lane, whole int) (complete bool) {
 
 // greet notes what the broker's first frame offers. It returns false if it has to
 // see more of it; a frame that is too long for this is the driver's to refuse.
-func (s *socket) greet(b []byte, whole uint64) bool {
+func (s *Socket) greet(b []byte, whole uint64) bool {
 	if whole <= firstFrame && uint64(len(b)) < whole {
 		return false
 	}
@@ -234,7 +234,7 @@ func (s *socket) greet(b []byte, whole uint64) bool {
 }
 
 // reading returns the lane of a channel, nil if there is none.
-func (s *socket) reading(channel uint16) *lane {
+func (s *Socket) reading(channel uint16) *Subscription {
 	if l := s.in.lane; l != nil && l.channel == channel && l.message != nil {
 		return l
 	}
@@ -246,7 +246,7 @@ func (s *socket) reading(channel uint16) *lane {
 // method takes a delivery of the lane. RabbitMQ 3.10 may deliver on a channel it
 // has closed, or close it once more; the driver would close the connection for
 // that, so it is not told.
-func (in *inbound) method(l *lane, b []byte, whole int) (complete bool, err error) {
+func (in *inbound) method(l *Subscription, b []byte, whole int) (complete bool, err error) {
 	id := methodID(b)
 	again := id == channelClose && l.refused
 	if id != basicDeliver && !again {
@@ -275,7 +275,7 @@ func (in *inbound) method(l *lane, b []byte, whole int) (complete bool, err erro
 }
 
 // header takes the content header of the lane's message.
-func (in *inbound) header(l *lane, b []byte, whole int) (complete bool, err error) {
+func (in *inbound) header(l *Subscription, b []byte, whole int) (complete bool, err error) {
 	if whole > maxHeader {
 		l.skipHead(binary.BigEndian.Uint64(b[frameHead+4:]))
 		return in.piecemeal(l, whole), nil

@@ -1,8 +1,7 @@
-package steadymq
+package wire
 
 import (
 	"bytes"
-	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -28,10 +27,10 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-var socketLimits = socketOptions{
-	idleTimeout:  20 * time.Second,
-	writeTimeout: 10 * time.Second,
-	writeDelay:   time.Millisecond,
+var socketLimits = Options{
+	IdleTimeout:  20 * time.Second,
+	WriteTimeout: 10 * time.Second,
+	WriteDelay:   time.Millisecond,
 }
 
 // wire is the connection under a socket: it counts writes and can fail, cut
@@ -78,15 +77,15 @@ func (w *wire) writes() int {
 
 // pipe returns a socket on an in-memory connection without buffers, and its
 // peer's end: a peer that does not read is a zero window.
-func pipe(t *testing.T, o socketOptions) (*socket, *wire, net.Conn) {
+func pipe(t *testing.T, o Options) (*Socket, *wire, net.Conn) {
 	t.Helper()
 	near, far := net.Pipe()
 	w := &wire{Conn: near}
-	s := newSocket(w, o)
-	s.watchPeer()
+	s := NewSocket(w, o)
+	s.WatchPeer()
 	t.Cleanup(func() {
-		s.kill(nil)
-		s.wait()
+		s.Kill(nil)
+		s.Wait()
 		_ = far.Close()
 	})
 	return s, w, far
@@ -131,10 +130,85 @@ func deliveryOf(tag uint64, body []byte) []byte {
 
 var heartbeatFrame = frameOf(frameBeat, 0)
 
+// consumed is a subscription and what came of it.
+type consumed struct {
+	*Subscription
+	*kept
+}
+
+// kept is a Receiver that keeps all.
+type kept struct {
+	more chan struct{} // has a value once there is something
+
+	mu    sync.Mutex
+	all   []*amqp.Delivery
+	aside []unfit
+}
+
+// unfit is a message that no handler can be given.
+type unfit struct {
+	delivery *amqp.Delivery
+	size     uint64
+	err      error
+}
+
+func (k *kept) New() *amqp.Delivery { return new(amqp.Delivery) }
+
+func (k *kept) Put(d *amqp.Delivery) {
+	k.mu.Lock()
+	k.all = append(k.all, d)
+	k.mu.Unlock()
+	select {
+	case k.more <- struct{}{}:
+	default:
+	}
+}
+
+func (k *kept) PutAside(d *amqp.Delivery, size uint64, reason error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.aside = append(k.aside, unfit{d, size, reason})
+}
+
+// take waits for the next one.
+func (k *kept) take() *amqp.Delivery {
+	for {
+		k.mu.Lock()
+		if len(k.all) > 0 {
+			d := k.all[0]
+			k.all = k.all[1:]
+			k.mu.Unlock()
+			return d
+		}
+		k.mu.Unlock()
+		<-k.more
+	}
+}
+
+// count is how many wait.
+func (k *kept) count() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.all)
+}
+
+var errTooLarge = errors.New("too large")
+
+// atMost refuses larger bodies.
+func atMost(limit uint64) func(uint64) error {
+	return func(size uint64) error {
+		if size <= limit {
+			return nil
+		}
+		return errTooLarge
+	}
+}
+
 // openLane is the lane of consumer t on a channel, as if the driver had just
 // written its basic.consume.
-func openLane(s *socket, channel uint16, prefetch int) *lane {
-	l := s.lane("t", prefetch)
+func openLane(s *Socket, channel uint16, prefetch int) *consumed {
+	k := &kept{more: make(chan struct{}, 1)}
+	l := &consumed{s.Subscribe("t", prefetch, k), k}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lanes.learn(consumeFrame(channel, "t"))
@@ -142,7 +216,7 @@ func openLane(s *socket, channel uint16, prefetch int) *lane {
 }
 
 // consumer is a socket with a driver that reads and a lane on channel 1.
-func consumer(t *testing.T, o socketOptions, prefetch int) (*lane, *wire, net.Conn) {
+func consumer(t *testing.T, o Options, prefetch int) (*consumed, *wire, net.Conn) {
 	t.Helper()
 	s, w, far := pipe(t, o)
 	go func() { _, _ = io.Copy(io.Discard, s) }()
@@ -236,7 +310,7 @@ func readMethod(r io.Reader) (uint32, error) {
 }
 
 // open opens the driver on s against broker.
-func open(t *testing.T, s *socket, far net.Conn) *amqp.Connection {
+func open(t *testing.T, s *Socket, far net.Conn) *amqp.Connection {
 	t.Helper()
 	played := make(chan error, 1)
 	go func() { played <- broker(far) }()
@@ -265,8 +339,8 @@ func TestPeerThatDiesRightAfterOpenIsNoticed(t *testing.T) {
 
 		require.Error(t, err)
 		assert.Equal(t, 20*time.Second, time.Since(began))
-		assert.ErrorIs(t, s.cause(), errWatchdog)
-		assert.ErrorContains(t, s.cause(), "20s")
+		assert.ErrorIs(t, s.Cause(), ErrWatchdog)
+		assert.ErrorContains(t, s.Cause(), "20s")
 	})
 }
 
@@ -281,13 +355,13 @@ func TestParkedReaderIsNoticed(t *testing.T) {
 			beat(s, far)
 		}()
 
-		<-s.done()
+		<-s.Done()
 
 		assert.Equal(t, 20*time.Second, time.Since(began))
-		assert.ErrorIs(t, s.cause(), errWatchdog)
+		assert.ErrorIs(t, s.Cause(), ErrWatchdog)
 		_ = conn.Close()
 		assert.LessOrEqual(t, time.Since(began), 25*time.Second)
-		s.wait()
+		s.Wait()
 	})
 }
 
@@ -300,9 +374,9 @@ func TestWatchdogIsFedByWhatTheDriverReads(t *testing.T) {
 			_, err := far.Write(heartbeatFrame)
 			require.NoError(t, err)
 		}
-		require.NoError(t, s.cause())
+		require.NoError(t, s.Cause())
 		began := time.Now()
-		<-s.done()
+		<-s.Done()
 		assert.Equal(t, 20*time.Second, time.Since(began))
 	})
 }
@@ -325,9 +399,9 @@ func TestBlackHole(t *testing.T) {
 		after         time.Duration
 		cause         error
 	}{
-		"both ways":       {after: 15 * time.Second, cause: errWriteTimeout},
-		"to the broker":   {speaks: true, after: 15 * time.Second, cause: errWriteTimeout},
-		"from the broker": {hears: true, after: 20 * time.Second, cause: errWatchdog},
+		"both ways":       {after: 15 * time.Second, cause: ErrWriteTimeout},
+		"to the broker":   {speaks: true, after: 15 * time.Second, cause: ErrWriteTimeout},
+		"from the broker": {hears: true, after: 20 * time.Second, cause: ErrWatchdog},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
@@ -342,22 +416,22 @@ func TestBlackHole(t *testing.T) {
 				go func() { _, _ = io.Copy(io.Discard, s) }()
 				began := time.Now()
 
-				<-s.done()
+				<-s.Done()
 
 				assert.Equal(t, hole.after, time.Since(began))
-				assert.ErrorIs(t, s.cause(), hole.cause)
+				assert.ErrorIs(t, s.Cause(), hole.cause)
 			})
 		})
 	}
 }
 
 // beat writes a heartbeat to w every 5 s until s ends.
-func beat(s *socket, w io.Writer) {
+func beat(s *Socket, w io.Writer) {
 	ticker := time.NewTicker(5 * time.Second)
 	defer ticker.Stop()
 	for {
 		select {
-		case <-s.done():
+		case <-s.Done():
 			return
 		case <-ticker.C:
 			_, _ = w.Write(heartbeatFrame)
@@ -366,7 +440,7 @@ func beat(s *socket, w io.Writer) {
 }
 
 // settleInto settles until the socket takes no more; the peer must not read.
-func settleInto(s *socket, acks int) <-chan error {
+func settleInto(s *Socket, acks int) <-chan error {
 	l := openLane(s, 1, 1)
 	result := make(chan error, 1)
 	go func() {
@@ -391,7 +465,7 @@ func TestZeroWindowUnderAHundredThousandAcks(t *testing.T) {
 			s.mu.Lock()
 			assert.LessOrEqual(t, len(s.pending), maxPending)
 			s.mu.Unlock()
-			assert.ErrorIs(t, <-written, errWriteTimeout)
+			assert.ErrorIs(t, <-written, ErrWriteTimeout)
 			assert.Equal(t, 10*time.Second, time.Since(began))
 		})
 	})
@@ -401,9 +475,9 @@ func TestZeroWindowUnderAHundredThousandAcks(t *testing.T) {
 			written := settleInto(s, 100_000)
 			time.Sleep(time.Second)
 			began, reason := time.Now(), errors.New("setup limit")
-			s.kill(reason)
+			s.Kill(reason)
 			assert.ErrorIs(t, <-written, reason)
-			s.wait()
+			s.Wait()
 			assert.Zero(t, time.Since(began))
 			assert.True(t, w.linger, "a FIN would wait behind what the peer does not take")
 		})
@@ -414,9 +488,9 @@ func TestZeroWindowUnderAHundredThousandAcks(t *testing.T) {
 			written := settleInto(s, 100_000)
 			time.Sleep(3 * time.Second)
 			began := time.Now()
-			assert.ErrorIs(t, s.Close(), errWriteTimeout)
+			assert.ErrorIs(t, s.Close(), ErrWriteTimeout)
 			assert.Error(t, <-written)
-			s.wait()
+			s.Wait()
 			assert.LessOrEqual(t, time.Since(began), 10*time.Second)
 		})
 	})
@@ -426,7 +500,7 @@ func TestZeroWindowUnderAHundredThousandAcks(t *testing.T) {
 			settleInto(s, 100_000)
 			synctest.Wait()
 			reason := errors.New("close limit")
-			time.AfterFunc(2*time.Second, func() { s.kill(reason) })
+			time.AfterFunc(2*time.Second, func() { s.Kill(reason) })
 			began := time.Now()
 			assert.ErrorIs(t, s.Close(), reason)
 			assert.Equal(t, 2*time.Second, time.Since(began))
@@ -436,7 +510,7 @@ func TestZeroWindowUnderAHundredThousandAcks(t *testing.T) {
 
 func TestZeroWindowUnderTheDriverOnARealSocket(t *testing.T) {
 	near, far := tcpPair(t)
-	s := newSocket(near, socketLimits)
+	s := NewSocket(near, socketLimits)
 	conn := open(t, s, far)
 	go func() { _, _ = far.Write(methodOf(1, 20, 11, 0, 0, 0, 0)) }()
 	channel, err := conn.Channel()
@@ -458,17 +532,17 @@ func TestZeroWindowUnderTheDriverOnARealSocket(t *testing.T) {
 	}, 30*time.Second, time.Millisecond, "Ack blocks")
 
 	began := time.Now()
-	s.kill(errors.New("stop"))
+	s.Kill(errors.New("stop"))
 	assert.Error(t, <-settled)
 	_ = conn.Close()
-	s.wait()
+	s.Wait()
 	assert.Less(t, time.Since(began), 2*time.Second)
 }
 
 func TestSlowReaderStaysAlive(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		o := socketLimits
-		o.idleTimeout = 0
+		o.IdleTimeout = 0
 		s, _, far := pipe(t, o)
 		body := make([]byte, maxPending-len(frameOf(frameBody, 1)))
 		_, _ = mathrand.NewChaCha8([32]byte{1}).Read(body)
@@ -484,7 +558,7 @@ func TestSlowReaderStaysAlive(t *testing.T) {
 			time.Sleep(9 * time.Second)
 		}
 		assert.Equal(t, sent, got.Bytes())
-		assert.NoError(t, s.cause())
+		assert.NoError(t, s.Cause())
 	})
 }
 
@@ -604,7 +678,7 @@ func slicesOf(parts ...[]byte) []byte { return bytes.Join(parts, nil) }
 func TestWriteDelayZeroNeverWaits(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		o := socketLimits
-		o.writeDelay = 0
+		o.WriteDelay = 0
 		l, _, far := consumer(t, o, 100)
 		arrived := collect(far)
 		deliver(t, far, 100)
@@ -648,14 +722,14 @@ func TestCloseFlushesWhatIsHeld(t *testing.T) {
 		require.NoError(t, s.Close())
 		<-arrived.ended
 		assert.Equal(t, want, arrived.bytes())
-		assert.NoError(t, s.cause())
+		assert.NoError(t, s.Cause())
 		assert.False(t, w.linger, "a plain close is no reset")
 		_, err := s.Read(make([]byte, 1))
 		assert.ErrorIs(t, err, net.ErrClosed)
 		_, err = s.Write(heartbeatFrame)
 		assert.ErrorIs(t, err, net.ErrClosed)
 		require.NoError(t, s.Close(), "again")
-		s.wait()
+		s.Wait()
 	})
 }
 
@@ -664,19 +738,19 @@ func TestFirstCauseWins(t *testing.T) {
 	t.Run("kill after kill", func(t *testing.T) {
 		inBubble(t, func(t *testing.T) {
 			s, _, _ := pipe(t, socketLimits)
-			s.kill(first)
-			s.kill(second)
-			assert.Equal(t, first, s.cause())
+			s.Kill(first)
+			s.Kill(second)
+			assert.Equal(t, first, s.Cause())
 		})
 	})
 	t.Run("end of file after kill", func(t *testing.T) {
 		inBubble(t, func(t *testing.T) {
 			s, _, far := pipe(t, socketLimits)
-			s.kill(first)
+			s.Kill(first)
 			_ = far.Close()
 			_, err := s.Read(make([]byte, 1))
 			assert.Equal(t, first, err, "the driver is told the cause too")
-			assert.Equal(t, first, s.cause())
+			assert.Equal(t, first, s.Cause())
 		})
 	})
 	t.Run("kill after end of file", func(t *testing.T) {
@@ -685,17 +759,17 @@ func TestFirstCauseWins(t *testing.T) {
 			_ = far.Close()
 			_, err := s.Read(make([]byte, 1))
 			assert.ErrorIs(t, err, io.EOF)
-			s.kill(second)
-			assert.ErrorIs(t, s.cause(), errPeerClosed)
-			assert.ErrorContains(t, s.cause(), "the peer closed the connection")
+			s.Kill(second)
+			assert.ErrorIs(t, s.Cause(), ErrPeerClosed)
+			assert.ErrorContains(t, s.Cause(), "the peer closed the connection")
 		})
 	})
 	t.Run("kill after a plain close", func(t *testing.T) {
 		inBubble(t, func(t *testing.T) {
 			s, _, _ := pipe(t, socketLimits)
 			require.NoError(t, s.Close())
-			s.kill(second)
-			assert.NoError(t, s.cause())
+			s.Kill(second)
+			assert.NoError(t, s.Cause())
 		})
 	})
 	t.Run("the driver's read deadline", func(t *testing.T) {
@@ -704,7 +778,7 @@ func TestFirstCauseWins(t *testing.T) {
 			require.NoError(t, s.SetReadDeadline(time.Now().Add(15*time.Second)))
 			began := time.Now()
 			_, err := s.Read(make([]byte, 1))
-			assert.ErrorIs(t, err, errReadTimeout)
+			assert.ErrorIs(t, err, ErrReadTimeout)
 			assert.Equal(t, 15*time.Second, time.Since(began))
 		})
 	})
@@ -715,14 +789,14 @@ func TestFirstCauseWins(t *testing.T) {
 			_, err := s.Write(heartbeatFrame)
 			require.NoError(t, err)
 			began := time.Now()
-			<-s.done()
-			assert.ErrorIs(t, s.cause(), errWriteTimeout)
+			<-s.Done()
+			assert.ErrorIs(t, s.Cause(), ErrWriteTimeout)
 			assert.Equal(t, 2*time.Second, time.Since(began))
 		})
 	})
 	t.Run("a reset", func(t *testing.T) {
-		assert.ErrorIs(t, readCause(&net.OpError{Op: "read", Err: syscall.ECONNRESET}), errPeerReset)
-		assert.ErrorIs(t, readCause(&net.OpError{Op: "read", Err: syscall.ETIMEDOUT}), errUnconfirmed)
+		assert.ErrorIs(t, readCause(&net.OpError{Op: "read", Err: syscall.ECONNRESET}), ErrPeerReset)
+		assert.ErrorIs(t, readCause(&net.OpError{Op: "read", Err: syscall.ETIMEDOUT}), ErrUnconfirmed)
 	})
 }
 
@@ -731,13 +805,13 @@ func TestManyCallersAgreeOnOneCause(t *testing.T) {
 		s, _, _ := pipe(t, socketLimits)
 		var killers sync.WaitGroup
 		for i := range 50 {
-			killers.Go(func() { s.kill(fmt.Errorf("cause %d", i)) })
+			killers.Go(func() { s.Kill(fmt.Errorf("cause %d", i)) })
 		}
 		killers.Go(func() { _ = s.Close() })
-		<-s.done()
-		cause := s.cause()
+		<-s.Done()
+		cause := s.Cause()
 		killers.Wait()
-		assert.Equal(t, cause, s.cause())
+		assert.Equal(t, cause, s.Cause())
 	})
 }
 
@@ -763,8 +837,8 @@ func TestFailedWriteLeavesTheBrokersLastWords(t *testing.T) {
 		require.NotNil(t, told)
 		assert.Equal(t, 320, told.Code)
 		assert.True(t, told.Server)
-		<-s.done()
-		assert.ErrorIs(t, s.cause(), errPeerReset)
+		<-s.Done()
+		assert.ErrorIs(t, s.Cause(), ErrPeerReset)
 	})
 }
 
@@ -775,17 +849,17 @@ func TestFailedWriteEndsTheSocketWithinTheGrace(t *testing.T) {
 		began := time.Now()
 		_, err := s.Write(heartbeatFrame)
 		require.NoError(t, err)
-		<-s.done()
+		<-s.Done()
 		assert.Equal(t, drainGrace, time.Since(began))
-		assert.ErrorIs(t, s.cause(), errPeerReset)
+		assert.ErrorIs(t, s.Cause(), ErrPeerReset)
 		_, err = s.Write(heartbeatFrame)
-		assert.ErrorIs(t, err, errPeerReset)
+		assert.ErrorIs(t, err, ErrPeerReset)
 	})
 }
 
 func TestTooLargeMessageOfNoLaneNeverReachesTheDriver(t *testing.T) {
 	o := socketLimits
-	o.maxMessage = 1000
+	o.Refuse = atMost(1000)
 	good := deliveryOf(1, make([]byte, 1000))
 	bad := slicesOf(methodOf(1, 60, 60, 1, 't', 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 1, 'q'), headerOf(1<<63))
 	stream := slicesOf(good, heartbeatFrame, bad)
@@ -800,13 +874,12 @@ func TestTooLargeMessageOfNoLaneNeverReachesTheDriver(t *testing.T) {
 			}()
 			got, err := io.ReadAll(s)
 
-			require.ErrorIs(t, err, ErrMessageTooLarge)
+			require.ErrorIs(t, err, errTooLarge)
 			require.ErrorContains(t, err, "message of 9223372036854775808 bytes")
-			require.ErrorContains(t, err, "limit (WithMaxMessageSize) of 1000 bytes")
 			require.GreaterOrEqual(t, len(got), allowed, "what came before is not lost")
 			require.Less(t, len(got), allowed+headerHead, "the header is not complete")
 			require.Equal(t, stream[:len(got)], got)
-			assert.ErrorIs(t, s.cause(), err)
+			assert.ErrorIs(t, s.Cause(), err)
 		})
 	}
 }
@@ -838,7 +911,7 @@ func FuzzWrites(f *testing.F) {
 
 func playWrites(t *testing.T, script []byte, r *mathrand.Rand) {
 	near, far := net.Pipe()
-	s := newSocket(&wire{Conn: near, cut: mathrand.New(mathrand.NewPCG(r.Uint64(), 0))}, socketLimits)
+	s := NewSocket(&wire{Conn: near, cut: mathrand.New(mathrand.NewPCG(r.Uint64(), 0))}, socketLimits)
 	l := openLane(s, 1, 100)
 	go func() { _, _ = io.Copy(io.Discard, s) }()
 	var got bytes.Buffer
@@ -883,128 +956,14 @@ func playWrites(t *testing.T, script []byte, r *mathrand.Rand) {
 	require.NoError(t, s.Close())
 	<-ended
 	require.True(t, bytes.Equal(want, got.Bytes()), "every byte once and in order")
-	s.wait()
+	s.Wait()
 }
 
-func TestOpenSocketEndsWithItsContext(t *testing.T) {
-	reason := errors.New("setup limit")
-	limited := func(t *testing.T) context.Context {
-		ctx, cancel := context.WithTimeoutCause(t.Context(), 15*time.Second, reason)
-		t.Cleanup(cancel)
-		return ctx
-	}
-	t.Run("TLS peer that stops in its handshake", func(t *testing.T) {
-		inBubble(t, func(t *testing.T) {
-			near, far := net.Pipe()
-			collect(far)
-			began := time.Now()
-			_, err := openSocket(limited(t), dialTo(near), "mq.example:5671", &tls.Config{}, socketLimits, func() {})
-			assert.ErrorIs(t, err, reason)
-			assert.Equal(t, 15*time.Second, time.Since(began))
-			_, err = near.Write([]byte{0})
-			assert.ErrorIs(t, err, io.ErrClosedPipe, "nothing stays open")
-		})
-	})
-	t.Run("dial that hangs", func(t *testing.T) {
-		inBubble(t, func(t *testing.T) {
-			dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-				<-ctx.Done()
-				return nil, ctx.Err()
-			}
-			began := time.Now()
-			_, err := openSocket(limited(t), dial, "mq.example:5672", nil, socketLimits, func() {})
-			assert.ErrorIs(t, err, reason)
-			assert.Equal(t, 15*time.Second, time.Since(began))
-		})
-	})
-	t.Run("dial that fails", func(t *testing.T) {
-		inBubble(t, func(t *testing.T) {
-			refused := errors.New("connection refused")
-			dial := func(context.Context, string, string) (net.Conn, error) { return nil, refused }
-			_, err := openSocket(limited(t), dial, "mq.example:5672", nil, socketLimits, func() {})
-			assert.Equal(t, refused, err, "ctx has nothing to do with it")
-		})
-	})
-}
-
-func dialTo(conn net.Conn) dialFunc {
-	return func(context.Context, string, string) (net.Conn, error) { return conn, nil }
-}
-
-func TestTLSOnARealSocket(t *testing.T) {
-	server, client := certificates(t)
-	listener, err := tls.Listen("tcp", "127.0.0.1:0", server)
-	require.NoError(t, err)
-	defer listener.Close()
-	echoed := make(chan error, 1)
-	go func() {
-		conn, err := listener.Accept()
-		if err != nil {
-			echoed <- err
-			return
-		}
-		defer conn.Close()
-		_, err = io.Copy(conn, conn) // nil only if the client says goodbye
-		echoed <- err
-	}()
-
-	s, err := openSocket(t.Context(), defaultDial(5*time.Second, 15*time.Second), listener.Addr().String(), client, socketLimits, func() {})
-	require.NoError(t, err)
-	assert.Empty(t, client.ServerName, "the caller's config is not touched")
-	sent := bytes.Repeat(heartbeatFrame, 20_000)
-	go func() { _, _ = s.Write(sent) }()
-	got := make([]byte, len(sent))
-	_, err = io.ReadFull(s, got)
-	require.NoError(t, err)
-	assert.True(t, bytes.Equal(sent, got))
-	require.NoError(t, s.Close())
-	require.NoError(t, <-echoed)
-	s.wait()
-}
-
-func TestTLSRefusedSaysWhy(t *testing.T) {
-	server, client := certificates(t)
-	listener, err := tls.Listen("tcp", "127.0.0.1:0", server)
-	require.NoError(t, err)
-	defer listener.Close()
-	refused := make(chan struct{})
-	go func() {
-		defer close(refused)
-		if conn, err := listener.Accept(); err == nil {
-			_, _ = io.Copy(io.Discard, conn)
-			_ = conn.Close()
-		}
-	}()
-	client.ServerName = "another.example"
-	_, err = openSocket(t.Context(), defaultDial(5*time.Second, 0), listener.Addr().String(), client, socketLimits, func() {})
-	var invalid *tls.CertificateVerificationError
-	assert.ErrorAs(t, err, &invalid)
-	<-refused
-}
-
-func TestTLSSpokenToAPortWithoutItSaysSo(t *testing.T) {
-	for answer, says := range map[string]string{
-		"AMQP\x00\x00\x09\x01":     "AMQP without TLS",
-		"HTTP/1.1 400 Bad Request": "check host and port",
-	} {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
-		require.NoError(t, err)
-		answered := make(chan struct{})
-		go func() {
-			defer close(answered)
-			if conn, err := listener.Accept(); err == nil {
-				_, _ = conn.Write([]byte(answer))
-				_, _ = io.Copy(io.Discard, conn)
-				_ = conn.Close()
-			}
-		}()
-		_, err = openSocket(t.Context(), defaultDial(5*time.Second, 0), listener.Addr().String(), &tls.Config{}, socketLimits, func() {})
-		var record tls.RecordHeaderError
-		assert.ErrorAs(t, err, &record)
-		assert.ErrorContains(t, err, says)
-		<-answered
-		require.NoError(t, listener.Close())
-	}
+func TestCauseOfAReadIsInTheChainOfWhatItMeans(t *testing.T) {
+	reset := &net.OpError{Op: "read", Net: "tcp", Err: os.NewSyscallError("read", syscall.ECONNRESET)}
+	assert.ErrorIs(t, readCause(reset), syscall.ECONNRESET)
+	assert.ErrorIs(t, readCause(reset), ErrPeerReset)
+	assert.ErrorIs(t, ErrPeerClosed, io.EOF)
 }
 
 func TestKillOverTLSDoesNotWaitForThePeer(t *testing.T) {
@@ -1012,9 +971,11 @@ func TestKillOverTLSDoesNotWaitForThePeer(t *testing.T) {
 	server, client := certificates(t)
 	shaken := make(chan error, 1)
 	go func() { shaken <- tls.Server(far, server).HandshakeContext(t.Context()) }()
-	s, err := openSocket(t.Context(), dialTo(near), "127.0.0.1:1", client, socketLimits, func() {})
-	require.NoError(t, err)
+	client.ServerName = "127.0.0.1"
+	secured := tls.Client(near, client)
+	require.NoError(t, secured.HandshakeContext(t.Context()))
 	require.NoError(t, <-shaken)
+	s := NewSocket(secured, socketLimits)
 	written := make(chan error, 1)
 	go func() {
 		for {
@@ -1031,8 +992,8 @@ func TestKillOverTLSDoesNotWaitForThePeer(t *testing.T) {
 	}, 30*time.Second, time.Millisecond, "the peer takes no more")
 
 	began, reason := time.Now(), errors.New("stop")
-	s.kill(reason)
-	s.wait()
+	s.Kill(reason)
+	s.Wait()
 	assert.ErrorIs(t, <-written, reason)
 	assert.Less(t, time.Since(began), 2*time.Second)
 }
@@ -1043,7 +1004,7 @@ func tcpPair(t *testing.T) (near, far net.Conn) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer listener.Close()
-	near, err = defaultDial(5*time.Second, 0)(t.Context(), "tcp", listener.Addr().String())
+	near, err = DefaultDial(5*time.Second, 0)(t.Context(), "tcp", listener.Addr().String())
 	require.NoError(t, err)
 	far, err = listener.Accept()
 	require.NoError(t, err)
@@ -1086,9 +1047,9 @@ func (swallow) SetWriteDeadline(time.Time) error { return nil }
 func BenchmarkLaneSettle(b *testing.B) {
 	near, far := net.Pipe()
 	defer far.Close()
-	s := newSocket(swallow{near}, socketLimits)
-	defer s.wait()
-	defer s.kill(nil)
+	s := NewSocket(swallow{near}, socketLimits)
+	defer s.Wait()
+	defer s.Kill(nil)
 	l := openLane(s, 1, 1000)
 	b.ReportAllocs()
 	for b.Loop() {
@@ -1102,9 +1063,9 @@ func BenchmarkLaneSettle(b *testing.B) {
 func BenchmarkSocketWriteHeartbeat(b *testing.B) {
 	near, far := net.Pipe()
 	defer far.Close()
-	s := newSocket(swallow{near}, socketLimits)
-	defer s.wait()
-	defer s.kill(nil)
+	s := NewSocket(swallow{near}, socketLimits)
+	defer s.Wait()
+	defer s.Kill(nil)
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, err := s.Write(heartbeatFrame); err != nil {
@@ -1117,9 +1078,9 @@ func BenchmarkSocketWriteHeartbeat(b *testing.B) {
 func BenchmarkLaneDeliver(b *testing.B) {
 	near, far := net.Pipe()
 	defer far.Close()
-	s := newSocket(near, socketLimits)
-	defer s.wait()
-	defer s.kill(nil)
+	s := NewSocket(near, socketLimits)
+	defer s.Wait()
+	defer s.Kill(nil)
 	l := openLane(s, 1, 1)
 	delivery := deliveryOf(1, make([]byte, 100))
 	b.ReportAllocs()
@@ -1128,7 +1089,7 @@ func BenchmarkLaneDeliver(b *testing.B) {
 		if _, err := s.sift(nil); err != nil {
 			b.Fatal(err)
 		}
-		if d, _ := l.take(); len(d.Body) != 100 {
+		if d := l.take(); len(d.Body) != 100 {
 			b.Fatal("not the delivery")
 		}
 	}
@@ -1142,7 +1103,7 @@ func TestLaneKeepsOutOfALongFrame(t *testing.T) {
 		arrived := collect(far)
 		consume := methodOf(1, 60, 20, 0, 0, 1, 'q', 1, 't', 0, 0, 0, 0, 0)
 		long := methodOf(0, 10, 70, make([]byte, 6000)...)
-		l := s.lane("t", 1)
+		l := s.Subscribe("t", 1, &kept{})
 		_, err := s.Write(consume)
 		require.NoError(t, err)
 		_, err = s.Write(long[:4096])
@@ -1199,11 +1160,11 @@ func TestSocketWhosePeerIsSilentIsResetNotClosed(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			near, far := net.Pipe()
 			defer far.Close()
-			s := newSocket(lingering{near, c.err, new(atomic.Bool)}, socketOptions{})
+			s := NewSocket(lingering{near, c.err, new(atomic.Bool)}, Options{})
 			_, err := s.Read(make([]byte, 1))
 			require.Error(t, err)
-			s.kill(nil)
-			s.wait()
+			s.Kill(nil)
+			s.Wait()
 			assert.Equal(t, c.reset, s.raw.(lingering).reset.Load())
 		})
 	}

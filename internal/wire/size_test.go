@@ -1,4 +1,4 @@
-package steadymq
+package wire
 
 import (
 	"strings"
@@ -18,5 +18,5 @@ func TestSizeOfAnUnreadableMessageIsItsOwn(t *testing.T) {
 	}
 	_, _, unfit, _ := sortedAll(t, stream, 0, func(left int) int { return left })
 	require.Len(t, unfit, 1)
-	assert.EqualValues(t, 3, unfit[0].Size)
+	assert.EqualValues(t, 3, unfit[0].size)
 }

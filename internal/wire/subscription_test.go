@@ -1,4 +1,4 @@
-package steadymq
+package wire
 
 import (
 	"encoding/binary"
@@ -26,11 +26,11 @@ func consumeFrame(channel uint16, tag string) []byte {
 }
 
 // onSocket runs test with a socket whose peer keeps what it reads.
-func onSocket(t *testing.T, test func(s *socket, wire func() []byte)) {
+func onSocket(t *testing.T, test func(s *Socket, wire func() []byte)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		ours, theirs := net.Pipe()
-		s := newSocket(ours, socketOptions{writeTimeout: time.Second})
+		s := NewSocket(ours, Options{WriteTimeout: time.Second})
 		got := make(chan []byte, 1)
 		go func() {
 			all, _ := io.ReadAll(theirs)
@@ -38,7 +38,7 @@ func onSocket(t *testing.T, test func(s *socket, wire func() []byte)) {
 		}()
 		test(s, func() []byte {
 			_ = s.Close()
-			s.wait()
+			s.Wait()
 			return <-got
 		})
 	})
@@ -54,20 +54,20 @@ func TestLaneIsClosedForGoodWithItsChannel(t *testing.T) {
 	}
 	for name, end := range ends {
 		t.Run(name, func(t *testing.T) {
-			onSocket(t, func(s *socket, wire func() []byte) {
+			onSocket(t, func(s *Socket, wire func() []byte) {
 				write := func(p []byte) {
 					_, err := s.Write(p)
 					require.NoError(t, err)
 				}
 				write(methodFrame(1, channelOpen, 0))
-				first := s.lane("first", 1)
+				first := s.Subscribe("first", 1, &kept{})
 				require.ErrorIs(t, first.settle(basicAck, 1, 0), net.ErrClosed, "it opens with its basic.consume")
 				write(consumeFrame(1, "first"))
 				require.NoError(t, first.settle(basicAck, 1, 0))
 				write(end)
 				require.ErrorIs(t, first.settle(basicAck, 2, 0), net.ErrClosed)
 				write(methodFrame(1, channelOpen, 0))
-				second := s.lane("second", 1)
+				second := s.Subscribe("second", 1, &kept{})
 				write(consumeFrame(1, "second"))
 				require.ErrorIs(t, first.settle(basicAck, 3, 0), net.ErrClosed, "its number is used again, it is not")
 				require.NoError(t, second.settle(basicReject, 1, rejectRequeue))
@@ -86,13 +86,13 @@ func TestLaneIsClosedForGoodWithItsChannel(t *testing.T) {
 }
 
 func TestLaneIsUsedAfterTheDriverCutAFrame(t *testing.T) {
-	onSocket(t, func(s *socket, wire func() []byte) {
+	onSocket(t, func(s *Socket, wire func() []byte) {
 		long := methodFrame(1, channelOpen, make([]byte, 5000)...)
 		_, err := s.Write(long[:4096])
 		require.NoError(t, err)
 		_, err = s.Write(long[4096:])
 		require.NoError(t, err)
-		l := s.lane("tag", 1)
+		l := s.Subscribe("tag", 1, &kept{})
 		_, err = s.Write(consumeFrame(1, "tag"))
 		require.NoError(t, err)
 		assert.NoError(t, l.settle(basicAck, 1, 0), "the frame is complete")
@@ -101,9 +101,9 @@ func TestLaneIsUsedAfterTheDriverCutAFrame(t *testing.T) {
 }
 
 func TestLaneWritesTheFramesTheDriverWrites(t *testing.T) {
-	onSocket(t, func(s *socket, wire func() []byte) {
+	onSocket(t, func(s *Socket, wire func() []byte) {
 		before := consumeFrame(7, "tag")
-		l := s.lane("tag", 1)
+		l := s.Subscribe("tag", 1, &kept{})
 		_, err := s.Write(before)
 		require.NoError(t, err)
 		require.NoError(t, l.settle(basicAck, 0x0102, 0))

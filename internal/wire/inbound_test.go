@@ -1,4 +1,4 @@
-package steadymq
+package wire
 
 import (
 	"bytes"
@@ -8,8 +8,6 @@ import (
 	"io"
 	mathrand "math/rand/v2"
 	"net"
-	"runtime"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -46,11 +44,15 @@ func sorted(t testing.TB, stream []byte, limit uint64, piece func(left int) int)
 }
 
 // sortedAll also returns what no handler could be given.
-func sortedAll(t testing.TB, stream []byte, limit uint64, piece func(left int) int) (driver []byte, deliveries []amqp.Delivery, unfit []*MessageError, cause error) {
+func sortedAll(t testing.TB, stream []byte, limit uint64, piece func(left int) int) (driver []byte, deliveries []amqp.Delivery, aside []unfit, cause error) {
 	ours, theirs := net.Pipe()
-	s := newSocket(ours, socketOptions{maxMessage: limit})
-	defer s.wait()
-	defer s.kill(nil)
+	o := Options{}
+	if limit > 0 {
+		o.Refuse = atMost(limit)
+	}
+	s := NewSocket(ours, o)
+	defer s.Wait()
+	defer s.Kill(nil)
 	l := openLane(s, 1, 1)
 	go func() {
 		for len(stream) > 0 {
@@ -70,14 +72,10 @@ func sortedAll(t testing.TB, stream []byte, limit uint64, piece func(left int) i
 			break
 		}
 	}
-	for _, m := range l.aside.take() {
-		unfit = append(unfit, m.err)
+	for _, d := range l.all {
+		deliveries = append(deliveries, *d)
 	}
-	l.close()
-	for _, d := range l.clear() {
-		deliveries = append(deliveries, d.Delivery)
-	}
-	return driver, deliveries, unfit, s.cause()
+	return driver, deliveries, l.aside, s.Cause()
 }
 
 func whole(left int) int { return left }
@@ -124,9 +122,9 @@ func TestLanesOfTwoChannelsReadInterleavedMessages(t *testing.T) {
 				*stream = (*stream)[n:]
 			}
 		}
-		d, _ := first.take()
+		d := first.take()
 		assert.Equal(t, "first", string(d.Body))
-		d, _ = second.take()
+		d = second.take()
 		assert.Equal(t, "second", string(d.Body))
 	})
 }
@@ -163,13 +161,13 @@ func TestBrokenFramesEndTheSocketOrAreTheDrivers(t *testing.T) {
 		"a short header":        slicesOf(frameOf(frameHeader, 1, 1, 2, 3), message),
 		"a header by itself":    headerOf(4),
 		"a body by itself":      frameOf(frameBody, 1, 1, 2, 3),
-		"longer than agreed":    frameOf(frameMethod, 1, append([]byte{0, 60, 0, 60, 1, 't'}, make([]byte, frameSize)...)...),
+		"longer than agreed":    frameOf(frameMethod, 1, append([]byte{0, 60, 0, 60, 1, 't'}, make([]byte, FrameSize)...)...),
 		"a method in between":   slicesOf(methodOf(1, 60, 30, 1, 't', 0), headerOf(4)),
 		"heartbeat with a body": frameOf(frameBeat, 0, 1, 2),
 	} {
 		t.Run(name, func(t *testing.T) {
 			driver, deliveries, cause := sorted(t, stream, 0, whole)
-			assert.ErrorIs(t, cause, errPeerClosed)
+			assert.ErrorIs(t, cause, ErrPeerClosed)
 			assert.Empty(t, deliveries)
 			assert.Equal(t, stream, driver)
 		})
@@ -226,14 +224,14 @@ func TestChannelOpenedAgainIsAnotherChannel(t *testing.T) {
 		s.mu.Unlock()
 		second := openLane(s, 1, 1)
 		deliver(t, far, 1)
-		d, _ := second.take()
+		d := second.take()
 		assert.EqualValues(t, 1, d.DeliveryTag)
-		assert.Empty(t, first.next)
+		assert.Zero(t, first.count())
 	})
 }
 
 // driven is a lane on a connection of the driver, with heartbeats of 10 s.
-func driven(t *testing.T) (*lane, *amqp.Connection, net.Conn) {
+func driven(t *testing.T) (*consumed, *amqp.Connection, net.Conn) {
 	t.Helper()
 	s, _, far := pipe(t, socketLimits)
 	conn := open(t, s, far)
@@ -251,68 +249,15 @@ func TestDeliveriesAreASignOfLifeForTheDriver(t *testing.T) {
 		for tag := range uint64(300) {
 			time.Sleep(time.Second)
 			deliver(t, far, 1)
-			_, _ = l.take()
+			_ = l.take()
 			require.NoError(t, l.settle(basicAck, tag+1, 0))
 		}
 		require.False(t, conn.IsClosed())
 		began := time.Now()
-		<-l.socket.done()
+		<-l.socket.Done()
 		assert.LessOrEqual(t, time.Since(began), 15*time.Second+beatEvery, "1.5 heartbeats")
 		_ = conn.Close()
 	})
-}
-
-func TestMoreThanThePrefetchIsKept(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		l, _, far := consumer(t, socketLimits, 2) // and a stream's chunk of 100
-		deliver(t, far, 100)
-		for tag := range uint64(100) {
-			d, ok := l.take()
-			require.True(t, ok)
-			require.Equal(t, tag+1, d.DeliveryTag, "in order")
-		}
-	})
-}
-
-func TestInboxUnderManyHands(t *testing.T) {
-	const workers, messages = 4, 20_000
-	for _, size := range []int{1, 3, 256} {
-		t.Run(fmt.Sprint(size), func(t *testing.T) {
-			box := newInbox(size)
-			var mu sync.Mutex
-			seen := make(map[uint64]int)
-			var working sync.WaitGroup
-			for range workers {
-				working.Go(func() {
-					for {
-						d, ok := box.take()
-						if !ok {
-							return
-						}
-						mu.Lock()
-						seen[d.DeliveryTag]++
-						if d.DeliveryTag == messages/2 {
-							box.close()
-						}
-						mu.Unlock()
-					}
-				})
-			}
-			for tag := range uint64(messages) {
-				d := &Delivery{}
-				d.DeliveryTag = tag
-				box.put(d)
-			}
-			working.Wait()
-			for _, d := range box.clear() {
-				seen[d.DeliveryTag]++
-			}
-			assert.Len(t, seen, messages)
-			for tag, n := range seen {
-				require.Equal(t, 1, n, tag)
-			}
-		})
-	}
 }
 
 // FuzzInbound checks that where reads cut the stream changes nothing.
@@ -364,7 +309,7 @@ func FuzzMessage(f *testing.F) {
 		}
 		message := messageOf(1, 1, properties, body)
 		_, ours, unfit, cause := sortedAll(t, slicesOf(message, messageOf(1, 2, []byte{0, 0}, "next")), 0, whole)
-		require.ErrorIs(t, cause, errPeerClosed, "nothing in a message ends the socket")
+		require.ErrorIs(t, cause, ErrPeerClosed, "nothing in a message ends the socket")
 		require.Equal(t, 2, len(ours)+len(unfit), "%v", unfit)
 		require.Equal(t, "next", string(ours[len(ours)-1].Body))
 		theirs, ok := driverReads(t, message)
@@ -385,7 +330,7 @@ func TestAnnouncedSizeIsNotBelieved(t *testing.T) {
 		_, err := far.Write(announced)
 		require.NoError(t, err)
 		synctest.Wait()
-		assert.LessOrEqual(t, cap(l.message.Body), frameSize)
+		assert.LessOrEqual(t, cap(l.message.Body), FrameSize)
 	})
 }
 
@@ -406,10 +351,10 @@ func TestMessageThatTricklesInIsASignOfLifeForTheDriver(t *testing.T) {
 			_, err := far.Write(b[:frameHead+len("part")+1])
 			require.NoError(t, err)
 		}
-		d, _ := l.take()
+		d := l.take()
 		assert.Len(t, d.Body, 240)
 		assert.False(t, conn.IsClosed())
-		l.socket.kill(nil)
+		l.socket.Kill(nil)
 		_ = conn.Close()
 	})
 }
@@ -423,29 +368,6 @@ func TestDeliveryOfAnotherConsumerInterruptsAMessage(t *testing.T) {
 	assert.Empty(t, deliveries)
 }
 
-// What waited over the prefetch is not kept once it was taken.
-func TestInboxForgetsWhatWasTaken(t *testing.T) {
-	box := newInbox(1)
-	freed := make(chan struct{}, 100)
-	for range 100 {
-		d := &Delivery{}
-		runtime.AddCleanup(d, func(ended chan struct{}) { ended <- struct{}{} }, freed)
-		box.put(d)
-	}
-	for range 50 {
-		_, _ = box.take()
-	}
-	runtime.GC()
-	for range 40 { // what is still in the channel and on the stack aside
-		select {
-		case <-freed:
-		case <-time.After(10 * time.Second):
-			t.Fatal("taken deliveries are kept")
-		}
-	}
-	runtime.KeepAlive(box)
-}
-
 func TestLaneThatIsDoneWithKeepsNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		l, _, far := consumer(t, socketLimits, 10)
@@ -454,14 +376,13 @@ func TestLaneThatIsDoneWithKeepsNothing(t *testing.T) {
 		deliver(t, far, 5)
 		_, err := s.Write(methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0))
 		require.NoError(t, err)
-		l.close()
-		l.bury()
-		assert.Empty(t, l.next)
+		l.LeaveTombstone()
 		s.mu.Lock()
-		assert.NotSame(t, l, s.lanes.on(1))
+		assert.NotSame(t, l.Subscription, s.lanes.on(1))
+		assert.Nil(t, s.lanes.on(1).receiver)
 		s.mu.Unlock()
 		deliver(t, far, 5)
-		assert.Empty(t, l.rest, "dropped")
+		assert.Equal(t, 5, l.count(), "dropped")
 	})
 }
 

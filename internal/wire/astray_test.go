@@ -1,4 +1,4 @@
-package steadymq
+package wire
 
 import (
 	"io"
@@ -35,8 +35,8 @@ func TestDriverWhoseFramesCannotBeFollowedEndsTheSocket(t *testing.T) {
 						}
 					}
 					require.ErrorIs(t, err, errAstray)
-					<-l.socket.done()
-					assert.ErrorIs(t, l.socket.cause(), errAstray)
+					<-l.socket.Done()
+					assert.ErrorIs(t, l.socket.Cause(), errAstray)
 					assert.ErrorIs(t, l.settle(basicAck, 1, 0), errAstray)
 				})
 			}
@@ -59,8 +59,8 @@ func TestDeadlineOfTheDriverLengthensNoWriteUnderWay(t *testing.T) {
 			}
 			require.NoError(t, s.SetWriteDeadline(time.Now().Add(time.Hour)))
 		}
-		<-s.done()
-		assert.ErrorIs(t, s.cause(), errWriteTimeout)
+		<-s.Done()
+		assert.ErrorIs(t, s.Cause(), ErrWriteTimeout)
 		assert.Equal(t, 10*time.Second, time.Since(began))
 	})
 }
@@ -73,7 +73,7 @@ func TestNoDeadlineOfTheDriverLeavesTheWriteTimeout(t *testing.T) {
 		require.NoError(t, err)
 		time.Sleep(time.Second)
 		require.NoError(t, s.SetWriteDeadline(time.Time{}))
-		<-s.done()
+		<-s.Done()
 		assert.Equal(t, 10*time.Second, time.Since(began))
 	})
 }
@@ -91,7 +91,7 @@ func TestEarlierDeadlineCounts(t *testing.T) {
 func TestCloseToASlowReaderIsBounded(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		o := socketLimits
-		o.idleTimeout = 0
+		o.IdleTimeout = 0
 		s, _, far := pipe(t, o)
 		_, err := s.Write(frameOf(frameBody, 1, make([]byte, maxPending/2)...))
 		require.NoError(t, err)
@@ -108,8 +108,8 @@ func TestCloseToASlowReaderIsBounded(t *testing.T) {
 		time.Sleep(time.Second)
 		began := time.Now()
 		err = s.Close()
-		assert.Equal(t, socketLimits.writeTimeout, time.Since(began))
-		require.ErrorIs(t, err, errWriteTimeout)
+		assert.Equal(t, socketLimits.WriteTimeout, time.Since(began))
+		require.ErrorIs(t, err, ErrWriteTimeout)
 		assert.ErrorContains(t, err, "closed with data unsent")
 		<-done
 	})
@@ -126,16 +126,16 @@ func TestSocketDismissedUnderAFullPipeEndsWithinTheGrace(t *testing.T) {
 		bad[len(bad)-1] = 0
 		_, err := far.Write(bad)
 		require.NoError(t, err)
-		<-l.socket.done()
-		assert.ErrorIs(t, l.socket.cause(), errGarbled)
+		<-l.socket.Done()
+		assert.ErrorIs(t, l.socket.Cause(), errGarbled)
 		assert.Equal(t, drainGrace, time.Since(began))
 	})
 }
 
 func TestCutPathIsToldWhereverItIsNoticed(t *testing.T) {
-	s := &socket{opts: socketLimits}
+	s := &Socket{opts: socketLimits}
 	for err, want := range map[error]error{
-		syscall.ETIMEDOUT: errUnconfirmed, syscall.ECONNRESET: errPeerReset, syscall.EPIPE: errPeerReset, os.ErrDeadlineExceeded: errWriteTimeout,
+		syscall.ETIMEDOUT: ErrUnconfirmed, syscall.ECONNRESET: ErrPeerReset, syscall.EPIPE: ErrPeerReset, os.ErrDeadlineExceeded: ErrWriteTimeout,
 	} {
 		assert.ErrorIs(t, s.writeCause(&net.OpError{Op: "write", Err: err}), want)
 	}

@@ -1,4 +1,4 @@
-package steadymq
+package wire
 
 import (
 	"net"
@@ -15,7 +15,7 @@ func TestUnconfirmedDataIsBoundedByTheKernel(t *testing.T) {
 	require.NoError(t, err)
 	defer listener.Close()
 	for want, given := range map[int]time.Duration{15_000: 15 * time.Second, 0: 0} {
-		conn, err := defaultDial(5*time.Second, given)(t.Context(), "tcp", listener.Addr().String())
+		conn, err := DefaultDial(5*time.Second, given)(t.Context(), "tcp", listener.Addr().String())
 		require.NoError(t, err)
 		raw, err := conn.(*net.TCPConn).SyscallConn()
 		require.NoError(t, err)

@@ -1,4 +1,4 @@
-package steadymq
+package wire
 
 import (
 	"bytes"
@@ -50,7 +50,7 @@ func TestHeadersThatTheDriverRefusesAreRead(t *testing.T) {
 				}
 				message := messageOf(1, 1, headersOf(entries))
 				_, ours, unfit, cause := sortedAll(t, message, 0, whole)
-				assert.ErrorIs(t, cause, errPeerClosed)
+				assert.ErrorIs(t, cause, ErrPeerClosed)
 				assert.Equal(t, i < 2, len(ours) == 1)
 				assert.Equal(t, i == 2, len(unfit) == 1)
 				_, ok := driverReads(t, message)
@@ -99,7 +99,7 @@ func TestWhatCannotBeReadIsSkippedWhereverReadsCutIt(t *testing.T) {
 		"an unknown kind of field": {messageOf(1, 2, headersOf([]byte{1, 'k', '\n'}), "bo", "dy"), `its headers cannot be read: a field is of the unknown type '\n'`},
 		"headers over 1 MiB":       {messageOf(1, 2, headersOf(make([]byte, maxHeader)), "bo", "dy"), "its headers are larger than 1048576 bytes"},
 		"a routing key cut off":    {garbledKey, "its exchange and routing key cannot be read: something is cut off"},
-		"a large body":             {messageOf(1, 2, []byte{0, 0}, strings.Repeat("x", 5), strings.Repeat("x", 6)), "the message is larger than the limit (WithMaxMessageSize) of 10 bytes: raise it, or take the message out of the queue"},
+		"a large body":             {messageOf(1, 2, []byte{0, 0}, strings.Repeat("x", 5), strings.Repeat("x", 6)), errTooLarge.Error()},
 	} {
 		t.Run(name, func(t *testing.T) {
 			stream := slicesOf(good, test.bad, heartbeatFrame, good)
@@ -110,16 +110,16 @@ func TestWhatCannotBeReadIsSkippedWhereverReadsCutIt(t *testing.T) {
 				return min(left, 30_000)
 			}} {
 				driver, deliveries, unfit, cause := sortedAll(t, stream, 10, piece)
-				assert.ErrorIs(t, cause, errPeerClosed, "nothing in a message ends the socket")
+				assert.ErrorIs(t, cause, ErrPeerClosed, "nothing in a message ends the socket")
 				assert.Equal(t, heartbeatFrame, driver)
 				require.Len(t, deliveries, 2)
 				assert.Equal(t, "good", string(deliveries[1].Body))
 				require.Len(t, unfit, 1)
-				assert.EqualValues(t, 2, unfit[0].DeliveryTag)
-				assert.Equal(t, "x", unfit[0].Exchange)
-				assert.True(t, unfit[0].Redelivered)
-				assert.EqualError(t, unfit[0].Err, test.reason)
-				assert.NotZero(t, unfit[0].Size)
+				assert.EqualValues(t, 2, unfit[0].delivery.DeliveryTag)
+				assert.Equal(t, "x", unfit[0].delivery.Exchange)
+				assert.True(t, unfit[0].delivery.Redelivered)
+				assert.EqualError(t, unfit[0].err, test.reason)
+				assert.NotZero(t, unfit[0].size)
 			}
 		})
 	}
@@ -152,7 +152,7 @@ func TestHeadersTakeMemoryAsTheyCome(t *testing.T) {
 		require.NoError(t, err)
 		_, err = far.Write(heartbeatFrame)
 		require.NoError(t, err)
-		d, _ := l.take()
+		d := l.take()
 		assert.Len(t, d.Headers["k"], 0x0E0000)
 		synctest.Wait()
 		assert.Len(t, l.socket.in.buf, readBuffer, "and given back")
@@ -162,7 +162,7 @@ func TestHeadersTakeMemoryAsTheyCome(t *testing.T) {
 func TestSkippedBodyTakesNoMemory(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		o := socketLimits
-		o.maxMessage = 1000
+		o.Refuse = atMost(1000)
 		l, _, far := consumer(t, o, 1)
 		part := strings.Repeat("x", 100_000)
 		_, err := far.Write(messageOf(1, 1, []byte{0, 0}, part, part, part)[:250_000])
@@ -184,8 +184,8 @@ func TestGarbageEndsTheSocketWithinTheGrace(t *testing.T) {
 		require.NoError(t, err)
 		synctest.Wait()
 		assert.ErrorIs(t, l.settle(basicAck, 1, 0), errGarbled, "nothing more goes out")
-		<-l.socket.done()
+		<-l.socket.Done()
 		assert.LessOrEqual(t, time.Since(began), drainGrace)
-		assert.ErrorIs(t, l.socket.cause(), errGarbled)
+		assert.ErrorIs(t, l.socket.Cause(), errGarbled)
 	})
 }

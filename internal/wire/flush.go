@@ -1,4 +1,4 @@
-package steadymq
+package wire
 
 import "time"
 

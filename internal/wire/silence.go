@@ -1,4 +1,4 @@
-package steadymq
+package wire
 
 import (
 	"context"
@@ -10,13 +10,13 @@ import (
 // those are minutes of deliveries, and a limit that counted them would end what works. So the
 // limit of a call counts the silence after the last bytes of a delivery.
 
-// mostSilences is how many of its limits a call may take while deliveries come. Those of others
+// MostSilences is how many of its limits a call may take while deliveries come. Those of others
 // come for ever, and an answer that is still not there by then is not on its way.
-const mostSilences = 10
+const MostSilences = 10
 
 // patience is the limit of one call.
 type patience struct {
-	socket *socket
+	socket *Socket
 	limit  time.Duration
 	latest time.Time // whatever comes
 	over   func()
@@ -27,7 +27,7 @@ type patience struct {
 
 // afterSilence calls over once no bytes of a delivery have come for as long as limit, counted from
 // now on, and after most in any case. The function it returns calls that off.
-func (s *socket) afterSilence(limit, most time.Duration, over func()) (stop func()) {
+func (s *Socket) AfterSilence(limit, most time.Duration, over func()) (stop func()) {
 	p := &patience{socket: s, limit: limit, latest: time.Now().Add(most), over: over}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -65,10 +65,10 @@ func (p *patience) stop() bool {
 }
 
 // withSilence returns a context that ends with cause after a silence as long as limit.
-func (s *socket) withSilence(ctx context.Context, limit time.Duration, cause error) (context.Context, context.CancelFunc) {
+func (s *Socket) WithSilence(ctx context.Context, limit time.Duration, cause error) (context.Context, context.CancelFunc) {
 	ctx, end := context.WithCancelCause(ctx)
-	ctx, cancel := context.WithTimeoutCause(ctx, mostSilences*limit, cause) // users may ask for the deadline
-	stop := s.afterSilence(limit, mostSilences*limit, func() { end(cause) })
+	ctx, cancel := context.WithTimeoutCause(ctx, MostSilences*limit, cause) // users may ask for the deadline
+	stop := s.AfterSilence(limit, MostSilences*limit, func() { end(cause) })
 	return ctx, func() {
 		stop()
 		cancel()

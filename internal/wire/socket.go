@@ -1,4 +1,4 @@
-package steadymq
+package wire
 
 import (
 	"bytes"
@@ -10,11 +10,12 @@ import (
 	"io"
 	"net"
 	"os"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/steadymq/steadymq/internal/errtext"
 )
 
 const (
@@ -33,123 +34,65 @@ const (
 )
 
 var (
-	errPeerClosed   = because(errors.New("the peer closed the connection"), io.EOF)
-	errPeerReset    = errors.New("the peer reset the connection")
-	errUnconfirmed  = errors.New("the path to the peer is dead: nothing sent is confirmed")
-	errReadTimeout  = errors.New("the peer went silent: read deadline passed")
-	errWatchdog     = errors.New("no byte from the broker")
-	errWriteTimeout = errors.New("the peer takes no more data: write deadline passed")
+	ErrPeerClosed   = errtext.Because(errors.New("the peer closed the connection"), io.EOF)
+	ErrPeerReset    = errors.New("the peer reset the connection")
+	ErrUnconfirmed  = errors.New("the path to the peer is dead: nothing sent is confirmed")
+	ErrReadTimeout  = errors.New("the peer went silent: read deadline passed")
+	ErrWatchdog     = errors.New("no byte from the broker")
+	ErrWriteTimeout = errors.New("the peer takes no more data: write deadline passed")
 	errAstray       = errors.New("the driver has written what is no AMQP frame: there is no place left for an ack")
 )
 
-// socketOptions are the limits of one socket; zero switches a limit off.
-type socketOptions struct {
-	idleTimeout  time.Duration // no byte read for this long ends the socket
-	writeTimeout time.Duration // deadline of every write to the wire
-	writeDelay   time.Duration // upper bound a settlement may wait to share a write
-	maxMessage   uint64        // keep no larger body
+// Options are the limits of one socket; zero switches a limit off.
+type Options struct {
+	// IdleTimeout ends a socket that has read nothing for so long, from WatchPeer on.
+	IdleTimeout time.Duration
+	// WriteTimeout is the deadline of every write to the connection.
+	WriteTimeout time.Duration
+	// WriteDelay is the longest that a settlement waits to share a write.
+	WriteDelay time.Duration
+	// Refuse says why a body of so many bytes is not kept, nil if it is. Without it all are.
+	Refuse func(size uint64) error
+	// Transfer calls Read or Write of the connection, which may be the user's and panic. It tells
+	// broken of a panic, also where that ends the goroutine. Without it they are called as they are.
+	Transfer func(f func([]byte) (int, error), p []byte, broken func(error)) (int, error)
 }
 
-func (o *socketOptions) tooLarge(size uint64) error {
-	if o.maxMessage == 0 || size <= o.maxMessage {
+func (o *Options) refuse(size uint64) error {
+	if o.Refuse == nil {
 		return nil
 	}
-	return fmt.Errorf("%w of %d bytes: raise it, or take the message out of the queue", ErrMessageTooLarge, o.maxMessage)
+	return o.Refuse(size)
 }
 
-type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
+func (o *Options) transfer(f func([]byte) (int, error), p []byte, broken func(error)) (int, error) {
+	if o.Transfer == nil {
+		return f(p)
+	}
+	return o.Transfer(f, p, broken)
+}
 
-// defaultDial dials within timeout, with keep-alive as the net under the
+// DialFunc is how a connection is made, as net.Dialer.DialContext does.
+type DialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
+
+// DefaultDial dials within timeout, with keep-alive as the net under the
 // heartbeats. userTimeout is how long sent data may stay unacknowledged
 // before the kernel gives the connection up, where the system can tell.
-func defaultDial(timeout, userTimeout time.Duration) dialFunc {
+func DefaultDial(timeout, userTimeout time.Duration) DialFunc {
 	d := &net.Dialer{Timeout: timeout, Control: userTimeoutControl(userTimeout)}
 	return d.DialContext
 }
 
-// openSocket dials address, shakes hands if tlsConfig is given, and returns
-// the started socket. All of it ends with ctx, whose cause is then in the error.
-// abandoned is told of a callback of the TLS configuration that has to be left behind.
-func openSocket(ctx context.Context, dial dialFunc, address string, tlsConfig *tls.Config, o socketOptions, abandoned func()) (*socket, error) {
-	raw, err := dial(ctx, "tcp", address)
-	if err != nil {
-		return nil, withCause(ctx, err)
-	}
-	if tlsConfig == nil {
-		return newSocket(raw, o), nil
-	}
-	conn := tls.Client(raw, clientTLS(tlsConfig, address))
-	_, err = userCall[struct{}]{
-		option: "WithTLSConfig",
-		f:      func(ctx context.Context) (struct{}, error) { return struct{}{}, conn.HandshakeContext(ctx) },
-		left:   abandoned,
-		bare:   true,
-	}.run(ctx)
-	if err != nil {
-		abort(raw)
-		return nil, withCause(ctx, fmt.Errorf("tls handshake with %s: %w", address, explainTLS(err)))
-	}
-	return newSocket(conn, o), nil
-}
-
-// explainTLS says what to do about a peer that answers without TLS.
-func explainTLS(err error) error {
-	var record tls.RecordHeaderError
-	if !errors.As(err, &record) {
-		return err
-	}
-	if bytes.HasPrefix(record.RecordHeader[:], []byte("AMQP")) {
-		return fmt.Errorf("%w: the peer speaks AMQP without TLS; use its port for TLS (5671), or an amqp URL where the path is safe", err)
-	}
-	return fmt.Errorf("%w; check host and port (5671 for AMQP over TLS)", err)
-}
-
-// copyTLS copies what a user gives, so that it can change afterwards.
-func copyTLS(c *tls.Config) *tls.Config {
-	if c == nil {
-		return nil
-	}
-	c = c.Clone()
-	c.Certificates = slices.Clone(c.Certificates)
-	if c.RootCAs != nil {
-		c.RootCAs = c.RootCAs.Clone()
-	}
-	return c
-}
-
-// clientTLS copies the caller's config: the name to verify differs per host,
-// and writing it into a shared config verifies the next host as this one.
-func clientTLS(c *tls.Config, address string) *tls.Config {
-	c = c.Clone()
-	if c.ServerName == "" {
-		c.ServerName = address
-		if host, _, err := net.SplitHostPort(address); err == nil {
-			c.ServerName = host
-		}
-	}
-	c.MinVersion = max(c.MinVersion, tls.VersionTLS12)
-	return c
-}
-
-// withCause says why ctx ended where err only says that it did.
-func withCause(ctx context.Context, err error) error {
-	cause := causeOf(ctx)
-	if cause == nil || errors.Is(err, cause) {
-		return err
-	}
-	return because(cause, err)
-}
-
-// socket is the only net.Conn the driver is given. It closes the holes that
+// Socket is the only net.Conn the driver is given. It closes the holes that
 // only the owner of the socket can close: a silent peer is noticed, a blocked
 // write ends, and the first cause is kept where the driver says "501".
 //
 // No method but Write and a lane's settle (full buffer), Read and Close blocks,
 // and kill ends those at once.
-type socket struct {
+type Socket struct {
 	conn net.Conn // what the frames go through
 	raw  net.Conn // what kill closes: conn, or the connection under its TLS
-	opts socketOptions
+	opts Options
 
 	start     time.Time
 	heard     atomic.Int64 // when Read last read bytes, since start
@@ -186,8 +129,8 @@ type ending struct {
 	cause error
 }
 
-func newSocket(conn net.Conn, o socketOptions) *socket {
-	s := &socket{
+func NewSocket(conn net.Conn, o Options) *Socket {
+	s := &Socket{
 		conn:   conn,
 		raw:    conn,
 		opts:   o,
@@ -200,9 +143,9 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 		in:     inbound{buf: make([]byte, readBuffer)},
 	}
 	s.delay.Stop()
-	s.lanes = lanes{expected: make(map[string]*lane), open: make(map[uint16]*lane), past: make(map[uint16]*lane)}
+	s.lanes = lanes{expected: make(map[string]*Subscription), open: make(map[uint16]*Subscription), past: make(map[uint16]*Subscription)}
 	s.out.visit = s.lanes.learn
-	s.flush = flushing{delay: o.writeDelay, idle: s.idle}
+	s.flush = flushing{delay: o.WriteDelay, idle: s.idle}
 	if c, ok := conn.(*tls.Conn); ok {
 		s.raw = c.NetConn()
 	}
@@ -211,22 +154,22 @@ func newSocket(conn net.Conn, o socketOptions) *socket {
 }
 
 // sinceDelivery returns how long ago bytes of a delivery last came.
-func (s *socket) sinceDelivery() time.Duration {
+func (s *Socket) sinceDelivery() time.Duration {
 	return time.Since(s.start) - time.Duration(s.delivered.Load())
 }
 
 // watchPeer begins to watch for a peer that falls silent. It is called once, after
 // the handshake: before, silence can be an answer, and the set-up limit bounds it.
-func (s *socket) watchPeer() {
-	if s.opts.idleTimeout > 0 {
+func (s *Socket) WatchPeer() {
+	if s.opts.IdleTimeout > 0 {
 		s.running.Go(s.watch)
 	}
 }
 
-func (s *socket) done() <-chan struct{} { return s.ended }
+func (s *Socket) Done() <-chan struct{} { return s.ended }
 
 // offered is the mechanisms that the broker offers to log in, with blanks between them.
-func (s *socket) offered() string {
+func (s *Socket) Mechanisms() string {
 	if offer := s.offer.Load(); offer != nil {
 		return *offer
 	}
@@ -236,13 +179,13 @@ func (s *socket) offered() string {
 // wait blocks until nothing of a socket that ends is left: the connection
 // underneath, which whoever ended the socket may still be closing, and the
 // socket's own goroutines.
-func (s *socket) wait() {
+func (s *Socket) Wait() {
 	<-s.shut
 	s.running.Wait()
 }
 
 // cause says why the socket ended: nil while it lives and after a plain Close.
-func (s *socket) cause() error {
+func (s *Socket) Cause() error {
 	if e := s.first.Load(); e != nil {
 		return e.cause
 	}
@@ -251,7 +194,7 @@ func (s *socket) cause() error {
 
 // kill ends the socket at once, from any goroutine and in any state. It takes
 // no lock and waits for nobody.
-func (s *socket) kill(cause error) {
+func (s *Socket) Kill(cause error) {
 	s.blame(cause)
 	s.end(true)
 }
@@ -259,7 +202,7 @@ func (s *socket) kill(cause error) {
 // dismiss ends the socket for what the broker sent. The acks that handlers have
 // given go out before, within drainGrace: a reset would take them along, and so would
 // a plain close while there is more to read. Read's caller calls it.
-func (s *socket) dismiss(cause error) {
+func (s *Socket) dismiss(cause error) {
 	s.blame(cause)
 	limit := time.AfterFunc(drainGrace, func() { s.end(true) })
 	defer limit.Stop()
@@ -279,29 +222,29 @@ func (s *socket) dismiss(cause error) {
 }
 
 // blame keeps the first cause.
-func (s *socket) blame(cause error) {
+func (s *Socket) blame(cause error) {
 	s.first.CompareAndSwap(nil, &ending{cause})
 }
 
 // end closes the connection underneath, once. It tells the end before: a user's
 // connection may take its time to close, and the healing need not wait for it.
-func (s *socket) end(reset bool) {
+func (s *Socket) end(reset bool) {
 	if !s.over.CompareAndSwap(false, true) {
 		return
 	}
 	close(s.ended)
 	defer close(s.shut)
 	if reset {
-		abort(s.raw)
+		Abort(s.raw)
 		return
 	}
 	hangUp(s.raw)
 }
 
-// abort closes a connection without waiting for what it still has to send.
+// Abort closes a connection without waiting for what it still has to send.
 // A FIN would queue behind that; a reset goes out now and the broker frees
 // the messages in flight.
-func abort(conn net.Conn) {
+func Abort(conn net.Conn) {
 	if c, ok := conn.(interface{ SetLinger(sec int) error }); ok {
 		_ = c.SetLinger(0)
 	}
@@ -316,8 +259,8 @@ func hangUp(conn net.Conn) {
 }
 
 // err is what a call on an ended socket returns.
-func (s *socket) err() error {
-	if cause := s.cause(); cause != nil {
+func (s *Socket) err() error {
+	if cause := s.Cause(); cause != nil {
 		return cause
 	}
 	return net.ErrClosed
@@ -325,8 +268,8 @@ func (s *socket) err() error {
 
 // watch ends the socket when Read has read nothing for too long. That
 // covers a silent peer and a driver that stopped reading alike.
-func (s *socket) watch() {
-	dog := watchdog{idle: s.opts.idleTimeout, due: time.Since(s.start) + s.opts.idleTimeout}
+func (s *Socket) watch() {
+	dog := watchdog{idle: s.opts.IdleTimeout, due: time.Since(s.start) + s.opts.IdleTimeout}
 	timer := time.NewTimer(dog.idle)
 	defer timer.Stop()
 	for {
@@ -337,7 +280,7 @@ func (s *socket) watch() {
 		}
 		now := time.Since(s.start)
 		if dog.bites(now, time.Duration(s.heard.Load())) {
-			s.kill(fmt.Errorf("%w for %v: the peer or the path to it is dead, or the driver stopped reading", errWatchdog, dog.idle))
+			s.Kill(fmt.Errorf("%w for %v: the peer or the path to it is dead, or the driver stopped reading", ErrWatchdog, dog.idle))
 			return
 		}
 		timer.Reset(dog.due - now)
@@ -368,7 +311,7 @@ func (d *watchdog) bites(now, heard time.Duration) bool {
 }
 
 // readFailed ends the socket for the reason of a failed read.
-func (s *socket) readFailed(err error) error {
+func (s *Socket) readFailed(err error) error {
 	if err == nil {
 		return nil
 	}
@@ -380,20 +323,20 @@ func (s *socket) readFailed(err error) error {
 func readCause(err error) error {
 	switch {
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		return errPeerClosed
+		return ErrPeerClosed
 	case errors.Is(err, syscall.ECONNRESET):
-		return because(errPeerReset, err)
+		return errtext.Because(ErrPeerReset, err)
 	case errors.Is(err, syscall.ETIMEDOUT):
-		return because(errUnconfirmed, err)
+		return errtext.Because(ErrUnconfirmed, err)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return because(errReadTimeout, err)
+		return errtext.Because(ErrReadTimeout, err)
 	}
 	return err
 }
 
 // Write takes p for the wire. It blocks only while the buffer is full: the
 // driver holds its locks meanwhile, so the wire must not.
-func (s *socket) Write(p []byte) (int, error) {
+func (s *Socket) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	s.await(func() bool { return s.full(len(p)) })
 	if s.closing || s.over.Load() {
@@ -403,7 +346,7 @@ func (s *socket) Write(p []byte) (int, error) {
 	s.follow(p)
 	if s.out.off {
 		s.mu.Unlock()
-		s.kill(errAstray)
+		s.Kill(errAstray)
 		return 0, s.err()
 	}
 	s.pending = append(s.pending, p...)
@@ -420,7 +363,7 @@ func (s *socket) Write(p []byte) (int, error) {
 
 // await returns once nothing is in the way of a frame, or the socket ends. It is
 // called with mu held and gives it back while it waits.
-func (s *socket) await(blocked func() bool) {
+func (s *Socket) await(blocked func() bool) {
 	for blocked() && !s.closing && !s.over.Load() {
 		if s.room == nil {
 			s.room = make(chan struct{})
@@ -436,10 +379,10 @@ func (s *socket) await(blocked func() bool) {
 }
 
 // idle tells whether no settlement can follow for now. It is called with mu held.
-func (s *socket) idle() bool { return s.resting.Load() && !s.lanes.busy() }
+func (s *Socket) idle() bool { return s.resting.Load() && !s.lanes.busy() }
 
 // rest is called before Read waits for the broker.
-func (s *socket) rest() {
+func (s *Socket) rest() {
 	s.resting.Store(true)
 	s.mu.Lock()
 	tell := s.flush.rested()
@@ -451,19 +394,19 @@ func (s *socket) rest() {
 
 // follow looks at what the driver writes, except for its very first words,
 // which are no frame.
-func (s *socket) follow(p []byte) {
+func (s *Socket) follow(p []byte) {
 	if s.out.between() && bytes.HasPrefix(p, []byte("AMQP")) {
 		return
 	}
 	s.out.next(p)
 }
 
-func (s *socket) full(n int) bool {
+func (s *Socket) full(n int) bool {
 	return len(s.pending) > 0 && len(s.pending)+n > maxPending
 }
 
 // letGo lets those look again who wait in await.
-func (s *socket) letGo() {
+func (s *Socket) letGo() {
 	if s.room != nil {
 		close(s.room)
 		s.room = nil
@@ -471,7 +414,7 @@ func (s *socket) letGo() {
 }
 
 // nudge wakes the writer.
-func (s *socket) nudge() {
+func (s *Socket) nudge() {
 	select {
 	case s.wake <- struct{}{}:
 	default:
@@ -480,7 +423,7 @@ func (s *socket) nudge() {
 
 // writeLoop puts what is pending on the wire until the socket ends, or is
 // closing and nothing is left.
-func (s *socket) writeLoop() {
+func (s *Socket) writeLoop() {
 	defer close(s.writer)
 	defer s.delay.Stop()
 	for {
@@ -507,14 +450,14 @@ func (s *socket) writeLoop() {
 }
 
 // farewell tells a TLS peer that nothing was cut off. Close bounds it.
-func (s *socket) farewell() {
+func (s *Socket) farewell() {
 	if c, ok := s.conn.(*tls.Conn); ok {
 		_ = c.CloseWrite()
 	}
 }
 
 // expire lets go out what has waited long enough.
-func (s *socket) expire() {
+func (s *Socket) expire() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if wait := s.flush.expired(time.Since(s.start)); wait > 0 {
@@ -523,7 +466,7 @@ func (s *socket) expire() {
 }
 
 // take swaps the buffers: what is pending goes out, the other fills up.
-func (s *socket) take() (batch []byte, closing bool) {
+func (s *Socket) take() (batch []byte, closing bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.flush.urgent && !s.closing {
@@ -537,10 +480,10 @@ func (s *socket) take() (batch []byte, closing bool) {
 }
 
 // writeOut writes in chunks, each under its own deadline.
-func (s *socket) writeOut(b []byte) error {
+func (s *Socket) writeOut(b []byte) error {
 	for len(b) > 0 {
 		s.armWrite()
-		n, err := transfer(s.conn.Write, b[:min(len(b), writeChunk)], s.kill)
+		n, err := s.opts.transfer(s.conn.Write, b[:min(len(b), writeChunk)], s.Kill)
 		if err != nil {
 			return err
 		}
@@ -550,11 +493,11 @@ func (s *socket) writeOut(b []byte) error {
 }
 
 // armWrite begins the time of one write.
-func (s *socket) armWrite() {
+func (s *Socket) armWrite() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.opts.writeTimeout > 0 {
-		s.limit = time.Now().Add(s.opts.writeTimeout)
+	if s.opts.WriteTimeout > 0 {
+		s.limit = time.Now().Add(s.opts.WriteTimeout)
 	}
 	_ = s.conn.SetWriteDeadline(earlier(s.deadline, s.limit))
 }
@@ -569,7 +512,7 @@ func earlier(a, b time.Time) time.Time {
 
 // writeFailed ends the socket for the reason of a failed write, after the
 // reader had the chance to find the broker's own words for it.
-func (s *socket) writeFailed(err error) {
+func (s *Socket) writeFailed(err error) {
 	s.blame(s.writeCause(err))
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		grace := time.NewTimer(drainGrace)
@@ -582,28 +525,28 @@ func (s *socket) writeFailed(err error) {
 	s.end(true)
 }
 
-func (s *socket) writeCause(err error) error {
+func (s *Socket) writeCause(err error) error {
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return because(fmt.Errorf("%w after %v", errWriteTimeout, s.opts.writeTimeout), err)
+		return errtext.Because(fmt.Errorf("%w after %v", ErrWriteTimeout, s.opts.WriteTimeout), err)
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		return because(errPeerReset, err)
+		return errtext.Because(ErrPeerReset, err)
 	case errors.Is(err, syscall.ETIMEDOUT):
-		return because(errUnconfirmed, err)
+		return errtext.Because(ErrUnconfirmed, err)
 	}
 	return err
 }
 
 // Close flushes what is pending, for at most the write timeout, and closes.
-func (s *socket) Close() error {
+func (s *Socket) Close() error {
 	s.mu.Lock()
 	s.closing = true
 	s.mu.Unlock()
 	s.nudge()
 
 	var limit <-chan time.Time
-	if s.opts.writeTimeout > 0 {
-		timer := time.NewTimer(s.opts.writeTimeout)
+	if s.opts.WriteTimeout > 0 {
+		timer := time.NewTimer(s.opts.WriteTimeout)
 		defer timer.Stop()
 		limit = timer.C
 	}
@@ -613,23 +556,23 @@ func (s *socket) Close() error {
 		s.end(false)
 	case <-s.ended:
 	case <-limit:
-		s.kill(fmt.Errorf("%w after %v: closed with data unsent", errWriteTimeout, s.opts.writeTimeout))
+		s.Kill(fmt.Errorf("%w after %v: closed with data unsent", ErrWriteTimeout, s.opts.WriteTimeout))
 	}
-	return s.cause()
+	return s.Cause()
 }
 
-func (s *socket) LocalAddr() net.Addr  { return s.conn.LocalAddr() }
-func (s *socket) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }
+func (s *Socket) LocalAddr() net.Addr  { return s.conn.LocalAddr() }
+func (s *Socket) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }
 
-func (s *socket) SetDeadline(t time.Time) error {
+func (s *Socket) SetDeadline(t time.Time) error {
 	return errors.Join(s.SetReadDeadline(t), s.SetWriteDeadline(t))
 }
 
-func (s *socket) SetReadDeadline(t time.Time) error { return s.conn.SetReadDeadline(t) }
+func (s *Socket) SetReadDeadline(t time.Time) error { return s.conn.SetReadDeadline(t) }
 
 // SetWriteDeadline shortens the deadline of the write under way and of those that
 // follow; it never lengthens the write timeout.
-func (s *socket) SetWriteDeadline(t time.Time) error {
+func (s *Socket) SetWriteDeadline(t time.Time) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.deadline = t

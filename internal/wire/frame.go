@@ -1,4 +1,4 @@
-package steadymq
+package wire
 
 import (
 	"encoding/binary"
@@ -69,12 +69,12 @@ func needed(typ byte) int {
 	return 0
 }
 
-// notAMQPError is a peer whose first octet begins no frame: a wrong port, mostly.
-type notAMQPError struct{ first byte }
+// NotAMQPError is a peer whose first octet begins no frame: a wrong port, mostly.
+type NotAMQPError struct{ First byte }
 
-func (e *notAMQPError) Error() string {
+func (e *NotAMQPError) Error() string {
 	const text = "the peer does not speak AMQP 0-9-1"
-	switch e.first {
+	switch e.First {
 	case 0x15: // the record of a TLS alert (RFC 8446, 5.1)
 		return text + ": it answers with TLS; use an amqps URL, or the port for AMQP without TLS (5672)"
 	case 'A': // a protocol header, the answer to a greeting that is not understood (AMQP 0-9-1, 4.2.2)
@@ -82,7 +82,7 @@ func (e *notAMQPError) Error() string {
 	case 'H':
 		return text + ": it answers with HTTP; use the port for AMQP (5672, over TLS 5671)"
 	}
-	return fmt.Sprintf("%s: its first octet is %#x; check host and port", text, e.first)
+	return fmt.Sprintf("%s: its first octet is %#x; check host and port", text, e.First)
 }
 
 // fields reads the payload of a frame. What the driver takes it takes too, and
@@ -342,3 +342,18 @@ func unread(what string, why error) error {
 	}
 	return fmt.Errorf("its %s cannot be read: %w", what, why)
 }
+
+// mechanismsOf reads what connection.start offers, "" where b is none.
+func mechanismsOf(b []byte) string {
+	if methodID(b) != connectionStart {
+		return ""
+	}
+	f := fields{b: b[methodHead:]}
+	f.short()   // version
+	f.longstr() // the server's properties
+	return string(f.longstr())
+}
+
+// FrameSize is what the driver's own dial asks for. A broker that proposes no
+// limit would get none otherwise.
+const FrameSize = 128 << 10

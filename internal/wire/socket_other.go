@@ -1,6 +1,6 @@
 //go:build !linux
 
-package steadymq
+package wire
 
 import (
 	"syscall"
