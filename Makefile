@@ -7,6 +7,7 @@ GO       ?= go
 # The versions of the linters are fixed, so that a new release breaks nobody's build.
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.7.0
 GOFUMPT     = mvdan.cc/gofumpt@v0.9.2
+GOLANGCI    = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .PHONY: help
 help: ## show this list
@@ -50,9 +51,10 @@ soak: ## random faults on a cluster: make soak DURATION=30m
 	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -run '^TestSoak$$' -timeout 0 -v . -soak $(DURATION)
 
 .PHONY: lint
-lint: ## vet, staticcheck, gofumpt and the team's rules
+lint: ## vet, staticcheck, gofumpt, golangci-lint and the team's rules
 	$(GO) vet ./...
 	$(GO) run $(STATICCHECK) ./...
 	@files=$$($(GO) run $(GOFUMPT) -l .); if [ -n "$$files" ]; then echo "gofumpt would change:"; echo "$$files"; exit 1; fi
 	$(GO) mod tidy -diff
+	$(GO) run $(GOLANGCI) run ./... # .golangci.yml; it is built once, which takes minutes
 	sh scripts/rules.sh
