@@ -77,3 +77,4 @@ lint: ## vet, staticcheck, gofumpt, golangci-lint and the team's rules
 	$(GO) mod tidy -diff
 	$(GO) run $(GOLANGCI) run ./... # .golangci.yml; it is built once, which takes minutes
 	sh scripts/rules.sh
+	$(GO) run ./scripts/floors
