@@ -4,9 +4,11 @@ SEEDS    ?= 10000
 DURATION ?= 30m
 GO       ?= go
 
-# The versions of the linters are fixed, so that a new release breaks nobody's build.
+# The versions of the tools are fixed, so that a new release breaks nobody's build.
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.7.0
 GOFUMPT     = mvdan.cc/gofumpt@v0.9.2
+GOLANGCI    = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+BENCHSTAT   = golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 
 .PHONY: help
 help: ## show this list
@@ -37,6 +39,24 @@ mutants: ## plant bugs one by one; the simulation must catch them
 bench: ## throughput, CPU and recovery against the plain driver, into bench/RESULTS.md
 	$(GO) run ./bench -write
 
+# The ratios within one run are the judge: consumer=steadymq against consumer=driver, on the same machine and side by side.
+# The base only shows drift, and only on the machine that recorded it; CI runs base and head alternately (scripts/benchdiff).
+DISPATCH = $(GO) test -run '^$$' -bench '^BenchmarkDispatch$$' -benchtime $(TIMES) -count $(COUNT) ./bench
+TIMES   ?= 800000x
+COUNT   ?= 6
+
+.PHONY: bench-base
+bench-base: ## record bench/base.txt, on a machine that does nothing else
+	$(DISPATCH) >bench/base.out
+	mv bench/base.out bench/base.txt
+
+.PHONY: bench-diff
+bench-diff: ## run the same and compare it with bench/base.txt
+	@test -f bench/base.txt || { echo "there is no bench/base.txt yet: make bench-base"; exit 1; }
+	$(DISPATCH) >bench/head.out
+	$(GO) run $(BENCHSTAT) -col /consumer bench/head.out # the ratios
+	$(GO) run $(BENCHSTAT) bench/base.txt bench/head.out # the drift
+
 .PHONY: matrix
 matrix: ## every fault on every broker generation and a cluster
 	STEADYMQ_REQUIRE_BROKER=1 STEADYMQ_MATRIX=full $(GO) test -run '^TestMatrix' -timeout 0 -v .
@@ -50,9 +70,11 @@ soak: ## random faults on a cluster: make soak DURATION=30m
 	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -run '^TestSoak$$' -timeout 0 -v . -soak $(DURATION)
 
 .PHONY: lint
-lint: ## vet, staticcheck, gofumpt and the team's rules
+lint: ## vet, staticcheck, gofumpt, golangci-lint and the team's rules
 	$(GO) vet ./...
 	$(GO) run $(STATICCHECK) ./...
 	@files=$$($(GO) run $(GOFUMPT) -l .); if [ -n "$$files" ]; then echo "gofumpt would change:"; echo "$$files"; exit 1; fi
 	$(GO) mod tidy -diff
+	$(GO) run $(GOLANGCI) run ./... # .golangci.yml; it is built once, which takes minutes
 	sh scripts/rules.sh
+	$(GO) run ./scripts/floors

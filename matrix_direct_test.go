@@ -189,7 +189,7 @@ func (s *scenario) delivered() int {
 	if s.readsTheWire() {
 		return len(s.deliveries())
 	}
-	return int(s.consumer.Stats().Delivered) //nolint:gosec // thousands
+	return int(s.consumer.Stats().Delivered)
 }
 
 // messagesToldAcked are the finished messages, once the consumer tells as many acks as there were handlings that could be acked.

@@ -376,7 +376,7 @@ func (m *matrix) report(t *testing.T) {
 	if !m.full || t.Failed() {
 		return
 	}
-	assert.NoError(t, os.MkdirAll("docs", 0o755)) //nolint:gosec // documentation
+	assert.NoError(t, os.MkdirAll("docs", 0o755))
 	assert.NoError(t, os.WriteFile("docs/MATRIX.md", []byte(text), 0o644))
 }
 
@@ -558,7 +558,7 @@ func sourceOfTests(t *testing.T) string {
 		files, err := filepath.Glob(pattern)
 		require.NoError(t, err)
 		for _, name := range files {
-			text, err := os.ReadFile(name) //nolint:gosec // our own
+			text, err := os.ReadFile(name)
 			require.NoError(t, err)
 			tests.Write(text)
 		}

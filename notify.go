@@ -43,7 +43,7 @@ func (n *notifier) cause() error {
 // may ever wait for us: an unread Notify chan once kept a dead connection's
 // socket open.
 func drain[T any](c <-chan T) {
-	for range c { //nolint:revive // the values are known already, only the end counts
+	for range c { // the values are known already, only the end counts
 	}
 }
 

@@ -114,7 +114,7 @@ func (s *soak) begin() {
 	require.NoError(s, err)
 	self, err := os.Executable()
 	require.NoError(s, err)
-	s.child = exec.Command(self, "-test.run", "^TestSoakConsumers$", "-test.timeout", "0") //nolint:gosec // ourselves
+	s.child = exec.Command(self, "-test.run", "^TestSoakConsumers$", "-test.timeout", "0")
 	s.child.Env = append(os.Environ(), soakEnv+"="+string(text))
 	s.child.Stderr = os.Stderr
 	s.stdin, err = s.child.StdinPipe()
@@ -422,7 +422,7 @@ func (s *soak) report(lost, confirmed, twice int) {
 		fmt.Fprintf(&b, "| %s | %d |\n", name, counts[name])
 	}
 	s.Log("\n" + b.String())
-	assert.NoError(s, os.MkdirAll("docs", 0o755)) //nolint:gosec // documentation
+	assert.NoError(s, os.MkdirAll("docs", 0o755))
 	assert.NoError(s, os.WriteFile(filepath.Join("docs", "SOAK.md"), []byte(b.String()), 0o644))
 	assert.NoError(s, os.WriteFile(filepath.Join("docs", "soak.svg"), []byte(s.chart()), 0o644))
 }

@@ -79,10 +79,10 @@ func (r *reading) read(err error, depth int) {
 	if depth > maxChain {
 		panic("an error without an end")
 	}
-	if e, ok := err.(interface{ Is(error) bool }); ok { //nolint:errorlint // as above
+	if e, ok := err.(interface{ Is(error) bool }); ok {
 		e.Is(errNobodys)
 	}
-	if e, ok := err.(interface{ As(any) bool }); ok { //nolint:errorlint // as above
+	if e, ok := err.(interface{ As(any) bool }); ok {
 		e.As(new(*nobodys))
 	}
 	switch e := err.(type) { //nolint:errorlint // as above

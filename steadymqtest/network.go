@@ -67,7 +67,7 @@ func (l *link) cutOff() {
 
 func (e *end) Read(p []byte) (int, error) {
 	n, err := e.in.read(p)
-	if err != nil && err != io.EOF {
+	if err != nil && err != io.EOF { //nolint:errorlint // read returns it bare
 		err = e.opError("read", err)
 	}
 	return n, err

@@ -48,7 +48,7 @@ func pair(ctx context.Context) (near net.Conn, far *net.TCPConn, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	defer l.Close() //nolint:errcheck // it has done its work
+	defer l.Close()
 	if near, err = new(net.Dialer).DialContext(ctx, "tcp", l.Addr().String()); err != nil {
 		return nil, nil, err
 	}

@@ -163,7 +163,7 @@ exec setpriv --reuid=rabbitmq --regid=rabbitmq --init-groups /usr/lib/rabbitmq/b
 
 func addStartScript(root string) error {
 	_ = os.Remove(filepath.Join(root, "var/lib/rabbitmq/.erlang.cookie"))
-	return os.WriteFile(filepath.Join(root, startScriptPath), []byte(startScript), 0o755) //nolint:gosec // it is a program
+	return os.WriteFile(filepath.Join(root, startScriptPath), []byte(startScript), 0o755) // it is a program
 }
 
 // importImage pipes the root file system into the engine. The search path puts the broker's own commands first: Debian's wrappers around

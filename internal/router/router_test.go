@@ -114,7 +114,7 @@ func TestThroughARouter(t *testing.T) {
 	text := table.String()
 	t.Log("\n" + text)
 	if *write { // failures, too: their rows say so
-		require.NoError(t, os.WriteFile("../../docs/ROUTER.md", []byte(text), 0o644)) //nolint:gosec // documentation
+		require.NoError(t, os.WriteFile("../../docs/ROUTER.md", []byte(text), 0o644))
 	}
 }
 

@@ -1,0 +1,2 @@
+// Package harness is for tests.
+package harness

@@ -1,0 +1,2 @@
+// Package inner is part of the wire.
+package inner

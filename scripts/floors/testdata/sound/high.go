@@ -1,0 +1,7 @@
+package sound
+
+type roof struct{ base }
+
+func (r *roof) raise() { r.count++ }
+
+var _ = (*roof).raise

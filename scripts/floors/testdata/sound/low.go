@@ -1,0 +1,4 @@
+// Package sound keeps the order.
+package sound
+
+type base struct{ count int }
