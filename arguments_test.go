@@ -18,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -53,7 +54,7 @@ func TestWhatAMQPCannotCarryIsRefusedWithItsPlace(t *testing.T) {
 		`WithQueue: DeadLetter.Queue is no UTF-8`:                            steadymq.WithQueue(steadymq.Queue{DeadLetter: &steadymq.DeadLetter{Queue: cut}}),
 		`WithConsumerTag: the tag is no UTF-8`:                               steadymq.WithConsumerTag(cut),
 	} {
-		_, err := steadymq.New("amqp://h/", queue, option)
+		_, err := steadymq.New("amqp://h/", rig.Queue, option)
 		if assert.ErrorContains(t, err, reason) {
 			assert.Equal(t, 1, strings.Count(err.Error(), "steadymq: "), "said once: %v", err)
 			assert.NotContains(t, err.Error(), "\n")
@@ -67,12 +68,12 @@ func TestWhatAMQPCannotCarryIsRefusedWithItsPlace(t *testing.T) {
 		_, err := steadymq.New("amqp://h/", name)
 		assert.ErrorContains(t, err, reason)
 	}
-	_, err := steadymq.New("amqp://h/%ff", queue)
+	_, err := steadymq.New("amqp://h/%ff", rig.Queue)
 	assert.ErrorContains(t, err, "virtual host in the URL is no UTF-8")
 }
 
 func TestEveryProblemOfATableIsTold(t *testing.T) {
-	_, err := steadymq.New("amqp://h/", queue, steadymq.WithQueue(steadymq.Queue{
+	_, err := steadymq.New("amqp://h/", rig.Queue, steadymq.WithQueue(steadymq.Queue{
 		Args:     amqp.Table{"a": uint(1), "b": amqp.Table{"c": struct{}{}}, "good": 1},
 		Bindings: []steadymq.Binding{{Exchange: "e", Args: amqp.Table{"d": []any{new(int)}}}},
 	}))
@@ -134,7 +135,7 @@ func (c *sentConn) Write(p []byte) (int, error) {
 }
 
 func TestWhatNewWasGivenMayChangeAfterwards(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		table := func(n int) amqp.Table {
 			return amqp.Table{
 				fmt.Sprintf("given-text-%d", n): "given-value", "t": amqp.Table{"t": amqp.Table{"t": fmt.Sprintf("given-deep-%d", n)}},
@@ -155,14 +156,14 @@ func TestWhatNewWasGivenMayChangeAfterwards(t *testing.T) {
 		exchange := &steadymq.Exchange{Name: "given-exchange", Args: tables[1]}
 		bindings := []steadymq.Binding{{Key: "given-key", Args: tables[2]}}
 		dead := &steadymq.DeadLetter{Queue: "given-dead"}
-		logins := []amqp.Authentication{&amqp.PlainAuth{Username: "app", Password: password}}
+		logins := []amqp.Authentication{&amqp.PlainAuth{Username: "app", Password: rig.Password}}
 		passed := false
 		middleware := []steadymq.Middleware{func(next steadymq.Handler) steadymq.Handler {
 			passed = true
 			return next
 		}}
-		wire := &sent{dial: b.broker.Dialer()}
-		b.consumer = b.make(
+		wire := &sent{dial: r.Broker.Dialer()}
+		r.Consumer = r.New(
 			steadymq.WithDialer(wire.DialContext), steadymq.WithConsumeArgs(tables[3]), steadymq.WithSASL(logins...), steadymq.WithMiddleware(middleware...),
 			steadymq.WithQueue(steadymq.Queue{Type: "classic", Args: tables[0], Exchange: exchange, Bindings: bindings, DeadLetter: dead}))
 
@@ -174,62 +175,62 @@ func TestWhatNewWasGivenMayChangeAfterwards(t *testing.T) {
 		logins[0] = &amqp.PlainAuth{Username: "changed", Password: "changed"}
 		middleware[0] = nil
 
-		b.broker.DeleteQueue(queue)
-		b.start(ack)
-		b.wait(time.Second)
-		require.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.True(b, passed)
-		assert.NotContains(b, wire.all(), "changed")
+		r.Broker.DeleteQueue(rig.Queue)
+		r.Start(rig.Ack)
+		r.Wait(time.Second)
+		require.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.True(r, passed)
+		assert.NotContains(r, wire.all(), "changed")
 		for n := 1; n <= 4; n++ {
 			for _, what := range []string{"text", "deep", "element", "inner", "bytes"} {
-				assert.Contains(b, wire.all(), fmt.Sprintf("given-%s-%d", what, n))
+				assert.Contains(r, wire.all(), fmt.Sprintf("given-%s-%d", what, n))
 			}
 		}
 		for _, what := range []string{"given-exchange", "given-key", "given-dead"} {
-			assert.Contains(b, wire.all(), what)
+			assert.Contains(r, wire.all(), what)
 		}
 	})
 }
 
 func TestListOfURLsMayChangeAfterwards(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		wire := &sent{dial: func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("nobody is there") }}
 		urls := []string{"amqp://given/"}
-		b.consumer = b.make(steadymq.WithDialer(wire.DialContext), steadymq.WithURLs(urls...))
+		r.Consumer = r.New(steadymq.WithDialer(wire.DialContext), steadymq.WithURLs(urls...))
 		urls[0] = "amqp://changed/"
-		b.start(ack)
-		b.wait(time.Minute)
-		assert.Contains(b, wire.addresses, "given:5672")
-		assert.NotContains(b, wire.addresses, "changed:5672")
+		r.Start(rig.Ack)
+		r.Wait(time.Minute)
+		assert.Contains(r, wire.addresses, "given:5672")
+		assert.NotContains(r, wire.addresses, "changed:5672")
 	})
 }
 
 func TestTLSConfigurationMayChangeAfterwards(t *testing.T) {
-	bubble(t, func(b *bench) {
-		config := b.broker.TLSConfig()
+	rig.Bubble(t, func(r *rig.Rig) {
+		config := r.Broker.TLSConfig()
 		config.Certificates = make([]tls.Certificate, 1)
 		config.RootCAs = config.RootCAs.Clone()
-		b.consumer = b.make(steadymq.WithTLSConfig(config))
+		r.Consumer = r.New(steadymq.WithTLSConfig(config))
 		config.Certificates[0].Certificate = [][]byte{{1}}
 		*config.RootCAs = *x509.NewCertPool()
 		config.RootCAs, config.ServerName = x509.NewCertPool(), "changed.example"
-		b.start(ack)
-		b.wait(time.Second)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		r.Start(rig.Ack)
+		r.Wait(time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
 	}, steadymqtest.WithTLS())
 }
 
 // The driver sends the lower half of an int, and says nothing.
 func TestNumbersArriveAsTheyWereGiven(t *testing.T) {
-	bubble(t, func(b *bench) {
-		wire := &sent{dial: b.broker.Dialer()}
-		b.consuming(ack, steadymq.WithDialer(wire.DialContext), steadymq.WithConsumeArgs(amqp.Table{
+	rig.Bubble(t, func(r *rig.Rig) {
+		wire := &sent{dial: r.Broker.Dialer()}
+		r.Consuming(rig.Ack, steadymq.WithDialer(wire.DialContext), steadymq.WithConsumeArgs(amqp.Table{
 			"x-large": 5_000_000_000, "x-small": -7, "x-in": []any{-5_000_000_000},
 		}))
 		for _, field := range []string{
 			"\x07x-largel\x00\x00\x00\x01\x2a\x05\xf2\x00", "\x07x-smallI\xff\xff\xff\xf9", "\x04x-inA\x00\x00\x00\x09l\xff\xff\xff\xfe\xd5\xfa\x0e\x00",
 		} {
-			assert.Contains(b, wire.all(), field)
+			assert.Contains(r, wire.all(), field)
 		}
 	})
 }

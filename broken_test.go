@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 )
 
 // panicking is a log handler with a fault.
@@ -29,17 +30,17 @@ func TestLogHandlerThatPanicsEndsRunAndIsNamed(t *testing.T) {
 		"Handle":  {slog.DiscardHandler, nothing, fault},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.run(ack, steadymq.WithLogger(slog.New(handler)))
-				b.wait(time.Second)
-				require.Len(b, b.result, 1, "Run has returned")
-				err := <-b.result
-				b.result = nil
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Run(rig.Ack, steadymq.WithLogger(slog.New(handler)))
+				r.Wait(time.Second)
+				require.Len(r, r.Result, 1, "Run has returned")
+				err := <-r.Result
+				r.Result = nil
 				var refused *steadymq.OptionError
-				require.ErrorAs(b, err, &refused)
-				assert.Equal(b, "WithLogger", refused.Option)
-				assert.ErrorAs(b, err, new(*steadymq.PanicError))
-				assert.ErrorContains(b, err, "WithLogger: the log handler panicked, mend it and make a new Consumer: ")
+				require.ErrorAs(r, err, &refused)
+				assert.Equal(r, "WithLogger", refused.Option)
+				assert.ErrorAs(r, err, new(*steadymq.PanicError))
+				assert.ErrorContains(r, err, "WithLogger: the log handler panicked, mend it and make a new Consumer: ")
 			})
 		})
 	}
@@ -57,37 +58,37 @@ func (leveled) Enabled(_ context.Context, l slog.Level) bool {
 
 // The line is made by the worker, where a panic would end the process.
 func TestLogHandlerThatPanicsForAFailedHandlerEndsRun(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(func(context.Context, *steadymq.Delivery) error { return errAway }, steadymq.WithLogger(slog.New(leveled{slog.DiscardHandler})))
-		b.broker.Publish(queue, "tea")
-		b.wait(time.Second)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { return errAway }, steadymq.WithLogger(slog.New(leveled{slog.DiscardHandler})))
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Wait(time.Second)
 		var refused *steadymq.OptionError
-		require.ErrorAs(b, b.stop(), &refused)
-		assert.Equal(b, "WithLogger", refused.Option)
+		require.ErrorAs(r, r.Stop(), &refused)
+		assert.Equal(r, "WithLogger", refused.Option)
 	})
 }
 
 func TestNoHookIsCalledAfterOneHasPanicked(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		started, release := make(chan *steadymq.Delivery, 8), make(chan struct{})
 		var calls atomic.Int32
 		fault := func() { calls.Add(1); panic("user") }
-		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
-			_ = hold(started, release)(ctx, d)
+		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			_ = rig.Hold(started, release)(ctx, d)
 			return errAway
 		}, steadymq.WithConcurrency(3), steadymq.WithHooks(steadymq.Hooks{
 			HandlerFailed: func(*steadymq.Delivery, error) { fault() },
 			Settled:       func(*steadymq.Delivery, steadymq.Outcome) { fault() },
 		}))
-		b.publish(3, "tea")
+		r.PublishMany(3, "tea")
 		for range 3 {
 			<-started
 		}
 		for range 3 {
 			release <- struct{}{}
-			b.wait(100 * time.Millisecond)
+			r.Wait(100 * time.Millisecond)
 		}
-		assert.Error(b, b.stop())
-		assert.EqualValues(b, 1, calls.Load())
+		assert.Error(r, r.Stop())
+		assert.EqualValues(r, 1, calls.Load())
 	})
 }

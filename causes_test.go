@@ -12,38 +12,39 @@ import (
 	"github.com/stretchr/testify/assert"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
 // failingWith runs a consumer whose credentials fail every second with what cause says of the
 // n-th try.
-func (b *bench) failingWith(cause func(n int) string) {
+func failingWith(r *rig.Rig, cause func(n int) string) {
 	n := 0
-	b.run(ack, steadymq.WithBackoff(time.Second, time.Second), steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+	r.Run(rig.Ack, steadymq.WithBackoff(time.Second, time.Second), steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
 		n++
 		return steadymq.Credentials{}, errors.New(cause(n - 1))
 	}))
 }
 
 func TestNewCauseThatDiffersByAShortNumberIsToldAtOnce(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var status atomic.Int32
 		status.Store(503)
-		b.failingWith(func(int) string { return fmt.Sprintf("the vault answered with status %d", status.Load()) })
-		b.wait(40 * time.Second)
+		failingWith(r, func(int) string { return fmt.Sprintf("the vault answered with status %d", status.Load()) })
+		r.Wait(40 * time.Second)
 		status.Store(401)
-		b.wait(5 * time.Second)
-		assert.NotEmpty(b, b.warnings("status 401"), "a new cause, five seconds later")
+		r.Wait(5 * time.Second)
+		assert.NotEmpty(r, r.Warnings("status 401"), "a new cause, five seconds later")
 	})
 }
 
 func TestEachNewCauseIsToldAtOnce(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		words := []string{"one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"}
-		b.failingWith(func(n int) string { return "cause " + words[min(n, len(words)-1)] })
-		b.wait(20 * time.Second)
+		failingWith(r, func(n int) string { return "cause " + words[min(n, len(words)-1)] })
+		r.Wait(20 * time.Second)
 		for _, word := range words {
-			assert.NotEmpty(b, b.warnings("cause "+word), word)
+			assert.NotEmpty(r, r.Warnings("cause "+word), word)
 		}
 	})
 }
@@ -56,10 +57,10 @@ func TestCauseThatDiffersInAddressOrLongNumberIsTheSame(t *testing.T) {
 		"request": func(n int) string { return fmt.Sprintf("request %d: away", 1_000_000+n*1000) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.failingWith(func(n int) string { return cause(n) })
-				b.wait(50 * time.Second)
-				assert.LessOrEqual(b, len(b.warnings("away")), 8, "1st, 2nd, 4th ... of some 100")
+			rig.Bubble(t, func(r *rig.Rig) {
+				failingWith(r, func(n int) string { return cause(n) })
+				r.Wait(50 * time.Second)
+				assert.LessOrEqual(r, len(r.Warnings("away")), 8, "1st, 2nd, 4th ... of some 100")
 			})
 		})
 	}
@@ -75,11 +76,11 @@ func TestHourOfCausesInAnyOrderIsAtMost100Lines(t *testing.T) {
 		"each four times": func(n int) string { return fmt.Sprintf("cause %d", n/4%100) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.failingWith(cause)
-				b.wait(time.Hour)
-				assert.LessOrEqual(b, len(b.log.lines()), 100)
-				assert.Greater(b, len(b.log.lines()), 58, "at least one a minute")
+			rig.Bubble(t, func(r *rig.Rig) {
+				failingWith(r, cause)
+				r.Wait(time.Hour)
+				assert.LessOrEqual(r, len(r.Log.Lines()), 100)
+				assert.Greater(r, len(r.Log.Lines()), 58, "at least one a minute")
 			})
 		})
 	}
@@ -87,13 +88,13 @@ func TestHourOfCausesInAnyOrderIsAtMost100Lines(t *testing.T) {
 
 // Hosts have names that differ in a digit, which is no new cause.
 func TestNameOfTheHostMakesNoCause(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.run(ack, steadymq.WithBackoff(time.Second, time.Second), steadymq.WithDialer(func(_ context.Context, _, address string) (net.Conn, error) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Run(rig.Ack, steadymq.WithBackoff(time.Second, time.Second), steadymq.WithDialer(func(_ context.Context, _, address string) (net.Conn, error) {
 			host, _, _ := net.SplitHostPort(address)
 			return nil, fmt.Errorf("lookup %s: away", host)
 		}))
-		b.wait(3 * time.Second)
-		assert.Greater(b, len(b.causes()), 20)
-		assert.LessOrEqual(b, len(b.warnings("away")), 8, "1st, 2nd, 4th ... of some 50")
+		r.Wait(3 * time.Second)
+		assert.Greater(r, len(r.Causes()), 20)
+		assert.LessOrEqual(r, len(r.Warnings("away")), 8, "1st, 2nd, 4th ... of some 50")
 	}, steadymqtest.WithHosts(8))
 }

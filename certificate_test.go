@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -27,14 +28,14 @@ func TestAdviceOnCertificates(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				config := b.broker.TLSConfig()
+			rig.Bubble(t, func(r *rig.Rig) {
+				config := r.Broker.TLSConfig()
 				c.change(config)
-				b.run(ack, steadymq.WithTLSConfig(config))
-				b.wait(time.Second)
-				require.NotEmpty(b, b.causes())
-				assert.ErrorContains(b, b.causes()[0], c.says)
-				assert.Contains(b, b.log.last("level=WARN"), c.says)
+				r.Run(rig.Ack, steadymq.WithTLSConfig(config))
+				r.Wait(time.Second)
+				require.NotEmpty(r, r.Causes())
+				assert.ErrorContains(r, r.Causes()[0], c.says)
+				assert.Contains(r, r.Log.Last("level=WARN"), c.says)
 			}, steadymqtest.WithTLS())
 		})
 	}
@@ -43,25 +44,25 @@ func TestAdviceOnCertificates(t *testing.T) {
 func TestInsecureSkipVerifySwitchesVerificationOff(t *testing.T) {
 	for name, with := range map[string][]steadymq.Option{
 		"alone":                    nil,
-		"with a TLS configuration": opts(steadymq.WithTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12})),
+		"with a TLS configuration": rig.Options(steadymq.WithTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12})),
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consuming(ack, append(with, steadymq.WithInsecureSkipVerify())...)
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(rig.Ack, append(with, steadymq.WithInsecureSkipVerify())...)
 			}, steadymqtest.WithTLS())
 		})
 	}
 	t.Run("refused without TLS", func(t *testing.T) {
-		_, err := steadymq.New("amqp://h/", queue, steadymq.WithInsecureSkipVerify())
+		_, err := steadymq.New("amqp://h/", rig.Queue, steadymq.WithInsecureSkipVerify())
 		require.ErrorContains(t, err, "WithInsecureSkipVerify: the URL has the scheme amqp")
 		require.ErrorAs(t, err, new(*steadymq.OptionError))
 	})
 	t.Run("refused without TLS, from WithURLFunc", func(t *testing.T) {
-		bubble(t, func(b *bench) {
-			b.run(ack, steadymq.WithInsecureSkipVerify(), steadymq.WithURLFunc(func(context.Context) (string, error) { return b.broker.URL, nil }))
-			b.wait(time.Second)
-			require.NotEmpty(b, b.causes())
-			assert.ErrorContains(b, b.causes()[0], "WithInsecureSkipVerify")
+		rig.Bubble(t, func(r *rig.Rig) {
+			r.Run(rig.Ack, steadymq.WithInsecureSkipVerify(), steadymq.WithURLFunc(func(context.Context) (string, error) { return r.Broker.URL, nil }))
+			r.Wait(time.Second)
+			require.NotEmpty(r, r.Causes())
+			assert.ErrorContains(r, r.Causes()[0], "WithInsecureSkipVerify")
 		})
 	})
 }

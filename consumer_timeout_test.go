@@ -10,16 +10,17 @@ import (
 	"github.com/stretchr/testify/assert"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 )
 
 func TestLongConsumerTimeoutIsNotTakenForTheDefault(t *testing.T) {
 	for _, ms := range []int64{48 * time.Hour.Milliseconds(), math.MaxInt64} {
-		bubble(t, func(b *bench) {
-			b.consuming(func(context.Context, *steadymq.Delivery) error { time.Sleep(2 * time.Minute); return nil },
+		rig.Bubble(t, func(r *rig.Rig) {
+			r.Consuming(func(context.Context, *steadymq.Delivery) error { time.Sleep(2 * time.Minute); return nil },
 				steadymq.WithConsumeArgs(amqp.Table{"x-consumer-timeout": ms}), steadymq.WithDrainTimeout(time.Hour))
-			b.publish(100, "slow")
-			b.wait(3 * time.Hour)
-			assert.Zero(b, b.told("handlers are so slow"))
+			r.PublishMany(100, "slow")
+			r.Wait(3 * time.Hour)
+			assert.Zero(r, r.TimesLogged("handlers are so slow"))
 		})
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -25,10 +26,10 @@ func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
 		"WithTLSConfig: InsecureSkipVerify":        {blind},
 		"WithURLFunc: cannot be combined":          {steadymq.WithURLFunc(url), steadymq.WithURLs("amqps://h/")},
 	} {
-		_, err := steadymq.New("amqps://h/", queue, opts...)
+		_, err := steadymq.New("amqps://h/", rig.Queue, opts...)
 		assert.ErrorContains(t, err, reason)
 	}
-	_, err := steadymq.New("amqps://h/", queue, blind, steadymq.WithInsecureSkipVerify())
+	_, err := steadymq.New("amqps://h/", rig.Queue, blind, steadymq.WithInsecureSkipVerify())
 	assert.NoError(t, err)
 }
 
@@ -36,58 +37,58 @@ func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
 func TestRefusedDeclarationNamesWhatWasDeclared(t *testing.T) {
 	for reason, c := range map[string]struct {
 		queue  steadymq.Queue
-		before func(b *bench)
+		before func(r *rig.Rig)
 	}{
 		`: exchange "events": `: {
 			steadymq.Queue{Exchange: &steadymq.Exchange{Name: "events", Kind: "topic"}, Bindings: []steadymq.Binding{{Key: "k"}}},
-			func(b *bench) { b.broker.DeclareExchange("events", "fanout") },
+			func(r *rig.Rig) { r.Broker.DeclareExchange("events", "fanout") },
 		},
 		`: binding to exchange "nowhere": `: {
 			steadymq.Queue{Type: "classic", Bindings: []steadymq.Binding{{Exchange: "nowhere"}}},
-			func(b *bench) { b.broker.DeleteQueue(queue) },
+			func(r *rig.Rig) { r.Broker.DeleteQueue(rig.Queue) },
 		},
 		`: dead-letter queue "amq.dead": `: {
 			steadymq.Queue{DeadLetter: &steadymq.DeadLetter{Queue: "amq.dead"}},
-			func(b *bench) { b.broker.DeleteQueue(queue) },
+			func(r *rig.Rig) { r.Broker.DeleteQueue(rig.Queue) },
 		},
 	} {
 		t.Run(reason, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				c.before(b)
-				b.run(ack, steadymq.WithQueue(c.queue), steadymq.WithFatal(func(error) bool { return true }))
-				b.wait(time.Minute)
-				err := b.stop()
+			rig.Bubble(t, func(r *rig.Rig) {
+				c.before(r)
+				r.Run(rig.Ack, steadymq.WithQueue(c.queue), steadymq.WithFatal(func(error) bool { return true }))
+				r.Wait(time.Minute)
+				err := r.Stop()
 				var said *amqp.Error
-				require.ErrorAs(b, err, &said)
-				assert.ErrorContains(b, err, reason)
-				assert.ErrorContains(b, err, queue)
+				require.ErrorAs(r, err, &said)
+				assert.ErrorContains(r, err, reason)
+				assert.ErrorContains(r, err, rig.Queue)
 			}, steadymqtest.WithVersion(4, 0))
 		})
 	}
 }
 
 func TestTopologyThatNamesNoQueueIsToldSo(t *testing.T) {
-	bubble(t, func(b *bench) {
-		c, err := steadymq.New(b.broker.URL, "", steadymq.WithDialer(b.broker.Dialer()),
+	rig.Bubble(t, func(r *rig.Rig) {
+		c, err := steadymq.New(r.Broker.URL, "", steadymq.WithDialer(r.Broker.Dialer()),
 			steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) { return "", nil }),
 			steadymq.WithFatal(func(error) bool { return true }))
-		require.NoError(b, err)
-		assert.ErrorContains(b, c.Run(b.Context(), ack), "the topology function returned none and New was given none")
-		assert.Empty(b, c.Queue())
+		require.NoError(r, err)
+		assert.ErrorContains(r, c.Run(r.Context(), rig.Ack), "the topology function returned none and New was given none")
+		assert.Empty(r, c.Queue())
 	})
 }
 
 func TestConsumerWhoseHookPanickedSaysWhatToDo(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.run(ack, steadymq.WithHooks(steadymq.Hooks{StateChanged: func(steadymq.StateChange) { panic("boom") }}))
-		b.wait(time.Second)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Run(rig.Ack, steadymq.WithHooks(steadymq.Hooks{StateChanged: func(steadymq.StateChange) { panic("boom") }}))
+		r.Wait(time.Second)
 		for range 2 {
-			err := b.stop()
-			assert.ErrorContains(b, err, "WithHooks: a hook panicked, mend it and make a new Consumer")
-			assert.ErrorContains(b, err, "boom")
-			b.start(ack)
-			b.wait(time.Second)
+			err := r.Stop()
+			assert.ErrorContains(r, err, "WithHooks: a hook panicked, mend it and make a new Consumer")
+			assert.ErrorContains(r, err, "boom")
+			r.Start(rig.Ack)
+			r.Wait(time.Second)
 		}
-		assert.Equal(b, queue, b.consumer.Queue())
+		assert.Equal(r, rig.Queue, r.Consumer.Queue())
 	})
 }

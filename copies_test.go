@@ -10,27 +10,28 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 )
 
 // A flag of its own would let each copy write a frame with the same tag, and the
 // broker closes the channel by 406.
 func TestCopiesOfADeliverySettleOnce(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		process := func(d steadymq.Delivery) error { return d.Ack() }
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			driver := d.Delivery
 			copied := *d
 			copied.DeliveryTag = 99 // the copy's own business
-			assert.NoError(b, process(copied))
-			assert.Equal(b, steadymq.Acked, d.Outcome())
-			assert.ErrorIs(b, process(*d), steadymq.ErrSettled)
-			assert.ErrorIs(b, driver.Ack(false), steadymq.ErrSettled)
+			assert.NoError(r, process(copied))
+			assert.Equal(r, steadymq.Acked, d.Outcome())
+			assert.ErrorIs(r, process(*d), steadymq.ErrSettled)
+			assert.ErrorIs(r, driver.Ack(false), steadymq.ErrSettled)
 			return nil
 		})
-		b.broker.Publish(queue, "once")
-		b.wait(time.Second)
-		assert.Len(b, b.broker.Ledger().Settlements, 1, "frames on the wire")
-		assert.EqualValues(b, 1, b.consumer.Stats().Sessions, "the session stays")
+		r.Broker.Publish(rig.Queue, "once")
+		r.Wait(time.Second)
+		assert.Len(r, r.Broker.Ledger().Settlements, 1, "frames on the wire")
+		assert.EqualValues(r, 1, r.Consumer.Stats().Sessions, "the session stays")
 	})
 }
 

@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/assert"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -27,38 +28,38 @@ func (s stuck) Close() error {
 // The session's own goroutine ends the connection when basic.cancel or channel.close is not
 // answered. Stop has its limits whatever the Close of a user's connection does.
 func TestStopKeepsItsLimitsThoughACloseOfTheUsersConnectionHangs(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		release := make(chan struct{})
-		dial := b.broker.Dialer()
-		b.consuming(ack, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+		dial := r.Broker.Dialer()
+		r.Consuming(rig.Ack, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
 			c, err := dial(ctx, network, address)
 			if err != nil {
 				return nil, err
 			}
 			return stuck{c, release}, nil
 		}), steadymq.WithCloseTimeout(2*time.Second), steadymq.WithDrainTimeout(10*time.Second))
-		b.broker.Stall()
-		b.stopRun()
-		b.wait(13 * time.Second) // drain + close + 1 s
+		r.Broker.Stall()
+		r.Cancel()
+		r.Wait(13 * time.Second) // drain + close + 1 s
 		select {
-		case <-b.result:
+		case <-r.Result:
 		default:
-			assert.Fail(b, "Run has not returned within its limits")
+			assert.Fail(r, "Run has not returned within its limits")
 			close(release)
-			<-b.result
-			b.result = nil
+			<-r.Result
+			r.Result = nil
 			return
 		}
 		close(release)
-		b.result = nil
+		r.Result = nil
 	})
 }
 
 // A handler that forwards a message takes the broker's own headers out first.
 func TestStreamGoesOnThoughAHandlerTakesTheOffsetOutOfTheHeaders(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		handled := make(map[string]bool)
-		b.streaming(func(_ context.Context, d *steadymq.Delivery) error {
+		streaming(r, func(_ context.Context, d *steadymq.Delivery) error {
 			delete(d.Headers, "x-stream-offset")
 			if string(d.Body) == "3" && d.Attempt() == 1 {
 				return errAway
@@ -67,21 +68,21 @@ func TestStreamGoesOnThoughAHandlerTakesTheOffsetOutOfTheHeaders(t *testing.T) {
 			return nil
 		}, steadymq.WithPrefetch(4), steadymq.WithConcurrency(1))
 		for i := range 20 {
-			b.broker.Publish(queue, fmt.Sprint(i))
+			r.Broker.Publish(rig.Queue, fmt.Sprint(i))
 		}
-		b.wait(time.Hour)
-		assert.Len(b, handled, 20)
+		r.Wait(time.Hour)
+		assert.Len(r, handled, 20)
 	})
 }
 
 // What is held goes back when the consumer stops: once.
 func TestHeldMessageComesBackOnceWhenTheConsumerStops(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.of("quorum")
-		b.consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.RequeueAfter(nil, time.Hour) })
-		b.broker.Publish(queue, "tea")
-		b.wait(time.Minute)
-		assert.NoError(b, b.stop())
-		assert.Len(b, b.broker.Ledger().Deliveries, 1)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("quorum")
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.RequeueAfter(nil, time.Hour) })
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Wait(time.Minute)
+		assert.NoError(r, r.Stop())
+		assert.Len(r, r.Broker.Ledger().Deliveries, 1)
 	}, steadymqtest.WithVersion(4, 0))
 }

@@ -16,15 +16,16 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
 // Cancel-ok stands behind what the broker has sent ahead, prefetch times size: on a path of 100 KB/s
 // that takes far longer than the close limit, and bytes come in all the time.
 func TestStopOnABusyPathLetsRunningHandlersFinish(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var cut, done atomic.Int32
-		b.consumingSlowly(func(ctx context.Context, _ *steadymq.Delivery) error {
+		consumingSlowly(r, func(ctx context.Context, _ *steadymq.Delivery) error {
 			select {
 			case <-time.After(8 * time.Second):
 				done.Add(1)
@@ -32,15 +33,15 @@ func TestStopOnABusyPathLetsRunningHandlersFinish(t *testing.T) {
 				cut.Add(1)
 			}
 			return nil
-		}, steadymq.WithDrainTimeout(time.Minute), b.slowly(100_000))
+		}, steadymq.WithDrainTimeout(time.Minute), slowly(r, 100_000))
 		for range 32 {
-			b.broker.PublishMessage(queue, steadymqtest.Message{Body: make([]byte, 100_000)})
+			r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{Body: make([]byte, 100_000)})
 		}
-		b.wait(3 * time.Second) // the first handler runs, 29 messages are on their way
-		assert.EqualValues(b, 1, b.consumer.Stats().Handling)
-		assert.NoError(b, b.stop())
-		assert.Zero(b, cut.Load(), "handlers whose context ended")
-		assert.Zero(b, b.consumer.Stats().Stale)
+		r.Wait(3 * time.Second) // the first handler runs, 29 messages are on their way
+		assert.EqualValues(r, 1, r.Consumer.Stats().Handling)
+		assert.NoError(r, r.Stop())
+		assert.Zero(r, cut.Load(), "handlers whose context ended")
+		assert.Zero(r, r.Consumer.Stats().Stale)
 	})
 }
 
@@ -58,9 +59,9 @@ func TestRunTellsOfAcksThatWereLostWhileDraining(t *testing.T) {
 				if lied > 0 {
 					break
 				}
-				bubble(t, func(b *bench) {
+				rig.Bubble(t, func(r *rig.Rig) {
 					started := make(chan struct{})
-					b.consuming(func(_ context.Context, _ *steadymq.Delivery) error {
+					r.Consuming(func(_ context.Context, _ *steadymq.Delivery) error {
 						close(started)
 						time.Sleep(time.Second)
 						for range rand.IntN(200) { // it arrives while the handler returns
@@ -68,13 +69,13 @@ func TestRunTellsOfAcksThatWereLostWhileDraining(t *testing.T) {
 						}
 						return nil
 					}, steadymq.WithDrainTimeout(time.Minute))
-					b.broker.Publish(queue, "x")
+					r.Broker.Publish(rig.Queue, "x")
 					<-started
-					b.stopRun()
+					r.Cancel()
 					time.Sleep(time.Second - time.Millisecond) // the latency
-					lose(b.broker)
-					err := b.stop()
-					if err == nil && b.broker.Ledger().Count(queue, steadymqtest.Acked) == 0 {
+					lose(r.Broker)
+					err := r.Stop()
+					if err == nil && r.Broker.Ledger().Count(rig.Queue, steadymqtest.Acked) == 0 {
 						lied++
 					}
 				})
@@ -89,10 +90,10 @@ func TestRunTellsOfAcksThatWereLostWhileDraining(t *testing.T) {
 func TestHandlersOfACancelledSessionFinishWhateverBecomesOfItsSuccessor(t *testing.T) {
 	for _, end := range []string{"stop", "setup limit"} {
 		t.Run(end, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				var calls, cut atomic.Int32
 				started := make(chan struct{}, 8)
-				b.consuming(func(ctx context.Context, _ *steadymq.Delivery) error {
+				r.Consuming(func(ctx context.Context, _ *steadymq.Delivery) error {
 					started <- struct{}{}
 					select {
 					case <-time.After(10 * time.Second):
@@ -106,20 +107,20 @@ func TestHandlersOfACancelledSessionFinishWhateverBecomesOfItsSuccessor(t *testi
 						<-ctx.Done()
 						return "", ctx.Err()
 					}
-					return queue, nil
+					return rig.Queue, nil
 				}))
-				b.broker.Publish(queue, "x")
+				r.Broker.Publish(rig.Queue, "x")
 				<-started
-				b.broker.CancelConsumers(queue)
-				b.wait(time.Second)
-				require.EqualValues(b, 2, calls.Load())
+				r.Broker.CancelConsumers(rig.Queue)
+				r.Wait(time.Second)
+				require.EqualValues(r, 2, calls.Load())
 				if end == "stop" {
-					require.NoError(b, b.stop())
+					require.NoError(r, r.Stop())
 				}
-				b.wait(12 * time.Second)
-				assert.Zero(b, cut.Load(), "handlers cut off")
-				assert.Equal(b, 1, b.broker.Ledger().Count(queue, steadymqtest.Acked))
-				assert.Zero(b, b.broker.Ledger().Redelivered(queue), "duplicates")
+				r.Wait(12 * time.Second)
+				assert.Zero(r, cut.Load(), "handlers cut off")
+				assert.Equal(r, 1, r.Broker.Ledger().Count(rig.Queue, steadymqtest.Acked))
+				assert.Zero(r, r.Broker.Ledger().Redelivered(rig.Queue), "duplicates")
 			})
 		})
 	}
@@ -127,10 +128,10 @@ func TestHandlersOfACancelledSessionFinishWhateverBecomesOfItsSuccessor(t *testi
 
 // The third failure of a channel within 30 s replaces the connection too.
 func TestHandlersOfACancelledSessionFinishWhenItsConnectionIsReplaced(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var cut atomic.Int32
 		started := make(chan struct{}, 8)
-		b.consuming(func(ctx context.Context, _ *steadymq.Delivery) error {
+		r.Consuming(func(ctx context.Context, _ *steadymq.Delivery) error {
 			started <- struct{}{}
 			select {
 			case <-time.After(10 * time.Second):
@@ -140,59 +141,59 @@ func TestHandlersOfACancelledSessionFinishWhenItsConnectionIsReplaced(t *testing
 				return ctx.Err()
 			}
 		})
-		b.broker.Publish(queue, "x")
+		r.Broker.Publish(rig.Queue, "x")
 		<-started
 		for range 3 {
-			b.broker.CancelConsumers(queue)
-			b.wait(time.Second)
+			r.Broker.CancelConsumers(rig.Queue)
+			r.Wait(time.Second)
 		}
-		require.EqualValues(b, 2, b.consumer.Stats().Connections, "the connection is replaced")
-		b.wait(12 * time.Second)
-		assert.Zero(b, cut.Load(), "handlers cut off")
-		assert.Equal(b, 1, b.broker.Ledger().Count(queue, steadymqtest.Acked))
-		assert.Zero(b, b.broker.Ledger().Redelivered(queue), "duplicates")
-		assert.Equal(b, 1, b.open(), "open connections")
+		require.EqualValues(r, 2, r.Consumer.Stats().Connections, "the connection is replaced")
+		r.Wait(12 * time.Second)
+		assert.Zero(r, cut.Load(), "handlers cut off")
+		assert.Equal(r, 1, r.Broker.Ledger().Count(rig.Queue, steadymqtest.Acked))
+		assert.Zero(r, r.Broker.Ledger().Redelivered(rig.Queue), "duplicates")
+		assert.Equal(r, 1, r.OpenConnections(), "open connections")
 	})
 }
 
 func TestRunTellsOfAcksThatACancelledSessionLostWhileDraining(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		started, release := make(chan *steadymq.Delivery, 8), make(chan struct{})
-		b.consuming(hold(started, release), steadymq.WithConcurrency(2))
-		b.broker.Publish(queue, "x")
+		r.Consuming(rig.Hold(started, release), steadymq.WithConcurrency(2))
+		r.Broker.Publish(rig.Queue, "x")
 		<-started
-		b.broker.CancelConsumers(queue)
-		b.wait(time.Second)
-		b.stopRun()
-		b.wait(time.Second)
-		require.Empty(b, b.result, "the handler of the cancelled session is at work")
-		b.broker.CloseConnections(320, "bye")
-		b.wait(time.Second)
+		r.Broker.CancelConsumers(rig.Queue)
+		r.Wait(time.Second)
+		r.Cancel()
+		r.Wait(time.Second)
+		require.Empty(r, r.Result, "the handler of the cancelled session is at work")
+		r.Broker.CloseConnections(320, "bye")
+		r.Wait(time.Second)
 		close(release)
 		var lost *steadymq.SessionError
-		require.ErrorAs(b, b.stop(), &lost)
-		assert.Equal(b, "lost", lost.Op)
+		require.ErrorAs(r, r.Stop(), &lost)
+		assert.Equal(r, "lost", lost.Op)
 	})
 }
 
 // What an earlier Run has left behind is not of this one.
 func TestDrainErrorCountsTheHandlersOfItsOwnRun(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		release := make(chan struct{})
 		ignores := func(context.Context, *steadymq.Delivery) error { <-release; return nil }
-		b.consuming(ignores, steadymq.WithDrainTimeout(time.Second), steadymq.WithConcurrency(3))
-		b.broker.Publish(queue, "a", "b")
-		b.wait(time.Second)
+		r.Consuming(ignores, steadymq.WithDrainTimeout(time.Second), steadymq.WithConcurrency(3))
+		r.Broker.Publish(rig.Queue, "a", "b")
+		r.Wait(time.Second)
 		var drain *steadymq.DrainError
-		require.ErrorAs(b, b.stop(), &drain)
-		assert.Equal(b, 2, drain.Handlers)
-		b.broker.PurgeQueue(queue)
-		b.start(ignores)
-		b.wait(time.Second)
-		b.broker.Publish(queue, "c")
-		b.wait(time.Second)
-		require.ErrorAs(b, b.stop(), &drain)
-		assert.Equal(b, 1, drain.Handlers)
+		require.ErrorAs(r, r.Stop(), &drain)
+		assert.Equal(r, 2, drain.Handlers)
+		r.Broker.PurgeQueue(rig.Queue)
+		r.Start(ignores)
+		r.Wait(time.Second)
+		r.Broker.Publish(rig.Queue, "c")
+		r.Wait(time.Second)
+		require.ErrorAs(r, r.Stop(), &drain)
+		assert.Equal(r, 1, drain.Handlers)
 		close(release)
 	})
 }
@@ -219,8 +220,8 @@ func (n narrow) Close() error {
 }
 
 // slowly is a dialer whose paths let so many bytes pass in a second.
-func (b *bench) slowly(rate int) steadymq.Option {
-	dial := b.broker.Dialer()
+func slowly(r *rig.Rig, rate int) steadymq.Option {
+	dial := r.Broker.Dialer()
 	return steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
 		c, err := dial(ctx, network, address)
 		if err != nil {
@@ -230,53 +231,53 @@ func (b *bench) slowly(rate int) steadymq.Option {
 	})
 }
 
-func (b *bench) consumingSlowly(h steadymq.Handler, opts ...steadymq.Option) {
-	b.run(h, opts...)
-	b.wait(5 * time.Second)
+func consumingSlowly(r *rig.Rig, h steadymq.Handler, opts ...steadymq.Option) {
+	r.Run(h, opts...)
+	r.Wait(5 * time.Second)
 }
 
 // The reply to nothing is taken for the one to basic.cancel, and nothing more goes out: both steps
 // of the stop would wait for the close limit, one after the other.
 func TestStopWithAStrayReplyOnABlockedPathKeepsItsLimits(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack, steadymq.WithDrainTimeout(2*time.Second))
-		b.broker.ZeroWindow(true)
-		b.wait(time.Second)
-		b.broker.StrayReply(false)
-		b.wait(100 * time.Millisecond)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack, steadymq.WithDrainTimeout(2*time.Second))
+		r.Broker.ZeroWindow(true)
+		r.Wait(time.Second)
+		r.Broker.StrayReply(false)
+		r.Wait(100 * time.Millisecond)
 		since := time.Now()
 		var lost *steadymq.SessionError
-		require.ErrorAs(b, b.stop(), &lost)
-		assert.LessOrEqual(b, time.Since(since), 8*time.Second)
+		require.ErrorAs(r, r.Stop(), &lost)
+		assert.LessOrEqual(r, time.Since(since), 8*time.Second)
 	})
 }
 
 // A connection that was replaced waits for the sessions on it, which a stop cuts short.
 func TestStopHurriesAConnectionThatIsOnItsWayOut(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack, steadymq.WithDrainTimeout(time.Second))
-		b.broker.SlowCloseOk(4500 * time.Millisecond)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack, steadymq.WithDrainTimeout(time.Second))
+		r.Broker.SlowCloseOk(4500 * time.Millisecond)
 		for range 3 {
-			b.broker.CancelConsumers(queue)
-			b.wait(time.Second)
+			r.Broker.CancelConsumers(rig.Queue)
+			r.Wait(time.Second)
 		}
-		require.EqualValues(b, 2, b.consumer.Stats().Connections)
+		require.EqualValues(r, 2, r.Consumer.Stats().Connections)
 		since := time.Now()
-		_ = b.stop()
-		assert.LessOrEqual(b, time.Since(since), 7*time.Second, "drain limit, close limit and a second")
-		assert.Zero(b, b.open(), "open connections")
+		_ = r.Stop()
+		assert.LessOrEqual(r, time.Since(since), 7*time.Second, "drain limit, close limit and a second")
+		assert.Zero(r, r.OpenConnections(), "open connections")
 	})
 }
 
 // A try that comes through within the moment it is given after the set-up limit has given its
 // tenancy up already: with the retired session the connection goes, under its successor.
 func TestSessionThatComesThroughAfterTheSetupLimitKeepsItsConnection(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		started, release := make(chan *steadymq.Delivery, 8), make(chan struct{})
 		var calls atomic.Int32
-		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 			if string(d.Body) == "slow" {
-				return hold(started, release)(ctx, d)
+				return rig.Hold(started, release)(ctx, d)
 			}
 			return nil
 		}, steadymq.WithConcurrency(2), steadymq.WithSetupTimeout(2*time.Second),
@@ -284,21 +285,21 @@ func TestSessionThatComesThroughAfterTheSetupLimitKeepsItsConnection(t *testing.
 				if calls.Add(1) == 2 {
 					time.Sleep(2*time.Second + 200*time.Millisecond)
 				}
-				return queue, nil
+				return rig.Queue, nil
 			}))
-		b.broker.Publish(queue, "slow")
+		r.Broker.Publish(rig.Queue, "slow")
 		<-started
-		b.broker.CancelConsumers(queue)
-		b.wait(3 * time.Second)
-		if b.consumer.Stats().Sessions < 2 || b.consumer.State() != steadymq.Consuming {
+		r.Broker.CancelConsumers(rig.Queue)
+		r.Wait(3 * time.Second)
+		if r.Consumer.Stats().Sessions < 2 || r.Consumer.State() != steadymq.Consuming {
 			close(release)
 			return // the try failed, which is right, too
 		}
-		before := len(b.causes())
+		before := len(r.Causes())
 		close(release) // the last handler of the first session
-		b.wait(5 * time.Second)
-		for _, cause := range b.causes()[before:] {
-			assert.NoError(b, cause, "the second session was consuming")
+		r.Wait(5 * time.Second)
+		for _, cause := range r.Causes()[before:] {
+			assert.NoError(r, cause, "the second session was consuming")
 		}
 	})
 }
@@ -306,18 +307,18 @@ func TestSessionThatComesThroughAfterTheSetupLimitKeepsItsConnection(t *testing.
 // The close of a retired session counts the silence of the whole socket, which its successor's
 // deliveries break.
 func TestRetiredSessionIsGivenUpThoughItsSuccessorIsBusy(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack, steadymq.WithCloseTimeout(2*time.Second))
-		b.wait(11 * time.Second)
-		b.broker.NoCloseOk(true)
-		b.broker.CancelConsumers(queue)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack, steadymq.WithCloseTimeout(2*time.Second))
+		r.Wait(11 * time.Second)
+		r.Broker.NoCloseOk(true)
+		r.Broker.CancelConsumers(rig.Queue)
 		for range 600 {
-			b.broker.Publish(queue, "tea")
-			b.wait(time.Second)
+			r.Broker.Publish(rig.Queue, "tea")
+			r.Wait(time.Second)
 		}
 		stacks := make([]byte, 1<<20)
 		stacks = stacks[:runtime.Stack(stacks, true)]
-		assert.Equal(b, 1, strings.Count(string(stacks), "(*session).run("), "ten minutes after a close limit of 2s")
-		b.broker.NoCloseOk(false)
+		assert.Equal(r, 1, strings.Count(string(stacks), "(*session).run("), "ten minutes after a close limit of 2s")
+		r.Broker.NoCloseOk(false)
 	})
 }

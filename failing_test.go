@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -24,15 +25,9 @@ var errAway = errors.New("the database is away")
 // generations are the versions of RabbitMQ that count deliveries differently.
 var generations = [][2]int{{3, 10}, {4, 0}, {4, 3}}
 
-// of makes the queue one of another kind.
-func (b *bench) of(kind string) {
-	b.broker.DeleteQueue(queue)
-	b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: kind})
-}
-
-// holds returns how long each delivery was held before it went back.
-func (b *bench) holds() (all []time.Duration) {
-	for _, d := range b.broker.Ledger().Deliveries {
+// holdsOf returns how long each delivery was held before it went back.
+func holdsOf(r *rig.Rig) (all []time.Duration) {
+	for _, d := range r.Broker.Ledger().Deliveries {
 		if d.Kind == steadymqtest.Reject && d.Requeue {
 			all = append(all, d.Settled.Sub(d.Time))
 		}
@@ -40,45 +35,38 @@ func (b *bench) holds() (all []time.Duration) {
 	return all
 }
 
-// publish puts n messages into the queue.
-func (b *bench) publish(n int, body string) {
-	for range n {
-		b.broker.Publish(queue, body)
-	}
-}
-
 func TestFailedMessageIsHeldTwiceAsLongEachTime(t *testing.T) {
 	for _, v := range generations {
 		t.Run(fmt.Sprint(v), func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.of("quorum")
-				b.consuming(func(context.Context, *steadymq.Delivery) error { return errAway })
-				b.broker.Publish(queue, "x")
-				b.wait(2 * time.Hour)
-				holds := b.holds()
-				require.GreaterOrEqual(b, len(holds), 12)
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.RemakeQueue("quorum")
+				r.Consuming(func(context.Context, *steadymq.Delivery) error { return errAway })
+				r.Broker.Publish(rig.Queue, "x")
+				r.Wait(2 * time.Hour)
+				holds := holdsOf(r)
+				require.GreaterOrEqual(r, len(holds), 12)
 				for i, hold := range holds {
 					want := min(time.Second<<i, 15*time.Minute)
-					assert.GreaterOrEqual(b, hold, want/2, "hold %d", i+1)
-					assert.LessOrEqual(b, hold, min(want*3/2, 15*time.Minute)+10*time.Millisecond, "hold %d", i+1)
+					assert.GreaterOrEqual(r, hold, want/2, "hold %d", i+1)
+					assert.LessOrEqual(r, hold, min(want*3/2, 15*time.Minute)+10*time.Millisecond, "hold %d", i+1)
 				}
-				assert.Equal(b, 1, b.broker.QueueLen(queue)+b.broker.Unsettled(queue), "it is there after two hours")
+				assert.Equal(r, 1, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue), "it is there after two hours")
 			}, steadymqtest.WithVersion(v[0], v[1]))
 		})
 	}
 }
 
 func TestHoldsStayWithinWhatWasAsked(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.of("quorum")
-		b.consuming(func(context.Context, *steadymq.Delivery) error { return errAway },
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("quorum")
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { return errAway },
 			steadymq.WithRequeueDelay(10*time.Second, 40*time.Second))
-		b.broker.Publish(queue, "x")
-		b.wait(5 * time.Minute)
-		for i, hold := range b.holds() {
+		r.Broker.Publish(rig.Queue, "x")
+		r.Wait(5 * time.Minute)
+		for i, hold := range holdsOf(r) {
 			want := min(10*time.Second<<i, 40*time.Second)
-			assert.GreaterOrEqual(b, hold, want/2)
-			assert.LessOrEqual(b, hold, 40*time.Second+10*time.Millisecond)
+			assert.GreaterOrEqual(r, hold, want/2)
+			assert.LessOrEqual(r, hold, 40*time.Second+10*time.Millisecond)
 		}
 	})
 	for _, bad := range [][2]time.Duration{{0, time.Second}, {time.Second, 25 * time.Hour}, {2 * time.Second, time.Second}} {
@@ -90,13 +78,13 @@ func TestHoldsStayWithinWhatWasAsked(t *testing.T) {
 }
 
 func TestHoldsStayShortWhereNothingIsCounted(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(func(context.Context, *steadymq.Delivery) error { return errAway })
-		b.broker.Publish(queue, "x")
-		b.wait(10 * time.Minute)
-		assert.GreaterOrEqual(b, len(b.holds()), 200)
-		for _, hold := range b.holds() {
-			assert.LessOrEqual(b, hold, 3*time.Second+10*time.Millisecond)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { return errAway })
+		r.Broker.Publish(rig.Queue, "x")
+		r.Wait(10 * time.Minute)
+		assert.GreaterOrEqual(r, len(holdsOf(r)), 200)
+		for _, hold := range holdsOf(r) {
+			assert.LessOrEqual(r, hold, 3*time.Second+10*time.Millisecond)
 		}
 	})
 }
@@ -105,19 +93,19 @@ func TestOutageOfADependencyLosesNothing(t *testing.T) {
 	for _, v := range generations {
 		for _, outage := range []time.Duration{45 * time.Second, time.Hour} {
 			t.Run(fmt.Sprint(v, outage), func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					b.of("quorum") // with RabbitMQ's own limit, 20 since 4.0
+				rig.Bubble(t, func(r *rig.Rig) {
+					r.RemakeQueue("quorum") // with RabbitMQ's own limit, 20 since 4.0
 					back := time.Now().Add(outage)
-					b.consuming(func(context.Context, *steadymq.Delivery) error {
+					r.Consuming(func(context.Context, *steadymq.Delivery) error {
 						if time.Now().Before(back) {
 							return errAway
 						}
 						return nil
 					})
-					b.publish(50, "m")
-					b.wait(outage + time.Hour)
-					assert.EqualValues(b, 50, b.consumer.Stats().Acked)
-					assert.Zero(b, b.broker.QueueLen(queue)+b.broker.Unsettled(queue))
+					r.PublishMany(50, "m")
+					r.Wait(outage + time.Hour)
+					assert.EqualValues(r, 50, r.Consumer.Stats().Acked)
+					assert.Zero(r, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
 				}, steadymqtest.WithVersion(v[0], v[1]))
 			})
 		}
@@ -127,46 +115,46 @@ func TestOutageOfADependencyLosesNothing(t *testing.T) {
 // Streams.
 
 // streaming consumes a stream of the queue's name.
-func (b *bench) streaming(h steadymq.Handler, options ...steadymq.Option) {
-	b.of("stream")
-	b.consuming(h, append(opts(steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"})), options...)...)
+func streaming(r *rig.Rig, h steadymq.Handler, options ...steadymq.Option) {
+	r.RemakeQueue("stream")
+	r.Consuming(h, append(rig.Options(steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"})), options...)...)
 }
 
 func TestStreamMessageIsTriedAgainInPlaceAfterTheSameHolds(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var tries []time.Time
-		b.streaming(func(_ context.Context, d *steadymq.Delivery) error {
+		streaming(r, func(_ context.Context, d *steadymq.Delivery) error {
 			if string(d.Body) != "bad" {
 				return nil
 			}
 			tries = append(tries, time.Now())
-			assert.Equal(b, len(tries), d.Attempt())
+			assert.Equal(r, len(tries), d.Attempt())
 			d.DeliveryTag = 99 // it is the handler's to change
 			if len(tries) < 7 {
 				return errAway
 			}
 			return nil
 		})
-		b.broker.Publish(queue, "good", "bad", "good", "good")
-		b.wait(2 * time.Second)
-		assert.Equal(b, 1, len(b.broker.Ledger().Settlements), "no ack overtakes it")
-		b.wait(5 * time.Minute)
-		require.Len(b, tries, 7)
+		r.Broker.Publish(rig.Queue, "good", "bad", "good", "good")
+		r.Wait(2 * time.Second)
+		assert.Equal(r, 1, len(r.Broker.Ledger().Settlements), "no ack overtakes it")
+		r.Wait(5 * time.Minute)
+		require.Len(r, tries, 7)
 		for i := 1; i < len(tries); i++ {
 			hold, want := tries[i].Sub(tries[i-1]), time.Second<<(i-1)
-			assert.GreaterOrEqual(b, hold, want/2)
-			assert.LessOrEqual(b, hold, want*3/2+20*time.Millisecond)
+			assert.GreaterOrEqual(r, hold, want/2)
+			assert.LessOrEqual(r, hold, want*3/2+20*time.Millisecond)
 		}
-		assert.Len(b, b.broker.Ledger().Deliveries, 4, "the broker delivered each once")
-		require.Len(b, b.broker.Ledger().Settlements, 4)
-		for i, s := range b.broker.Ledger().Settlements {
-			assert.EqualValues(b, i+1, s.Tag, "in the order of the stream")
+		assert.Len(r, r.Broker.Ledger().Deliveries, 4, "the broker delivered each once")
+		require.Len(r, r.Broker.Ledger().Settlements, 4)
+		for i, s := range r.Broker.Ledger().Settlements {
+			assert.EqualValues(r, i+1, s.Tag, "in the order of the stream")
 		}
-		stats := b.consumer.Stats()
-		assert.EqualValues(b, 4, stats.Acked)
-		assert.EqualValues(b, 6, stats.Failed)
-		assert.EqualValues(b, 1, stats.Sessions)
-		assert.Equal(b, stats.Delivered, stats.Acked+stats.Requeued+stats.Discarded+stats.Stale)
+		stats := r.Consumer.Stats()
+		assert.EqualValues(r, 4, stats.Acked)
+		assert.EqualValues(r, 6, stats.Failed)
+		assert.EqualValues(r, 1, stats.Sessions)
+		assert.Equal(r, stats.Delivered, stats.Acked+stats.Requeued+stats.Discarded+stats.Stale)
 	})
 }
 
@@ -185,34 +173,34 @@ func TestHandlerOfAStreamSaysWhenItIsTriedAgain(t *testing.T) {
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				var tries []time.Time
 				var kept *steadymq.Delivery
-				b.streaming(func(_ context.Context, d *steadymq.Delivery) error {
+				streaming(r, func(_ context.Context, d *steadymq.Delivery) error {
 					if tries = append(tries, time.Now()); len(tries) == 1 {
 						kept = d
 						return c.handle(d)
 					}
-					assert.ErrorIs(b, kept.Ack(), steadymq.ErrSettled, "the try before cannot settle this one")
+					assert.ErrorIs(r, kept.Ack(), steadymq.ErrSettled, "the try before cannot settle this one")
 					return nil
 				})
-				b.broker.Publish(queue, "x")
-				b.wait(2 * time.Minute)
-				require.Len(b, tries, c.tries)
+				r.Broker.Publish(rig.Queue, "x")
+				r.Wait(2 * time.Minute)
+				require.Len(r, tries, c.tries)
 				if c.tries > 1 {
-					assert.InDelta(b, c.after, tries[1].Sub(tries[0]), float64(time.Millisecond))
+					assert.InDelta(r, c.after, tries[1].Sub(tries[0]), float64(time.Millisecond))
 				}
-				assert.Len(b, b.broker.Ledger().Settlements, 1)
-				assert.Empty(b, b.causes())
+				assert.Len(r, r.Broker.Ledger().Settlements, 1)
+				assert.Empty(r, r.Causes())
 			})
 		})
 	}
 }
 
 func TestTriesInPlaceOccupyNoWorkerAndHonourTheConcurrency(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var running, most atomic.Int64
-		b.streaming(func(_ context.Context, d *steadymq.Delivery) error {
+		streaming(r, func(_ context.Context, d *steadymq.Delivery) error {
 			n := running.Add(1)
 			defer running.Add(-1)
 			most.Store(max(most.Load(), n))
@@ -222,44 +210,44 @@ func TestTriesInPlaceOccupyNoWorkerAndHonourTheConcurrency(t *testing.T) {
 			}
 			return nil
 		}, steadymq.WithConcurrency(2))
-		b.publish(20, "x")
-		b.wait(40 * time.Second)
-		assert.EqualValues(b, 20, b.consumer.Stats().Acked, "60 tries of a second by two workers, the holds cost them nothing")
-		assert.EqualValues(b, 2, most.Load())
+		r.PublishMany(20, "x")
+		r.Wait(40 * time.Second)
+		assert.EqualValues(r, 20, r.Consumer.Stats().Acked, "60 tries of a second by two workers, the holds cost them nothing")
+		assert.EqualValues(r, 2, most.Load())
 	})
 }
 
 func TestTriesInPlaceEndWithTheirSession(t *testing.T) {
-	cases := map[string]func(b *bench){
-		"lost":    func(b *bench) { b.broker.Reset() },
-		"stopped": func(b *bench) { require.NoError(b, b.stop()) },
+	cases := map[string]func(r *rig.Rig){
+		"lost":    func(r *rig.Rig) { r.Broker.Reset() },
+		"stopped": func(r *rig.Rig) { require.NoError(r, r.Stop()) },
 	}
 	for name, end := range cases {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				var sessions []uint64
-				b.streaming(func(_ context.Context, d *steadymq.Delivery) error {
+				streaming(r, func(_ context.Context, d *steadymq.Delivery) error {
 					sessions = append(sessions, d.Session())
 					if d.Session() > 1 {
-						assert.Equal(b, 1, d.Attempt())
+						assert.Equal(r, 1, d.Attempt())
 						return nil
 					}
 					return errAway
 				}, steadymq.WithRequeueDelay(time.Minute, time.Hour))
-				b.broker.Publish(queue, "x")
-				b.wait(time.Second)
-				assert.Equal(b, 1, b.consumer.Stats().Held)
-				end(b)
-				b.wait(time.Hour)
+				r.Broker.Publish(rig.Queue, "x")
+				r.Wait(time.Second)
+				assert.Equal(r, 1, r.Consumer.Stats().Held)
+				end(r)
+				r.Wait(time.Hour)
 				want := []uint64{1}
 				if name == "lost" {
 					want = []uint64{1, 2}
 				}
-				assert.Equal(b, want, sessions)
-				stats := b.consumer.Stats()
-				assert.Zero(b, stats.Held)
-				assert.Equal(b, stats.Delivered, stats.Acked+stats.Requeued+stats.Discarded+stats.Stale)
-				assert.EqualValues(b, len(want)-1, stats.Acked)
+				assert.Equal(r, want, sessions)
+				stats := r.Consumer.Stats()
+				assert.Zero(r, stats.Held)
+				assert.Equal(r, stats.Delivered, stats.Acked+stats.Requeued+stats.Discarded+stats.Stale)
+				assert.EqualValues(r, len(want)-1, stats.Acked)
 			})
 		})
 	}
@@ -268,16 +256,16 @@ func TestTriesInPlaceEndWithTheirSession(t *testing.T) {
 // Handlers that are cut off.
 
 func TestErrorOfAHandlerThatWasCutOffIsNoFailure(t *testing.T) {
-	cases := map[string]func(b *bench){
-		"session lost":    func(b *bench) { b.broker.Reset() },
-		"drain limit":     func(b *bench) { require.ErrorIs(b, b.stop(), steadymq.ErrDrainTimeout) },
-		"handler timeout": func(b *bench) { b.wait(time.Minute) },
+	cases := map[string]func(r *rig.Rig){
+		"session lost":    func(r *rig.Rig) { r.Broker.Reset() },
+		"drain limit":     func(r *rig.Rig) { require.ErrorIs(r, r.Stop(), steadymq.ErrDrainTimeout) },
+		"handler timeout": func(r *rig.Rig) { r.Wait(time.Minute) },
 	}
 	for name, end := range cases {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				var failed atomic.Int64
-				b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+				r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 					if d.Redelivered {
 						return nil
 					}
@@ -286,58 +274,58 @@ func TestErrorOfAHandlerThatWasCutOffIsNoFailure(t *testing.T) {
 				}, steadymq.WithHandlerTimeout(time.Minute), steadymq.WithHooks(steadymq.Hooks{
 					HandlerFailed: func(*steadymq.Delivery, error) { failed.Add(1) },
 				}))
-				b.broker.Publish(queue, "x")
-				b.wait(time.Second)
-				end(b)
-				b.wait(time.Second)
+				r.Broker.Publish(rig.Queue, "x")
+				r.Wait(time.Second)
+				end(r)
+				r.Wait(time.Second)
 				want := 0
 				if name == "handler timeout" {
 					want = 1
 				}
-				assert.EqualValues(b, want, failed.Load())
-				assert.EqualValues(b, want, b.consumer.Stats().Failed)
-				assert.EqualValues(b, 1-want, b.consumer.Stats().Stale, "it was left to the broker")
+				assert.EqualValues(r, want, failed.Load())
+				assert.EqualValues(r, want, r.Consumer.Stats().Failed)
+				assert.EqualValues(r, 1-want, r.Consumer.Stats().Stale, "it was left to the broker")
 			})
 		})
 	}
 }
 
 func TestPanicOfAHandlerThatWasCutOffIsTold(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 			if !d.Redelivered {
 				<-ctx.Done()
 				panic("kaputt")
 			}
 			return nil
 		})
-		b.broker.Publish(queue, "x")
-		b.wait(time.Second)
-		b.broker.Reset()
-		b.wait(time.Second)
-		assert.EqualValues(b, 1, b.consumer.Stats().Failed)
-		assert.Contains(b, b.log.String(), "kaputt")
+		r.Broker.Publish(rig.Queue, "x")
+		r.Wait(time.Second)
+		r.Broker.Reset()
+		r.Wait(time.Second)
+		assert.EqualValues(r, 1, r.Consumer.Stats().Failed)
+		assert.Contains(r, r.Log.String(), "kaputt")
 	})
 }
 
 func TestHandlerThatStopsItsConsumerIsTheLast(t *testing.T) {
-	for _, options := range [][]steadymq.Option{nil, opts(steadymq.WithPrefetch(1)), opts(steadymq.WithPrefetch(2))} {
+	for _, options := range [][]steadymq.Option{nil, rig.Options(steadymq.WithPrefetch(1)), rig.Options(steadymq.WithPrefetch(2))} {
 		for _, takes := range []time.Duration{0, 5 * time.Millisecond} {
 			for range 20 {
-				bubble(t, func(b *bench) {
-					b.publish(20, "job")
+				rig.Bubble(t, func(r *rig.Rig) {
+					r.PublishMany(20, "job")
 					handled := 0
-					b.run(func(context.Context, *steadymq.Delivery) error {
+					r.Run(func(context.Context, *steadymq.Delivery) error {
 						handled++
 						time.Sleep(takes)
-						b.stopRun() // this one and no other
+						r.Cancel() // this one and no other
 						return nil
 					}, options...)
-					require.NoError(b, <-b.result)
-					b.result = nil
-					assert.Equal(b, 1, handled)
-					b.wait(time.Second)
-					assert.Equal(b, 19, b.broker.QueueLen(queue))
+					require.NoError(r, <-r.Result)
+					r.Result = nil
+					assert.Equal(r, 1, handled)
+					r.Wait(time.Second)
+					assert.Equal(r, 19, r.Broker.QueueLen(rig.Queue))
 				})
 			}
 		}
@@ -348,13 +336,13 @@ func TestHandlerThatStopsItsConsumerIsTheLast(t *testing.T) {
 func TestHandlerThatStopsItsConsumerIsTheLastInRealTime(t *testing.T) {
 	for range 30 {
 		b := steadymqtest.NewBroker(t)
-		b.DeclareQueue(queue, steadymqtest.QueueOptions{})
+		b.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{})
 		for range 20 {
-			b.Publish(queue, "job")
+			b.Publish(rig.Queue, "job")
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		var handled atomic.Int64
-		require.NoError(t, steadymq.Consume(ctx, b.URL, queue, func(context.Context, *steadymq.Delivery) error {
+		require.NoError(t, steadymq.Consume(ctx, b.URL, rig.Queue, func(context.Context, *steadymq.Delivery) error {
 			handled.Add(1)
 			cancel()
 			return nil
@@ -367,40 +355,35 @@ func TestHandlerThatStopsItsConsumerIsTheLastInRealTime(t *testing.T) {
 // Up to RabbitMQ 4.2 every way back to the queue counts towards the delivery limit.
 func TestStopCostsWhatWasNotStartedOneDelivery(t *testing.T) {
 	for range 20 {
-		bubble(t, func(b *bench) {
-			b.of("quorum")
-			b.publish(20, "job")
-			b.run(func(context.Context, *steadymq.Delivery) error { b.stopRun(); return nil })
-			require.NoError(b, <-b.result)
-			b.result = nil
-			for _, m := range b.broker.Ledger().Messages {
-				assert.Equal(b, 1, m.Deliveries)
+		rig.Bubble(t, func(r *rig.Rig) {
+			r.RemakeQueue("quorum")
+			r.PublishMany(20, "job")
+			r.Run(func(context.Context, *steadymq.Delivery) error { r.Cancel(); return nil })
+			require.NoError(r, <-r.Result)
+			r.Result = nil
+			for _, m := range r.Broker.Ledger().Messages {
+				assert.Equal(r, 1, m.Deliveries)
 			}
 		}, steadymqtest.WithVersion(4, 0))
 	}
 }
 
 func TestDrainLimitFitsIntoTheGraceOfKubernetes(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		release := make(chan struct{})
-		b.consuming(hold(make(chan *steadymq.Delivery, 1), release))
-		b.broker.Publish(queue, "x")
-		b.wait(time.Second)
+		r.Consuming(rig.Hold(make(chan *steadymq.Delivery, 1), release))
+		r.Broker.Publish(rig.Queue, "x")
+		r.Wait(time.Second)
 		since := time.Now()
 		var drain *steadymq.DrainError
-		require.ErrorAs(b, b.stop(), &drain)
-		assert.Equal(b, 20*time.Second, drain.Limit)
-		assert.Less(b, time.Since(since), 30*time.Second)
+		require.ErrorAs(r, r.Stop(), &drain)
+		assert.Equal(r, 20*time.Second, drain.Limit)
+		assert.Less(r, time.Since(since), 30*time.Second)
 		close(release)
 	})
 }
 
 // What is told.
-
-// told counts the lines of the log that hold text.
-func (b *bench) told(text string) int {
-	return strings.Count(b.log.String(), text)
-}
 
 func TestHeldMessagesAreCountedAndToldFromHalfOfThePrefetchOn(t *testing.T) {
 	cases := []struct {
@@ -416,10 +399,10 @@ func TestHeldMessagesAreCountedAndToldFromHalfOfThePrefetchOn(t *testing.T) {
 	}
 	for _, c := range cases {
 		t.Run(fmt.Sprint(c.kind, c.bad), func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.of(c.kind)
-				b.publish(c.bad, "bad")
-				b.publish(100, "good")
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.RemakeQueue(c.kind)
+				r.PublishMany(c.bad, "bad")
+				r.PublishMany(100, "good")
 				h := func(_ context.Context, d *steadymq.Delivery) error {
 					if string(d.Body) == "bad" {
 						return errAway
@@ -427,51 +410,51 @@ func TestHeldMessagesAreCountedAndToldFromHalfOfThePrefetchOn(t *testing.T) {
 					return nil
 				}
 				if c.kind == "stream" {
-					b.consuming(h, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
+					r.Consuming(h, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
 				} else {
-					b.consuming(h)
+					r.Consuming(h)
 				}
-				b.wait(59 * time.Minute)
-				stats := b.consumer.Stats()
-				assert.InDelta(b, c.bad, stats.Held, 5, "but for those on their way there and back")
-				assert.EqualValues(b, c.acked, stats.Acked)
-				assert.Equal(b, c.told, b.told("failed messages are held"), b.log)
-				require.NoError(b, b.stop())
-				assert.Zero(b, b.consumer.Stats().Held)
+				r.Wait(59 * time.Minute)
+				stats := r.Consumer.Stats()
+				assert.InDelta(r, c.bad, stats.Held, 5, "but for those on their way there and back")
+				assert.EqualValues(r, c.acked, stats.Acked)
+				assert.Equal(r, c.told, r.TimesLogged("failed messages are held"), r.Log)
+				require.NoError(r, r.Stop())
+				assert.Zero(r, r.Consumer.Stats().Held)
 			})
 		})
 	}
 }
 
 func TestHeldMessagesOfManySessionsAreToldOnceAMinute(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.publish(32, "bad")
-		b.consuming(func(context.Context, *steadymq.Delivery) error { return errAway })
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.PublishMany(32, "bad")
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { return errAway })
 		for range 10 {
-			b.wait(12 * time.Second)
-			b.broker.Reset()
+			r.Wait(12 * time.Second)
+			r.Broker.Reset()
 		}
-		assert.Equal(b, 2, b.told("failed messages are held"))
+		assert.Equal(r, 2, r.TimesLogged("failed messages are held"))
 	})
 }
 
 func TestHandlerPastItsTimeoutIsToldAndCounted(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			if string(d.Body) == "deaf" {
 				time.Sleep(30 * time.Second)
 			}
 			return nil
 		}, steadymq.WithHandlerTimeout(10*time.Second), steadymq.WithConcurrency(4))
-		b.publish(3, "deaf")
-		b.publish(20, "good")
-		b.wait(10 * time.Second)
-		assert.Zero(b, b.consumer.Stats().Overdue, "a handler gets a moment to return in")
-		b.wait(2 * time.Second)
-		assert.Equal(b, 3, b.consumer.Stats().Overdue)
-		b.wait(20 * time.Second)
-		assert.Zero(b, b.consumer.Stats().Overdue)
-		assert.Equal(b, 1, b.told("running past its timeout"))
+		r.PublishMany(3, "deaf")
+		r.PublishMany(20, "good")
+		r.Wait(10 * time.Second)
+		assert.Zero(r, r.Consumer.Stats().Overdue, "a handler gets a moment to return in")
+		r.Wait(2 * time.Second)
+		assert.Equal(r, 3, r.Consumer.Stats().Overdue)
+		r.Wait(20 * time.Second)
+		assert.Zero(r, r.Consumer.Stats().Overdue)
+		assert.Equal(r, 1, r.TimesLogged("running past its timeout"))
 	})
 }
 
@@ -495,18 +478,18 @@ func TestHandlerThatSettledAndThenFailedIsTold(t *testing.T) {
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consuming(func(_ context.Context, d *steadymq.Delivery) error { return c.handle(d) })
-				b.publish(50, "x")
-				b.wait(500 * time.Millisecond)
-				assert.Equal(b, c.told, b.told("settled its message by itself"))
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(func(_ context.Context, d *steadymq.Delivery) error { return c.handle(d) })
+				r.PublishMany(50, "x")
+				r.Wait(500 * time.Millisecond)
+				assert.Equal(r, c.told, r.TimesLogged("settled its message by itself"))
 				if c.told == 0 {
 					return
 				}
-				b.wait(time.Second)
-				b.publish(1, "x")
-				b.wait(time.Second)
-				assert.Equal(b, 1, b.told("suppressed=49"))
+				r.Wait(time.Second)
+				r.PublishMany(1, "x")
+				r.Wait(time.Second)
+				assert.Equal(r, 1, r.TimesLogged("suppressed=49"))
 			})
 		})
 	}
@@ -522,27 +505,27 @@ func TestHandlersTooSlowForThePrefetchAreToldBeforeTheConsumerTimeout(t *testing
 	}{
 		{"too slow", time.Minute, 19 * time.Minute, 1, nil},
 		{"slow", 25 * time.Second, 2 * time.Hour, 0, nil},
-		{"enough workers", time.Minute, 2 * time.Hour, 0, opts(steadymq.WithConcurrency(4))},
-		{"a longer timeout", time.Minute, 2 * time.Hour, 0, opts(steadymq.WithConsumeArgs(amqp.Table{"x-consumer-timeout": int64(2 * time.Hour / 1e6)}))},
-		{"a shorter timeout", 10 * time.Second, 5 * time.Minute, 1, opts(steadymq.WithConsumeArgs(amqp.Table{"x-consumer-timeout": int64(7 * time.Minute / 1e6)}))},
-		{"of the queue", 10 * time.Second, 5 * time.Minute, 1, opts(steadymq.WithQueue(steadymq.Queue{
+		{"enough workers", time.Minute, 2 * time.Hour, 0, rig.Options(steadymq.WithConcurrency(4))},
+		{"a longer timeout", time.Minute, 2 * time.Hour, 0, rig.Options(steadymq.WithConsumeArgs(amqp.Table{"x-consumer-timeout": int64(2 * time.Hour / 1e6)}))},
+		{"a shorter timeout", 10 * time.Second, 5 * time.Minute, 1, rig.Options(steadymq.WithConsumeArgs(amqp.Table{"x-consumer-timeout": int64(7 * time.Minute / 1e6)}))},
+		{"of the queue", 10 * time.Second, 5 * time.Minute, 1, rig.Options(steadymq.WithQueue(steadymq.Queue{
 			Type: "classic", Args: amqp.Table{"x-consumer-timeout": int64(7 * time.Minute / 1e6)},
 		}))},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.broker.DeleteQueue(queue)
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.DeleteQueue(rig.Queue)
 				if c.name != "of the queue" {
-					b.of("classic")
+					r.RemakeQueue("classic")
 				}
-				b.consuming(func(context.Context, *steadymq.Delivery) error { time.Sleep(c.takes); return nil }, c.options...)
-				b.publish(2000, "x")
-				b.wait(c.within)
-				assert.Equal(b, c.told, b.told("lower WithPrefetch"))
-				b.wait(time.Hour)
-				assert.Equal(b, c.told, b.told("lower WithPrefetch"), "once")
-				b.stopRun()
+				r.Consuming(func(context.Context, *steadymq.Delivery) error { time.Sleep(c.takes); return nil }, c.options...)
+				r.PublishMany(2000, "x")
+				r.Wait(c.within)
+				assert.Equal(r, c.told, r.TimesLogged("lower WithPrefetch"))
+				r.Wait(time.Hour)
+				assert.Equal(r, c.told, r.TimesLogged("lower WithPrefetch"), "once")
+				r.Cancel()
 				synctest.Wait()
 			}, steadymqtest.WithConsumerTimeout(24*time.Hour, steadymqtest.FormOfVersion))
 		})
@@ -550,60 +533,60 @@ func TestHandlersTooSlowForThePrefetchAreToldBeforeTheConsumerTimeout(t *testing
 }
 
 func TestOneHeldMessageOfAStreamThatStopsItIsTold(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.streaming(func(_ context.Context, d *steadymq.Delivery) error {
+	rig.Bubble(t, func(r *rig.Rig) {
+		streaming(r, func(_ context.Context, d *steadymq.Delivery) error {
 			if string(d.Body) == "bad" {
 				return steadymq.RequeueAfter(errAway, 2*time.Hour)
 			}
 			return nil
 		})
-		b.broker.Publish(queue, "bad")
-		b.wait(time.Second)
-		b.publish(100, "good")
-		b.wait(time.Hour)
-		require.EqualValues(b, 32, b.consumer.Stats().Delivered, "the stream stands still")
-		assert.NotZero(b, b.told("failed messages are held"))
+		r.Broker.Publish(rig.Queue, "bad")
+		r.Wait(time.Second)
+		r.PublishMany(100, "good")
+		r.Wait(time.Hour)
+		require.EqualValues(r, 32, r.Consumer.Stats().Delivered, "the stream stands still")
+		assert.NotZero(r, r.TimesLogged("failed messages are held"))
 	})
 }
 
 func TestHeldMessageThatIsSettledByHandIsHeldNoMore(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		got := make(chan *steadymq.Delivery, 1)
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			got <- d
 			return steadymq.RequeueAfter(nil, time.Hour)
 		}, steadymq.WithPrefetch(1))
-		b.broker.Publish(queue, "tea")
-		require.NoError(b, (<-got).Ack())
-		b.wait(10 * time.Minute)
-		assert.Zero(b, b.consumer.Stats().Held)
-		assert.LessOrEqual(b, b.told("failed messages are held"), 1, "it is told for hours")
+		r.Broker.Publish(rig.Queue, "tea")
+		require.NoError(r, (<-got).Ack())
+		r.Wait(10 * time.Minute)
+		assert.Zero(r, r.Consumer.Stats().Held)
+		assert.LessOrEqual(r, r.TimesLogged("failed messages are held"), 1, "it is told for hours")
 	})
 }
 
 func TestFailureAtTheDrainSaysWhatBecameOfTheMessage(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		started, release := make(chan *steadymq.Delivery, 1), make(chan struct{})
-		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
-			_ = hold(started, release)(ctx, d)
+		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			_ = rig.Hold(started, release)(ctx, d)
 			return errAway
 		})
-		b.broker.Publish(queue, "tea")
+		r.Broker.Publish(rig.Queue, "tea")
 		<-started
-		b.stopRun()
-		b.wait(time.Second)
+		r.Cancel()
+		r.Wait(time.Second)
 		close(release)
-		b.stop()
-		line := b.warnings("handler failed")
-		require.Len(b, line, 1)
-		assert.NotContains(b, line[0], "held=", "it went back at once")
-		assert.Contains(b, line[0], "outcome=requeued")
+		r.Stop()
+		line := r.Warnings("handler failed")
+		require.Len(r, line, 1)
+		assert.NotContains(r, line[0], "held=", "it went back at once")
+		assert.Contains(r, line[0], "outcome=requeued")
 	})
 }
 
 func TestWarningOfHeldMessagesSaysSinceWhenTheyAreTooMany(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			switch {
 			case string(d.Body) == "bad":
 				return steadymq.RequeueAfter(errAway, time.Hour)
@@ -612,17 +595,17 @@ func TestWarningOfHeldMessagesSaysSinceWhenTheyAreTooMany(t *testing.T) {
 			}
 			return nil
 		}, steadymq.WithPrefetch(4))
-		b.publish(2, "soon well")
-		b.wait(110 * time.Second)
-		require.Zero(b, b.consumer.Stats().Held)
+		r.PublishMany(2, "soon well")
+		r.Wait(110 * time.Second)
+		require.Zero(r, r.Consumer.Stats().Held)
 		again := time.Now()
-		b.publish(2, "bad")
-		b.wait(5 * time.Minute)
-		lines := b.warnings("failed messages are held")
-		require.Greater(b, len(lines), 1)
+		r.PublishMany(2, "bad")
+		r.Wait(5 * time.Minute)
+		lines := r.Warnings("failed messages are held")
+		require.Greater(r, len(lines), 1)
 		_, since, _ := strings.Cut(lines[len(lines)-1], "since=")
 		at, err := time.Parse(time.RFC3339, strings.TrimSpace(since))
-		require.NoError(b, err)
-		assert.WithinRange(b, at, again, again.Add(time.Second), "for 105 s nothing was held")
+		require.NoError(r, err)
+		assert.WithinRange(r, at, again, again.Add(time.Second), "for 105 s nothing was held")
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 )
 
 func TestFunctionThatHangsEndsRunAfterTheSetupLimit(t *testing.T) {
@@ -17,17 +18,17 @@ func TestFunctionThatHangsEndsRunAfterTheSetupLimit(t *testing.T) {
 		"WithMiddleware": steadymq.WithMiddleware(func(h steadymq.Handler) steadymq.Handler { <-release; return h }),
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				release = make(chan struct{}) // of this bubble
-				b.run(ack, option, steadymq.WithSetupTimeout(2*time.Second))
-				b.wait(time.Second)
-				b.broker.Reset()
-				b.wait(5 * time.Second)
-				require.Len(b, b.result, 1, "Run has returned")
-				err := <-b.result
-				b.result = nil
-				assert.ErrorContains(b, err, name+": no answer within the setup limit (WithSetupTimeout)")
-				assert.EqualValues(b, 1, b.consumer.Stats().Abandoned)
+				r.Run(rig.Ack, option, steadymq.WithSetupTimeout(2*time.Second))
+				r.Wait(time.Second)
+				r.Broker.Reset()
+				r.Wait(5 * time.Second)
+				require.Len(r, r.Result, 1, "Run has returned")
+				err := <-r.Result
+				r.Result = nil
+				assert.ErrorContains(r, err, name+": no answer within the setup limit (WithSetupTimeout)")
+				assert.EqualValues(r, 1, r.Consumer.Stats().Abandoned)
 				close(release)
 			})
 		})

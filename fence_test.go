@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 )
 
 // Old handlers settle through the driver's own methods.
@@ -28,22 +29,22 @@ func TestDriversOwnSettlementsDecideOnce(t *testing.T) {
 		}, steadymq.Discarded},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 					if d.Redelivered {
 						return nil
 					}
-					assert.NoError(b, c.settle(d.Delivery))
-					assert.Equal(b, c.want, d.Outcome())
-					assert.Equal(b, "mq1.test:5672", d.Host())
-					assert.ErrorIs(b, d.Reject(false), steadymq.ErrSettled)
-					assert.ErrorIs(b, d.Ack(), steadymq.ErrSettled)
+					assert.NoError(r, c.settle(d.Delivery))
+					assert.Equal(r, c.want, d.Outcome())
+					assert.Equal(r, "mq1.test:5672", d.Host())
+					assert.ErrorIs(r, d.Reject(false), steadymq.ErrSettled)
+					assert.ErrorIs(r, d.Ack(), steadymq.ErrSettled)
 					return nil
 				})
-				b.broker.Publish(queue, "tea")
-				b.wait(time.Second)
-				assert.EqualValues(b, map[bool]int{true: 2, false: 1}[c.want == steadymq.Requeued], b.consumer.Stats().Delivered)
-				assert.Zero(b, b.broker.QueueLen(queue)+b.broker.Unsettled(queue))
+				r.Broker.Publish(rig.Queue, "tea")
+				r.Wait(time.Second)
+				assert.EqualValues(r, map[bool]int{true: 2, false: 1}[c.want == steadymq.Requeued], r.Consumer.Stats().Delivered)
+				assert.Zero(r, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
 			})
 		})
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -25,20 +26,20 @@ import (
 // any more, and its guard is switched off by the deferred unguard. Every retry
 // leaves one more open connection behind.
 func TestTopologyThatCallsGoexitLeaksNoConnection(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.run(ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Run(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
 			runtime.Goexit()
 			return "", nil
 		}))
-		b.wait(5 * time.Second)
-		require.NotEmpty(b, b.causes(), "it is told at once")
-		assert.ErrorAs(b, b.causes()[0], new(*steadymq.PanicError))
-		b.wait(5 * time.Minute)
-		assert.LessOrEqual(b, b.open(), 1, "open connections")
-		b.stop()
-		b.wait(time.Minute)
-		assert.Zero(b, b.open(), "open connections after Run")
-		b.broker.Reset()
+		r.Wait(5 * time.Second)
+		require.NotEmpty(r, r.Causes(), "it is told at once")
+		assert.ErrorAs(r, r.Causes()[0], new(*steadymq.PanicError))
+		r.Wait(5 * time.Minute)
+		assert.LessOrEqual(r, r.OpenConnections(), 1, "open connections")
+		r.Stop()
+		r.Wait(time.Minute)
+		assert.Zero(r, r.OpenConnections(), "open connections after Run")
+		r.Broker.Reset()
 	})
 }
 
@@ -58,7 +59,7 @@ func TestPanicInAUsersFunctionEndsNoProcess(t *testing.T) {
 		require.NoError(t, err)
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		defer cancel()
-		_ = c.Run(ctx, ack)
+		_ = c.Run(ctx, rig.Ack)
 		return
 	}
 	for _, which := range []string{"WithURLFunc", "WithCredentials", "WithDialer"} {
@@ -81,40 +82,40 @@ func TestLateTryDoesNotTouchTheSupervisorsConnection(t *testing.T) {
 }
 
 func lateTry(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		release := make(chan struct{})
 		var calls atomic.Int32
-		b.consuming(ack, steadymq.WithSetupTimeout(2*time.Second), steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+		r.Consuming(rig.Ack, steadymq.WithSetupTimeout(2*time.Second), steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
 			if calls.Add(1) == 2 {
 				<-release
 			}
-			return queue, nil
+			return rig.Queue, nil
 		}))
-		b.broker.CloseChannels(406, "x timed out") // the second session is set up on the same connection
+		r.Broker.CloseChannels(406, "x timed out") // the second session is set up on the same connection
 		time.Sleep(2*time.Second + 505*time.Millisecond)
 		close(release)
-		b.wait(10 * time.Second)
+		r.Wait(10 * time.Second)
 	})
 }
 
 func TestDialerThatIgnoresItsContextIsLeftBehindAndWhatItOpensLateIsClosed(t *testing.T) {
-	bubble(t, func(b *bench) {
-		sockets := &countingDialer{dial: b.broker.Dialer()}
+	rig.Bubble(t, func(r *rig.Rig) {
+		sockets := &rig.CountingDialer{Dial: r.Broker.Dialer()}
 		var calls atomic.Int32
-		b.run(ack, steadymq.WithDialer(func(ctx context.Context, network, addr string) (net.Conn, error) {
+		r.Run(rig.Ack, steadymq.WithDialer(func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if calls.Add(1) == 1 {
 				time.Sleep(time.Minute)
 			}
 			return sockets.DialContext(context.WithoutCancel(ctx), network, addr)
 		}))
-		b.wait(5*time.Second + 399*time.Millisecond)
-		assert.Empty(b, b.causes(), "it has the dial limit and a moment more")
-		b.wait(5 * time.Second)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.ErrorContains(b, b.causes()[0], "WithDialer")
-		assert.EqualValues(b, 1, b.consumer.Stats().Abandoned)
-		b.wait(55 * time.Second) // the broker would close an idle one 10 s after it has come
-		assert.EqualValues(b, 1, sockets.open.Load(), "open sockets")
+		r.Wait(5*time.Second + 399*time.Millisecond)
+		assert.Empty(r, r.Causes(), "it has the dial limit and a moment more")
+		r.Wait(5 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.ErrorContains(r, r.Causes()[0], "WithDialer")
+		assert.EqualValues(r, 1, r.Consumer.Stats().Abandoned)
+		r.Wait(55 * time.Second) // the broker would close an idle one 10 s after it has come
+		assert.EqualValues(r, 1, sockets.Open.Load(), "open sockets")
 	})
 }
 
@@ -124,31 +125,31 @@ func TestFunctionOfTheUserThatPanicsIsAnErrorThatNamesIt(t *testing.T) {
 		"WithFatal":      steadymq.WithFatal(func(error) bool { panic("user") }),
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.broker.RefuseConsume(404, "no queue 'orders' in vhost '/'")
-				b.run(ack, option)
-				b.wait(time.Minute)
-				require.Len(b, b.result, 1, "Run has returned")
-				err := <-b.result
-				b.result = nil
-				assert.ErrorContains(b, err, name)
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.RefuseConsume(404, "no queue 'orders' in vhost '/'")
+				r.Run(rig.Ack, option)
+				r.Wait(time.Minute)
+				require.Len(r, r.Result, 1, "Run has returned")
+				err := <-r.Result
+				r.Result = nil
+				assert.ErrorContains(r, err, name)
 				var panicked *steadymq.PanicError
-				require.ErrorAs(b, err, &panicked)
-				assert.Contains(b, string(panicked.Stack), "guard_test.go")
+				require.ErrorAs(r, err, &panicked)
+				assert.Contains(r, string(panicked.Stack), "guard_test.go")
 			})
 		})
 	}
 }
 
 func TestMiddlewareThatMakesNoHandlerIsRefusedByRun(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.run(ack, steadymq.WithMiddleware(func(steadymq.Handler) steadymq.Handler { return nil }))
-		b.wait(time.Second)
-		require.Len(b, b.result, 1)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Run(rig.Ack, steadymq.WithMiddleware(func(steadymq.Handler) steadymq.Handler { return nil }))
+		r.Wait(time.Second)
+		require.Len(r, r.Result, 1)
 		var option *steadymq.OptionError
-		require.ErrorAs(b, <-b.result, &option)
-		b.result = nil
-		assert.Equal(b, "WithMiddleware", option.Option)
-		assert.Empty(b, b.broker.Ledger().Dials)
+		require.ErrorAs(r, <-r.Result, &option)
+		r.Result = nil
+		assert.Equal(r, "WithMiddleware", option.Option)
+		assert.Empty(r, r.Broker.Ledger().Dials)
 	})
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -25,12 +26,12 @@ func TestVirtualHostOrUserNamedLikeALimitIsNoLimit(t *testing.T) {
 		"access to vhost 'connection limit (5) is reached' refused for user 'app'",
 	} {
 		t.Run(text, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.broker.RefuseVhost(530, text)
-				b.run(ack)
-				b.wait(5 * time.Minute)
-				assert.LessOrEqual(b, len(b.broker.Ledger().Dials), 1, "dials")
-				require.Len(b, b.result, 1, "Run returns what the broker states plainly")
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.RefuseVhost(530, text)
+				r.Run(rig.Ack)
+				r.Wait(5 * time.Minute)
+				assert.LessOrEqual(r, len(r.Broker.Ledger().Dials), 1, "dials")
+				require.Len(r, r.Result, 1, "Run returns what the broker states plainly")
 			})
 		})
 	}
@@ -39,97 +40,97 @@ func TestVirtualHostOrUserNamedLikeALimitIsNoLimit(t *testing.T) {
 // Hosts.
 
 func TestLastGoodHostIsTriedAgainBeforeOneThatFellSilent(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		b.wait(11 * time.Second)
-		silent := b.hostInUse()
-		b.broker.Host(silent).BlackHole(true, true)
-		b.wait(16 * time.Second)
-		require.Equal(b, steadymq.Consuming, b.consumer.State())
-		require.Equal(b, 1-silent, b.hostInUse())
-		b.wait(2 * time.Second)
-		b.broker.Host(1 - silent).Reset()
-		b.wait(20 * time.Second)
-		require.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.Equal(b, 1-silent, b.hostInUse())
-		assert.LessOrEqual(b, b.outage(), 300*time.Millisecond, "the second retry of a row")
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		r.Wait(11 * time.Second)
+		silent := r.HostInUse()
+		r.Broker.Host(silent).BlackHole(true, true)
+		r.Wait(16 * time.Second)
+		require.Equal(r, steadymq.Consuming, r.Consumer.State())
+		require.Equal(r, 1-silent, r.HostInUse())
+		r.Wait(2 * time.Second)
+		r.Broker.Host(1 - silent).Reset()
+		r.Wait(20 * time.Second)
+		require.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Equal(r, 1-silent, r.HostInUse())
+		assert.LessOrEqual(r, r.Outage(), 300*time.Millisecond, "the second retry of a row")
 	}, steadymqtest.WithHosts(2))
 }
 
 // A connection may also end while it waits for the next try of a session.
 func TestHostThatFellSilentBetweenSessionsGoesLast(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		b.wait(11 * time.Second)
-		b.broker.RefuseConsume(405, "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue 'orders' in vhost '/'")
-		b.broker.CancelConsumers(queue)
-		for b.consumer.State() != steadymq.Backoff || b.lastWait() < 25*time.Second {
-			b.wait(100 * time.Millisecond)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		r.Wait(11 * time.Second)
+		r.Broker.RefuseConsume(405, "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue 'orders' in vhost '/'")
+		r.Broker.CancelConsumers(rig.Queue)
+		for r.Consumer.State() != steadymq.Backoff || r.LastWait() < 25*time.Second {
+			r.Wait(100 * time.Millisecond)
 		}
-		silent, dials := b.hostInUse(), len(b.broker.Ledger().Dials)
-		b.broker.Host(silent).BlackHole(true, true)
-		b.broker.RefuseConsume(0, "")
-		b.wait(31 * time.Second)
-		require.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.Equal(b, 1-silent, b.hostInUse())
-		assert.Len(b, b.broker.Ledger().Dials, dials+1, "the silent one is not dialled")
+		silent, dials := r.HostInUse(), len(r.Broker.Ledger().Dials)
+		r.Broker.Host(silent).BlackHole(true, true)
+		r.Broker.RefuseConsume(0, "")
+		r.Wait(31 * time.Second)
+		require.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Equal(r, 1-silent, r.HostInUse())
+		assert.Len(r, r.Broker.Ledger().Dials, dials+1, "the silent one is not dialled")
 	}, steadymqtest.WithHosts(2))
 }
 
 // Pace.
 
 func TestMissingQueueIsConsumedWithin5500msOfItsReturn(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
 		for range 20 {
-			b.broker.DeleteQueue(queue)
-			b.wait(10 * time.Minute)
-			require.NotEqual(b, steadymq.Consuming, b.consumer.State())
-			b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{})
-			b.wait(5500 * time.Millisecond)
-			require.Equal(b, steadymq.Consuming, b.consumer.State())
+			r.Broker.DeleteQueue(rig.Queue)
+			r.Wait(10 * time.Minute)
+			require.NotEqual(r, steadymq.Consuming, r.Consumer.State())
+			r.Broker.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{})
+			r.Wait(5500 * time.Millisecond)
+			require.Equal(r, steadymq.Consuming, r.Consumer.State())
 		}
 	})
 }
 
 func TestMissingQueueIsAskedForOnOneConnection(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		b.broker.DeleteQueue(queue)
-		b.wait(time.Hour)
-		assert.EqualValues(b, 1, b.consumer.Stats().Connections, "a channel is enough to ask")
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		r.Broker.DeleteQueue(rig.Queue)
+		r.Wait(time.Hour)
+		assert.EqualValues(r, 1, r.Consumer.Stats().Connections, "a channel is enough to ask")
 	})
 }
 
 func TestMissingQueueIsAskedForOnAllHosts(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		b.wait(time.Minute)
-		forgetful := b.hostInUse()
-		b.broker.Host(forgetful).RefuseConsume(404, "NOT_FOUND - no queue 'orders' in vhost '/'")
-		b.broker.CancelConsumers(queue)
-		b.wait(20 * time.Second)
-		require.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.Equal(b, 1-forgetful, b.hostInUse())
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		r.Wait(time.Minute)
+		forgetful := r.HostInUse()
+		r.Broker.Host(forgetful).RefuseConsume(404, "NOT_FOUND - no queue 'orders' in vhost '/'")
+		r.Broker.CancelConsumers(rig.Queue)
+		r.Wait(20 * time.Second)
+		require.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Equal(r, 1-forgetful, r.HostInUse())
 	}, steadymqtest.WithHosts(2))
 }
 
 func TestWaitsOfARunKeepToTheLimitOfWithBackoff(t *testing.T) {
-	for name, fault := range map[string]func(b *bench){
-		"no queue":     func(b *bench) { b.broker.DeleteQueue(queue) },
-		"no vhost":     func(b *bench) { b.broker.RefuseVhost(530, "vhost / not found"); b.broker.Reset() },
-		"wrong login":  func(b *bench) { b.broker.RefuseLogin(true); b.broker.Reset() },
-		"locked":       func(b *bench) { b.broker.RefuseConsume(405, "locked"); b.broker.Reset() },
-		"dials fail":   func(b *bench) { b.broker.Kill() },
-		"no handshake": func(b *bench) { b.broker.DropAt(steadymqtest.StageTune, true); b.broker.Reset() },
+	for name, fault := range map[string]func(r *rig.Rig){
+		"no queue":     func(r *rig.Rig) { r.Broker.DeleteQueue(rig.Queue) },
+		"no vhost":     func(r *rig.Rig) { r.Broker.RefuseVhost(530, "vhost / not found"); r.Broker.Reset() },
+		"wrong login":  func(r *rig.Rig) { r.Broker.RefuseLogin(true); r.Broker.Reset() },
+		"locked":       func(r *rig.Rig) { r.Broker.RefuseConsume(405, "locked"); r.Broker.Reset() },
+		"dials fail":   func(r *rig.Rig) { r.Broker.Kill() },
+		"no handshake": func(r *rig.Rig) { r.Broker.DropAt(steadymqtest.StageTune, true); r.Broker.Reset() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consuming(ack, steadymq.WithBackoff(10*time.Millisecond, 200*time.Millisecond))
-				fault(b)
-				b.wait(time.Minute)
-				assert.Greater(b, len(b.causes()), 10)
-				assert.LessOrEqual(b, b.longestWait(), 200*time.Millisecond)
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(rig.Ack, steadymq.WithBackoff(10*time.Millisecond, 200*time.Millisecond))
+				fault(r)
+				r.Wait(time.Minute)
+				assert.Greater(r, len(r.Causes()), 10)
+				assert.LessOrEqual(r, r.LongestWait(), 200*time.Millisecond)
 			})
 		})
 	}
@@ -159,64 +160,64 @@ func TestCredentialsAreRefreshedOverTheWholeRangeOfTheirExpiry(t *testing.T) {
 		{"before all times", func(time.Time) time.Time { return time.Unix(-1<<62, 0) }, 2000, 20000},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				var asked atomic.Int32
-				b.consuming(ack, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+				r.Consuming(rig.Ack, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
 					asked.Add(1)
-					return steadymq.Credentials{Username: "app", Password: password, Expires: c.expires(time.Now())}, nil
+					return steadymq.Credentials{Username: "app", Password: rig.Password, Expires: c.expires(time.Now())}, nil
 				}))
-				b.wait(day)
-				assert.EqualValues(b, 1, b.consumer.Stats().Connections)
-				assert.GreaterOrEqual(b, asked.Load(), c.least)
-				assert.LessOrEqual(b, asked.Load(), c.most)
+				r.Wait(day)
+				assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
+				assert.GreaterOrEqual(r, asked.Load(), c.least)
+				assert.LessOrEqual(r, asked.Load(), c.most)
 			})
 		})
 	}
 }
 
 func TestIssuerThatFailsIsAskedEverMoreSlowly(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var asked atomic.Int32
 		var works atomic.Bool
 		works.Store(true)
-		b.consuming(ack, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+		r.Consuming(rig.Ack, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
 			asked.Add(1)
 			if !works.Load() {
 				return steadymq.Credentials{}, errors.New("token service is down")
 			}
-			return steadymq.Credentials{Username: "app", Password: password, Expires: time.Now().Add(time.Hour)}, nil
+			return steadymq.Credentials{Username: "app", Password: rig.Password, Expires: time.Now().Add(time.Hour)}, nil
 		}))
 		works.Store(false)
-		b.wait(time.Hour)
-		assert.Less(b, asked.Load(), int32(15), "in 70 % of what is left")
+		r.Wait(time.Hour)
+		assert.Less(r, asked.Load(), int32(15), "in 70 % of what is left")
 		asked.Store(0)
-		b.wait(10 * time.Hour)
-		assert.Less(b, asked.Load(), int32(3600), "then every 15 s on average")
-		assert.Greater(b, asked.Load(), int32(1200), "but at least every 30 s")
+		r.Wait(10 * time.Hour)
+		assert.Less(r, asked.Load(), int32(3600), "then every 15 s on average")
+		assert.Greater(r, asked.Load(), int32(1200), "but at least every 30 s")
 
 		works.Store(true)
-		b.wait(31 * time.Second)
+		r.Wait(31 * time.Second)
 		asked.Store(0)
-		b.wait(10 * time.Hour)
-		assert.LessOrEqual(b, asked.Load(), int32(15), "every 42 minutes again")
+		r.Wait(10 * time.Hour)
+		assert.LessOrEqual(r, asked.Load(), int32(15), "every 42 minutes again")
 	})
 }
 
 func TestExpiredCredentialsAtTheDialAreLeftToTheBroker(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var asked atomic.Int32
-		b.consuming(ack, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+		r.Consuming(rig.Ack, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
 			asked.Add(1)
-			return steadymq.Credentials{Username: "app", Password: password, Expires: time.Now().Add(-time.Hour)}, nil
+			return steadymq.Credentials{Username: "app", Password: rig.Password, Expires: time.Now().Add(-time.Hour)}, nil
 		}))
-		b.broker.RefuseLogin(true)
-		b.broker.Reset()
+		r.Broker.RefuseLogin(true)
+		r.Broker.Reset()
 		asked.Store(0)
-		b.wait(10 * time.Hour)
-		assert.Less(b, asked.Load(), int32(3600))
-		b.broker.Heal()
-		b.wait(35 * time.Second)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		r.Wait(10 * time.Hour)
+		assert.Less(r, asked.Load(), int32(3600))
+		r.Broker.Heal()
+		r.Wait(35 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
 	})
 }
 
@@ -226,17 +227,17 @@ func TestMessageIsHeldForAnyDuration(t *testing.T) {
 		deliverer int // deliveries in a minute, at the least
 	}{{math.MinInt64, 100}, {-1, 100}, {0, 100}, {1, 100}, {10 * time.Second, 6}, {math.MaxInt64, 1}} {
 		t.Run(c.hold.String(), func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.broker.Publish(queue, "again")
-				b.consuming(func(context.Context, *steadymq.Delivery) error {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.Publish(rig.Queue, "again")
+				r.Consuming(func(context.Context, *steadymq.Delivery) error {
 					time.Sleep(10 * time.Millisecond)
 					return steadymq.RequeueAfter(nil, c.hold)
 				})
-				b.wait(time.Minute)
-				assert.GreaterOrEqual(b, b.consumer.Stats().Delivered, uint64(c.deliverer))
-				assert.LessOrEqual(b, b.consumer.Stats().Delivered, uint64(c.deliverer*60))
-				require.NoError(b, b.stop(), "the held message goes back at once")
-				assert.Equal(b, 1, b.broker.QueueLen(queue))
+				r.Wait(time.Minute)
+				assert.GreaterOrEqual(r, r.Consumer.Stats().Delivered, uint64(c.deliverer))
+				assert.LessOrEqual(r, r.Consumer.Stats().Delivered, uint64(c.deliverer*60))
+				require.NoError(r, r.Stop(), "the held message goes back at once")
+				assert.Equal(r, 1, r.Broker.QueueLen(rig.Queue))
 			})
 		})
 	}
@@ -253,7 +254,7 @@ func TestTimesThatAMQPCannotCarryAreRefused(t *testing.T) {
 			"WithConsumeArgs": steadymq.WithConsumeArgs(table),
 			"WithQueue":       steadymq.WithQueue(steadymq.Queue{Args: table}),
 		} {
-			_, err := steadymq.New("amqp://h/", queue, option)
+			_, err := steadymq.New("amqp://h/", rig.Queue, option)
 			var refused *steadymq.OptionError
 			require.ErrorAs(t, err, &refused)
 			assert.Equal(t, name, refused.Option)
@@ -261,7 +262,7 @@ func TestTimesThatAMQPCannotCarryAreRefused(t *testing.T) {
 		}
 	}
 	for _, fine := range []time.Time{time.Unix(0, 0), time.Now(), time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)} {
-		_, err := steadymq.New("amqp://h/", queue, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": fine}))
+		_, err := steadymq.New("amqp://h/", rig.Queue, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": fine}))
 		assert.NoError(t, err)
 	}
 }
@@ -279,7 +280,7 @@ func TestDurationsOfOptionsAreCheckedOverTheirWholeRange(t *testing.T) {
 		"WithBackoff":        func(d time.Duration) steadymq.Option { return steadymq.WithBackoff(d, d) },
 	} {
 		for _, d := range []time.Duration{math.MinInt64, -time.Hour, -1, 24*time.Hour + 1, math.MaxInt64 / 2, math.MaxInt64} {
-			_, err := steadymq.New("amqp://h/", queue, option(d))
+			_, err := steadymq.New("amqp://h/", rig.Queue, option(d))
 			var refused *steadymq.OptionError
 			require.ErrorAs(t, err, &refused, "%s(%v)", name, d)
 			assert.Equal(t, name, refused.Option)
@@ -290,54 +291,31 @@ func TestDurationsOfOptionsAreCheckedOverTheirWholeRange(t *testing.T) {
 // What is told.
 
 func TestStopAfterHoursOfHealthTellsNoFailures(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		b.broker.Reset()
-		b.wait(5 * time.Hour)
-		require.NoError(b, b.stop())
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		for _, change := range b.changes {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		r.Broker.Reset()
+		r.Wait(5 * time.Hour)
+		require.NoError(r, r.Stop())
+
+		for _, change := range r.Changes() {
 			if change.To == steadymq.Draining || change.To == steadymq.Stopped {
-				assert.Zero(b, change.Attempt, "%v", change.To)
+				assert.Zero(r, change.Attempt, "%v", change.To)
 			}
 		}
 	})
 }
 
 func TestChangesCutOffByTheEndAreCounted(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		release := make(chan struct{})
 		defer close(release)
 		var told atomic.Int32
-		b.consuming(ack, steadymq.WithHooks(steadymq.Hooks{StateChanged: func(steadymq.StateChange) {
+		r.Consuming(rig.Ack, steadymq.WithHooks(steadymq.Hooks{StateChanged: func(steadymq.StateChange) {
 			told.Add(1)
 			<-release
 		}}))
-		require.NoError(b, b.stop())
-		assert.EqualValues(b, 1, told.Load(), "connecting")
-		assert.EqualValues(b, 3, b.consumer.Stats().EventsDropped, "consuming, draining, stopped")
+		require.NoError(r, r.Stop())
+		assert.EqualValues(r, 1, told.Load(), "connecting")
+		assert.EqualValues(r, 3, r.Consumer.Stats().EventsDropped, "consuming, draining, stopped")
 	})
-}
-
-// lastWait returns the wait of the last backoff.
-func (b *bench) lastWait() (wait time.Duration) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, c := range b.changes {
-		if c.To == steadymq.Backoff {
-			wait = c.RetryIn
-		}
-	}
-	return wait
-}
-
-// longestWait returns the longest time the consumer has waited in backoff.
-func (b *bench) longestWait() (longest time.Duration) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, c := range b.changes {
-		longest = max(longest, c.RetryIn)
-	}
-	return longest
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
-	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -22,36 +22,26 @@ import (
 const jobs = "jobs"
 
 // onEachGeneration runs test on a broker of each.
-func onEachGeneration(t *testing.T, test func(b *bench, major int)) {
+func onEachGeneration(t *testing.T, test func(r *rig.Rig, major int)) {
 	t.Helper()
 	for _, v := range [][2]int{{3, 10}, {4, 0}, {4, 3}} {
 		t.Run(fmt.Sprintf("%d.%d", v[0], v[1]), func(t *testing.T) {
-			bubble(t, func(b *bench) { test(b, v[0]) }, steadymqtest.WithVersion(v[0], v[1]))
+			rig.Bubble(t, func(r *rig.Rig) { test(r, v[0]) }, steadymqtest.WithVersion(v[0], v[1]))
 		})
 	}
 }
 
 // declaring runs a consumer of the queue jobs that declares it; url parameters may be added.
-func (b *bench) declaring(h steadymq.Handler, q steadymq.Queue, params string) {
-	b.Helper()
-	c, err := steadymq.New(b.broker.URL+params, jobs,
-		steadymq.WithQueue(q), steadymq.WithDialer(b.broker.Dialer()),
-		steadymq.WithLogger(slog.New(slog.NewTextHandler(b.log, nil))),
-		steadymq.WithHooks(steadymq.Hooks{StateChanged: b.changed}))
-	require.NoError(b, err)
-	b.consumer = c
-	b.start(h)
-	b.wait(time.Second)
-}
-
-// warnings are the lines of the log that hold text.
-func (b *bench) warnings(text string) (lines []string) {
-	for line := range strings.Lines(b.log.String()) {
-		if strings.Contains(line, "WARN") && strings.Contains(line, text) {
-			lines = append(lines, line)
-		}
-	}
-	return lines
+func declaring(r *rig.Rig, h steadymq.Handler, q steadymq.Queue, params string) {
+	r.Helper()
+	c, err := steadymq.New(r.Broker.URL+params, jobs,
+		steadymq.WithQueue(q), steadymq.WithDialer(r.Broker.Dialer()),
+		steadymq.WithLogger(slog.New(slog.NewTextHandler(r.Log, nil))),
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: r.Changed}))
+	require.NoError(r, err)
+	r.Consumer = c
+	r.Start(h)
+	r.Wait(time.Second)
 }
 
 func fail(context.Context, *steadymq.Delivery) error { return errors.New("the database is away") }
@@ -64,23 +54,23 @@ func failEvery(d time.Duration) steadymq.Handler {
 }
 
 func TestHandlerThatFailsForADayLosesNothing(t *testing.T) {
-	onEachGeneration(t, func(b *bench, _ int) {
-		b.declaring(fail, steadymq.Queue{}, "")
-		b.broker.Publish(jobs, "1")
-		b.wait(24 * time.Hour)
-		assert.Equal(b, 1, b.broker.QueueLen(jobs)+b.broker.Unsettled(jobs), "nothing lost")
-		assert.Greater(b, b.consumer.Stats().Failed, uint64(21), "and failed more often than the default limit allows")
-		assert.Empty(b, b.warnings("limit"))
-		require.NoError(b, b.stop())
-		assert.Equal(b, 1, b.broker.QueueLen(jobs))
+	onEachGeneration(t, func(r *rig.Rig, _ int) {
+		declaring(r, fail, steadymq.Queue{}, "")
+		r.Broker.Publish(jobs, "1")
+		r.Wait(24 * time.Hour)
+		assert.Equal(r, 1, r.Broker.QueueLen(jobs)+r.Broker.Unsettled(jobs), "nothing lost")
+		assert.Greater(r, r.Consumer.Stats().Failed, uint64(21), "and failed more often than the default limit allows")
+		assert.Empty(r, r.Warnings("limit"))
+		require.NoError(r, r.Stop())
+		assert.Equal(r, 1, r.Broker.QueueLen(jobs))
 	})
 }
 
 func TestOutageOfADependencyLosesNothingOfADeclaredQueue(t *testing.T) {
-	onEachGeneration(t, func(b *bench, _ int) {
+	onEachGeneration(t, func(r *rig.Rig, _ int) {
 		start := time.Now()
 		handled := 0
-		b.declaring(func(context.Context, *steadymq.Delivery) error {
+		declaring(r, func(context.Context, *steadymq.Delivery) error {
 			if time.Since(start) < 45*time.Second {
 				return errors.New("the database is away")
 			}
@@ -88,11 +78,11 @@ func TestOutageOfADependencyLosesNothingOfADeclaredQueue(t *testing.T) {
 			return nil
 		}, steadymq.Queue{}, "")
 		for range 50 {
-			b.broker.Publish(jobs, "m")
+			r.Broker.Publish(jobs, "m")
 		}
-		b.wait(5 * time.Minute)
-		require.NoError(b, b.stop())
-		assert.Equal(b, 50, handled+b.broker.QueueLen(jobs), "nothing lost")
+		r.Wait(5 * time.Minute)
+		require.NoError(r, r.Stop())
+		assert.Equal(r, 50, handled+r.Broker.QueueLen(jobs), "nothing lost")
 	})
 }
 
@@ -104,29 +94,29 @@ func TestQueueWithALimitIsTakenAsItIs(t *testing.T) {
 	} {
 		for _, params := range []string{"", "?channel_max=1"} {
 			t.Run(name+params, func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					b.broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum", Args: args})
-					b.broker.DeclareExchange("events", "topic")
-					b.declaring(ack, steadymq.Queue{Bindings: []steadymq.Binding{{Exchange: "events", Key: "#"}}}, params)
-					require.Equal(b, steadymq.Consuming, b.consumer.State())
+				rig.Bubble(t, func(r *rig.Rig) {
+					r.Broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum", Args: args})
+					r.Broker.DeclareExchange("events", "topic")
+					declaring(r, rig.Ack, steadymq.Queue{Bindings: []steadymq.Binding{{Exchange: "events", Key: "#"}}}, params)
+					require.Equal(r, steadymq.Consuming, r.Consumer.State())
 					for range 3 {
-						b.broker.Reset()
-						b.wait(time.Minute)
+						r.Broker.Reset()
+						r.Wait(time.Minute)
 					}
-					assert.Equal(b, steadymq.Consuming, b.consumer.State())
-					assert.EqualValues(b, 4, b.consumer.Stats().Sessions)
-					assert.EqualValues(b, 4, b.consumer.Stats().Connections)
-					assert.Len(b, b.causes(), 3, "no failure but the resets")
-					_, took := b.broker.PublishExchange("events", "k", steadymqtest.Message{})
-					assert.Equal(b, 1, took, "its bindings are made")
+					assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+					assert.EqualValues(r, 4, r.Consumer.Stats().Sessions)
+					assert.EqualValues(r, 4, r.Consumer.Stats().Connections)
+					assert.Len(r, r.Causes(), 3, "no failure but the resets")
+					_, took := r.Broker.PublishExchange("events", "k", steadymqtest.Message{})
+					assert.Equal(r, 1, took, "its bindings are made")
 					if name == "none" {
-						assert.Empty(b, b.warnings("delivery limit"))
+						assert.Empty(r, r.Warnings("delivery limit"))
 						return
 					}
-					told := b.warnings("delivery limit")
-					require.Len(b, told, 1, "once in a Run")
-					assert.Contains(b, told[0], "queue="+jobs)
-					assert.Contains(b, told[0], "policy")
+					told := r.Warnings("delivery limit")
+					require.Len(r, told, 1, "once in a Run")
+					assert.Contains(r, told[0], "queue="+jobs)
+					assert.Contains(r, told[0], "policy")
 				})
 			})
 		}
@@ -134,14 +124,14 @@ func TestQueueWithALimitIsTakenAsItIs(t *testing.T) {
 }
 
 func TestQueueThatIsGoneIsDeclaredAnewWithoutALimit(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})
-		b.declaring(failEvery(time.Minute), steadymq.Queue{}, "")
-		b.broker.DeleteQueue(jobs)
-		b.wait(time.Minute)
-		b.broker.Publish(jobs, "1")
-		b.wait(time.Hour)
-		assert.Equal(b, 1, b.broker.QueueLen(jobs)+b.broker.Unsettled(jobs))
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})
+		declaring(r, failEvery(time.Minute), steadymq.Queue{}, "")
+		r.Broker.DeleteQueue(jobs)
+		r.Wait(time.Minute)
+		r.Broker.Publish(jobs, "1")
+		r.Wait(time.Hour)
+		assert.Equal(r, 1, r.Broker.QueueLen(jobs)+r.Broker.Unsettled(jobs))
 	})
 }
 
@@ -152,55 +142,55 @@ func TestOtherInequivalenceIsTheOperators(t *testing.T) {
 		"a time to live and a limit": {Type: "quorum", Args: map[string]any{"x-message-ttl": int32(1), "x-delivery-limit": int32(-1)}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.broker.DeclareQueue(jobs, there)
-				b.declaring(ack, steadymq.Queue{}, "")
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.DeclareQueue(jobs, there)
+				declaring(r, rig.Ack, steadymq.Queue{}, "")
 				var said *amqp.Error
-				require.ErrorAs(b, <-b.result, &said)
-				b.result = nil
-				assert.Equal(b, amqp.PreconditionFailed, said.Code)
-				assert.Contains(b, said.Reason, "inequivalent")
+				require.ErrorAs(r, <-r.Result, &said)
+				r.Result = nil
+				assert.Equal(r, amqp.PreconditionFailed, said.Code)
+				assert.Contains(r, said.Reason, "inequivalent")
 			})
 		})
 	}
 	t.Run("a limit that the user gives", func(t *testing.T) {
-		bubble(t, func(b *bench) {
-			b.broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})
-			b.declaring(ack, steadymq.Queue{Args: amqp.Table{"x-delivery-limit": 5}}, "")
-			require.ErrorContains(b, <-b.result, "x-delivery-limit")
-			b.result = nil
+		rig.Bubble(t, func(r *rig.Rig) {
+			r.Broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})
+			declaring(r, rig.Ack, steadymq.Queue{Args: amqp.Table{"x-delivery-limit": 5}}, "")
+			require.ErrorContains(r, <-r.Result, "x-delivery-limit")
+			r.Result = nil
 		})
 	})
 }
 
 // The limit that the user has set takes the message, and so does the default one where there is a dead-letter target.
 func TestDeadLettersGoWhereTheQueueSays(t *testing.T) {
-	onEachGeneration(t, func(b *bench, major int) {
-		b.declaring(fail, steadymq.Queue{DeadLetter: &steadymq.DeadLetter{Queue: "jobs.dead"}, Args: amqp.Table{"x-delivery-limit": 3}}, "")
-		b.broker.Publish(jobs, "poison")
-		b.wait(time.Hour)
-		assert.Equal(b, 1, b.broker.QueueLen("jobs.dead"))
-		assert.EqualValues(b, 4, b.consumer.Stats().Failed)
+	onEachGeneration(t, func(r *rig.Rig, major int) {
+		declaring(r, fail, steadymq.Queue{DeadLetter: &steadymq.DeadLetter{Queue: "jobs.dead"}, Args: amqp.Table{"x-delivery-limit": 3}}, "")
+		r.Broker.Publish(jobs, "poison")
+		r.Wait(time.Hour)
+		assert.Equal(r, 1, r.Broker.QueueLen("jobs.dead"))
+		assert.EqualValues(r, 4, r.Consumer.Stats().Failed)
 
 		// There it has no limit, however often it comes back.
-		require.NoError(b, b.stop())
-		c, err := steadymq.New(b.broker.URL, "jobs.dead", steadymq.WithDialer(b.broker.Dialer()), steadymq.WithLogger(slog.New(slog.DiscardHandler)))
-		require.NoError(b, err)
-		b.consumer = c
-		b.start(failEvery(time.Minute))
-		b.wait(time.Hour)
-		assert.Equal(b, 1, b.broker.QueueLen("jobs.dead")+b.broker.Unsettled("jobs.dead"))
+		require.NoError(r, r.Stop())
+		c, err := steadymq.New(r.Broker.URL, "jobs.dead", steadymq.WithDialer(r.Broker.Dialer()), steadymq.WithLogger(slog.New(slog.DiscardHandler)))
+		require.NoError(r, err)
+		r.Consumer = c
+		r.Start(failEvery(time.Minute))
+		r.Wait(time.Hour)
+		assert.Equal(r, 1, r.Broker.QueueLen("jobs.dead")+r.Broker.Unsettled("jobs.dead"))
 	})
 }
 
 func TestDefaultLimitHoldsWhereThereIsADeadLetterTarget(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.declaring(fail, steadymq.Queue{DeadLetter: &steadymq.DeadLetter{Queue: "jobs.dead"}}, "")
-		b.broker.Publish(jobs, "poison")
-		b.wait(24 * time.Hour)
-		assert.Equal(b, 1, b.broker.QueueLen("jobs.dead"))
-		assert.EqualValues(b, 21, b.consumer.Stats().Failed)
-		assert.Empty(b, b.warnings("limit"), "that is what it is for")
+	rig.Bubble(t, func(r *rig.Rig) {
+		declaring(r, fail, steadymq.Queue{DeadLetter: &steadymq.DeadLetter{Queue: "jobs.dead"}}, "")
+		r.Broker.Publish(jobs, "poison")
+		r.Wait(24 * time.Hour)
+		assert.Equal(r, 1, r.Broker.QueueLen("jobs.dead"))
+		assert.EqualValues(r, 21, r.Consumer.Stats().Failed)
+		assert.Empty(r, r.Warnings("limit"), "that is what it is for")
 	})
 }
 
@@ -212,48 +202,48 @@ func TestDeadLetterQueueOfAnotherKindIsTakenAsItIs(t *testing.T) {
 		"stream":     {Type: "stream"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.broker.DeclareQueue("jobs.dead", there)
-				b.broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum", DeadLetter: "jobs.dead"})
-				b.declaring(func(context.Context, *steadymq.Delivery) error { return steadymq.Discard(nil) },
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.DeclareQueue("jobs.dead", there)
+				r.Broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum", DeadLetter: "jobs.dead"})
+				declaring(r, func(context.Context, *steadymq.Delivery) error { return steadymq.Discard(nil) },
 					steadymq.Queue{DeadLetter: &steadymq.DeadLetter{Queue: "jobs.dead"}}, "?channel_max=1")
-				b.broker.Publish(jobs, "1")
-				b.wait(time.Second)
-				require.Equal(b, steadymq.Consuming, b.consumer.State(), b.log)
-				assert.Equal(b, 1, b.broker.QueueLen("jobs.dead"))
-				assert.Empty(b, b.causes())
+				r.Broker.Publish(jobs, "1")
+				r.Wait(time.Second)
+				require.Equal(r, steadymq.Consuming, r.Consumer.State(), r.Log)
+				assert.Equal(r, 1, r.Broker.QueueLen("jobs.dead"))
+				assert.Empty(r, r.Causes())
 			})
 		})
 	}
 }
 
 func TestDeadLetterExchangeIsTheUsers(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.DeclareExchange("dead", "direct")
-		b.broker.DeclareQueue("theirs", steadymqtest.QueueOptions{})
-		b.broker.Bind("theirs", "dead", "k")
-		b.declaring(func(context.Context, *steadymq.Delivery) error { return steadymq.Discard(nil) },
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DeclareExchange("dead", "direct")
+		r.Broker.DeclareQueue("theirs", steadymqtest.QueueOptions{})
+		r.Broker.Bind("theirs", "dead", "k")
+		declaring(r, func(context.Context, *steadymq.Delivery) error { return steadymq.Discard(nil) },
 			steadymq.Queue{Type: "classic", DeadLetter: &steadymq.DeadLetter{Exchange: "dead", Key: "k"}}, "")
-		b.broker.Publish(jobs, "1")
-		b.wait(time.Second)
-		assert.Equal(b, 1, b.broker.QueueLen("theirs"))
+		r.Broker.Publish(jobs, "1")
+		r.Wait(time.Second)
+		assert.Equal(r, 1, r.Broker.QueueLen("theirs"))
 	})
 }
 
 func TestExchangeIsDeclaredBeforeItsBindings(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.declaring(ack, steadymq.Queue{
+	rig.Bubble(t, func(r *rig.Rig) {
+		declaring(r, rig.Ack, steadymq.Queue{
 			Exchange: &steadymq.Exchange{Name: "events", Kind: "topic"},
 			Bindings: []steadymq.Binding{{Key: "order.*"}, {Exchange: "amq.direct", Key: "k"}},
 		}, "")
-		require.Equal(b, steadymq.Consuming, b.consumer.State())
+		require.Equal(r, steadymq.Consuming, r.Consumer.State())
 		for exchange, key := range map[string]string{"events": "order.paid", "amq.direct": "k"} {
-			_, took := b.broker.PublishExchange(exchange, key, steadymqtest.Message{})
-			assert.Equal(b, 1, took, exchange)
+			_, took := r.Broker.PublishExchange(exchange, key, steadymqtest.Message{})
+			assert.Equal(r, 1, took, exchange)
 		}
-		b.broker.Reset()
-		b.wait(time.Second)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State(), "and again")
+		r.Broker.Reset()
+		r.Wait(time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State(), "and again")
 	})
 }
 
@@ -299,158 +289,82 @@ func TestOneOptionServesManyConsumers(t *testing.T) {
 }
 
 func TestMessageNearTheLimitOfOthersIsTold(t *testing.T) {
-	onEachGeneration(t, func(b *bench, major int) {
-		b.broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})
-		c, err := steadymq.New(b.broker.URL, jobs, steadymq.WithDialer(b.broker.Dialer()),
-			steadymq.WithLogger(slog.New(slog.NewTextHandler(b.log, nil))))
-		require.NoError(b, err)
-		b.consumer = c
-		b.start(failEvery(10 * time.Second))
-		b.wait(time.Second)
+	onEachGeneration(t, func(r *rig.Rig, major int) {
+		r.Broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})
+		c, err := steadymq.New(r.Broker.URL, jobs, steadymq.WithDialer(r.Broker.Dialer()),
+			steadymq.WithLogger(slog.New(slog.NewTextHandler(r.Log, nil))))
+		require.NoError(r, err)
+		r.Consumer = c
+		r.Start(failEvery(10 * time.Second))
+		r.Wait(time.Second)
 		for range 30 {
-			b.broker.Publish(jobs, "1")
+			r.Broker.Publish(jobs, "1")
 		}
-		b.wait(time.Hour)
-		told := b.warnings("come back often")
+		r.Wait(time.Hour)
+		told := r.Warnings("come back often")
 		if major < 4 {
-			assert.Empty(b, told)
+			assert.Empty(r, told)
 			return
 		}
-		require.NotEmpty(b, told)
-		assert.LessOrEqual(b, len(told), 12, "one a second, of 180")
-		assert.Contains(b, told[0], "if this queue has RabbitMQ's default delivery limit of 20")
-		assert.Contains(b, told[0], "returns=15 ")
-		assert.NotContains(b, strings.Join(told, ""), "limit=", "nobody knows")
-		assert.NotContains(b, told[0], "suppressed")
-		assert.Contains(b, told[0], "queue="+jobs)
-		assert.Contains(b, told[1], "suppressed=29", "the others are counted")
+		require.NotEmpty(r, told)
+		assert.LessOrEqual(r, len(told), 12, "one a second, of 180")
+		assert.Contains(r, told[0], "if this queue has RabbitMQ's default delivery limit of 20")
+		assert.Contains(r, told[0], "returns=15 ")
+		assert.NotContains(r, strings.Join(told, ""), "limit=", "nobody knows")
+		assert.NotContains(r, told[0], "suppressed")
+		assert.Contains(r, told[0], "queue="+jobs)
+		assert.Contains(r, told[1], "suppressed=29", "the others are counted")
 	})
 }
 
 // Since 4.3 a dead letter brings its count along, and the first return from a queue with a limit drops it.
 func TestDeadLetterThatArrivesBeyondTheLimitIsTold(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})
-		b.broker.DeclareQueue("before", steadymqtest.QueueOptions{Type: "quorum", DeadLetter: jobs})
-		before, err := steadymq.New(b.broker.URL, "before", steadymq.WithDialer(b.broker.Dialer()), steadymq.WithLogger(slog.New(slog.DiscardHandler)))
-		require.NoError(b, err)
-		b.consumer = before
-		b.start(failEvery(time.Second))
-		b.broker.Publish("before", "1")
-		b.wait(time.Minute)
-		require.NoError(b, b.stop())
-		require.Equal(b, 1, b.broker.QueueLen(jobs))
-		b.declaring(failEvery(time.Second), steadymq.Queue{}, "")
-		b.wait(time.Minute)
-		require.Len(b, b.warnings("come back often"), 1)
-		assert.Contains(b, b.log.String(), "returns=21 ")
-		assert.Zero(b, b.broker.QueueLen(jobs)+b.broker.Unsettled(jobs), "it is gone")
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})
+		r.Broker.DeclareQueue("before", steadymqtest.QueueOptions{Type: "quorum", DeadLetter: jobs})
+		before, err := steadymq.New(r.Broker.URL, "before", steadymq.WithDialer(r.Broker.Dialer()), steadymq.WithLogger(slog.New(slog.DiscardHandler)))
+		require.NoError(r, err)
+		r.Consumer = before
+		r.Start(failEvery(time.Second))
+		r.Broker.Publish("before", "1")
+		r.Wait(time.Minute)
+		require.NoError(r, r.Stop())
+		require.Equal(r, 1, r.Broker.QueueLen(jobs))
+		declaring(r, failEvery(time.Second), steadymq.Queue{}, "")
+		r.Wait(time.Minute)
+		require.Len(r, r.Warnings("come back often"), 1)
+		assert.Contains(r, r.Log.String(), "returns=21 ")
+		assert.Zero(r, r.Broker.QueueLen(jobs)+r.Broker.Unsettled(jobs), "it is gone")
 	})
 }
 
 func TestMessageNearTheUsersOwnLimitIsTold(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.declaring(failEvery(time.Second), steadymq.Queue{Args: amqp.Table{"x-delivery-limit": 3}}, "")
-		b.broker.Publish(jobs, "1")
-		b.wait(time.Hour)
-		require.Len(b, b.warnings("come back so often"), 1)
-		assert.Contains(b, b.log.String(), "returns=3 limit=3")
+	rig.Bubble(t, func(r *rig.Rig) {
+		declaring(r, failEvery(time.Second), steadymq.Queue{Args: amqp.Table{"x-delivery-limit": 3}}, "")
+		r.Broker.Publish(jobs, "1")
+		r.Wait(time.Hour)
+		require.Len(r, r.Warnings("come back so often"), 1)
+		assert.Contains(r, r.Log.String(), "returns=3 limit=3")
 	})
-}
-
-// TestDeliveryLimitOnRealBrokers lets a message come back 25 times, to a queue that the consumer declares, and to one that exists with
-// the default limit, and to such a one under the policy that the warning names.
-func TestDeliveryLimitOnRealBrokers(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts brokers")
-	}
-	var configs []rabbit.Config
-	for _, g := range rabbit.Generations() {
-		configs = append(configs, rabbit.Config{Generation: g})
-	}
-	for _, b := range rabbit.StartAll(t, configs...) {
-		old := strings.HasPrefix(b.Version(), "3.")
-		for name, test := range map[string]struct {
-			exists, policy bool
-			kept           bool
-		}{
-			"declared":       {kept: true},
-			"exists":         {exists: true, kept: old},
-			"exists, policy": {exists: true, policy: true, kept: !old},
-		} {
-			t.Run(b.Version()+"/"+name, func(t *testing.T) {
-				if test.policy && old {
-					t.Skip("before 4.0 a policy cannot say so")
-				}
-				queue := "limit-" + strings.ReplaceAll(strings.ReplaceAll(name, ",", ""), " ", "-")
-				if test.exists {
-					require.NoError(t, b.DeclareQueue(queue, amqp.Table{"x-queue-type": "quorum"}))
-				}
-				if test.policy {
-					rabbit.NeedCommands(t, b)
-					require.NoError(t, b.PolicyOn(t.Context(), "/", "unlimited", "^"+queue+"$", `{"delivery-limit": -1}`))
-				}
-				log := new(logBuffer)
-				assert.Equal(t, test.kept, comesBack(t, b, queue, 25, log))
-				assert.Equal(t, test.exists && !old, strings.Contains(log.String(), "which stays"))
-				require.NoError(t, b.DeleteQueue(queue))
-			})
-		}
-	}
-}
-
-// comesBack tells whether a message is delivered again after n returns.
-func comesBack(t *testing.T, b *rabbit.Broker, queue string, n int, log *logBuffer) bool {
-	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	returned := make(chan int, n+1)
-	seen := 0
-	handle := func(context.Context, *steadymq.Delivery) error {
-		if seen++; seen > n {
-			returned <- seen
-			return nil
-		}
-		return steadymq.Requeue(nil)
-	}
-	c, err := steadymq.New(b.URL(), queue, steadymq.WithQueue(steadymq.Queue{}), steadymq.WithLogger(slog.New(slog.NewTextHandler(log, nil))))
-	require.NoError(t, err)
-	done := make(chan error, 1)
-	go func() { done <- c.Run(ctx, handle) }()
-	require.Eventually(t, func() bool { return c.State() == steadymq.Consuming }, 20*time.Second, 10*time.Millisecond)
-	conn, err := amqp.Dial(b.URL())
-	require.NoError(t, err)
-	defer conn.Close()
-	ch, err := conn.Channel()
-	require.NoError(t, err)
-	require.NoError(t, ch.PublishWithContext(ctx, "", queue, false, false, amqp.Publishing{DeliveryMode: amqp.Persistent}))
-	came := false
-	select {
-	case <-returned:
-		came = true
-	case <-time.After(5 * time.Second):
-	}
-	stop()
-	require.NoError(t, <-done)
-	return came
 }
 
 // Since 4.3 a quorum queue counts failures only, and says of what came back otherwise no more than
 // that it was acquired.
 func TestMessageThatNoHandlerHasSeenIsAtItsFirstAttempt(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.of("quorum")
-		b.publish(2, "m")
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("quorum")
+		r.PublishMany(2, "m")
 		release := make(chan struct{})
-		b.consuming(func(context.Context, *steadymq.Delivery) error { <-release; return nil }, steadymq.WithConcurrency(1))
-		b.wait(time.Second)
-		go func() { b.wait(time.Second); close(release) }()
-		assert.NoError(b, b.stop())
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { <-release; return nil }, steadymq.WithConcurrency(1))
+		r.Wait(time.Second)
+		go func() { r.Wait(time.Second); close(release) }()
+		assert.NoError(r, r.Stop())
 		var attempts []int
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			attempts = append(attempts, d.Attempt())
 			return nil
 		})
-		b.wait(time.Second)
-		assert.Equal(b, []int{1}, attempts)
+		r.Wait(time.Second)
+		assert.Equal(r, []int{1}, attempts)
 	})
 }

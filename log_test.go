@@ -15,104 +15,79 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// lines returns what was logged at INFO and above and holds all of the texts.
-func (l *logBuffer) lines(texts ...string) (found []string) {
-next:
-	for line := range strings.Lines(l.String()) {
-		if strings.Contains(line, "level=DEBUG") {
-			continue
-		}
-		for _, text := range texts {
-			if !strings.Contains(line, text) {
-				continue next
-			}
-		}
-		found = append(found, line)
-	}
-	return found
-}
-
-// last returns the last line with all of the texts, "" if there is none.
-func (l *logBuffer) last(texts ...string) string {
-	found := l.lines(texts...)
-	if len(found) == 0 {
-		return ""
-	}
-	return found[len(found)-1]
-}
-
 // flap resets the connection again and again for an hour.
-func (b *bench) flap(every time.Duration) {
+func flap(r *rig.Rig, every time.Duration) {
 	for end := time.Now().Add(time.Hour); time.Now().Before(end); {
-		b.wait(every)
-		b.broker.Reset()
+		r.Wait(every)
+		r.Broker.Reset()
 	}
 }
 
 // comeAndGo has a session and an outage, one after the other, for an hour.
-func (b *bench) comeAndGo(up, down time.Duration) {
+func comeAndGo(r *rig.Rig, up, down time.Duration) {
 	for end := time.Now().Add(time.Hour); time.Now().Before(end); {
-		b.wait(up)
-		b.broker.Refuse(true)
-		b.broker.Reset()
-		b.wait(down)
-		b.broker.Refuse(false)
+		r.Wait(up)
+		r.Broker.Refuse(true)
+		r.Broker.Reset()
+		r.Wait(down)
+		r.Broker.Refuse(false)
 	}
 }
 
 func TestHourOfOutageIsAtMost100Lines(t *testing.T) {
 	const most = 100
-	outages := map[string]func(b *bench){
-		"dials are refused": func(b *bench) {
-			b.broker.Refuse(true)
-			b.broker.Reset()
-			b.wait(time.Hour)
-			last := b.log.last("level=WARN", "backoff", "repeated=")
-			assert.Contains(b, last, `cause="dial: connection refused"`)
-			b.broker.Refuse(false)
-			b.wait(2 * time.Second)
-			assert.Contains(b, b.log.last(), "consuming", "that it is well again is told at once")
+	outages := map[string]func(r *rig.Rig){
+		"dials are refused": func(r *rig.Rig) {
+			r.Broker.Refuse(true)
+			r.Broker.Reset()
+			r.Wait(time.Hour)
+			last := r.Log.Last("level=WARN", "backoff", "repeated=")
+			assert.Contains(r, last, `cause="dial: connection refused"`)
+			r.Broker.Refuse(false)
+			r.Wait(2 * time.Second)
+			assert.Contains(r, r.Log.Last(), "consuming", "that it is well again is told at once")
 		},
-		"logins are refused": func(b *bench) {
-			b.broker.RefuseLogin(true)
-			b.broker.Reset()
-			b.wait(time.Hour)
-			assert.Contains(b, b.log.last("level=WARN"), "login refused")
+		"logins are refused": func(r *rig.Rig) {
+			r.Broker.RefuseLogin(true)
+			r.Broker.Reset()
+			r.Wait(time.Hour)
+			assert.Contains(r, r.Log.Last("level=WARN"), "login refused")
 		},
-		"the queue is absent": func(b *bench) {
-			b.broker.DeleteQueue(queue)
-			b.wait(time.Hour)
-			assert.Contains(b, b.log.last("level=WARN"), "404 NOT_FOUND - no queue")
+		"the queue is absent": func(r *rig.Rig) {
+			r.Broker.DeleteQueue(rig.Queue)
+			r.Wait(time.Hour)
+			assert.Contains(r, r.Log.Last("level=WARN"), "404 NOT_FOUND - no queue")
 		},
-		"sessions last a second": func(b *bench) { b.flap(time.Second) },
-		"sessions last 11 s":     func(b *bench) { b.flap(11 * time.Second) },
-		"sessions last 61 s":     func(b *bench) { b.flap(61 * time.Second) },
-		"sessions last 89 s":     func(b *bench) { b.flap(89 * time.Second) },
-		"sessions last 91 s":     func(b *bench) { b.flap(91 * time.Second) },
-		"sessions and outages":   func(b *bench) { b.comeAndGo(11*time.Second, 12*time.Second) },
-		"long ones": func(b *bench) {
-			b.comeAndGo(100*time.Second, 30*time.Second)
-			assert.Regexp(b, `repeated=\d\d`, b.log.last("backoff", "lost:"), "counting goes on")
+		"sessions last a second": func(r *rig.Rig) { flap(r, time.Second) },
+		"sessions last 11 s":     func(r *rig.Rig) { flap(r, 11*time.Second) },
+		"sessions last 61 s":     func(r *rig.Rig) { flap(r, 61*time.Second) },
+		"sessions last 89 s":     func(r *rig.Rig) { flap(r, 89*time.Second) },
+		"sessions last 91 s":     func(r *rig.Rig) { flap(r, 91*time.Second) },
+		"sessions and outages":   func(r *rig.Rig) { comeAndGo(r, 11*time.Second, 12*time.Second) },
+		"long ones": func(r *rig.Rig) {
+			comeAndGo(r, 100*time.Second, 30*time.Second)
+			assert.Regexp(r, `repeated=\d\d`, r.Log.Last("backoff", "lost:"), "counting goes on")
 		},
 	}
 	for name, outage := range outages {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consuming(ack)
-				b.wait(2 * time.Minute)
-				before := len(b.log.lines())
-				outage(b)
-				lines := b.log.lines()[before:]
-				assert.LessOrEqual(b, len(lines), most)
-				assert.Greater(b, len(lines), 30, "at least one a minute, or two")
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(rig.Ack)
+				r.Wait(2 * time.Minute)
+				before := len(r.Log.Lines())
+				outage(r)
+				lines := r.Log.Lines()[before:]
+				assert.LessOrEqual(r, len(lines), most)
+				assert.Greater(r, len(lines), 30, "at least one a minute, or two")
 				for _, line := range lines {
-					assert.Contains(b, line, "queue=orders")
+					assert.Contains(r, line, "queue=orders")
 				}
-				for _, line := range b.log.lines("consuming") {
-					assert.Contains(b, line, "consumer=steadymq-")
+				for _, line := range r.Log.Lines("consuming") {
+					assert.Contains(r, line, "consumer=steadymq-")
 				}
 			})
 		})
@@ -120,52 +95,52 @@ func TestHourOfOutageIsAtMost100Lines(t *testing.T) {
 }
 
 func TestHourOfCausesThatAreAllDifferentIsAtMost100Lines(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		tries := 0
-		b.run(ack, steadymq.WithURLFunc(func(context.Context) (string, error) {
+		r.Run(rig.Ack, steadymq.WithURLFunc(func(context.Context) (string, error) {
 			tries++
 			return "", fmt.Errorf("vault: request %s", strings.Repeat("x", tries%2000))
 		}))
-		b.wait(time.Hour)
-		assert.LessOrEqual(b, len(b.log.lines()), 100)
-		assert.Less(b, len(b.log.last()), 1000, "the text is bounded")
+		r.Wait(time.Hour)
+		assert.LessOrEqual(r, len(r.Log.Lines()), 100)
+		assert.Less(r, len(r.Log.Last()), 1000, "the text is bounded")
 	})
 }
 
 // The same failure on two hosts is one row, or every change of the host would start
 // the counting anew.
 func TestFailureOnTwoHostsIsOneCause(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		b.broker.Refuse(true)
-		b.broker.Reset()
-		b.wait(time.Hour)
-		assert.LessOrEqual(b, len(b.log.lines()), 100)
-		mq1, mq2 := b.log.lines("dial", "host=mq1.test"), b.log.lines("dial", "host=mq2.test")
-		assert.NotEmpty(b, mq1)
-		assert.NotEmpty(b, mq2)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		r.Broker.Refuse(true)
+		r.Broker.Reset()
+		r.Wait(time.Hour)
+		assert.LessOrEqual(r, len(r.Log.Lines()), 100)
+		mq1, mq2 := r.Log.Lines("dial", "host=mq1.test"), r.Log.Lines("dial", "host=mq2.test")
+		assert.NotEmpty(r, mq1)
+		assert.NotEmpty(r, mq2)
 		refused := 0
-		for _, err := range b.causes() {
+		for _, err := range r.Causes() {
 			if strings.Contains(err.Error(), "refused") {
 				refused++
 			}
 		}
-		b.wait(time.Minute + time.Second)
+		r.Wait(time.Minute + time.Second)
 		var told int
-		_, text, _ := strings.Cut(b.log.last("repeated="), "repeated=")
+		_, text, _ := strings.Cut(r.Log.Last("repeated="), "repeated=")
 		_, err := fmt.Sscan(text, &told)
-		require.NoError(b, err)
-		assert.GreaterOrEqual(b, told, refused)
+		require.NoError(r, err)
+		assert.GreaterOrEqual(r, told, refused)
 	}, steadymqtest.WithHosts(2))
 }
 
 // A failed handler.
 
 func TestHandlersErrorIsToldWithItsMessage(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.DeclareExchange("shop", "topic")
-		b.broker.Bind(queue, "shop", "#")
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DeclareExchange("shop", "topic")
+		r.Broker.Bind(rig.Queue, "shop", "#")
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			switch {
 			case d.Redelivered:
 				return nil
@@ -176,25 +151,25 @@ func TestHandlersErrorIsToldWithItsMessage(t *testing.T) {
 			}
 			return errors.New("database is away")
 		})
-		b.broker.PublishExchange("shop", "order.new", steadymqtest.Message{Body: []byte("tea")})
-		b.wait(3 * time.Second)
-		line := b.log.last("level=WARN")
+		r.Broker.PublishExchange("shop", "order.new", steadymqtest.Message{Body: []byte("tea")})
+		r.Wait(3 * time.Second)
+		line := r.Log.Last("level=WARN")
 		for _, text := range []string{
 			`"steadymq: handler failed"`, "queue=orders", "consumer=steadymq-", "session=1", "exchange=shop", "routing_key=order.new",
 			"delivery_tag=1", "attempt=1", "redelivered=false", "retry_in=", "message_id=m1", `error="database is away"`,
 		} {
-			assert.Contains(b, line, text)
+			assert.Contains(r, line, text)
 		}
-		b.broker.Publish(queue, "poison")
-		b.wait(3 * time.Second)
-		line = b.log.last("level=WARN")
-		assert.Contains(b, line, "outcome=discarded")
-		assert.Contains(b, line, `error="not a; number"`)
-		b.broker.Publish(queue, "done")
-		b.wait(time.Second)
-		b.broker.Publish(queue, "done")
-		b.wait(2 * time.Second)
-		assert.Contains(b, b.log.last("level=WARN"), "handler settled its message by itself and then failed")
+		r.Broker.Publish(rig.Queue, "poison")
+		r.Wait(3 * time.Second)
+		line = r.Log.Last("level=WARN")
+		assert.Contains(r, line, "outcome=discarded")
+		assert.Contains(r, line, `error="not a; number"`)
+		r.Broker.Publish(rig.Queue, "done")
+		r.Wait(time.Second)
+		r.Broker.Publish(rig.Queue, "done")
+		r.Wait(2 * time.Second)
+		assert.Contains(r, r.Log.Last("level=WARN"), "handler settled its message by itself and then failed")
 	})
 }
 
@@ -206,19 +181,19 @@ func TestFailingHandlersDoNotFloodTheLog(t *testing.T) {
 	}
 	for name, h := range handlers {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consuming(h, steadymq.WithPrefetch(100))
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(h, steadymq.WithPrefetch(100))
 				for i := range 100 {
-					b.broker.Publish(queue, fmt.Sprint(i))
+					r.Broker.Publish(rig.Queue, fmt.Sprint(i))
 				}
-				b.wait(5 * time.Minute)
-				require.Greater(b, b.consumer.Stats().Failed, uint64(10_000))
-				told := b.log.lines("suppressed=")
-				assert.LessOrEqual(b, len(b.log.lines()), 20)
-				assert.GreaterOrEqual(b, len(told), 8, "more at first, then one a minute")
-				assert.Contains(b, told[len(told)-1], "delivery_tag=")
-				assert.Equal(b, name == "panic", strings.Contains(told[0], "level=ERROR") && strings.Contains(told[0], "stack="))
-				assert.Zero(b, b.consumer.Stats().EventsDropped, "changes of state are not crowded out")
+				r.Wait(5 * time.Minute)
+				require.Greater(r, r.Consumer.Stats().Failed, uint64(10_000))
+				told := r.Log.Lines("suppressed=")
+				assert.LessOrEqual(r, len(r.Log.Lines()), 20)
+				assert.GreaterOrEqual(r, len(told), 8, "more at first, then one a minute")
+				assert.Contains(r, told[len(told)-1], "delivery_tag=")
+				assert.Equal(r, name == "panic", strings.Contains(told[0], "level=ERROR") && strings.Contains(told[0], "stack="))
+				assert.Zero(r, r.Consumer.Stats().EventsDropped, "changes of state are not crowded out")
 			})
 		})
 	}
@@ -227,23 +202,23 @@ func TestFailingHandlersDoNotFloodTheLog(t *testing.T) {
 func TestFailuresThatWereLeftOutAreToldAtLast(t *testing.T) {
 	for _, stop := range []bool{false, true} {
 		t.Run(fmt.Sprint("stop=", stop), func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 					return steadymq.Discard(errors.New(string(d.Body)))
 				})
-				b.broker.Publish(queue, "1", "2", "3", "4")
-				b.wait(time.Second / 2)
-				require.Len(b, b.log.lines("level=WARN"), 1)
+				r.Broker.Publish(rig.Queue, "1", "2", "3", "4")
+				r.Wait(time.Second / 2)
+				require.Len(r, r.Log.Lines("level=WARN"), 1)
 				if stop {
-					require.NoError(b, b.stop())
+					require.NoError(r, r.Stop())
 				} else {
-					b.wait(time.Minute + 2*time.Second)
+					r.Wait(time.Minute + 2*time.Second)
 				}
-				require.Len(b, b.log.lines("level=WARN"), 2)
-				line := b.log.last("level=WARN")
-				assert.Contains(b, line, `"steadymq: more handlers failed"`)
-				assert.Contains(b, line, "queue=orders")
-				assert.Contains(b, line, "suppressed=3 error=4")
+				require.Len(r, r.Log.Lines("level=WARN"), 2)
+				line := r.Log.Last("level=WARN")
+				assert.Contains(r, line, `"steadymq: more handlers failed"`)
+				assert.Contains(r, line, "queue=orders")
+				assert.Contains(r, line, "suppressed=3 error=4")
 			})
 		})
 	}
@@ -251,30 +226,30 @@ func TestFailuresThatWereLeftOutAreToldAtLast(t *testing.T) {
 
 // An error that only says that the session was lost is no failure of the handler.
 func TestHandlerCutOffByALostSessionIsNotToldAsFailed(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 			if d.Session() > 1 {
 				return nil
 			}
 			<-ctx.Done()
 			return ctx.Err()
 		})
-		b.broker.Publish(queue, "tea")
-		b.wait(time.Second)
-		b.broker.Reset()
-		b.wait(time.Second)
-		assert.Empty(b, b.log.lines("handler failed"))
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Wait(time.Second)
+		r.Broker.Reset()
+		r.Wait(time.Second)
+		assert.Empty(r, r.Log.Lines("handler failed"))
 	})
 }
 
 // A user's error is not to be trusted with the worker.
 func TestErrorThatPanicsIsToldAndEndsNothing(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.Discard((*nilError)(nil)) })
-		b.broker.Publish(queue, "tea")
-		b.wait(time.Second)
-		assert.NotEmpty(b, b.log.lines("handler panicked", "outcome=discarded", "the error *steadymq_test.nilError panics when it is read"))
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.Discard((*nilError)(nil)) })
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Wait(time.Second)
+		assert.NotEmpty(r, r.Log.Lines("handler panicked", "outcome=discarded", "the error *steadymq_test.nilError panics when it is read"))
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
 	})
 }
 
@@ -291,15 +266,15 @@ func TestDefaultLoggerIsLookedUpWhenRunBegins(t *testing.T) {
 	}()
 	synctest.Test(t, func(t *testing.T) {
 		b := steadymqtest.NewBroker(t)
-		b.DeclareQueue(queue, steadymqtest.QueueOptions{})
-		atNew, atRun := new(logBuffer), new(logBuffer)
+		b.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{})
+		atNew, atRun := new(rig.LogBuffer), new(rig.LogBuffer)
 		slog.SetDefault(slog.New(slog.NewTextHandler(atNew, nil)))
-		c, err := steadymq.New(b.URL, queue, steadymq.WithDialer(b.Dialer()))
+		c, err := steadymq.New(b.URL, rig.Queue, steadymq.WithDialer(b.Dialer()))
 		require.NoError(t, err)
 		slog.SetDefault(slog.New(slog.NewTextHandler(atRun, nil)))
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		require.NoError(t, c.Run(ctx, ack))
+		require.NoError(t, c.Run(ctx, rig.Ack))
 		assert.Contains(t, atRun.String(), "steadymq: consuming")
 		assert.Empty(t, atNew.String())
 	})

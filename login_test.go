@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -27,65 +28,65 @@ func (m mechanism) Mechanism() string { return m.name }
 func (m mechanism) Response() string  { return m.response() }
 
 // logins are the ways to name a mechanism, by its name.
-func logins() map[string]func(*bench) steadymq.Option {
-	url := func(mechanism string) func(*bench) steadymq.Option {
-		return func(b *bench) steadymq.Option {
+func logins() map[string]func(*rig.Rig) steadymq.Option {
+	url := func(mechanism string) func(*rig.Rig) steadymq.Option {
+		return func(r *rig.Rig) steadymq.Option {
 			return steadymq.WithURLFunc(func(context.Context) (string, error) {
-				return b.broker.URL + "?auth_mechanism=" + mechanism, nil
+				return r.Broker.URL + "?auth_mechanism=" + mechanism, nil
 			})
 		}
 	}
-	sasl := func(mechanism amqp.Authentication) func(*bench) steadymq.Option {
-		return func(*bench) steadymq.Option { return steadymq.WithSASL(mechanism) }
+	sasl := func(mechanism amqp.Authentication) func(*rig.Rig) steadymq.Option {
+		return func(*rig.Rig) steadymq.Option { return steadymq.WithSASL(mechanism) }
 	}
-	return map[string]func(*bench) steadymq.Option{
+	return map[string]func(*rig.Rig) steadymq.Option{
 		"PLAIN of the URL":    url("plain"),
 		"AMQPLAIN of the URL": url("amqplain"),
 		"EXTERNAL of the URL": url("external"),
-		"PLAIN of credentials": func(*bench) steadymq.Option {
+		"PLAIN of credentials": func(*rig.Rig) steadymq.Option {
 			return steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
-				return steadymq.Credentials{Username: "app", Password: password}, nil
+				return steadymq.Credentials{Username: "app", Password: rig.Password}, nil
 			})
 		},
-		"AMQPLAIN of the driver":  sasl(&amqp.AMQPlainAuth{Username: "app", Password: password}),
+		"AMQPLAIN of the driver":  sasl(&amqp.AMQPlainAuth{Username: "app", Password: rig.Password}),
 		"EXTERNAL of the driver":  sasl(&amqp.ExternalAuth{}),
-		"PLAIN of the user's own": sasl(mechanism{"PLAIN", func() string { return "\x00app\x00" + password }}),
+		"PLAIN of the user's own": sasl(mechanism{"PLAIN", func() string { return "\x00app\x00" + rig.Password }}),
 	}
 }
 
 // ended waits for the end of Run and returns its error.
-func (b *bench) ended(limit time.Duration) error {
-	b.Helper()
-	b.wait(limit)
-	require.Len(b, b.result, 1, "Run has returned")
-	return b.stop()
+func ended(r *rig.Rig, limit time.Duration) error {
+	r.Helper()
+	r.Wait(limit)
+	require.Len(r, r.Result, 1, "Run has returned")
+	return r.Stop()
 }
 
 func TestRefusedLoginIsToldAtOnce(t *testing.T) {
 	for name, login := range logins() {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.broker.RefuseLogin(true)
-				b.run(ack, login(b))
-				b.wait(10 * time.Millisecond)
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.RefuseLogin(true)
+				r.Run(rig.Ack, login(r))
+				r.Wait(10 * time.Millisecond)
 				var err error
 				if asked := strings.HasSuffix(name, " of the URL") || strings.HasSuffix(name, " of credentials"); asked {
-					require.Len(b, b.causes(), 1, "told")
-					err = b.ended(4 * time.Second) // what a function gives may be better the next time
-					assert.Len(b, b.causes(), 2, "the third ends Run")
+					require.Len(r, r.Causes(), 1, "told")
+					err = ended(r, 4*time.Second) // what a function gives may be better the next time
+					assert.Len(r, r.Causes(), 2, "the third ends Run")
 				} else {
-					err = b.ended(0)
+					err = ended(r, 0)
 				}
-				require.ErrorIs(b, err, steadymq.ErrLoginRefused)
+				require.ErrorIs(r, err, steadymq.ErrLoginRefused)
 				var said *amqp.Error
-				require.ErrorAs(b, err, &said)
-				assert.Equal(b, amqp.AccessRefused, said.Code)
-				assert.True(b, said.Server)
+				require.ErrorAs(r, err, &said)
+				assert.Equal(r, amqp.AccessRefused, said.Code)
+				assert.True(r, said.Server)
 				used, _, _ := strings.Cut(name, " ")
-				assert.ErrorContains(b, err, "using authentication mechanism "+used)
-				assert.ErrorContains(b, err, "open mq1.test:5672: login refused")
-				assert.NotContains(b, err.Error(), password)
-				assert.NotContains(b, err.Error(), "\n")
+				assert.ErrorContains(r, err, "using authentication mechanism "+used)
+				assert.ErrorContains(r, err, "open mq1.test:5672: login refused")
+				assert.NotContains(r, err.Error(), rig.Password)
+				assert.NotContains(r, err.Error(), "\n")
 			})
 		})
 	}
@@ -94,13 +95,13 @@ func TestRefusedLoginIsToldAtOnce(t *testing.T) {
 func TestEveryLoginIsLetIn(t *testing.T) {
 	for name, login := range logins() {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				for range 2 { // a mechanism is used for every dial
-					b.consuming(ack, login(b))
-					b.broker.Reset()
-					b.wait(time.Second)
-					assert.Equal(b, steadymq.Consuming, b.consumer.State())
-					require.NoError(b, b.stop())
+					r.Consuming(rig.Ack, login(r))
+					r.Broker.Reset()
+					r.Wait(time.Second)
+					assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+					require.NoError(r, r.Stop())
 				}
 			})
 		})
@@ -108,13 +109,13 @@ func TestEveryLoginIsLetIn(t *testing.T) {
 }
 
 func TestWrongPasswordIsToldAtOnceAndNotShown(t *testing.T) {
-	bubble(t, func(b *bench) {
-		const wrong = "wrong-" + password
-		b.run(ack, steadymq.WithSASL(&amqp.PlainAuth{Username: "app", Password: wrong}))
-		err := b.ended(10 * time.Millisecond)
-		assert.ErrorIs(b, err, steadymq.ErrLoginRefused)
-		assert.NotContains(b, err.Error(), wrong)
-		assert.NotContains(b, err.Error(), "guest", "only guest is told about guest")
+	rig.Bubble(t, func(r *rig.Rig) {
+		const wrong = "wrong-" + rig.Password
+		r.Run(rig.Ack, steadymq.WithSASL(&amqp.PlainAuth{Username: "app", Password: wrong}))
+		err := ended(r, 10*time.Millisecond)
+		assert.ErrorIs(r, err, steadymq.ErrLoginRefused)
+		assert.NotContains(r, err.Error(), wrong)
+		assert.NotContains(r, err.Error(), "guest", "only guest is told about guest")
 	})
 }
 
@@ -123,15 +124,15 @@ func TestSilentRefusalIsRecognisedHoweverTheSocketEnds(t *testing.T) {
 	for name, how := range ways {
 		for _, heartbeat := range []time.Duration{time.Second, 2 * time.Second, 10 * time.Second} {
 			t.Run(name+" at "+heartbeat.String(), func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					b.broker.SetLoginRefusal(how)
-					b.broker.RefuseLogin(true)
-					b.run(ack, steadymq.WithHeartbeat(heartbeat))
-					err := b.ended(3*3*time.Second + 2*2*time.Second)
-					assert.ErrorContains(b, err, "refuses a login")
-					require.Len(b, b.causes(), 2, "the third refusal is the last")
-					for _, cause := range append(b.causes(), err) {
-						assert.ErrorIs(b, cause, steadymq.ErrLoginRefused)
+				rig.Bubble(t, func(r *rig.Rig) {
+					r.Broker.SetLoginRefusal(how)
+					r.Broker.RefuseLogin(true)
+					r.Run(rig.Ack, steadymq.WithHeartbeat(heartbeat))
+					err := ended(r, 3*3*time.Second+2*2*time.Second)
+					assert.ErrorContains(r, err, "refuses a login")
+					require.Len(r, r.Causes(), 2, "the third refusal is the last")
+					for _, cause := range append(r.Causes(), err) {
+						assert.ErrorIs(r, cause, steadymq.ErrLoginRefused)
 					}
 				})
 			})
@@ -140,22 +141,22 @@ func TestSilentRefusalIsRecognisedHoweverTheSocketEnds(t *testing.T) {
 }
 
 func TestSilentRefusalIsRecognisedOverTLS(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.SetLoginRefusal(steadymqtest.RefusalByFIN)
-		b.broker.RefuseLogin(true)
-		b.run(ack, steadymq.WithTLSConfig(b.broker.TLSConfig()), steadymq.WithHeartbeat(time.Second))
-		assert.ErrorIs(b, b.ended(13*time.Second+100*time.Millisecond), steadymq.ErrLoginRefused)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.SetLoginRefusal(steadymqtest.RefusalByFIN)
+		r.Broker.RefuseLogin(true)
+		r.Run(rig.Ack, steadymq.WithTLSConfig(r.Broker.TLSConfig()), steadymq.WithHeartbeat(time.Second))
+		assert.ErrorIs(r, ended(r, 13*time.Second+100*time.Millisecond), steadymq.ErrLoginRefused)
 	}, steadymqtest.WithTLS())
 }
 
 func TestSocketLostWhileLoggingInIsNoRefusal(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.DropAt(steadymqtest.StageTune, true)
-		b.run(ack)
-		b.wait(time.Minute)
-		require.Empty(b, b.result)
-		assert.ErrorContains(b, b.causes()[0], "lost while logging in")
-		assert.NotErrorIs(b, b.causes()[0], steadymq.ErrLoginRefused)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DropAt(steadymqtest.StageTune, true)
+		r.Run(rig.Ack)
+		r.Wait(time.Minute)
+		require.Empty(r, r.Result)
+		assert.ErrorContains(r, r.Causes()[0], "lost while logging in")
+		assert.NotErrorIs(r, r.Causes()[0], steadymq.ErrLoginRefused)
 	})
 }
 
@@ -172,28 +173,28 @@ func (c slowToGreet) Read(p []byte) (int, error) {
 }
 
 func TestSlowGreetingDoesNotMakeALostLoginARefusal(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.DropAt(steadymqtest.StageTune, true)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DropAt(steadymqtest.StageTune, true)
 		dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
-			conn, err := b.broker.Dialer()(ctx, network, addr)
+			conn, err := r.Broker.Dialer()(ctx, network, addr)
 			return slowToGreet{conn, new(sync.Once)}, err
 		}
-		b.run(ack, steadymq.WithDialer(dial))
-		b.wait(time.Minute)
-		require.Empty(b, b.result)
-		assert.NotErrorIs(b, b.causes()[0], steadymq.ErrLoginRefused)
-		b.stop()
-		b.wait(5 * time.Second) // until its last read is back
+		r.Run(rig.Ack, steadymq.WithDialer(dial))
+		r.Wait(time.Minute)
+		require.Empty(r, r.Result)
+		assert.NotErrorIs(r, r.Causes()[0], steadymq.ErrLoginRefused)
+		r.Stop()
+		r.Wait(5 * time.Second) // until its last read is back
 	})
 }
 
 func TestMechanismTheBrokerDoesNotOfferIsARefusedLogin(t *testing.T) {
-	bubble(t, func(b *bench) {
-		none := func() string { return password }
-		b.run(ack, steadymq.WithSASL(mechanism{"SCRAM-SHA-256", none}, mechanism{"GSSAPI", none}))
-		err := b.ended(10 * time.Millisecond)
-		assert.ErrorIs(b, err, steadymq.ErrLoginRefused)
-		assert.ErrorContains(b, err, `the broker offers the login mechanisms "PLAIN AMQPLAIN EXTERNAL" and none of "SCRAM-SHA-256 GSSAPI"`)
+	rig.Bubble(t, func(r *rig.Rig) {
+		none := func() string { return rig.Password }
+		r.Run(rig.Ack, steadymq.WithSASL(mechanism{"SCRAM-SHA-256", none}, mechanism{"GSSAPI", none}))
+		err := ended(r, 10*time.Millisecond)
+		assert.ErrorIs(r, err, steadymq.ErrLoginRefused)
+		assert.ErrorContains(r, err, `the broker offers the login mechanisms "PLAIN AMQPLAIN EXTERNAL" and none of "SCRAM-SHA-256 GSSAPI"`)
 	})
 }
 
@@ -204,10 +205,10 @@ func TestRefusedGuestIsToldOfLoopback(t *testing.T) {
 	} {
 		for _, how := range []steadymqtest.LoginRefusal{steadymqtest.RefusalOfRabbitMQ, steadymqtest.RefusalByReset} {
 			t.Run(name, func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					b.broker.SetLoginRefusal(how)
-					b.run(ack, steadymq.WithSASL(auth))
-					assert.ErrorContains(b, b.ended(13*time.Second), "lets the user guest in from its own host only")
+				rig.Bubble(t, func(r *rig.Rig) {
+					r.Broker.SetLoginRefusal(how)
+					r.Run(rig.Ack, steadymq.WithSASL(auth))
+					assert.ErrorContains(r, ended(r, 13*time.Second), "lets the user guest in from its own host only")
 				})
 			})
 		}
@@ -215,16 +216,16 @@ func TestRefusedGuestIsToldOfLoopback(t *testing.T) {
 }
 
 func TestRefusedLoginIsAskedSlowlyAfterTheFirstSession(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		b.broker.RefuseLogin(true)
-		b.broker.Reset()
-		b.wait(5 * time.Minute)
-		require.Empty(b, b.result)
-		assert.Less(b, len(b.causes()), 40, "up to 30 s apart")
-		b.broker.RefuseLogin(false)
-		b.wait(30*time.Second + 100*time.Millisecond)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		r.Broker.RefuseLogin(true)
+		r.Broker.Reset()
+		r.Wait(5 * time.Minute)
+		require.Empty(r, r.Result)
+		assert.Less(r, len(r.Causes()), 40, "up to 30 s apart")
+		r.Broker.RefuseLogin(false)
+		r.Wait(30*time.Second + 100*time.Millisecond)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
 	})
 }
 
@@ -235,31 +236,31 @@ func TestLoginMechanismOfAUserThatFails(t *testing.T) {
 	}
 	for name, fail := range failures {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.run(ack, steadymq.WithSASL(mechanism{"PLAIN", fail}))
-				b.wait(time.Second)
-				require.NotEmpty(b, b.causes())
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Run(rig.Ack, steadymq.WithSASL(mechanism{"PLAIN", fail}))
+				r.Wait(time.Second)
+				require.NotEmpty(r, r.Causes())
 				var panicked *steadymq.PanicError
-				require.ErrorAs(b, b.causes()[0], &panicked)
-				assert.NotEmpty(b, panicked.Stack)
-				assert.ErrorContains(b, b.causes()[0], "the response of the login mechanism PLAIN")
-				assert.NotErrorIs(b, b.causes()[0], steadymq.ErrLoginRefused)
-				assert.Zero(b, b.open())
+				require.ErrorAs(r, r.Causes()[0], &panicked)
+				assert.NotEmpty(r, panicked.Stack)
+				assert.ErrorContains(r, r.Causes()[0], "the response of the login mechanism PLAIN")
+				assert.NotErrorIs(r, r.Causes()[0], steadymq.ErrLoginRefused)
+				assert.Zero(r, r.OpenConnections())
 			})
 		})
 	}
 	t.Run("hangs", func(t *testing.T) {
-		bubble(t, func(b *bench) {
+		rig.Bubble(t, func(r *rig.Rig) {
 			release := make(chan struct{})
-			b.run(ack, steadymq.WithSetupTimeout(time.Second), steadymq.WithSASL(mechanism{"PLAIN", func() string {
+			r.Run(rig.Ack, steadymq.WithSetupTimeout(time.Second), steadymq.WithSASL(mechanism{"PLAIN", func() string {
 				<-release
 				return ""
 			}}))
-			b.wait(1600 * time.Millisecond)
-			require.NotEmpty(b, b.causes())
-			assert.ErrorContains(b, b.causes()[0], "setup limit")
-			b.stop()
-			assert.Zero(b, b.open())
+			r.Wait(1600 * time.Millisecond)
+			require.NotEmpty(r, r.Causes())
+			assert.ErrorContains(r, r.Causes()[0], "setup limit")
+			r.Stop()
+			assert.Zero(r, r.OpenConnections())
 			close(release)
 		})
 	})

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -26,7 +27,7 @@ func TestNewcomersMistakesThatNewRefuses(t *testing.T) {
 		inQueue = "steadymq: WithQueue: "
 		form    = "amqp:// or amqps://user:password@host:port/vhost"
 	)
-	queueOf := func(q steadymq.Queue) []steadymq.Option { return opts(steadymq.WithQueue(q)) }
+	queueOf := func(q steadymq.Queue) []steadymq.Option { return rig.Options(steadymq.WithQueue(q)) }
 	for name, c := range map[string]struct {
 		url, queue string
 		opts       []steadymq.Option
@@ -34,17 +35,17 @@ func TestNewcomersMistakesThatNewRefuses(t *testing.T) {
 	}{
 		"empty URL":           {"", "q", nil, inNew + "the URL is empty: want " + form + ", or WithURLFunc"},
 		"no scheme":           {"mq.example:5672", "q", nil, inNew + "the URL has no scheme: it must begin with amqp:// or, for TLS, amqps://"},
-		"URL of the HTTP API": {"http://app:" + password + "@mq.example:15672/", "q", nil, inNew + "http is for RabbitMQ's HTTP API: AMQP has amqp:// (port 5672) and, for TLS, amqps:// (port 5671)"},
+		"URL of the HTTP API": {"http://app:" + rig.Password + "@mq.example:15672/", "q", nil, inNew + "http is for RabbitMQ's HTTP API: AMQP has amqp:// (port 5672) and, for TLS, amqps:// (port 5671)"},
 		"unescaped #": {
-			"amqp://app:" + password + "#1@mq.example/", "q", nil,
+			"amqp://app:" + rig.Password + "#1@mq.example/", "q", nil,
 			inNew + "the URL seems to have an unescaped # in user or password: percent-encode it as %23 (net/url.UserPassword does it); an @ in the virtual host or a parameter is %40",
 		},
 		"unescaped @": {
-			"amqp://app:" + password + "@1@mq.example/", "q", nil,
+			"amqp://app:" + rig.Password + "@1@mq.example/", "q", nil,
 			inNew + "the URL has an unescaped @ in user or password: percent-encode it as %40 (net/url.UserPassword does it)",
 		},
 		"unescaped %": {
-			"amqp://app:" + password + "%@mq.example/", "q", nil,
+			"amqp://app:" + rig.Password + "%@mq.example/", "q", nil,
 			inNew + "the URL has an unescaped % in user or password: percent-encode it as %25 (net/url.UserPassword does it)",
 		},
 		"line break from a file":    {good + "\n", "q", nil, inNew + "the URL begins or ends with a blank or line break, as a secret read from a file does: use strings.TrimSpace"},
@@ -53,24 +54,24 @@ func TestNewcomersMistakesThatNewRefuses(t *testing.T) {
 		"virtual host with a slash": {good + "/orders", "q", nil, inNew + "the virtual host in the URL has a further /: percent-encode it as %2F, or leave it out at the end"},
 		"misspelt parameter":        {good + "?heart_beat=10", "q", nil, inNew + "a parameter of the URL is unknown: is heartbeat meant?"},
 		"TLS parameter on amqp":     {good + "?cacertfile=/ca.pem", "q", nil, inNew + "the parameter cacertfile of the URL has no effect without TLS: use amqps"},
-		"TLS configuration on amqp": {good, "q", opts(steadymq.WithTLSConfig(new(tls.Config))), "steadymq: WithTLSConfig: the URL has the scheme amqp, which is not encrypted; use amqps"},
+		"TLS configuration on amqp": {good, "q", rig.Options(steadymq.WithTLSConfig(new(tls.Config))), "steadymq: WithTLSConfig: the URL has the scheme amqp, which is not encrypted; use amqps"},
 
 		"no queue":   {good, "", nil, inNew + "the queue name is empty; give it, or WithTopology, or WithQueue with an exclusive classic queue, whose name the broker may choose"},
-		"prefetch 0": {good, "q", opts(steadymq.WithPrefetch(0)), "steadymq: WithPrefetch: must be between 1 and 65535, got 0"},
+		"prefetch 0": {good, "q", rig.Options(steadymq.WithPrefetch(0)), "steadymq: WithPrefetch: must be between 1 and 65535, got 0"},
 		"prefetch too low": {
-			good, "q", opts(steadymq.WithConcurrency(8), steadymq.WithPrefetch(4)),
+			good, "q", rig.Options(steadymq.WithConcurrency(8), steadymq.WithPrefetch(4)),
 			"steadymq: WithPrefetch: must be at least the concurrency (8), got 4: workers would wait for nothing",
 		},
-		"no logger": {good, "q", opts(steadymq.WithLogger(nil)), "steadymq: WithLogger: must not be nil; use slog.New(slog.DiscardHandler) for silence"},
-		"no hook":   {good, "q", opts(steadymq.WithHooks(steadymq.Hooks{})), "steadymq: WithHooks: all hooks are nil; set at least one or leave the option out"},
+		"no logger": {good, "q", rig.Options(steadymq.WithLogger(nil)), "steadymq: WithLogger: must not be nil; use slog.New(slog.DiscardHandler) for silence"},
+		"no hook":   {good, "q", rig.Options(steadymq.WithHooks(steadymq.Hooks{})), "steadymq: WithHooks: all hooks are nil; set at least one or leave the option out"},
 		"duration without a unit": {
-			good, "q", opts(steadymq.WithDrainTimeout(30)),
+			good, "q", rig.Options(steadymq.WithDrainTimeout(30)),
 			"steadymq: WithDrainTimeout: must be between 1ms and 24h0m0s, got 30ns (a bare number counts nanoseconds: write 30*time.Second)",
 		},
-		"heartbeat in milliseconds": {good, "q", opts(steadymq.WithHeartbeat(1500 * time.Millisecond)), "steadymq: WithHeartbeat: must be whole seconds between 1s and 10m, got 1.5s"},
+		"heartbeat in milliseconds": {good, "q", rig.Options(steadymq.WithHeartbeat(1500 * time.Millisecond)), "steadymq: WithHeartbeat: must be whole seconds between 1s and 10m, got 1.5s"},
 
 		"queue declared twice": {
-			good, "q", opts(steadymq.WithQueue(steadymq.Queue{}), steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) { return "", nil })),
+			good, "q", rig.Options(steadymq.WithQueue(steadymq.Queue{}), steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) { return "", nil })),
 			inQueue + "cannot be combined with WithTopology; declare the queue in the function",
 		},
 		"kind of queue that is none": {good, "q", queueOf(steadymq.Queue{Type: "durable"}), inQueue + `Type must be "quorum", "classic" or "stream", got "durable"`},
@@ -86,7 +87,7 @@ func TestNewcomersMistakesThatNewRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			_, err := steadymq.New(c.url, c.queue, c.opts...)
 			require.EqualError(t, err, c.want)
-			assert.NotContains(t, err.Error(), password)
+			assert.NotContains(t, err.Error(), rig.Password)
 		})
 	}
 }
@@ -95,7 +96,7 @@ func TestNewcomersMistakesThatNewRefuses(t *testing.T) {
 type mistake struct {
 	name   string
 	broker []steadymqtest.Option
-	make   func(b *bench) // makes the mistake, for a consumer that is all right
+	make   func(r *rig.Rig) // makes the mistake, for a consumer that is all right
 	url    func(string) string
 	opts   []steadymq.Option
 	says   []string
@@ -107,7 +108,7 @@ type mistake struct {
 var mistakes = []mistake{
 	{
 		name: "wrong password",
-		make: func(b *bench) { b.broker.SetPassword("app", "another") },
+		make: func(r *rig.Rig) { r.Broker.SetPassword("app", "another") },
 		says: []string{"login refused", "403 ACCESS_REFUSED", "check user name, password and mechanism"},
 		ends: true,
 	},
@@ -119,40 +120,40 @@ var mistakes = []mistake{
 	},
 	{
 		name: "no permission on the virtual host",
-		make: func(b *bench) { b.broker.RefuseVhost(530, "access to vhost '/' refused for user 'app'") },
+		make: func(r *rig.Rig) { r.Broker.RefuseVhost(530, "access to vhost '/' refused for user 'app'") },
 		says: []string{"530", "refused for user 'app'", "the user needs permissions on it"},
 		ends: true,
 	},
 	{
 		name: "missing queue",
-		make: func(b *bench) { b.broker.DeleteQueue(queue) },
+		make: func(r *rig.Rig) { r.Broker.DeleteQueue(rig.Queue) },
 		says: []string{"404", "no queue 'orders' in vhost '/'", "it is asked for again until someone has declared it, which WithQueue or WithTopology can do"},
 	},
 	{
 		name: "queue declared otherwise",
-		opts: opts(steadymq.WithQueue(steadymq.Queue{})),
+		opts: rig.Options(steadymq.WithQueue(steadymq.Queue{})),
 		says: []string{"406", "inequivalent arg 'x-queue-type' for queue 'orders'", "what exists was declared otherwise: declare it alike, or delete it"},
 		ends: true,
 	},
 	{
 		name: "binding to an exchange that is not there",
-		opts: opts(steadymq.WithQueue(steadymq.Queue{Type: "classic", Bindings: []steadymq.Binding{{Exchange: "shop"}}})),
+		opts: rig.Options(steadymq.WithQueue(steadymq.Queue{Type: "classic", Bindings: []steadymq.Binding{{Exchange: "shop"}}})),
 		says: []string{"404", "no exchange 'shop'", "until someone has declared it"},
 	},
 	{
 		name: "no permission",
-		make: func(b *bench) {
-			b.broker.RefuseConsume(403, "read access to queue 'orders' in vhost '/' refused for user 'app'")
+		make: func(r *rig.Rig) {
+			r.Broker.RefuseConsume(403, "read access to queue 'orders' in vhost '/' refused for user 'app'")
 		},
 		says: []string{"403", "read access to queue 'orders'", "give the user the permission (rabbitmqctl set_permissions)"},
 		ends: true,
 	},
 	{
 		name: "another exclusive consumer",
-		make: func(b *bench) {
-			b.broker.RefuseConsume(403, "queue 'orders' in vhost '/' in exclusive use")
+		make: func(r *rig.Rig) {
+			r.Broker.RefuseConsume(403, "queue 'orders' in vhost '/' in exclusive use")
 		},
-		opts: opts(steadymq.WithExclusive()),
+		opts: rig.Options(steadymq.WithExclusive()),
 		says: []string{"403", "in exclusive use"},
 	},
 	{
@@ -173,36 +174,36 @@ var mistakes = []mistake{
 	},
 	{
 		name: "port of the HTTP API",
-		opts: opts(dialler(func() (net.Conn, error) { return answering("HTTP/1.1 400 Bad Request\r\n\r\n"), nil })),
+		opts: rig.Options(dialler(func() (net.Conn, error) { return answering("HTTP/1.1 400 Bad Request\r\n\r\n"), nil })),
 		says: []string{"it answers with HTTP; use the port for AMQP (5672, over TLS 5671)"},
 	},
 	{
 		name: "host that does not resolve",
-		opts: opts(dialler(func() (net.Conn, error) {
+		opts: rig.Options(dialler(func() (net.Conn, error) {
 			return nil, &net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Err: "no such host", Name: "mq1.test", IsNotFound: true}}
 		})),
 		says: []string{"lookup mq1.test: no such host"},
 	},
 	{
 		name: "nothing listens",
-		make: func(b *bench) { b.broker.Refuse(true) },
+		make: func(r *rig.Rig) { r.Broker.Refuse(true) },
 		says: []string{"connection refused"},
 	},
 	{
 		name:   "firewall that drops",
-		make:   func(b *bench) { b.broker.DropSYN(true) },
+		make:   func(r *rig.Rig) { r.Broker.DropSYN(true) },
 		says:   []string{"i/o timeout", "dial mq1.test:5672"},
 		within: 5 * time.Second,
 	},
 	{
 		name:   "broker that answers nothing",
-		make:   func(b *bench) { b.broker.HangAt(steadymqtest.StageTune, true) },
+		make:   func(r *rig.Rig) { r.Broker.HangAt(steadymqtest.StageTune, true) },
 		says:   []string{"setup limit of 15s passed", "is it reachable and not overloaded? (WithSetupTimeout)"},
 		within: 15 * time.Second,
 	},
 	{
 		name: "topology that fails",
-		opts: opts(steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) { return "", errors.New("no exchange configured") })),
+		opts: rig.Options(steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) { return "", errors.New("no exchange configured") })),
 		says: []string{"topology", "no exchange configured"},
 	},
 }
@@ -210,49 +211,49 @@ var mistakes = []mistake{
 func TestNewcomersMistakesThatRunTells(t *testing.T) {
 	for _, m := range mistakes {
 		t.Run(m.name, func(t *testing.T) {
-			bubble(t, func(b *bench) { m.play(b) }, m.broker...)
+			rig.Bubble(t, func(r *rig.Rig) { m.play(r) }, m.broker...)
 		})
 	}
 }
 
 // play makes the mistake and looks at hook, log and Run's error.
-func (m *mistake) play(b *bench) {
+func (m *mistake) play(r *rig.Rig) {
 	if m.make != nil {
-		m.make(b)
+		m.make(r)
 	}
 	if m.url == nil {
 		m.url = func(url string) string { return url }
 	}
-	own, begun := m.url(b.broker.URL), time.Now()
-	b.consumer = b.make(append(opts(steadymq.WithURLFunc(func(context.Context) (string, error) { return own, nil })), m.opts...)...)
-	b.start(ack)
-	b.wait(max(m.within, 20*time.Millisecond) + 5*time.Millisecond)
-	told := b.firstCause()
-	require.Error(b, told.Cause)
-	assert.LessOrEqual(b, told.Time.Sub(begun), max(m.within, 20*time.Millisecond))
-	for _, text := range append(m.says, "queue "+queue, told.Host) {
-		assert.Contains(b, told.Cause.Error(), text)
+	own, begun := m.url(r.Broker.URL), time.Now()
+	r.Consumer = r.New(append(rig.Options(steadymq.WithURLFunc(func(context.Context) (string, error) { return own, nil })), m.opts...)...)
+	r.Start(rig.Ack)
+	r.Wait(max(m.within, 20*time.Millisecond) + 5*time.Millisecond)
+	told := firstCause(r)
+	require.Error(r, told.Cause)
+	assert.LessOrEqual(r, told.Time.Sub(begun), max(m.within, 20*time.Millisecond))
+	for _, text := range append(m.says, "queue "+rig.Queue, told.Host) {
+		assert.Contains(r, told.Cause.Error(), text)
 	}
-	assert.Contains(b, told.Host, "mq1.test:")
-	assert.Equal(b, queue, told.Queue)
-	assert.NotContains(b, told.Cause.Error(), "\n", "one line")
-	assert.NotContains(b, told.Cause.Error(), password)
-	b.wait(30 * time.Second)
-	assert.Contains(b, b.log.String(), m.says[0], "the log says it as well")
+	assert.Contains(r, told.Host, "mq1.test:")
+	assert.Equal(r, rig.Queue, told.Queue)
+	assert.NotContains(r, told.Cause.Error(), "\n", "one line")
+	assert.NotContains(r, told.Cause.Error(), rig.Password)
+	r.Wait(30 * time.Second)
+	assert.Contains(r, r.Log.String(), m.says[0], "the log says it as well")
 	if !m.ends {
-		assert.Empty(b, b.result, "Run goes on")
+		assert.Empty(r, r.Result, "Run goes on")
 		return
 	}
-	require.Len(b, b.result, 1, "Run has ended")
-	err := b.stop()
-	for _, text := range append(m.says, "queue "+queue, told.Host) {
-		assert.ErrorContains(b, err, text)
+	require.Len(r, r.Result, 1, "Run has ended")
+	err := r.Stop()
+	for _, text := range append(m.says, "queue "+rig.Queue, told.Host) {
+		assert.ErrorContains(r, err, text)
 	}
 }
 
 // firstCause is the first change of state that has a cause.
-func (b *bench) firstCause() steadymq.StateChange {
-	for _, c := range b.history() {
+func firstCause(r *rig.Rig) steadymq.StateChange {
+	for _, c := range r.Changes() {
 		if c.Cause != nil {
 			return c
 		}
@@ -272,14 +273,14 @@ func answering(text string) net.Conn {
 }
 
 func TestNewcomersMistakesInTheCallOfRun(t *testing.T) {
-	c, err := steadymq.New("amqp://app:"+password+"@mq.example/", "q")
+	c, err := steadymq.New("amqp://app:"+rig.Password+"@mq.example/", "q")
 	require.NoError(t, err)
 	require.EqualError(t, c.Run(t.Context(), nil), "steadymq: Run: the handler must not be nil")
 	var none context.Context
-	require.EqualError(t, c.Run(none, ack), "steadymq: Run: the context must not be nil")
+	require.EqualError(t, c.Run(none, rig.Ack), "steadymq: Run: the context must not be nil")
 
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		require.EqualError(b, b.consumer.Run(b.Context(), ack), "steadymq: this Consumer is already running; make another Consumer with New for a second subscription")
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		require.EqualError(r, r.Consumer.Run(r.Context(), rig.Ack), "steadymq: this Consumer is already running; make another Consumer with New for a second subscription")
 	})
 }

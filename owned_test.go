@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -22,32 +23,32 @@ import (
 var events = steadymq.Queue{Type: "classic", Exclusive: true, Bindings: []steadymq.Binding{{Exchange: "events"}}}
 
 // subscribed runs a consumer of a queue that the broker names, and waits for its first session.
-func (b *bench) subscribed(h steadymq.Handler, opts ...steadymq.Option) {
-	b.Helper()
-	b.broker.DeclareExchange("events", "fanout")
-	b.consumer = b.makeFor("", opts...)
-	b.start(h)
-	b.wait(100 * time.Millisecond)
-	require.Equal(b, steadymq.Consuming, b.consumer.State())
+func subscribed(r *rig.Rig, h steadymq.Handler, opts ...steadymq.Option) {
+	r.Helper()
+	r.Broker.DeclareExchange("events", "fanout")
+	r.Consumer = r.NewFor("", opts...)
+	r.Start(h)
+	r.Wait(100 * time.Millisecond)
+	require.Equal(r, steadymq.Consuming, r.Consumer.State())
 }
 
-func (b *bench) publishEvents(n int) {
+func publishEvents(r *rig.Rig, n int) {
 	for range n {
-		b.broker.PublishExchange("events", "", steadymqtest.Message{Body: []byte("x")})
+		r.Broker.PublishExchange("events", "", steadymqtest.Message{Body: []byte("x")})
 	}
 }
 
 // failChannels closes every channel, n times at the given interval.
-func (b *bench) failChannels(n int, every time.Duration) {
+func failChannels(r *rig.Rig, n int, every time.Duration) {
 	for i := range n {
-		b.broker.CloseChannels(406, fmt.Sprint("delivery acknowledgement timed out ", i))
-		b.wait(every)
+		r.Broker.CloseChannels(406, fmt.Sprint("delivery acknowledgement timed out ", i))
+		r.Wait(every)
 	}
 }
 
-// named returns the queues that the broker has named.
-func (b *bench) named() (names []string) {
-	for _, name := range b.broker.Queues() {
+// namedByBroker returns the queues that the broker has named.
+func namedByBroker(r *rig.Rig) (names []string) {
+	for _, name := range r.Broker.Queues() {
 		if strings.HasPrefix(name, "amq.gen-") {
 			names = append(names, name)
 		}
@@ -64,10 +65,10 @@ func counting(n *atomic.Int32) steadymq.Handler {
 }
 
 func TestServerNamedQueueIsConsumedAgainOnItsConnection(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var handled atomic.Int32
 		release := make(chan struct{})
-		b.subscribed(func(ctx context.Context, d *steadymq.Delivery) error {
+		subscribed(r, func(ctx context.Context, d *steadymq.Delivery) error {
 			select {
 			case <-release:
 				handled.Add(1)
@@ -75,18 +76,18 @@ func TestServerNamedQueueIsConsumedAgainOnItsConnection(t *testing.T) {
 			}
 			return nil
 		}, steadymq.WithQueue(events))
-		before := b.named()
-		require.Len(b, before, 1)
-		b.publishEvents(10)
-		b.failChannels(1, 0)
-		b.publishEvents(1) // while nobody consumes
-		b.wait(time.Second)
-		assert.Equal(b, before, b.named())
-		assert.Equal(b, before[0], b.lastChange().Queue)
+		before := namedByBroker(r)
+		require.Len(r, before, 1)
+		publishEvents(r, 10)
+		failChannels(r, 1, 0)
+		publishEvents(r, 1) // while nobody consumes
+		r.Wait(time.Second)
+		assert.Equal(r, before, namedByBroker(r))
+		assert.Equal(r, before[0], r.LastChange().Queue)
 		close(release)
-		b.wait(time.Minute)
-		assert.EqualValues(b, 11, handled.Load())
-		assert.EqualValues(b, 1, b.consumer.Stats().Connections)
+		r.Wait(time.Minute)
+		assert.EqualValues(r, 11, handled.Load())
+		assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
 	})
 }
 
@@ -101,49 +102,49 @@ func TestServerNamedQueuesDoNotPileUp(t *testing.T) {
 		"100 in a minute": {100, 600 * time.Millisecond},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				var handled atomic.Int32
-				b.subscribed(counting(&handled), steadymq.WithQueue(events))
-				before := b.named()
+				subscribed(r, counting(&handled), steadymq.WithQueue(events))
+				before := namedByBroker(r)
 				for range failures.n {
-					b.publishEvents(1)
-					b.failChannels(1, 0)
-					b.publishEvents(1)
-					b.wait(failures.every)
-					require.Equal(b, before, b.named())
+					publishEvents(r, 1)
+					failChannels(r, 1, 0)
+					publishEvents(r, 1)
+					r.Wait(failures.every)
+					require.Equal(r, before, namedByBroker(r))
 				}
-				b.wait(11 * time.Second)
-				assert.EqualValues(b, 1, b.consumer.Stats().Connections)
-				assert.Zero(b, b.broker.QueueLen(before[0])+b.broker.Unsettled(before[0]))
-				assert.GreaterOrEqual(b, int(handled.Load()), 2*failures.n, "each message is handled")
+				r.Wait(11 * time.Second)
+				assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
+				assert.Zero(r, r.Broker.QueueLen(before[0])+r.Broker.Unsettled(before[0]))
+				assert.GreaterOrEqual(r, int(handled.Load()), 2*failures.n, "each message is handled")
 			})
 		})
 	}
 }
 
 func TestServerNamedQueueThatIsDeletedIsDeclaredAnewAtOnce(t *testing.T) {
-	for name, strike := range map[string]func(b *bench, queue string){
-		"while consuming":         func(b *bench, queue string) { b.broker.DeleteQueue(queue) },
-		"as the channel fails":    func(b *bench, queue string) { b.failChannels(1, 0); b.broker.DeleteQueue(queue) },
-		"as the consumer is gone": func(b *bench, queue string) { b.broker.CancelConsumers(queue); b.broker.DeleteQueue(queue) },
+	for name, strike := range map[string]func(r *rig.Rig, queue string){
+		"while consuming":         func(r *rig.Rig, queue string) { r.Broker.DeleteQueue(queue) },
+		"as the channel fails":    func(r *rig.Rig, queue string) { failChannels(r, 1, 0); r.Broker.DeleteQueue(queue) },
+		"as the consumer is gone": func(r *rig.Rig, queue string) { r.Broker.CancelConsumers(queue); r.Broker.DeleteQueue(queue) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				var handled atomic.Int32
-				b.subscribed(counting(&handled), steadymq.WithQueue(events))
-				b.wait(time.Minute)
-				before := b.named()
-				strike(b, before[0])
-				b.wait(50 * time.Millisecond)
-				assert.Equal(b, steadymq.Consuming, b.consumer.State())
-				after := b.named()
-				require.Len(b, after, 1)
-				assert.NotEqual(b, before, after)
-				b.publishEvents(3)
-				b.wait(50 * time.Millisecond)
-				assert.EqualValues(b, 3, handled.Load())
-				assert.EqualValues(b, 1, b.consumer.Stats().Connections)
-				assert.Len(b, b.causes(), 1)
+				subscribed(r, counting(&handled), steadymq.WithQueue(events))
+				r.Wait(time.Minute)
+				before := namedByBroker(r)
+				strike(r, before[0])
+				r.Wait(50 * time.Millisecond)
+				assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+				after := namedByBroker(r)
+				require.Len(r, after, 1)
+				assert.NotEqual(r, before, after)
+				publishEvents(r, 3)
+				r.Wait(50 * time.Millisecond)
+				assert.EqualValues(r, 3, handled.Load())
+				assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
+				assert.Len(r, r.Causes(), 1)
 			})
 		})
 	}
@@ -152,41 +153,41 @@ func TestServerNamedQueueThatIsDeletedIsDeclaredAnewAtOnce(t *testing.T) {
 func TestQueueThatGoesJustBeforeTheConsumeIsDeclaredAnewAtOnce(t *testing.T) {
 	for name, queueName := range map[string]string{"named by the broker": "", "named by us": "mine"} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				var handled atomic.Int32
 				var strike atomic.Bool
 				dial := func(ctx context.Context, network, address string) (net.Conn, error) {
-					c, err := b.broker.Dialer()(ctx, network, address)
+					c, err := r.Broker.Dialer()(ctx, network, address)
 					return beforeConsume{c, func() {
 						if strike.Swap(false) {
-							b.broker.DeleteQueue(b.consumerQueue(queueName))
+							r.Broker.DeleteQueue(consumerQueue(r, queueName))
 						}
 					}}, err
 				}
-				b.broker.DeclareExchange("events", "fanout")
-				b.consumer = b.makeFor(queueName, steadymq.WithQueue(events), steadymq.WithDialer(dial))
-				b.start(counting(&handled))
-				b.wait(time.Minute)
-				count := len(b.broker.Queues())
+				r.Broker.DeclareExchange("events", "fanout")
+				r.Consumer = r.NewFor(queueName, steadymq.WithQueue(events), steadymq.WithDialer(dial))
+				r.Start(counting(&handled))
+				r.Wait(time.Minute)
+				count := len(r.Broker.Queues())
 				strike.Store(true)
-				b.failChannels(1, 80*time.Millisecond)
-				require.False(b, strike.Load())
-				assert.Equal(b, steadymq.Consuming, b.consumer.State())
-				assert.Len(b, b.broker.Queues(), count)
-				b.publishEvents(1)
-				b.wait(time.Second)
-				assert.EqualValues(b, 1, handled.Load())
-				assert.Len(b, b.causes(), 1)
+				failChannels(r, 1, 80*time.Millisecond)
+				require.False(r, strike.Load())
+				assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+				assert.Len(r, r.Broker.Queues(), count)
+				publishEvents(r, 1)
+				r.Wait(time.Second)
+				assert.EqualValues(r, 1, handled.Load())
+				assert.Len(r, r.Causes(), 1)
 			})
 		})
 	}
 }
 
-func (b *bench) consumerQueue(given string) string {
+func consumerQueue(r *rig.Rig, given string) string {
 	if given != "" {
 		return given
 	}
-	return b.named()[0]
+	return namedByBroker(r)[0]
 }
 
 // beforeConsume is a connection that calls before it sends a basic.consume.
@@ -203,55 +204,55 @@ func (c beforeConsume) Write(p []byte) (int, error) {
 }
 
 func TestHandlersOfACancelledSessionSettleBesideTheNextOneOfTheSameQueue(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		started, release := make(chan *steadymq.Delivery, 10), make(chan struct{})
-		b.subscribed(hold(started, release), steadymq.WithQueue(events), steadymq.WithConcurrency(2))
-		before := b.named()
-		b.publishEvents(1)
+		subscribed(r, rig.Hold(started, release), steadymq.WithQueue(events), steadymq.WithConcurrency(2))
+		before := namedByBroker(r)
+		publishEvents(r, 1)
 		<-started
-		b.broker.CancelConsumers("")
-		b.wait(time.Second)
-		b.publishEvents(1)
+		r.Broker.CancelConsumers("")
+		r.Wait(time.Second)
+		publishEvents(r, 1)
 		<-started
-		assert.Equal(b, before, b.named())
+		assert.Equal(r, before, namedByBroker(r))
 		close(release)
-		b.wait(time.Second)
-		stats := b.consumer.Stats()
-		assert.EqualValues(b, 2, stats.Acked)
-		assert.Zero(b, stats.Stale)
-		assert.EqualValues(b, 1, stats.Connections)
-		assert.EqualValues(b, 2, stats.Delivered)
+		r.Wait(time.Second)
+		stats := r.Consumer.Stats()
+		assert.EqualValues(r, 2, stats.Acked)
+		assert.Zero(r, stats.Stale)
+		assert.EqualValues(r, 1, stats.Connections)
+		assert.EqualValues(r, 2, stats.Delivered)
 	})
 }
 
 func TestServerNamedQueueIsDeclaredAnewOnANewConnection(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var handled atomic.Int32
-		b.subscribed(counting(&handled), steadymq.WithQueue(events))
+		subscribed(r, counting(&handled), steadymq.WithQueue(events))
 		for i := range 3 {
-			b.broker.CloseConnections(320, "shutdown")
-			b.wait(2 * time.Second)
-			require.Len(b, b.named(), 1)
-			b.publishEvents(1)
-			b.wait(time.Second)
-			require.EqualValues(b, i+1, handled.Load())
+			r.Broker.CloseConnections(320, "shutdown")
+			r.Wait(2 * time.Second)
+			require.Len(r, namedByBroker(r), 1)
+			publishEvents(r, 1)
+			r.Wait(time.Second)
+			require.EqualValues(r, i+1, handled.Load())
 		}
 	})
 }
 
 func TestNoQueueOfTheBrokersNamingIsLeftAfterRun(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var handled atomic.Int32
-		b.subscribed(counting(&handled), steadymq.WithQueue(events))
+		subscribed(r, counting(&handled), steadymq.WithQueue(events))
 		for i := range 3 {
-			b.failChannels(2, time.Second)
-			require.NoError(b, b.stop())
-			require.Empty(b, b.named())
-			b.start(counting(&handled))
-			b.wait(time.Second)
-			b.publishEvents(1)
-			b.wait(time.Second)
-			require.EqualValues(b, i+1, handled.Load())
+			failChannels(r, 2, time.Second)
+			require.NoError(r, r.Stop())
+			require.Empty(r, namedByBroker(r))
+			r.Start(counting(&handled))
+			r.Wait(time.Second)
+			publishEvents(r, 1)
+			r.Wait(time.Second)
+			require.EqualValues(r, i+1, handled.Load())
 		}
 	})
 }
@@ -259,70 +260,70 @@ func TestNoQueueOfTheBrokersNamingIsLeftAfterRun(t *testing.T) {
 func TestAutoDeleteQueueThatWentWithItsConsumerIsDeclaredAnewAtOnce(t *testing.T) {
 	for name, queueName := range map[string]string{"named by the broker": "", "named by us": "mine"} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.broker.DeclareExchange("events", "fanout")
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.DeclareExchange("events", "fanout")
 				var handled atomic.Int32
 				own := events
 				own.AutoDelete = true
-				b.consumer = b.makeFor(queueName, steadymq.WithQueue(own))
-				b.start(counting(&handled))
-				b.wait(time.Minute)
-				count := len(b.broker.Queues())
-				b.failChannels(1, 50*time.Millisecond)
-				assert.Equal(b, steadymq.Consuming, b.consumer.State())
-				assert.Len(b, b.broker.Queues(), count)
-				b.publishEvents(1)
-				b.wait(time.Second)
-				assert.EqualValues(b, 1, handled.Load())
+				r.Consumer = r.NewFor(queueName, steadymq.WithQueue(own))
+				r.Start(counting(&handled))
+				r.Wait(time.Minute)
+				count := len(r.Broker.Queues())
+				failChannels(r, 1, 50*time.Millisecond)
+				assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+				assert.Len(r, r.Broker.Queues(), count)
+				publishEvents(r, 1)
+				r.Wait(time.Second)
+				assert.EqualValues(r, 1, handled.Load())
 			})
 		})
 	}
 }
 
 func TestMissingExchangeLeavesOneQueue(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consumer = b.makeFor("", steadymq.WithQueue(events))
-		b.start(ack)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consumer = r.NewFor("", steadymq.WithQueue(events))
+		r.Start(rig.Ack)
 		for range 600 {
-			b.wait(time.Second)
-			require.Len(b, b.named(), 1)
+			r.Wait(time.Second)
+			require.Len(r, namedByBroker(r), 1)
 		}
-		assert.EqualValues(b, 1, b.consumer.Stats().Connections)
+		assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
 	})
 }
 
 func TestQueueThatCannotBeBoundYetIsDeclaredOnce(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var handled atomic.Int32
-		b.consumer = b.makeFor("", steadymq.WithQueue(events))
-		b.start(counting(&handled))
-		b.wait(time.Minute) // the exchange is missing
-		b.broker.DeclareExchange("events", "fanout")
-		b.wait(6 * time.Second)
-		b.publishEvents(1)
-		b.wait(time.Second)
-		assert.EqualValues(b, 1, handled.Load(), "it is bound")
-		require.Len(b, b.named(), 1)
+		r.Consumer = r.NewFor("", steadymq.WithQueue(events))
+		r.Start(counting(&handled))
+		r.Wait(time.Minute) // the exchange is missing
+		r.Broker.DeclareExchange("events", "fanout")
+		r.Wait(6 * time.Second)
+		publishEvents(r, 1)
+		r.Wait(time.Second)
+		assert.EqualValues(r, 1, handled.Load(), "it is bound")
+		require.Len(r, namedByBroker(r), 1)
 	})
 }
 
 func TestFailuresDoNotReplaceAConnectionThatOwnsItsQueue(t *testing.T) {
 	for name, queueName := range map[string]string{"named by the broker": "", "named by us": "mine"} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.broker.DeclareExchange("events", "fanout")
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.DeclareExchange("events", "fanout")
 				var handled atomic.Int32
-				b.consumer = b.makeFor(queueName, steadymq.WithQueue(events))
-				b.start(counting(&handled))
-				b.wait(100 * time.Millisecond)
+				r.Consumer = r.NewFor(queueName, steadymq.WithQueue(events))
+				r.Start(counting(&handled))
+				r.Wait(100 * time.Millisecond)
 				for range 5 {
-					b.failChannels(1, 0)
-					b.publishEvents(1)
-					b.wait(2 * time.Second)
+					failChannels(r, 1, 0)
+					publishEvents(r, 1)
+					r.Wait(2 * time.Second)
 				}
-				b.wait(10 * time.Second)
-				assert.EqualValues(b, 5, handled.Load())
-				assert.EqualValues(b, 1, b.consumer.Stats().Connections)
+				r.Wait(10 * time.Second)
+				assert.EqualValues(r, 5, handled.Load())
+				assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
 			})
 		})
 	}
@@ -331,12 +332,12 @@ func TestFailuresDoNotReplaceAConnectionThatOwnsItsQueue(t *testing.T) {
 func TestFailuresReplaceAConnectionThatOwnsNothing(t *testing.T) {
 	for name, q := range map[string]steadymq.Queue{"shared": {Type: "classic"}, "auto-delete": {Type: "classic", AutoDelete: true}} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consumer = b.makeFor("shared", steadymq.WithQueue(q))
-				b.start(ack)
-				b.wait(100 * time.Millisecond)
-				b.failChannels(3, 2*time.Second)
-				assert.EqualValues(b, 2, b.consumer.Stats().Connections)
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consumer = r.NewFor("shared", steadymq.WithQueue(q))
+				r.Start(rig.Ack)
+				r.Wait(100 * time.Millisecond)
+				failChannels(r, 3, 2*time.Second)
+				assert.EqualValues(r, 2, r.Consumer.Stats().Connections)
 			})
 		})
 	}
@@ -357,64 +358,63 @@ func serverNames(calls *atomic.Int32) steadymq.Option {
 }
 
 func TestTopologyThatNamesAnotherQueueGetsAnotherConnection(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var calls, handled atomic.Int32
-		b.subscribed(counting(&handled), serverNames(&calls))
+		subscribed(r, counting(&handled), serverNames(&calls))
 		for i := range 5 {
-			b.wait(time.Minute)
-			b.failChannels(1, 100*time.Millisecond)
-			require.Equal(b, steadymq.Consuming, b.consumer.State())
-			require.Len(b, b.named(), 1)
-			b.publishEvents(1)
-			b.wait(time.Second)
-			require.EqualValues(b, i+1, handled.Load())
+			r.Wait(time.Minute)
+			failChannels(r, 1, 100*time.Millisecond)
+			require.Equal(r, steadymq.Consuming, r.Consumer.State())
+			require.Len(r, namedByBroker(r), 1)
+			publishEvents(r, 1)
+			r.Wait(time.Second)
+			require.EqualValues(r, i+1, handled.Load())
 		}
-		assert.EqualValues(b, 11, calls.Load(), "one that is in vain for each failure")
-		assert.EqualValues(b, 6, b.consumer.Stats().Connections)
-		assert.Len(b, b.causes(), 5, "the failures of the channel, and no others")
-		assert.Equal(b, 1, strings.Count(b.log.String(), "the topology function names another queue"))
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		for _, c := range b.changes {
-			assert.NotEqual(b, c.From, c.To, "no change that is none")
+		assert.EqualValues(r, 11, calls.Load(), "one that is in vain for each failure")
+		assert.EqualValues(r, 6, r.Consumer.Stats().Connections)
+		assert.Len(r, r.Causes(), 5, "the failures of the channel, and no others")
+		assert.Equal(r, 1, strings.Count(r.Log.String(), "the topology function names another queue"))
+
+		for _, c := range r.Changes() {
+			assert.NotEqual(r, c.From, c.To, "no change that is none")
 		}
 	})
 }
 
 func TestTopologyThatNamesAnotherQueueIsNoHotLoop(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var calls atomic.Int32
-		b.subscribed(ack, serverNames(&calls))
+		subscribed(r, rig.Ack, serverNames(&calls))
 		for range 12000 { // every session of a minute is lost at once
-			if b.consumer.State() == steadymq.Consuming {
-				b.failChannels(1, 0)
+			if r.Consumer.State() == steadymq.Consuming {
+				failChannels(r, 1, 0)
 			}
-			b.wait(5 * time.Millisecond)
+			r.Wait(5 * time.Millisecond)
 		}
-		assert.Greater(b, int(calls.Load()), 10)
-		assert.LessOrEqual(b, int(calls.Load()), 80)
-		b.wait(11 * time.Second)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.Len(b, b.named(), 1)
+		assert.Greater(r, int(calls.Load()), 10)
+		assert.LessOrEqual(r, int(calls.Load()), 80)
+		r.Wait(11 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Len(r, namedByBroker(r), 1)
 	})
 }
 
 func TestTopologyThatNamesAnotherQueueLeavesHandlersOfACancelledSessionAlone(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var calls atomic.Int32
 		started, release := make(chan *steadymq.Delivery, 1), make(chan struct{})
-		b.subscribed(hold(started, release), serverNames(&calls))
-		b.publishEvents(1)
+		subscribed(r, rig.Hold(started, release), serverNames(&calls))
+		publishEvents(r, 1)
 		<-started
-		b.broker.CancelConsumers("")
-		b.wait(10 * time.Second)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.Equal(b, 2, b.open())
+		r.Broker.CancelConsumers("")
+		r.Wait(10 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Equal(r, 2, r.OpenConnections())
 		close(release)
-		b.wait(time.Second)
-		assert.EqualValues(b, 1, b.consumer.Stats().Acked)
-		assert.Equal(b, 1, b.open())
-		assert.Len(b, b.named(), 1)
+		r.Wait(time.Second)
+		assert.EqualValues(r, 1, r.Consumer.Stats().Acked)
+		assert.Equal(r, 1, r.OpenConnections())
+		assert.Len(r, namedByBroker(r), 1)
 	})
 }
 
@@ -426,14 +426,14 @@ func TestTopologyThatNamesTheSameQueueStaysOnItsConnection(t *testing.T) {
 	for name, topology := range map[string]steadymq.TopologyFunc{
 		"a name":             declared,
 		"the one of New":     func(context.Context, *amqp.Channel) (string, error) { return "", nil },
-		"New's, said or not": alternately("", queue),
+		"New's, said or not": alternately("", rig.Queue),
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consuming(ack, steadymq.WithTopology(topology))
-				b.failChannels(10, 31*time.Second)
-				assert.EqualValues(b, 1, b.consumer.Stats().Connections)
-				assert.EqualValues(b, 11, b.consumer.Stats().Sessions)
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(rig.Ack, steadymq.WithTopology(topology))
+				failChannels(r, 10, 31*time.Second)
+				assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
+				assert.EqualValues(r, 11, r.Consumer.Stats().Sessions)
 			})
 		})
 	}
@@ -448,32 +448,32 @@ func alternately(names ...string) steadymq.TopologyFunc {
 }
 
 func TestTopologyThatFailedFirstLeavesNoQueueBehind(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var calls atomic.Int32
-		b.consumer = b.makeFor("", serverNames(&calls))
-		b.start(ack)
-		b.wait(100 * time.Millisecond) // it has failed once, for the exchange is missing
-		b.broker.DeclareExchange("events", "fanout")
-		b.wait(6 * time.Second)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.Len(b, b.named(), 1)
+		r.Consumer = r.NewFor("", serverNames(&calls))
+		r.Start(rig.Ack)
+		r.Wait(100 * time.Millisecond) // it has failed once, for the exchange is missing
+		r.Broker.DeclareExchange("events", "fanout")
+		r.Wait(6 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Len(r, namedByBroker(r), 1)
 	})
 }
 
 // It may have let the broker name a queue each time, before it failed.
 func TestTopologyThatFailsLeavesFewQueuesBehind(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var calls, handled atomic.Int32
-		b.consumer = b.makeFor("", serverNames(&calls))
-		b.start(counting(&handled))
+		r.Consumer = r.NewFor("", serverNames(&calls))
+		r.Start(counting(&handled))
 		for range 600 {
-			b.wait(time.Second)
-			require.LessOrEqual(b, len(b.named()), 3) // the exchange is missing
+			r.Wait(time.Second)
+			require.LessOrEqual(r, len(namedByBroker(r)), 3) // the exchange is missing
 		}
-		b.broker.DeclareExchange("events", "fanout")
-		b.wait(6 * time.Second)
-		b.publishEvents(1)
-		b.wait(time.Second)
-		assert.EqualValues(b, 1, handled.Load())
+		r.Broker.DeclareExchange("events", "fanout")
+		r.Wait(6 * time.Second)
+		publishEvents(r, 1)
+		r.Wait(time.Second)
+		assert.EqualValues(r, 1, handled.Load())
 	})
 }

@@ -15,118 +15,89 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// beginning is what a stream consumer asks for, and what it is given of a stream that holds
-// "old 0" to "old 2", three hours old, and "old 3", ten minutes old.
-type beginning struct {
-	name   string
-	offset func() any
-	old    []string
-}
-
-var beginnings = []beginning{
-	{"default", func() any { return nil }, nil},
-	{"next", func() any { return "next" }, nil},
-	{"last", func() any { return "last" }, []string{"old 3"}},
-	{"first", func() any { return "first" }, []string{"old 0", "old 1", "old 2", "old 3"}},
-	{"number", func() any { return 2 }, []string{"old 2", "old 3"}},
-	{"interval", func() any { return "15m" }, []string{"old 3"}},
-	{"interval without messages", func() any { return "30s" }, nil},
-	{"interval of thousands of years", func() any { return "9000Y" }, []string{"old 0", "old 1", "old 2", "old 3"}},
-	{"time", func() any { return time.Now().Add(-time.Hour) }, []string{"old 3"}},
-	{"time now", func() any { return time.Now() }, nil},
-	{"time to come", func() any { return time.Now().Add(time.Hour) }, nil},
-}
-
-// options name the stream as one; x-stream-offset does, and WithQueue does where there is none.
-func (g beginning) options() []steadymq.Option {
-	if at := g.offset(); at != nil {
-		return opts(steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": at}))
-	}
-	return opts(steadymq.WithQueue(steadymq.Queue{Type: "stream"}))
-}
-
-// quiet consumes a stream to which nothing has been published for ten minutes.
-func (b *bench) quiet(g beginning, options ...steadymq.Option) *[]string {
-	b.Helper()
-	b.of("stream")
-	b.wait(time.Hour)
-	b.broker.Publish(queue, "old 0", "old 1", "old 2")
-	b.wait(3 * time.Hour)
-	b.broker.Publish(queue, "old 3")
-	b.wait(10 * time.Minute)
+// quietStream consumes a stream to which nothing has been published for ten minutes.
+func quietStream(r *rig.Rig, g rig.Beginning, options ...steadymq.Option) *[]string {
+	r.Helper()
+	r.RemakeQueue("stream")
+	r.Wait(time.Hour)
+	r.Broker.Publish(rig.Queue, "old 0", "old 1", "old 2")
+	r.Wait(3 * time.Hour)
+	r.Broker.Publish(rig.Queue, "old 3")
+	r.Wait(10 * time.Minute)
 	handled := new([]string)
-	b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+	r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 		*handled = append(*handled, string(d.Body))
 		return nil
-	}, append(g.options(), options...)...)
-	b.wait(time.Minute)
-	require.Equal(b, g.old, *handled)
+	}, append(g.Options(), options...)...)
+	r.Wait(time.Minute)
+	require.Equal(r, g.Old, *handled)
 	return handled
 }
 
 // publishAway loses the connection, and publishes before it can be opened again.
-func (b *bench) publishAway(d time.Duration, bodies ...string) {
-	b.broker.Refuse(true)
-	b.broker.Reset()
-	b.broker.Publish(queue, bodies...)
-	b.wait(d)
-	b.broker.Refuse(false)
-	b.wait(time.Minute)
+func publishAway(r *rig.Rig, d time.Duration, bodies ...string) {
+	r.Broker.Refuse(true)
+	r.Broker.Reset()
+	r.Broker.Publish(rig.Queue, bodies...)
+	r.Wait(d)
+	r.Broker.Refuse(false)
+	r.Wait(time.Minute)
 }
 
 func TestQuietStreamSkipsNothingThatIsPublishedWhileAway(t *testing.T) {
-	for _, g := range beginnings {
-		t.Run(g.name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				handled := b.quiet(g)
-				b.publishAway(20*time.Minute, "while", "away") // longer than the intervals
-				b.broker.Publish(queue, "after")
-				b.wait(time.Minute)
-				assert.Equal(b, append(slices.Clone(g.old), "while", "away", "after"), *handled)
+	for _, g := range rig.Beginnings {
+		t.Run(g.Name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				handled := quietStream(r, g)
+				publishAway(r, 20*time.Minute, "while", "away") // longer than the intervals
+				r.Broker.Publish(rig.Queue, "after")
+				r.Wait(time.Minute)
+				assert.Equal(r, append(slices.Clone(g.Old), "while", "away", "after"), *handled)
 			})
 		})
 	}
 }
 
 func TestEmptyStreamSkipsNothingThatIsPublishedWhileAway(t *testing.T) {
-	for _, g := range beginnings {
-		if g.name == "number" {
+	for _, g := range rig.Beginnings {
+		if g.Name == "number" {
 			continue
 		}
-		t.Run(g.name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				handled := b.reading(g.options()...)
-				b.publishAway(20*time.Minute, "while away 0", "while away 1") // longer than the intervals
-				b.publishAway(time.Minute, "while away 2")
-				b.broker.Publish(queue, "after")
-				b.wait(time.Minute)
-				assert.Equal(b, []string{"while away 0", "while away 1", "while away 2", "after"}, *handled)
+		t.Run(g.Name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				handled := reading(r, g.Options()...)
+				publishAway(r, 20*time.Minute, "while away 0", "while away 1") // longer than the intervals
+				publishAway(r, time.Minute, "while away 2")
+				r.Broker.Publish(rig.Queue, "after")
+				r.Wait(time.Minute)
+				assert.Equal(r, []string{"while away 0", "while away 1", "while away 2", "after"}, *handled)
 			})
 		})
 	}
 }
 
 func TestQuietStreamThatIsMadeAnewIsReadFromItsBeginning(t *testing.T) {
-	for _, g := range beginnings {
+	for _, g := range rig.Beginnings {
 		for _, declared := range []bool{true, false} {
-			t.Run(fmt.Sprintf("%s, declared by us: %t", g.name, declared), func(t *testing.T) {
-				bubble(t, func(b *bench) {
+			t.Run(fmt.Sprintf("%s, declared by us: %t", g.Name, declared), func(t *testing.T) {
+				rig.Bubble(t, func(r *rig.Rig) {
 					var options []steadymq.Option
 					if declared {
-						options = opts(steadymq.WithQueue(steadymq.Queue{Type: "stream"}))
+						options = rig.Options(steadymq.WithQueue(steadymq.Queue{Type: "stream"}))
 					}
-					handled := b.quiet(g, options...)
-					b.broker.DeleteQueue(queue)
-					b.wait(2 * time.Second)
-					b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: "stream"}) // where nobody else did
-					b.broker.Publish(queue, "new 0", "new 1")
-					b.wait(time.Minute)
-					b.broker.Publish(queue, "new 2")
-					b.wait(time.Minute)
-					assert.Equal(b, append(slices.Clone(g.old), "new 0", "new 1", "new 2"), *handled)
+					handled := quietStream(r, g, options...)
+					r.Broker.DeleteQueue(rig.Queue)
+					r.Wait(2 * time.Second)
+					r.Broker.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{Type: "stream"}) // where nobody else did
+					r.Broker.Publish(rig.Queue, "new 0", "new 1")
+					r.Wait(time.Minute)
+					r.Broker.Publish(rig.Queue, "new 2")
+					r.Wait(time.Minute)
+					assert.Equal(r, append(slices.Clone(g.Old), "new 0", "new 1", "new 2"), *handled)
 				})
 			})
 		}
@@ -134,33 +105,33 @@ func TestQuietStreamThatIsMadeAnewIsReadFromItsBeginning(t *testing.T) {
 }
 
 func TestStreamMadeAnewIsReadFromItsBeginningAlsoByWhoWaitsForAMessageOfTheFuture(t *testing.T) {
-	bubble(t, func(b *bench) {
-		handled := b.reading(steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": 5}))
-		b.broker.Publish(queue, "old 0", "old 1")
-		b.wait(time.Minute)
-		b.broker.DeleteQueue(queue)
-		b.wait(2 * time.Second)
-		b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: "stream"})
-		b.broker.Publish(queue, "new 0", "new 1")
-		b.wait(time.Minute)
-		assert.Equal(b, []string{"new 0", "new 1"}, *handled)
+	rig.Bubble(t, func(r *rig.Rig) {
+		handled := reading(r, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": 5}))
+		r.Broker.Publish(rig.Queue, "old 0", "old 1")
+		r.Wait(time.Minute)
+		r.Broker.DeleteQueue(rig.Queue)
+		r.Wait(2 * time.Second)
+		r.Broker.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{Type: "stream"})
+		r.Broker.Publish(rig.Queue, "new 0", "new 1")
+		r.Wait(time.Minute)
+		assert.Equal(r, []string{"new 0", "new 1"}, *handled)
 	})
 }
 
 // The first message may be anywhere when the session is lost: on the wire, in the buffer, with a
 // handler.
 func TestStreamSkipsNothingBehindAFirstMessageThatIsUnderWay(t *testing.T) {
-	for _, g := range beginnings {
+	for _, g := range rig.Beginnings {
 		for late := time.Duration(0); late < 8*time.Millisecond; late += time.Millisecond {
-			t.Run(fmt.Sprint(g.name, ", lost after ", late), func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					b.broker.SetLatency(2 * time.Millisecond)
-					b.of("stream")
-					if g.name == "number" {
-						b.broker.Publish(queue, "old 0", "old 1")
+			t.Run(fmt.Sprint(g.Name, ", lost after ", late), func(t *testing.T) {
+				rig.Bubble(t, func(r *rig.Rig) {
+					r.Broker.SetLatency(2 * time.Millisecond)
+					r.RemakeQueue("stream")
+					if g.Name == "number" {
+						r.Broker.Publish(rig.Queue, "old 0", "old 1")
 					}
 					var handled []string
-					b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+					r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 						select {
 						case <-time.After(4 * time.Millisecond):
 						case <-ctx.Done():
@@ -168,13 +139,13 @@ func TestStreamSkipsNothingBehindAFirstMessageThatIsUnderWay(t *testing.T) {
 						}
 						handled = append(handled, string(d.Body))
 						return nil
-					}, g.options()...)
-					b.wait(10 * time.Minute)
-					b.broker.Publish(queue, "first", "second")
-					b.wait(late)
-					b.publishAway(time.Minute, "while", "away")
-					assert.Subset(b, handled, []string{"first", "second", "while", "away"})
-					assert.True(b, slices.IsSorted(indexes(handled)), "in order: %v", handled)
+					}, g.Options()...)
+					r.Wait(10 * time.Minute)
+					r.Broker.Publish(rig.Queue, "first", "second")
+					r.Wait(late)
+					publishAway(r, time.Minute, "while", "away")
+					assert.Subset(r, handled, []string{"first", "second", "while", "away"})
+					assert.True(r, slices.IsSorted(indexes(handled)), "in order: %v", handled)
 				})
 			})
 		}
@@ -195,41 +166,41 @@ func indexes(handled []string) (all []int) {
 // Whenever the set-up is cut: what is published once the consumer has said that it is consuming is
 // handled, and what was there before is not.
 func TestStreamSetUpMayBeCutAnywhere(t *testing.T) {
-	cuts := map[string]func(*bench){
-		"reset":    func(b *bench) { b.broker.Reset() },
-		"silence":  func(b *bench) { b.broker.Silence() },
-		"channels": func(b *bench) { b.broker.CloseChannels(541, "INTERNAL_ERROR") },
-		"cancel":   func(b *bench) { b.broker.CancelConsumers(queue) },
+	cuts := map[string]func(*rig.Rig){
+		"reset":    func(r *rig.Rig) { r.Broker.Reset() },
+		"silence":  func(r *rig.Rig) { r.Broker.Silence() },
+		"channels": func(r *rig.Rig) { r.Broker.CloseChannels(541, "INTERNAL_ERROR") },
+		"cancel":   func(r *rig.Rig) { r.Broker.CancelConsumers(rig.Queue) },
 	}
-	for _, g := range []beginning{beginnings[1], beginnings[2], {"interval", func() any { return "15m" }, []string{"old"}}} {
+	for _, g := range []rig.Beginning{rig.Beginnings[1], rig.Beginnings[2], {Name: "interval", Offset: func() any { return "15m" }, Old: []string{"old"}}} {
 		for name, cut := range cuts {
 			for late := time.Duration(0); late < 70*time.Millisecond; late += time.Millisecond {
-				t.Run(fmt.Sprint(g.name, ", ", name, " after ", late), func(t *testing.T) {
-					bubble(t, func(b *bench) {
-						b.of("stream")
-						b.broker.Publish(queue, "old")
-						b.wait(10 * time.Minute)
+				t.Run(fmt.Sprint(g.Name, ", ", name, " after ", late), func(t *testing.T) {
+					rig.Bubble(t, func(r *rig.Rig) {
+						r.RemakeQueue("stream")
+						r.Broker.Publish(rig.Queue, "old")
+						r.Wait(10 * time.Minute)
 						var handled []string
-						b.run(func(_ context.Context, d *steadymq.Delivery) error {
+						r.Run(func(_ context.Context, d *steadymq.Delivery) error {
 							handled = append(handled, string(d.Body))
 							return nil
-						}, g.options()...)
-						b.wait(late)
-						consuming := b.consumer.State() == steadymq.Consuming
-						there := consuming || len(b.broker.Consumers(queue)) > 0
-						cut(b)
-						b.broker.Publish(queue, "while")
-						b.wait(2 * time.Minute)
-						b.broker.Publish(queue, "after")
-						b.wait(time.Minute)
+						}, g.Options()...)
+						r.Wait(late)
+						consuming := r.Consumer.State() == steadymq.Consuming
+						there := consuming || len(r.Broker.Consumers(rig.Queue)) > 0
+						cut(r)
+						r.Broker.Publish(rig.Queue, "while")
+						r.Wait(2 * time.Minute)
+						r.Broker.Publish(rig.Queue, "after")
+						r.Wait(time.Minute)
 						want := []string{"while", "after"}
 						if !there && len(handled) == 1 { // it has not begun before
 							want = want[1:]
 						}
-						if g.name == "interval" || g.name == "last" && (consuming || handled[0] == "old") {
+						if g.Name == "interval" || g.Name == "last" && (consuming || handled[0] == "old") {
 							want = slices.Insert(want, 0, "old")
 						}
-						assert.Equal(b, want, firsts(handled))
+						assert.Equal(r, want, rig.Firsts(handled))
 					})
 				})
 			}
@@ -238,22 +209,22 @@ func TestStreamSetUpMayBeCutAnywhere(t *testing.T) {
 }
 
 func TestEmptyStreamMayCancelTheConsumerThatLooksForItsEnd(t *testing.T) {
-	for _, g := range beginnings[:3] {
+	for _, g := range rig.Beginnings[:3] {
 		for late := time.Duration(0); late < 80*time.Millisecond; late += time.Millisecond {
-			t.Run(fmt.Sprint(g.name, ", cancelled after ", late), func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					b.of("stream")
+			t.Run(fmt.Sprint(g.Name, ", cancelled after ", late), func(t *testing.T) {
+				rig.Bubble(t, func(r *rig.Rig) {
+					r.RemakeQueue("stream")
 					var handled []string
-					b.run(func(_ context.Context, d *steadymq.Delivery) error {
+					r.Run(func(_ context.Context, d *steadymq.Delivery) error {
 						handled = append(handled, string(d.Body))
 						return nil
-					}, g.options()...)
-					b.wait(late)
-					there := b.broker.CancelConsumers(queue) > 0
-					b.broker.Publish(queue, "1", "2")
-					b.wait(time.Minute)
-					if there && (g.name != "last" || late < 40*time.Millisecond) { // after that it has done looking, and may not consume yet
-						assert.Equal(b, []string{"1", "2"}, handled)
+					}, g.Options()...)
+					r.Wait(late)
+					there := r.Broker.CancelConsumers(rig.Queue) > 0
+					r.Broker.Publish(rig.Queue, "1", "2")
+					r.Wait(time.Minute)
+					if there && (g.Name != "last" || late < 40*time.Millisecond) { // after that it has done looking, and may not consume yet
+						assert.Equal(r, []string{"1", "2"}, handled)
 					}
 				})
 			})
@@ -264,21 +235,21 @@ func TestEmptyStreamMayCancelTheConsumerThatLooksForItsEnd(t *testing.T) {
 func TestLastMessageOfAStreamIsGivenAlsoIfTheSetUpWasCut(t *testing.T) {
 	for late := time.Duration(0); late < 40*time.Millisecond; late += time.Millisecond {
 		t.Run(late.String(), func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.of("stream")
-				b.broker.Publish(queue, "old", "last")
-				b.wait(time.Hour)
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.RemakeQueue("stream")
+				r.Broker.Publish(rig.Queue, "old", "last")
+				r.Wait(time.Hour)
 				var handled []string
-				b.run(func(_ context.Context, d *steadymq.Delivery) error {
+				r.Run(func(_ context.Context, d *steadymq.Delivery) error {
 					handled = append(handled, string(d.Body))
 					return nil
 				}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "last"}))
-				b.wait(late)
-				b.broker.Reset()
-				b.wait(time.Minute)
-				b.broker.Publish(queue, "new")
-				b.wait(time.Minute)
-				assert.Equal(b, []string{"last", "new"}, handled)
+				r.Wait(late)
+				r.Broker.Reset()
+				r.Wait(time.Minute)
+				r.Broker.Publish(rig.Queue, "new")
+				r.Wait(time.Minute)
+				assert.Equal(r, []string{"last", "new"}, handled)
 			})
 		})
 	}
@@ -286,57 +257,57 @@ func TestLastMessageOfAStreamIsGivenAlsoIfTheSetUpWasCut(t *testing.T) {
 
 // Where nothing tells the place, it is by the clock; but not for the session that has just asked.
 func TestIntervalWithoutMessagesBeginsWithTheNext(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.of("stream")
-		b.broker.Publish(queue, "old")
-		b.wait(time.Minute)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("stream")
+		r.Broker.Publish(rig.Queue, "old")
+		r.Wait(time.Minute)
 		var handled []string
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			handled = append(handled, string(d.Body))
 			return nil
 		}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "30s"}))
-		b.wait(time.Minute)
-		b.broker.Publish(queue, "new")
-		b.wait(time.Minute)
-		assert.Equal(b, []string{"new"}, handled)
+		r.Wait(time.Minute)
+		r.Broker.Publish(rig.Queue, "new")
+		r.Wait(time.Minute)
+		assert.Equal(r, []string{"new"}, handled)
 	})
 }
 
 // Nothing was promised to a consumer that the broker did not take.
 func TestNextIsThatOfTheFirstSubscriptionTheBrokerTook(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.of("stream")
-		b.broker.RefuseConsume(403, "access to queue 'orders' in vhost '/' refused for user 'app'")
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("stream")
+		r.Broker.RefuseConsume(403, "access to queue 'orders' in vhost '/' refused for user 'app'")
 		var handled []string
-		b.run(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Run(func(_ context.Context, d *steadymq.Delivery) error {
 			handled = append(handled, string(d.Body))
 			return nil
 		}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "next"}), steadymq.WithFatal(func(error) bool { return false }))
-		b.wait(time.Minute)
-		b.broker.Publish(queue, "before")
-		b.broker.Heal()
-		b.wait(time.Minute)
-		b.broker.Publish(queue, "after")
-		b.wait(time.Minute)
-		assert.Equal(b, []string{"after"}, handled)
+		r.Wait(time.Minute)
+		r.Broker.Publish(rig.Queue, "before")
+		r.Broker.Heal()
+		r.Wait(time.Minute)
+		r.Broker.Publish(rig.Queue, "after")
+		r.Wait(time.Minute)
+		assert.Equal(r, []string{"after"}, handled)
 	})
 }
 
 // A test, or an operator, may take the first consumer that the broker shows for the subscription.
 func TestStreamSkipsNothingOnceTheBrokerShowsItsConsumer(t *testing.T) {
-	for _, g := range beginnings[:3] {
-		t.Run(g.name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.of("stream")
+	for _, g := range rig.Beginnings[:3] {
+		t.Run(g.Name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.RemakeQueue("stream")
 				var handled []string
-				b.run(func(_ context.Context, d *steadymq.Delivery) error {
+				r.Run(func(_ context.Context, d *steadymq.Delivery) error {
 					handled = append(handled, string(d.Body))
 					return nil
-				}, g.options()...)
-				require.NoError(b, b.broker.WaitConsumers(b.Context(), queue, 1))
-				b.broker.Publish(queue, "at once")
-				b.wait(time.Second)
-				assert.Equal(b, []string{"at once"}, handled)
+				}, g.Options()...)
+				require.NoError(r, r.Broker.WaitConsumers(r.Context(), rig.Queue, 1))
+				r.Broker.Publish(rig.Queue, "at once")
+				r.Wait(time.Second)
+				assert.Equal(r, []string{"at once"}, handled)
 			})
 		})
 	}
@@ -346,7 +317,7 @@ func TestStreamSkipsNothingOnceTheBrokerShowsItsConsumer(t *testing.T) {
 func TestStreamKeepsItsPlaceWithTwoSessionsAlive(t *testing.T) {
 	for _, workers := range []int{1, 2} {
 		t.Run(fmt.Sprint(workers, " workers"), func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				var mu sync.Mutex
 				handled := make(map[string]int)
 				handle := func(body string) (before int) {
@@ -356,43 +327,43 @@ func TestStreamKeepsItsPlaceWithTwoSessionsAlive(t *testing.T) {
 					return handled[body] - 1
 				}
 				slow := make(chan struct{})
-				b.of("stream")
-				b.broker.Publish(queue, "old")
-				b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+				r.RemakeQueue("stream")
+				r.Broker.Publish(rig.Queue, "old")
+				r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 					if body := string(d.Body); handle(body) == 0 && body == "first" {
 						<-slow
 					}
 					return nil
 				}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "next"}), steadymq.WithConcurrency(workers), steadymq.WithPrefetch(10))
-				b.wait(time.Minute)
-				b.broker.Publish(queue, "first", "second")
-				b.wait(time.Second)
-				b.broker.CancelConsumers(queue)
-				b.wait(time.Second)
-				b.broker.Publish(queue, "third")
+				r.Wait(time.Minute)
+				r.Broker.Publish(rig.Queue, "first", "second")
+				r.Wait(time.Second)
+				r.Broker.CancelConsumers(rig.Queue)
+				r.Wait(time.Second)
+				r.Broker.Publish(rig.Queue, "third")
 				close(slow) // settles the old session's first
-				b.wait(time.Second)
-				b.publishAway(time.Minute, "while")
+				r.Wait(time.Second)
+				publishAway(r, time.Minute, "while")
 				for _, body := range []string{"first", "second", "third", "while"} {
-					assert.Positive(b, handled[body], body)
+					assert.Positive(r, handled[body], body)
 				}
-				assert.LessOrEqual(b, handled["third"], 1, "settled before the outage")
-				assert.Zero(b, handled["old"])
+				assert.LessOrEqual(r, handled["third"], 1, "settled before the outage")
+				assert.Zero(r, handled["old"])
 			})
 		})
 	}
 }
 
 func TestAnotherStreamOfTheTopologyHasAPlaceOfItsOwn(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.DeclareQueue("one", steadymqtest.QueueOptions{Type: "stream"})
-		b.broker.DeclareQueue("two", steadymqtest.QueueOptions{Type: "stream"})
-		b.broker.Publish("one", "1", "2", "3", "4", "5")
-		b.broker.Publish("two", "1")
-		b.wait(time.Hour)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DeclareQueue("one", steadymqtest.QueueOptions{Type: "stream"})
+		r.Broker.DeclareQueue("two", steadymqtest.QueueOptions{Type: "stream"})
+		r.Broker.Publish("one", "1", "2", "3", "4", "5")
+		r.Broker.Publish("two", "1")
+		r.Wait(time.Hour)
 		name, calls := "one", 0
 		var handled []string
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			handled = append(handled, d.Queue()+" "+string(d.Body))
 			return nil
 		}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "next"}),
@@ -400,78 +371,78 @@ func TestAnotherStreamOfTheTopologyHasAPlaceOfItsOwn(t *testing.T) {
 				calls++
 				return name, nil
 			}))
-		assert.Equal(b, 1, calls, "once for a session")
+		assert.Equal(r, 1, calls, "once for a session")
 		name = "two"
-		b.publishAway(time.Minute)
-		b.broker.Publish("one", "6")
-		b.broker.Publish("two", "2")
-		b.wait(time.Minute)
-		b.broker.Refuse(true)
-		b.broker.Reset()
-		b.broker.Publish("two", "3")
-		b.wait(time.Minute)
-		b.broker.Refuse(false)
-		b.wait(time.Minute)
-		assert.Equal(b, []string{"two 2", "two 3"}, handled)
+		publishAway(r, time.Minute)
+		r.Broker.Publish("one", "6")
+		r.Broker.Publish("two", "2")
+		r.Wait(time.Minute)
+		r.Broker.Refuse(true)
+		r.Broker.Reset()
+		r.Broker.Publish("two", "3")
+		r.Wait(time.Minute)
+		r.Broker.Refuse(false)
+		r.Wait(time.Minute)
+		assert.Equal(r, []string{"two 2", "two 3"}, handled)
 	})
 }
 
 // One channel at a time is enough.
 
 // oneChannel makes a consumer whose connections have one channel each.
-func (b *bench) oneChannel(options ...steadymq.Option) {
-	b.Helper()
-	c, err := steadymq.New(b.broker.URL+"?channel_max=1", queue, append(options, steadymq.WithDialer(b.broker.Dialer()),
-		steadymq.WithHooks(steadymq.Hooks{StateChanged: b.changed}), steadymq.WithLogger(slog.New(slog.DiscardHandler)))...)
-	require.NoError(b, err)
-	b.consumer = c
+func oneChannel(r *rig.Rig, options ...steadymq.Option) {
+	r.Helper()
+	c, err := steadymq.New(r.Broker.URL+"?channel_max=1", rig.Queue, append(options, steadymq.WithDialer(r.Broker.Dialer()),
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: r.Changed}), steadymq.WithLogger(slog.New(slog.DiscardHandler)))...)
+	require.NoError(r, err)
+	r.Consumer = c
 }
 
 func TestStreamHealsWithOneChannelPerConnection(t *testing.T) {
-	for _, g := range beginnings {
-		t.Run(g.name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.of("stream")
-				b.broker.Publish(queue, "old 0", "old 1")
+	for _, g := range rig.Beginnings {
+		t.Run(g.Name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.RemakeQueue("stream")
+				r.Broker.Publish(rig.Queue, "old 0", "old 1")
 				var handled []string
 				var declares []steadymq.Option // so that it looks for the stream
-				if g.name != "default" {
-					declares = opts(steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
-						_, err := ch.QueueDeclare(queue, true, false, false, false, amqp.Table{"x-queue-type": "stream"})
-						return queue, err
+				if g.Name != "default" {
+					declares = rig.Options(steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+						_, err := ch.QueueDeclare(rig.Queue, true, false, false, false, amqp.Table{"x-queue-type": "stream"})
+						return rig.Queue, err
 					}))
 				}
-				b.oneChannel(append(g.options(), declares...)...)
-				b.start(func(_ context.Context, d *steadymq.Delivery) error {
+				oneChannel(r, append(g.Options(), declares...)...)
+				r.Start(func(_ context.Context, d *steadymq.Delivery) error {
 					handled = append(handled, string(d.Body))
 					return nil
 				})
-				b.wait(time.Minute)
-				require.Equal(b, steadymq.Consuming, b.consumer.State())
+				r.Wait(time.Minute)
+				require.Equal(r, steadymq.Consuming, r.Consumer.State())
 				handled = nil
-				b.publishAway(time.Minute, "reset")
-				b.broker.CancelConsumers(queue)
-				b.broker.Publish(queue, "cancelled")
-				b.wait(time.Minute)
-				b.broker.CloseChannels(541, "INTERNAL_ERROR")
-				b.broker.Publish(queue, "closed")
-				b.wait(time.Minute)
-				b.broker.DeleteQueue(queue)
-				b.wait(time.Minute)
-				b.broker.Publish(queue, "new 0", "new 1")
-				b.wait(time.Minute)
-				assert.Equal(b, []string{"reset", "cancelled", "closed", "new 0", "new 1"}, handled)
+				publishAway(r, time.Minute, "reset")
+				r.Broker.CancelConsumers(rig.Queue)
+				r.Broker.Publish(rig.Queue, "cancelled")
+				r.Wait(time.Minute)
+				r.Broker.CloseChannels(541, "INTERNAL_ERROR")
+				r.Broker.Publish(rig.Queue, "closed")
+				r.Wait(time.Minute)
+				r.Broker.DeleteQueue(rig.Queue)
+				r.Wait(time.Minute)
+				r.Broker.Publish(rig.Queue, "new 0", "new 1")
+				r.Wait(time.Minute)
+				assert.Equal(r, []string{"reset", "cancelled", "closed", "new 0", "new 1"}, handled)
 			})
 		})
 	}
 }
 
 func TestCancelledConsumerWaitsForTheOnlyChannelItsHandlersHold(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.of("stream")
-		b.oneChannel(steadymq.WithQueue(steadymq.Queue{Type: "stream"}))
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("stream")
+		oneChannel(r, steadymq.WithQueue(steadymq.Queue{Type: "stream"}))
 		var handled []string
-		b.start(func(ctx context.Context, d *steadymq.Delivery) error {
+		r.Start(func(ctx context.Context, d *steadymq.Delivery) error {
 			select {
 			case <-time.After(5 * time.Second):
 				handled = append(handled, string(d.Body))
@@ -479,54 +450,54 @@ func TestCancelledConsumerWaitsForTheOnlyChannelItsHandlersHold(t *testing.T) {
 			}
 			return nil
 		})
-		b.wait(time.Minute)
-		b.broker.Publish(queue, "1")
-		b.wait(time.Second)
-		b.broker.CancelConsumers(queue)
-		b.broker.Publish(queue, "2")
-		b.wait(time.Minute)
-		assert.Contains(b, handled, "1")
-		assert.Contains(b, handled, "2")
+		r.Wait(time.Minute)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(time.Second)
+		r.Broker.CancelConsumers(rig.Queue)
+		r.Broker.Publish(rig.Queue, "2")
+		r.Wait(time.Minute)
+		assert.Contains(r, handled, "1")
+		assert.Contains(r, handled, "2")
 	})
 }
 
 // Silence that is meant.
 
 func TestStreamConsumerAtAMessageOfTheFutureIsNoStall(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.of("stream")
-		b.broker.Publish(queue, "0", "1")
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("stream")
+		r.Broker.Publish(rig.Queue, "0", "1")
 		var handled []string
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			handled = append(handled, string(d.Body))
 			return nil
 		}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": 5}), steadymq.WithStallDetector(10*time.Second))
 		for i := 2; i < 5; i++ {
-			b.broker.Publish(queue, fmt.Sprint(i))
-			b.busy(time.Minute)
+			r.Broker.Publish(rig.Queue, fmt.Sprint(i))
+			busyFor(r, time.Minute)
 		}
-		b.broker.Reset()
-		b.wait(time.Minute)
-		b.broker.Publish(queue, "5", "6")
-		b.wait(time.Minute)
-		assert.Equal(b, []string{"5", "6"}, handled)
-		assert.Len(b, b.causes(), 1)
+		r.Broker.Reset()
+		r.Wait(time.Minute)
+		r.Broker.Publish(rig.Queue, "5", "6")
+		r.Wait(time.Minute)
+		assert.Equal(r, []string{"5", "6"}, handled)
+		assert.Len(r, r.Causes(), 1)
 	})
 }
 
 func TestQuietStreamThatGrowsWithoutADeliveryIsAStall(t *testing.T) {
 	for _, offset := range []any{"next", 2} {
 		t.Run(fmt.Sprint(offset), func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.of("stream")
-				b.broker.Publish(queue, "0", "1")
-				b.run(ack, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": offset}), steadymq.WithStallDetector(10*time.Second))
-				b.busy(time.Minute)
-				b.broker.QuorumStall(queue, true)
-				b.broker.Publish(queue, "2")
-				b.wait(time.Minute)
-				require.NotEmpty(b, b.causes())
-				assert.ErrorContains(b, b.causes()[0], "though the stream has grown")
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.RemakeQueue("stream")
+				r.Broker.Publish(rig.Queue, "0", "1")
+				r.Run(rig.Ack, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": offset}), steadymq.WithStallDetector(10*time.Second))
+				busyFor(r, time.Minute)
+				r.Broker.QuorumStall(rig.Queue, true)
+				r.Broker.Publish(rig.Queue, "2")
+				r.Wait(time.Minute)
+				require.NotEmpty(r, r.Causes())
+				assert.ErrorContains(r, r.Causes()[0], "though the stream has grown")
 			})
 		})
 	}
@@ -535,78 +506,78 @@ func TestQuietStreamThatGrowsWithoutADeliveryIsAStall(t *testing.T) {
 // A try that was left behind goes on with the number of the session that came after it, and
 // takes its place in the stream.
 func TestTryThatWasLeftBehindDoesNotTouchTheStreamsPlace(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.of("stream")
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("stream")
 		started, release := make(chan *steadymq.Delivery, 8), make(chan struct{})
-		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 			if string(d.Body) == "slow" && d.Session() == 1 {
-				return hold(started, release)(ctx, d)
+				return rig.Hold(started, release)(ctx, d)
 			}
 			return nil
 		}, steadymq.WithConcurrency(2), steadymq.WithPrefetch(4), steadymq.WithSetupTimeout(5*time.Second), steadymq.WithDrainTimeout(time.Minute),
 			steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
-		first := b.broker.Host(0)
-		if b.open() == 1 && b.broker.Connections()[0].Host != first.Addr() {
-			first = b.broker.Host(1)
+		first := r.Broker.Host(0)
+		if r.OpenConnections() == 1 && r.Broker.Connections()[0].Host != first.Addr() {
+			first = r.Broker.Host(1)
 		}
-		b.broker.Publish(queue, "slow", "a", "b")
+		r.Broker.Publish(rig.Queue, "slow", "a", "b")
 		<-started
-		b.broker.CancelConsumers(queue)
-		b.wait(500 * time.Millisecond) // the successor is being set up
+		r.Broker.CancelConsumers(rig.Queue)
+		r.Wait(500 * time.Millisecond) // the successor is being set up
 		first.Stall()
-		b.wait(10 * time.Second)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State(), "on the other host")
+		r.Wait(10 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State(), "on the other host")
 		first.Unstall()
-		b.wait(5 * time.Second)
+		r.Wait(5 * time.Second)
 		close(release)
 		for range 20 {
-			b.broker.Publish(queue, "good")
-			b.wait(time.Second)
+			r.Broker.Publish(rig.Queue, "good")
+			r.Wait(time.Second)
 		}
-		assert.EqualValues(b, 2, b.consumer.Stats().Sessions)
-		assert.GreaterOrEqual(b, b.consumer.Stats().Acked, uint64(23), "all of them")
-		assert.Zero(b, b.broker.Unsettled(queue))
+		assert.EqualValues(r, 2, r.Consumer.Stats().Sessions)
+		assert.GreaterOrEqual(r, r.Consumer.Stats().Acked, uint64(23), "all of them")
+		assert.Zero(r, r.Broker.Unsettled(rig.Queue))
 	}, steadymqtest.WithHosts(2))
 }
 
 func TestStreamGoesOnThoughAHandlerReplacesTheHeaders(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.streaming(func(_ context.Context, d *steadymq.Delivery) error {
+	rig.Bubble(t, func(r *rig.Rig) {
+		streaming(r, func(_ context.Context, d *steadymq.Delivery) error {
 			if string(d.Body) == "3" {
 				d.Headers = nil
 			}
 			return nil
 		}, steadymq.WithPrefetch(4))
 		for i := range 20 {
-			b.broker.Publish(queue, fmt.Sprint(i))
+			r.Broker.Publish(rig.Queue, fmt.Sprint(i))
 		}
-		b.wait(time.Minute)
-		assert.EqualValues(b, 20, b.consumer.Stats().Delivered)
-		assert.Len(b, b.broker.Ledger().Settlements, 20)
+		r.Wait(time.Minute)
+		assert.EqualValues(r, 20, r.Consumer.Stats().Delivered)
+		assert.Len(r, r.Broker.Ledger().Settlements, 20)
 	})
 }
 
 func TestStreamKeepsItsPlaceThoughAHandlerReplacesTheHeaders(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.of("stream")
-		b.publish(100, "old")
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("stream")
+		r.PublishMany(100, "old")
 		var seen atomic.Int32
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			seen.Add(1)
 			d.Headers = nil
 			return nil
 		}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": int64(50)}))
-		b.wait(time.Second)
-		require.EqualValues(b, 50, seen.Load())
-		b.broker.Reset()
-		b.wait(time.Minute)
-		assert.EqualValues(b, 50, seen.Load(), "each once, but for the prefetch")
+		r.Wait(time.Second)
+		require.EqualValues(r, 50, seen.Load())
+		r.Broker.Reset()
+		r.Wait(time.Minute)
+		assert.EqualValues(r, 50, seen.Load(), "each once, but for the prefetch")
 	})
 }
 
 // Middleware that unpacks a body sees its own work at the second try.
 func TestTryInPlaceGetsTheMessageAsItCame(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var mu sync.Mutex
 		var bodies []string
 		unpack := func(next steadymq.Handler) steadymq.Handler {
@@ -618,14 +589,14 @@ func TestTryInPlaceGetsTheMessageAsItCame(t *testing.T) {
 				return next(ctx, d)
 			}
 		}
-		b.streaming(func(_ context.Context, d *steadymq.Delivery) error {
+		streaming(r, func(_ context.Context, d *steadymq.Delivery) error {
 			if d.Attempt() < 3 {
 				return errAway
 			}
 			return nil
 		}, steadymq.WithMiddleware(unpack))
-		b.broker.Publish(queue, "tea")
-		b.wait(time.Minute)
-		assert.Equal(b, []string{"tea", "tea", "tea"}, bodies)
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Wait(time.Minute)
+		assert.Equal(r, []string{"tea", "tea", "tea"}, bodies)
 	})
 }

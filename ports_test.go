@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -56,15 +57,15 @@ func (c resetConn) Read(p []byte) (int, error) {
 // failures runs a consumer for a while and returns its changes to backoff.
 func failures(t *testing.T, during time.Duration, url string, dial func(context.Context, string, string) (net.Conn, error), opts ...steadymq.Option) []steadymq.StateChange {
 	t.Helper()
-	b := &bench{T: t}
+	r := &rig.Rig{T: t}
 	ctx, cancel := context.WithTimeout(t.Context(), during)
 	defer cancel()
 	opts = append([]steadymq.Option{
-		steadymq.WithDialer(dial), steadymq.WithHooks(steadymq.Hooks{StateChanged: b.changed}), steadymq.WithLogger(slog.New(slog.DiscardHandler)),
+		steadymq.WithDialer(dial), steadymq.WithHooks(steadymq.Hooks{StateChanged: r.Changed}), steadymq.WithLogger(slog.New(slog.DiscardHandler)),
 	}, opts...)
-	require.NoError(t, steadymq.Consume(ctx, url, queue, ack, opts...))
+	require.NoError(t, steadymq.Consume(ctx, url, rig.Queue, rig.Ack, opts...))
 	var back []steadymq.StateChange
-	for _, c := range b.changes {
+	for _, c := range r.Changes() {
 		if c.To == steadymq.Backoff {
 			back = append(back, c)
 		}
@@ -90,11 +91,11 @@ func TestPortThatIsNotForAMQPIsNamed(t *testing.T) {
 			for _, scheme := range []string{"amqp", "amqps"} {
 				t.Run(scheme+" "+port+" "+name, func(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
-						for _, c := range failures(t, time.Minute, scheme+"://app:"+password+"@mq.test:"+port+"/", peer.dial) {
+						for _, c := range failures(t, time.Minute, scheme+"://app:"+rig.Password+"@mq.test:"+port+"/", peer.dial) {
 							assert.ErrorContains(t, c.Cause, "port "+port+" is RabbitMQ's port")
 							assert.ErrorContains(t, c.Cause, use)
 							assert.ErrorContains(t, c.Cause, "AMQP is 5672, or 5671 with TLS")
-							assert.NotContains(t, c.Cause.Error(), password)
+							assert.NotContains(t, c.Cause.Error(), rig.Password)
 							assert.GreaterOrEqual(t, c.RetryIn, time.Second, "it is asked slowly")
 						}
 					})
@@ -117,44 +118,44 @@ func TestPortForAMQPIsNotCalledWrong(t *testing.T) {
 }
 
 func TestBrokerOnAPortOfAnotherProtocolIsNotCalledWrong(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.DropAt(steadymqtest.StageTune, true)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DropAt(steadymqtest.StageTune, true)
 		dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
-			return b.broker.Dialer()(ctx, network, b.broker.Host(0).Addr())
+			return r.Broker.Dialer()(ctx, network, r.Broker.Host(0).Addr())
 		}
-		for _, c := range failures(b.T, time.Minute, "amqp://app:"+password+"@mq.test:1883/", dial) {
-			assert.NotContains(b, c.Cause.Error(), "port")
+		for _, c := range failures(r.T, time.Minute, "amqp://app:"+rig.Password+"@mq.test:1883/", dial) {
+			assert.NotContains(r, c.Cause.Error(), "port")
 		}
 	})
 }
 
 func TestHostBehindAWrongPortGoesLast(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if addr == "mq.test:15672" {
 				return stranger{}.dial(ctx, network, addr)
 			}
-			return b.broker.Dialer()(ctx, network, addr)
+			return r.Broker.Dialer()(ctx, network, addr)
 		}
-		b.run(ack, steadymq.WithURLs("amqp://mq.test:15672/"), steadymq.WithDialer(dial))
-		b.wait(100 * time.Millisecond)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State(), "another host is tried at once")
-		before := len(b.causes())
-		b.wait(20 * time.Second)
-		b.broker.Reset()
-		b.wait(100 * time.Millisecond)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.Len(b, b.causes(), before+1, "the wrong port has no turn")
+		r.Run(rig.Ack, steadymq.WithURLs("amqp://mq.test:15672/"), steadymq.WithDialer(dial))
+		r.Wait(100 * time.Millisecond)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State(), "another host is tried at once")
+		before := len(r.Causes())
+		r.Wait(20 * time.Second)
+		r.Broker.Reset()
+		r.Wait(100 * time.Millisecond)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Len(r, r.Causes(), before+1, "the wrong port has no turn")
 	})
 }
 
 func TestTLSAtThePortWithoutSaysSo(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
-			return b.broker.Dialer()(ctx, network, b.broker.Host(0).Addr())
+			return r.Broker.Dialer()(ctx, network, r.Broker.Host(0).Addr())
 		}
-		for _, c := range failures(b.T, time.Minute, "amqps://mq.test:5672/", dial, steadymq.WithTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12})) {
-			assert.ErrorContains(b, c.Cause, "the peer speaks AMQP without TLS; use its port for TLS (5671)")
+		for _, c := range failures(r.T, time.Minute, "amqps://mq.test:5672/", dial, steadymq.WithTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12})) {
+			assert.ErrorContains(r, c.Cause, "the peer speaks AMQP without TLS; use its port for TLS (5671)")
 		}
 	})
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -24,20 +25,20 @@ import (
 func TestFailureThatWasToldIsNotTheLastWord(t *testing.T) {
 	for _, every := range []time.Duration{time.Second, 3 * time.Second, 11 * time.Second, 61 * time.Second, 2 * time.Minute} {
 		t.Run(every.String(), func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consuming(ack)
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(rig.Ack)
 				for n := range 40 {
-					b.wait(every)
-					b.broker.Reset()
+					r.Wait(every)
+					r.Broker.Reset()
 					if n%5 > 0 {
 						continue
 					}
-					b.again()
-					b.wait(2*time.Second + 100*time.Millisecond)
-					last := b.log.last()
-					require.Contains(b, last, "consuming", n)
+					nextSession(r)
+					r.Wait(2*time.Second + 100*time.Millisecond)
+					last := r.Log.Last()
+					require.Contains(r, last, "consuming", n)
 					if n > 0 {
-						require.Contains(b, last, " down=", n)
+						require.Contains(r, last, " down=", n)
 					}
 				}
 			})
@@ -45,27 +46,27 @@ func TestFailureThatWasToldIsNotTheLastWord(t *testing.T) {
 	}
 }
 
-// again waits until the consumer is consuming once more.
-func (b *bench) again() {
-	for sessions := b.consumer.Stats().Sessions; b.consumer.Stats().Sessions == sessions; {
-		b.wait(10 * time.Millisecond)
+// nextSession waits until the consumer is consuming once more.
+func nextSession(r *rig.Rig) {
+	for sessions := r.Consumer.Stats().Sessions; r.Consumer.Stats().Sessions == sessions; {
+		r.Wait(10 * time.Millisecond)
 	}
 }
 
 func TestRecoveryIsToldAtOnce(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack)
-		assert.NotContains(b, b.log.last("consuming"), "down=", "it never was")
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		assert.NotContains(r, r.Log.Last("consuming"), "down=", "it never was")
 		for range 3 {
-			b.wait(20 * time.Second)
-			b.broker.Refuse(true)
-			b.broker.Reset()
-			b.wait(30 * time.Second)
-			b.broker.Refuse(false)
-			b.wait(1500 * time.Millisecond)
-			assert.Contains(b, b.log.last(), "level=INFO msg=\"steadymq: consuming\"")
-			assert.Contains(b, b.log.last(), " down=3", "30 s and a little")
-			assert.NotContains(b, b.log.last(), " up=")
+			r.Wait(20 * time.Second)
+			r.Broker.Refuse(true)
+			r.Broker.Reset()
+			r.Wait(30 * time.Second)
+			r.Broker.Refuse(false)
+			r.Wait(1500 * time.Millisecond)
+			assert.Contains(r, r.Log.Last(), "level=INFO msg=\"steadymq: consuming\"")
+			assert.Contains(r, r.Log.Last(), " down=3", "30 s and a little")
+			assert.NotContains(r, r.Log.Last(), " up=")
 		}
 	})
 }
@@ -74,42 +75,42 @@ func TestRecoveryIsToldAtOnce(t *testing.T) {
 var quick = steadymq.WithBackoff(time.Millisecond, time.Millisecond)
 
 func TestSessionsThatEndAtOnceAreNotToldAsRecovered(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(ack, quick)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack, quick)
 		for range 20 {
-			b.wait(time.Second)
-			b.broker.Reset()
-			b.again()
+			r.Wait(time.Second)
+			r.Broker.Reset()
+			nextSession(r)
 		}
-		assert.Len(b, b.log.lines("consuming"), 1, "the first")
+		assert.Len(r, r.Log.Lines("consuming"), 1, "the first")
 		since := time.Now()
-		b.wait(3 * time.Second)
-		last := b.log.last()
-		require.Contains(b, last, "consuming")
-		assert.Contains(b, last, " up=2s", "it is told late, and says so")
+		r.Wait(3 * time.Second)
+		last := r.Log.Last()
+		require.Contains(r, last, "consuming")
+		assert.Contains(r, last, " up=2s", "it is told late, and says so")
 		_, text, _ := strings.Cut(last, "time=")
 		text, _, _ = strings.Cut(text, " ")
 		at, err := time.Parse(time.RFC3339, text)
-		require.NoError(b, err)
-		assert.InDelta(b, 2, at.Sub(since).Seconds(), 0.1, "not dated back")
+		require.NoError(r, err)
+		assert.InDelta(r, 2, at.Sub(since).Seconds(), 0.1, "not dated back")
 	})
 }
 
 // Its failures may be too many to be told, but not that it was away.
 func TestLongOutageIsToldAtItsEndAtLeast(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var path atomic.Int64 // its delay
-		dial := b.broker.Dialer()
-		b.consuming(ack, quick, steadymq.WithDialTimeout(14*time.Second), steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+		dial := r.Broker.Dialer()
+		r.Consuming(rig.Ack, quick, steadymq.WithDialTimeout(14*time.Second), steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
 			time.Sleep(time.Duration(path.Load()))
 			return dial(ctx, network, address)
 		}))
 		flap := func() {
-			b.wait(3 * time.Second)
-			b.broker.Reset()
-			b.again()
+			r.Wait(3 * time.Second)
+			r.Broker.Reset()
+			nextSession(r)
 		}
-		told := func() int { return len(b.log.lines("level=WARN", "backoff")) }
+		told := func() int { return len(r.Log.Lines("level=WARN", "backoff")) }
 		for range 50 { // so that what fails next is told every 90 s only
 			flap()
 		}
@@ -119,86 +120,86 @@ func TestLongOutageIsToldAtItsEndAtLeast(t *testing.T) {
 		for begun := time.Now(); time.Since(begun) < 80*time.Second; {
 			flap()
 		}
-		warned, consuming := told(), len(b.log.lines("consuming"))
-		b.wait(2 * time.Second)
+		warned, consuming := told(), len(r.Log.Lines("consuming"))
+		r.Wait(2 * time.Second)
 		path.Store(int64(11 * time.Second))
-		b.broker.Reset()
-		b.again()
-		b.wait(3 * time.Second)
-		require.Equal(b, warned, told(), "it was one try")
-		assert.Len(b, b.log.lines("consuming"), consuming+1)
-		assert.Contains(b, b.log.last("consuming"), " down=1")
+		r.Broker.Reset()
+		nextSession(r)
+		r.Wait(3 * time.Second)
+		require.Equal(r, warned, told(), "it was one try")
+		assert.Len(r, r.Log.Lines("consuming"), consuming+1)
+		assert.Contains(r, r.Log.Last("consuming"), " down=1")
 	})
 }
 
 func TestRunThatGivesUpIsToldAsAnError(t *testing.T) {
 	t.Run("before its first session", func(t *testing.T) {
-		bubble(t, func(b *bench) {
-			b.broker.RefuseLogin(true)
-			b.run(ack)
-			require.ErrorIs(b, <-b.result, steadymq.ErrLoginRefused)
-			b.result = nil
-			assert.Empty(b, b.log.lines("draining"), "there is nothing to drain")
-			assert.Len(b, b.log.lines("level=ERROR", "steadymq: stopped", "login refused"), 1)
+		rig.Bubble(t, func(r *rig.Rig) {
+			r.Broker.RefuseLogin(true)
+			r.Run(rig.Ack)
+			require.ErrorIs(r, <-r.Result, steadymq.ErrLoginRefused)
+			r.Result = nil
+			assert.Empty(r, r.Log.Lines("draining"), "there is nothing to drain")
+			assert.Len(r, r.Log.Lines("level=ERROR", "steadymq: stopped", "login refused"), 1)
 		})
 	})
 	t.Run("by WithFatal", func(t *testing.T) {
-		bubble(t, func(b *bench) {
-			b.consuming(ack, steadymq.WithFatal(func(error) bool { return true }))
-			b.broker.Reset()
-			require.Error(b, <-b.result)
-			b.result = nil
-			assert.Len(b, b.log.lines("draining"), 1)
-			assert.Len(b, b.log.lines("level=ERROR", "steadymq: stopped", "cause="), 1)
-			assert.Len(b, b.log.lines("cause="), 1, "the cause is told once")
+		rig.Bubble(t, func(r *rig.Rig) {
+			r.Consuming(rig.Ack, steadymq.WithFatal(func(error) bool { return true }))
+			r.Broker.Reset()
+			require.Error(r, <-r.Result)
+			r.Result = nil
+			assert.Len(r, r.Log.Lines("draining"), 1)
+			assert.Len(r, r.Log.Lines("level=ERROR", "steadymq: stopped", "cause="), 1)
+			assert.Len(r, r.Log.Lines("cause="), 1, "the cause is told once")
 		})
 	})
 	t.Run("not where it was asked to stop", func(t *testing.T) {
-		bubble(t, func(b *bench) {
+		rig.Bubble(t, func(r *rig.Rig) {
 			started, release := make(chan *steadymq.Delivery, 1), make(chan struct{})
-			b.consuming(hold(started, release))
-			b.broker.Publish(queue, "tea")
+			r.Consuming(rig.Hold(started, release))
+			r.Broker.Publish(rig.Queue, "tea")
 			<-started
 			time.AfterFunc(time.Minute, func() { close(release) })
-			require.ErrorIs(b, b.stop(), steadymq.ErrDrainTimeout)
-			assert.Len(b, b.log.lines("level=WARN", "steadymq: stopped"), 1)
-			assert.Empty(b, b.log.lines("level=ERROR"))
-			b.wait(time.Minute)
+			require.ErrorIs(r, r.Stop(), steadymq.ErrDrainTimeout)
+			assert.Len(r, r.Log.Lines("level=WARN", "steadymq: stopped"), 1)
+			assert.Empty(r, r.Log.Lines("level=ERROR"))
+			r.Wait(time.Minute)
 		})
 	})
 }
 
 func TestDurationsAreTextsInJSON(t *testing.T) {
-	bubble(t, func(b *bench) {
-		var log logBuffer
-		b.consuming(func(context.Context, *steadymq.Delivery) error { return errors.New("database is away") },
+	rig.Bubble(t, func(r *rig.Rig) {
+		var log rig.LogBuffer
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { return errors.New("database is away") },
 			steadymq.WithLogger(slog.New(slog.NewJSONHandler(&log, nil))))
-		b.wait(10 * time.Second)
-		b.broker.Publish(queue, "tea")
-		b.wait(time.Second)
-		b.broker.Reset()
-		b.wait(10 * time.Second)
+		r.Wait(10 * time.Second)
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Wait(time.Second)
+		r.Broker.Reset()
+		r.Wait(10 * time.Second)
 		seen := make(map[string]bool)
 		for line := range strings.Lines(log.String()) {
 			var attrs map[string]any
-			require.NoError(b, json.Unmarshal([]byte(line), &attrs))
+			require.NoError(r, json.Unmarshal([]byte(line), &attrs))
 			for _, key := range []string{"retry_in", "up", "down"} {
 				if text, ok := attrs[key].(string); ok {
 					_, err := time.ParseDuration(text)
-					assert.NoError(b, err)
+					assert.NoError(r, err)
 					seen[key] = true
 				} else {
-					assert.Nil(b, attrs[key], key)
+					assert.Nil(r, attrs[key], key)
 				}
 			}
 		}
-		assert.Len(b, seen, 3)
+		assert.Len(r, seen, 3)
 	})
 }
 
 func TestLinesNameTheLimitThatPassed(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 			if d.Redelivered {
 				return nil
 			}
@@ -206,28 +207,28 @@ func TestLinesNameTheLimitThatPassed(t *testing.T) {
 			time.Sleep(5 * time.Second)
 			return fmt.Errorf("pay: %w", context.Cause(ctx))
 		}, steadymq.WithHandlerTimeout(time.Second))
-		b.broker.PublishMessage(queue, steadymqtest.Message{ID: "m7"})
-		b.wait(6 * time.Second)
-		assert.Contains(b, b.log.last("handler failed"), `error="pay: steadymq: handler timeout after 1s (WithHandlerTimeout)"`)
-		assert.Contains(b, b.log.last("past its timeout"), "timeout=1s message_id=m7 ")
+		r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{ID: "m7"})
+		r.Wait(6 * time.Second)
+		assert.Contains(r, r.Log.Last("handler failed"), `error="pay: steadymq: handler timeout after 1s (WithHandlerTimeout)"`)
+		assert.Contains(r, r.Log.Last("past its timeout"), "timeout=1s message_id=m7 ")
 	})
 }
 
 // A host that takes connections and says nothing would be a silent log for as long as the set-up limit.
 func TestTryThatTakesItsTimeIsTold(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.HangAt(steadymqtest.StageTune, true)
-		b.run(ack)
-		b.wait(3 * time.Second)
-		line := b.log.last()
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.HangAt(steadymqtest.StageTune, true)
+		r.Run(rig.Ack)
+		r.Wait(3 * time.Second)
+		line := r.Log.Last()
 		for _, text := range []string{"level=INFO", `"steadymq: still connecting"`, "queue=orders", "host=mq1.test:5672", "step=open", "for=2s"} {
-			assert.Contains(b, line, text)
+			assert.Contains(r, line, text)
 		}
-		b.wait(5 * time.Minute)
-		assert.Len(b, b.log.lines("still connecting"), 1)
-		b.wait(time.Hour)
-		assert.LessOrEqual(b, len(b.log.lines("still connecting")), 7)
-		assert.Contains(b, b.log.last("still connecting"), "suppressed=")
+		r.Wait(5 * time.Minute)
+		assert.Len(r, r.Log.Lines("still connecting"), 1)
+		r.Wait(time.Hour)
+		assert.LessOrEqual(r, len(r.Log.Lines("still connecting")), 7)
+		assert.Contains(r, r.Log.Last("still connecting"), "suppressed=")
 	})
 }
 
@@ -240,87 +241,87 @@ type early struct {
 func (e early) Deadline() (time.Time, bool) { return e.limit, true }
 
 func TestDeadlineOfRunThatEndsADialIsNoFailure(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		limit := time.Now().Add(time.Second)
-		c := b.make(steadymq.WithDialer(func(ctx context.Context, _, _ string) (net.Conn, error) {
+		c := r.New(steadymq.WithDialer(func(ctx context.Context, _, _ string) (net.Conn, error) {
 			at, _ := ctx.Deadline()
 			time.Sleep(time.Until(at))
 			return nil, errors.New("i/o timeout")
 		}))
-		ctx, cancel := context.WithTimeout(b.Context(), time.Second+time.Millisecond)
+		ctx, cancel := context.WithTimeout(r.Context(), time.Second+time.Millisecond)
 		defer cancel()
-		require.NoError(b, c.Run(early{ctx, limit}, ack))
-		assert.Empty(b, b.log.lines("backoff"))
+		require.NoError(r, c.Run(early{ctx, limit}, rig.Ack))
+		assert.Empty(r, r.Log.Lines("backoff"))
 	})
 }
 
 func TestWithQueueIsToldAsDeclare(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.DeclareQueue(jobs, steadymqtest.QueueOptions{})
-		b.declaring(ack, steadymq.Queue{}, "")
-		err := <-b.result
-		b.result = nil
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DeclareQueue(jobs, steadymqtest.QueueOptions{})
+		declaring(r, rig.Ack, steadymq.Queue{}, "")
+		err := <-r.Result
+		r.Result = nil
 		var at *steadymq.SessionError
-		require.ErrorAs(b, err, &at)
-		assert.Equal(b, "topology", at.Op)
-		assert.ErrorContains(b, err, ": declare mq1.test:5672: 406 PRECONDITION_FAILED - ")
-		assert.ErrorContains(b, err, "or delete it (its messages go with it)")
-		assert.NotEmpty(b, b.log.lines("stopped", `cause="declare: 406`, "its messages go with it"))
+		require.ErrorAs(r, err, &at)
+		assert.Equal(r, "topology", at.Op)
+		assert.ErrorContains(r, err, ": declare mq1.test:5672: 406 PRECONDITION_FAILED - ")
+		assert.ErrorContains(r, err, "or delete it (its messages go with it)")
+		assert.NotEmpty(r, r.Log.Lines("stopped", `cause="declare: 406`, "its messages go with it"))
 	})
 }
 
 func TestRunTellsThatLastAcksMayBeLost(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		started, release := make(chan *steadymq.Delivery, 1), make(chan struct{})
-		b.consuming(hold(started, release))
-		b.broker.Publish(queue, "tea")
+		r.Consuming(rig.Hold(started, release))
+		r.Broker.Publish(rig.Queue, "tea")
 		<-started
-		b.stopRun()
-		b.wait(time.Second)
-		b.broker.Reset()
+		r.Cancel()
+		r.Wait(time.Second)
+		r.Broker.Reset()
 		close(release)
-		err := <-b.result
-		b.result = nil
-		assert.ErrorContains(b, err, "lost mq1.test:5672: ")
-		assert.ErrorContains(b, err, "while stopping: the last acks may be lost, and their messages come again")
+		err := <-r.Result
+		r.Result = nil
+		assert.ErrorContains(r, err, "lost mq1.test:5672: ")
+		assert.ErrorContains(r, err, "while stopping: the last acks may be lost, and their messages come again")
 	})
 }
 
 func TestMessageBeyondTheDefaultLimitIsNotTold(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var counts []any
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			counts = append(counts, d.Headers["x-delivery-count"])
 			if d.Redelivered {
 				return nil
 			}
 			return steadymq.Requeue(nil)
 		})
-		b.broker.PublishMessage(queue, steadymqtest.Message{Headers: map[string]any{
+		r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{Headers: map[string]any{
 			"x-delivery-count": int64(25), "x-acquired-count": int64(25),
 			"x-death": []any{map[string]any{"queue": "before", "reason": "rejected", "count": int64(25)}},
 		}})
-		b.wait(time.Second)
-		require.Equal(b, []any{int64(25), int64(25)}, counts)
-		assert.Empty(b, b.warnings("limit"))
+		r.Wait(time.Second)
+		require.Equal(r, []any{int64(25), int64(25)}, counts)
+		assert.Empty(r, r.Warnings("limit"))
 	}, steadymqtest.WithVersion(4, 3))
 }
 
 func TestDeliveryPrintsShortly(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var got *steadymq.Delivery
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			got = d
 			return nil
 		})
-		b.broker.PublishMessage(queue, steadymqtest.Message{ID: "m\n1", Body: bytes.Repeat([]byte("cup "), 100)})
-		b.wait(time.Second)
+		r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{ID: "m\n1", Body: bytes.Repeat([]byte("cup "), 100)})
+		r.Wait(time.Second)
 		for _, text := range []string{fmt.Sprint(got), fmt.Sprint(*got), fmt.Sprintf("%+v", got), fmt.Sprintf("%s", []any{got})} {
-			assert.Contains(b, text, "queue=orders")
-			assert.Contains(b, text, "body_size=400")
-			assert.NotContains(b, text, "cup")
-			assert.NotContains(b, text, "\n")
-			assert.Less(b, len(text), 200)
+			assert.Contains(r, text, "queue=orders")
+			assert.Contains(r, text, "body_size=400")
+			assert.NotContains(r, text, "cup")
+			assert.NotContains(r, text, "\n")
+			assert.Less(r, len(text), 200)
 		}
 	})
 }

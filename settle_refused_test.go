@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 )
 
 // Handlers that settle by hand as with the driver, and look at no error.
@@ -26,40 +27,40 @@ var refusedByHand = map[string]func(d *steadymq.Delivery) error{
 func TestHandlerWhoseSettlementWasRefusedHasFailed(t *testing.T) {
 	for name, settle := range refusedByHand {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				var refusal, told error
-				b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+				r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 					if !d.Redelivered {
 						refusal = settle(d)
 					}
 					return nil
 				}, steadymq.WithHooks(steadymq.Hooks{HandlerFailed: func(_ *steadymq.Delivery, err error) { told = err }}))
-				b.broker.Publish(queue, "tea")
-				b.wait(100 * time.Millisecond)
-				require.Error(b, refusal)
-				require.ErrorIs(b, told, refusal)
-				assert.Equal(b, 1, b.consumer.Stats().Held)
-				assert.Len(b, b.log.lines("handler failed", "refused", "retry_in="), 1)
-				b.wait(3 * time.Second)
-				n := b.consumer.Stats()
-				assert.Equal(b, []uint64{1, 1, 1}, []uint64{n.Failed, n.Requeued, n.Acked})
+				r.Broker.Publish(rig.Queue, "tea")
+				r.Wait(100 * time.Millisecond)
+				require.Error(r, refusal)
+				require.ErrorIs(r, told, refusal)
+				assert.Equal(r, 1, r.Consumer.Stats().Held)
+				assert.Len(r, r.Log.Lines("handler failed", "refused", "retry_in="), 1)
+				r.Wait(3 * time.Second)
+				n := r.Consumer.Stats()
+				assert.Equal(r, []uint64{1, 1, 1}, []uint64{n.Failed, n.Requeued, n.Acked})
 			})
 		})
 	}
 }
 
 func TestHandlerThatSettlesAfterARefusalIsRespected(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			if errors.Is(d.Nack(true, false), steadymq.ErrMultiple) {
 				return d.Discard()
 			}
 			return nil
 		})
-		b.broker.Publish(queue, "tea")
-		b.wait(time.Second)
-		n := b.consumer.Stats()
-		assert.Equal(b, []uint64{0, 1}, []uint64{n.Failed, n.Discarded})
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Wait(time.Second)
+		n := r.Consumer.Stats()
+		assert.Equal(r, []uint64{0, 1}, []uint64{n.Failed, n.Discarded})
 	})
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -44,9 +45,9 @@ func (o *outcomes) option() steadymq.Option {
 }
 
 func TestSettledTellsEveryOutcomeOnce(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var o outcomes
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			if d.Redelivered {
 				return nil
 			}
@@ -82,57 +83,57 @@ func TestSettledTellsEveryOutcomeOnce(t *testing.T) {
 			"panic":   {"1 panic requeued", "1 panic acked"},
 		} {
 			o.told = nil
-			b.broker.Publish(queue, body)
-			b.wait(5 * time.Second)
-			assert.Equal(b, want, o.all(), body)
+			r.Broker.Publish(rig.Queue, body)
+			r.Wait(5 * time.Second)
+			assert.Equal(r, want, o.all(), body)
 		}
 		o.told = nil
-		b.broker.Publish(queue, "later")
-		b.wait(9 * time.Second)
-		assert.Empty(b, o.all(), "held")
-		b.wait(2 * time.Second)
-		assert.Equal(b, []string{"1 later requeued", "1 later acked"}, o.all())
+		r.Broker.Publish(rig.Queue, "later")
+		r.Wait(9 * time.Second)
+		assert.Empty(r, o.all(), "held")
+		r.Wait(2 * time.Second)
+		assert.Equal(r, []string{"1 later requeued", "1 later acked"}, o.all())
 	})
 }
 
 func TestSettledTellsHeldMessagesWhenTheirSessionEnds(t *testing.T) {
 	for name, stop := range map[string]bool{"requeued": true, "stale": false} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				var o outcomes
-				b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+				r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 					return steadymq.RequeueAfter(nil, time.Hour)
 				}, o.option())
-				b.broker.Publish(queue, "a", "b")
-				b.wait(time.Second)
-				require.Empty(b, o.all())
+				r.Broker.Publish(rig.Queue, "a", "b")
+				r.Wait(time.Second)
+				require.Empty(r, o.all())
 				if stop {
-					require.NoError(b, b.stop())
+					require.NoError(r, r.Stop())
 				} else {
-					b.broker.Reset()
-					b.wait(time.Second)
+					r.Broker.Reset()
+					r.Wait(time.Second)
 				}
-				assert.ElementsMatch(b, []string{"1 a " + name, "1 b " + name}, o.all())
+				assert.ElementsMatch(r, []string{"1 a " + name, "1 b " + name}, o.all())
 			})
 		})
 	}
 }
 
 func TestSettledTellsOfASettlementThatCameTooLate(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var o outcomes
-		b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 			if d.Session() == 1 {
 				<-ctx.Done()
 			}
 			return nil
 		}, o.option())
-		b.broker.Publish(queue, "tea")
-		b.wait(time.Second)
-		b.broker.Reset()
-		b.wait(time.Second)
-		assert.ElementsMatch(b, []string{"1 tea stale", "2 tea acked"}, o.all())
-		assert.EqualValues(b, 1, b.consumer.Stats().Stale)
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Wait(time.Second)
+		r.Broker.Reset()
+		r.Wait(time.Second)
+		assert.ElementsMatch(r, []string{"1 tea stale", "2 tea acked"}, o.all())
+		assert.EqualValues(r, 1, r.Consumer.Stats().Stale)
 	})
 }
 
@@ -140,9 +141,9 @@ func TestSettledTellsNothingOnceRunHasReturned(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var o outcomes
 		b := steadymqtest.NewBroker(t)
-		b.DeclareQueue(queue, steadymqtest.QueueOptions{})
-		b.Publish(queue, "tea")
-		c, err := steadymq.New(b.URL, queue, steadymq.WithDialer(b.Dialer()), steadymq.WithDrainTimeout(time.Second), o.option())
+		b.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{})
+		b.Publish(rig.Queue, "tea")
+		c, err := steadymq.New(b.URL, rig.Queue, steadymq.WithDialer(b.Dialer()), steadymq.WithDrainTimeout(time.Second), o.option())
 		require.NoError(t, err)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -162,40 +163,40 @@ func TestSettledTellsNothingOnceRunHasReturned(t *testing.T) {
 func TestSettledThatPanicsOrExitsEndsRunInOrder(t *testing.T) {
 	for name, misbehave := range map[string]func(){"panic": func() { panic("boom") }, "Goexit": runtime.Goexit} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 					if string(d.Body) == "held" {
 						return steadymq.RequeueAfter(nil, time.Hour)
 					}
 					return nil
 				}, steadymq.WithHooks(steadymq.Hooks{Settled: func(*steadymq.Delivery, steadymq.Outcome) { misbehave() }}))
-				b.broker.Publish(queue, "held", "tea")
-				b.wait(10 * time.Second)
-				require.Equal(b, steadymq.Stopped, b.consumer.State())
-				err := b.stop()
+				r.Broker.Publish(rig.Queue, "held", "tea")
+				r.Wait(10 * time.Second)
+				require.Equal(r, steadymq.Stopped, r.Consumer.State())
+				err := r.Stop()
 				var panicked *steadymq.PanicError
-				require.ErrorAs(b, err, &panicked)
-				assert.NotErrorIs(b, err, steadymq.ErrDrainTimeout)
-				assert.Zero(b, b.broker.Unsettled(queue))
-				assert.Equal(b, 1, b.broker.QueueLen(queue), "the held one is back")
+				require.ErrorAs(r, err, &panicked)
+				assert.NotErrorIs(r, err, steadymq.ErrDrainTimeout)
+				assert.Zero(r, r.Broker.Unsettled(rig.Queue))
+				assert.Equal(r, 1, r.Broker.QueueLen(rig.Queue), "the held one is back")
 			})
 		})
 	}
 }
 
 func TestStateChangedThatExitsEndsRunInOrder(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.run(ack, steadymq.WithHooks(steadymq.Hooks{StateChanged: func(c steadymq.StateChange) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Run(rig.Ack, steadymq.WithHooks(steadymq.Hooks{StateChanged: func(c steadymq.StateChange) {
 			if c.To == steadymq.Consuming {
 				runtime.Goexit()
 			}
 		}}))
-		b.wait(10 * time.Second)
-		require.Equal(b, steadymq.Stopped, b.consumer.State())
+		r.Wait(10 * time.Second)
+		require.Equal(r, steadymq.Stopped, r.Consumer.State())
 		var refused *steadymq.OptionError
-		require.ErrorAs(b, b.stop(), &refused)
-		assert.Equal(b, "WithHooks", refused.Option)
-		assert.Contains(b, b.log.last(), "stopped", "the log goes on")
+		require.ErrorAs(r, r.Stop(), &refused)
+		assert.Equal(r, "WithHooks", refused.Option)
+		assert.Contains(r, r.Log.Last(), "stopped", "the log goes on")
 	})
 }
 
@@ -226,7 +227,7 @@ func TestInvokeDecidesAsAConsumerDoes(t *testing.T) {
 		handler steadymq.Handler
 		want    steadymq.Outcome
 	}{
-		"nil":     {ack, steadymq.Acked},
+		"nil":     {rig.Ack, steadymq.Acked},
 		"error":   {func(context.Context, *steadymq.Delivery) error { return errors.New("away") }, steadymq.Requeued},
 		"discard": {func(context.Context, *steadymq.Delivery) error { return steadymq.Discard(nil) }, steadymq.Discarded},
 		"panic":   {func(context.Context, *steadymq.Delivery) error { panic("boom") }, steadymq.Requeued},

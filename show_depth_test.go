@@ -11,21 +11,22 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
 // encoding/json refuses what is deeper than 10,000 levels, and a publisher may send 32,768.
 func TestDeepHeadersAreShownDownToALevel(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		texts := make(chan string, 1)
-		b.broker.PublishMessage(queue, steadymqtest.Message{RawHeaders: nestedArrays(12_000)})
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{RawHeaders: rig.NestedArrays(12_000)})
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			text, err := json.Marshal(d)
-			assert.NoError(b, err)
+			assert.NoError(r, err)
 			texts <- string(text)
 			return nil
 		})
-		assert.Contains(b, <-texts, strings.Repeat("[", 99)+`"..."`+strings.Repeat("]", 99))
+		assert.Contains(r, <-texts, strings.Repeat("[", 99)+`"..."`+strings.Repeat("]", 99))
 	})
 	table := amqp.Table{"end": 1}
 	for range 200 {

@@ -16,39 +16,40 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
 // The Acknowledger of the embedded amqp.Delivery leads back to the delivery, so the
 // exported fields are a cycle.
 func TestDeliveryCanBeMarshalledAndLogged(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var got *steadymq.Delivery
-		b.consuming(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
 			got = d
 			return nil
 		})
-		b.broker.PublishMessage(queue, steadymqtest.Message{
+		r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{
 			Body: []byte(`{"cup":1}`), ID: "m1",
 		})
-		b.wait(time.Second)
+		r.Wait(time.Second)
 		for name, v := range map[string]any{"pointer": got, "value": *got, "inside": map[string]any{"d": got}} {
 			text, err := json.Marshal(v)
-			require.NoError(b, err, name)
+			require.NoError(r, err, name)
 			for _, part := range []string{`"queue":"orders"`, `"routing_key":"orders"`, `"delivery_tag":1`, `"attempt":1`, `"body":"{\"cup\":1}"`, `"message_id":"m1"`, `"outcome":"acked"`} {
-				assert.Contains(b, string(text), part, name)
+				assert.Contains(r, string(text), part, name)
 			}
-			assert.NotContains(b, string(text), password)
+			assert.NotContains(r, string(text), rig.Password)
 			var log bytes.Buffer
 			slog.New(slog.NewJSONHandler(&log, nil)).Info("got", "delivery", v)
-			assert.NotContains(b, log.String(), "!ERROR", name)
-			assert.Contains(b, log.String(), `"delivery_tag":1`, name)
-			assert.NotContains(b, fmt.Sprintf("%v %+v %#v", v, v, v)+log.String(), password)
+			assert.NotContains(r, log.String(), "!ERROR", name)
+			assert.Contains(r, log.String(), `"delivery_tag":1`, name)
+			assert.NotContains(r, fmt.Sprintf("%v %+v %#v", v, v, v)+log.String(), rig.Password)
 		}
 		var log bytes.Buffer
 		slog.New(slog.NewTextHandler(&log, nil)).Info("got", "delivery", got)
-		assert.Contains(b, log.String(), "delivery.body_size=9")
-		assert.NotContains(b, log.String(), "cup")
+		assert.Contains(r, log.String(), "delivery.body_size=9")
+		assert.NotContains(r, log.String(), "cup")
 	})
 }
 
@@ -84,7 +85,7 @@ func TestHostileMessageCanBeMarshalled(t *testing.T) {
 }
 
 func TestCredentialsNeverShowThePassword(t *testing.T) {
-	c := steadymq.Credentials{Username: "app", Password: password, Expires: time.Unix(0, 0).UTC()}
+	c := steadymq.Credentials{Username: "app", Password: rig.Password, Expires: time.Unix(0, 0).UTC()}
 	var log bytes.Buffer
 	slog.New(slog.NewJSONHandler(&log, nil)).Info("login", "as", c, "also", &c, "in", map[string]any{"c": c})
 	slog.New(slog.NewTextHandler(&log, nil)).Info("login", "as", c, "also", &c)
@@ -97,7 +98,7 @@ func TestCredentialsNeverShowThePassword(t *testing.T) {
 	text, err := xml.Marshal(c)
 	require.NoError(t, err)
 	log.Write(text)
-	assert.NotContains(t, log.String(), password)
-	assert.NotContains(t, log.String(), fmt.Sprintf("%x", password))
+	assert.NotContains(t, log.String(), rig.Password)
+	assert.NotContains(t, log.String(), fmt.Sprintf("%x", rig.Password))
 	assert.Contains(t, log.String(), "app (password not shown, expires 1970-01-01T00:00:00Z)")
 }

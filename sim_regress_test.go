@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -26,12 +27,12 @@ func TestSessionsLostRightAfterConsumeOkBackOffOnSeveralHostsToo(t *testing.T) {
 				time.AfterFunc(10*time.Millisecond, func() { b.CloseConnections(320, "flaps") })
 			},
 		}))
-		b.DeclareQueue(queue, steadymqtest.QueueOptions{})
-		c, err := steadymq.New(b.URLs()[0], queue, steadymq.WithURLs(b.URLs()[1:]...), steadymq.WithDialer(b.Dialer()))
+		b.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{})
+		c, err := steadymq.New(b.URLs()[0], rig.Queue, steadymq.WithURLs(b.URLs()[1:]...), steadymq.WithDialer(b.Dialer()))
 		require.NoError(t, err)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		require.NoError(t, c.Run(ctx, ack))
+		require.NoError(t, c.Run(ctx, rig.Ack))
 		assert.Less(t, len(b.Ledger().Dials), 60, "no hot loop")
 	})
 }
@@ -41,10 +42,10 @@ func TestSessionsLostRightAfterConsumeOkBackOffOnSeveralHostsToo(t *testing.T) {
 // HandlerFailed was called by the end of the handler, and the error of Run.
 func leftBehind(t *testing.T, meanwhile func(*steadymqtest.Broker)) (failed int, err error) {
 	b := steadymqtest.NewBroker(t)
-	b.DeclareQueue(queue, steadymqtest.QueueOptions{})
-	b.Publish(queue, "work")
+	b.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{})
+	b.Publish(rig.Queue, "work")
 	done := make(chan struct{})
-	c, err := steadymq.New(b.URL, queue, steadymq.WithDialer(b.Dialer()), steadymq.WithDrainTimeout(2*time.Second),
+	c, err := steadymq.New(b.URL, rig.Queue, steadymq.WithDialer(b.Dialer()), steadymq.WithDrainTimeout(2*time.Second),
 		steadymq.WithHooks(steadymq.Hooks{HandlerFailed: func(*steadymq.Delivery, error) { failed++ }}))
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -92,7 +93,7 @@ func (d *slowlyClosed) DialContext(ctx context.Context, network, address string)
 		return nil, err
 	}
 	d.open.Add(1)
-	return &countedConn{Conn: conn, closed: sync.OnceFunc(func() {
+	return &rig.CountedConn{Conn: conn, Closed: sync.OnceFunc(func() {
 		d.close()
 		d.open.Add(-1)
 	})}, nil
@@ -100,75 +101,75 @@ func (d *slowlyClosed) DialContext(ctx context.Context, network, address string)
 
 func TestRunReturnsAfterItsSocketsHaveClosedWhoeverClosesThem(t *testing.T) {
 	// What happens before the stop, and what ends the socket then.
-	stops := map[string]func(b *bench){
-		"close": func(*bench) {},
-		"read deadline": func(b *bench) { // seed 5365
-			b.wait(5 * time.Second)
-			b.broker.Stall()
-			b.wait(9 * time.Second) // it passes 15 s after the last byte
+	stops := map[string]func(r *rig.Rig){
+		"close": func(*rig.Rig) {},
+		"read deadline": func(r *rig.Rig) { // seed 5365
+			r.Wait(5 * time.Second)
+			r.Broker.Stall()
+			r.Wait(9 * time.Second) // it passes 15 s after the last byte
 		},
-		"reset":         func(b *bench) { time.AfterFunc(time.Millisecond, func() { b.broker.Reset() }) },
-		"fin":           func(b *bench) { time.AfterFunc(time.Millisecond, func() { b.broker.FIN() }) },
-		"close limit":   func(b *bench) { b.broker.NoCloseOk(true) },
-		"parked reader": func(b *bench) { b.broker.StrayReply(true) },
-		"setup given up": func(b *bench) {
-			b.broker.HangAt(steadymqtest.StageTune, true)
-			b.broker.Reset()
-			b.wait(time.Second)
+		"reset":         func(r *rig.Rig) { time.AfterFunc(time.Millisecond, func() { r.Broker.Reset() }) },
+		"fin":           func(r *rig.Rig) { time.AfterFunc(time.Millisecond, func() { r.Broker.FIN() }) },
+		"close limit":   func(r *rig.Rig) { r.Broker.NoCloseOk(true) },
+		"parked reader": func(r *rig.Rig) { r.Broker.StrayReply(true) },
+		"setup given up": func(r *rig.Rig) {
+			r.Broker.HangAt(steadymqtest.StageTune, true)
+			r.Broker.Reset()
+			r.Wait(time.Second)
 		},
-		"session given up": func(b *bench) {
-			b.broker.HangAt(steadymqtest.StageConsume, true)
-			b.broker.CancelConsumers(queue)
-			b.wait(time.Second)
+		"session given up": func(r *rig.Rig) {
+			r.Broker.HangAt(steadymqtest.StageConsume, true)
+			r.Broker.CancelConsumers(rig.Queue)
+			r.Wait(time.Second)
 		},
 	}
 	for name, before := range stops {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				sockets := &slowlyClosed{dial: b.broker.Dialer(), close: func() { time.Sleep(100 * time.Millisecond) }}
-				b.consuming(ack, steadymq.WithDialer(sockets.DialContext))
-				before(b)
-				_ = b.stop()
-				assert.Zero(b, sockets.open.Load(), "no socket is open once Run has returned")
-				assert.Zero(b, b.consumer.Stats().Abandoned)
-				b.wait(time.Second)
+			rig.Bubble(t, func(r *rig.Rig) {
+				sockets := &slowlyClosed{dial: r.Broker.Dialer(), close: func() { time.Sleep(100 * time.Millisecond) }}
+				r.Consuming(rig.Ack, steadymq.WithDialer(sockets.DialContext))
+				before(r)
+				_ = r.Stop()
+				assert.Zero(r, sockets.open.Load(), "no socket is open once Run has returned")
+				assert.Zero(r, r.Consumer.Stats().Abandoned)
+				r.Wait(time.Second)
 			})
 		})
 	}
 }
 
 func TestConnectionThatNeverClosesHoldsUpNeitherHealingNorStop(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		stuck := make(chan struct{})
-		sockets := &slowlyClosed{dial: b.broker.Dialer(), close: func() { <-stuck }}
-		b.consuming(ack, steadymq.WithDialer(sockets.DialContext))
-		b.broker.Reset()
-		b.wait(time.Second)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		sockets := &slowlyClosed{dial: r.Broker.Dialer(), close: func() { <-stuck }}
+		r.Consuming(rig.Ack, steadymq.WithDialer(sockets.DialContext))
+		r.Broker.Reset()
+		r.Wait(time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
 		since := time.Now()
-		_ = b.stop()
-		assert.LessOrEqual(b, time.Since(since), 6*time.Second)
-		assert.NotZero(b, b.consumer.Stats().Abandoned)
+		_ = r.Stop()
+		assert.LessOrEqual(r, time.Since(since), 6*time.Second)
+		assert.NotZero(r, r.Consumer.Stats().Abandoned)
 		close(stuck)
-		b.wait(time.Second)
-		assert.Zero(b, sockets.open.Load())
+		r.Wait(time.Second)
+		assert.Zero(r, sockets.open.Load())
 	})
 }
 
 func TestConsumeOkThatIsLostOnTheWayIsNoSession(t *testing.T) {
 	var broker *steadymqtest.Broker
 	confirmed := 0
-	bubble(t, func(b *bench) {
-		broker = b.broker
-		b.run(ack)
-		err := <-b.result // a plain refusal before the first session
-		b.result = nil
+	rig.Bubble(t, func(r *rig.Rig) {
+		broker = r.Broker
+		r.Run(rig.Ack)
+		err := <-r.Result // a plain refusal before the first session
+		r.Result = nil
 		var at *steadymq.SessionError
-		require.ErrorAs(b, err, &at)
-		assert.Equal(b, "consume", at.Op)
-		assert.ErrorContains(b, err, "406")
-		assert.Zero(b, b.consumer.Stats().Sessions)
-		assert.Equal(b, 3, confirmed)
+		require.ErrorAs(r, err, &at)
+		assert.Equal(r, "consume", at.Op)
+		assert.ErrorContains(r, err, "406")
+		assert.Zero(r, r.Consumer.Stats().Sessions)
+		assert.Equal(r, 3, confirmed)
 	}, steadymqtest.WithHooks(steadymqtest.Hooks{Consuming: func(steadymqtest.ConsumerRecord) {
 		if confirmed++; confirmed == 3 {
 			broker.RefuseConsume(406, "inequivalent arg")
@@ -197,17 +198,17 @@ func TestJudgeKnowsAConsumeOkFromASession(t *testing.T) {
 }
 
 func TestQueueOfTheBrokersNamingIsKeptWhateverElseIsMissing(t *testing.T) { // seed 174
-	bubble(t, func(b *bench) {
-		b.subscribed(ack, steadymq.WithQueue(events))
-		before := b.named()
-		b.broker.RefuseConsume(404, "home node 'rabbit@a' of queue '"+before[0]+"' in vhost '/' is down or inaccessible")
-		b.failChannels(1, 0)
-		b.wait(time.Minute)
-		assert.Equal(b, before, b.named())
-		b.broker.RefuseConsume(0, "")
-		b.wait(10 * time.Second)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.Equal(b, before, b.named())
+	rig.Bubble(t, func(r *rig.Rig) {
+		subscribed(r, rig.Ack, steadymq.WithQueue(events))
+		before := namedByBroker(r)
+		r.Broker.RefuseConsume(404, "home node 'rabbit@a' of queue '"+before[0]+"' in vhost '/' is down or inaccessible")
+		failChannels(r, 1, 0)
+		r.Wait(time.Minute)
+		assert.Equal(r, before, namedByBroker(r))
+		r.Broker.RefuseConsume(0, "")
+		r.Wait(10 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Equal(r, before, namedByBroker(r))
 	})
 }
 

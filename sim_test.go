@@ -22,6 +22,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -494,12 +495,12 @@ func (s *sim) publish(x simPublish) (routed int) {
 		}
 		switch i % 8 { // headers that the driver refuses
 		case 3:
-			m.RawHeaders = nestedArrays(40)
+			m.RawHeaders = rig.NestedArrays(40)
 		case 6:
-			m.RawHeaders = header('L', 0, 0, 0, 0, 0, 0, 0, 1)
+			m.RawHeaders = rig.HeaderTable('L', 0, 0, 0, 0, 0, 0, 0, 1)
 		}
 		if x.unfit && x.body == 0 {
-			m.RawHeaders = header('?')
+			m.RawHeaders = rig.HeaderTable('?')
 		}
 		if s.send(x, m) {
 			routed++

@@ -18,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -54,21 +55,21 @@ func TestErrorThatCannotBeReadIsAFailureThatSaysSo(t *testing.T) {
 	for name, broken := range brokenErrors() {
 		fail := func() error { return broken }
 		for where, option := range map[string]steadymq.Option{
-			"WithTopology":    steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) { return queue, fail() }),
+			"WithTopology":    steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) { return rig.Queue, fail() }),
 			"WithURLFunc":     steadymq.WithURLFunc(func(context.Context) (string, error) { return "", fail() }),
 			"WithCredentials": steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) { return steadymq.Credentials{}, fail() }),
 			"WithDialer":      steadymq.WithDialer(func(context.Context, string, string) (net.Conn, error) { return nil, fail() }),
 		} {
 			t.Run(where+", "+name, func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					b.run(ack, option)
-					b.wait(time.Minute)
-					require.Greater(b, len(b.causes()), 1, "it goes on")
+				rig.Bubble(t, func(r *rig.Rig) {
+					r.Run(rig.Ack, option)
+					r.Wait(time.Minute)
+					require.Greater(r, len(r.Causes()), 1, "it goes on")
 					var panicked *steadymq.PanicError
-					require.ErrorAs(b, b.causes()[0], &panicked)
-					assert.NotEmpty(b, panicked.Stack)
-					assert.ErrorContains(b, b.causes()[0], where)
-					assert.ErrorContains(b, b.causes()[0], "panics when it is read; is it a nil pointer")
+					require.ErrorAs(r, r.Causes()[0], &panicked)
+					assert.NotEmpty(r, panicked.Stack)
+					assert.ErrorContains(r, r.Causes()[0], where)
+					assert.ErrorContains(r, r.Causes()[0], "panics when it is read; is it a nil pointer")
 				})
 			})
 		}
@@ -82,21 +83,21 @@ func TestErrorOfAHandlerThatCannotBeReadIsAFailure(t *testing.T) {
 			"panicked with": func(context.Context, *steadymq.Delivery) error { panic(broken) },
 		} {
 			t.Run(how+" "+name, func(t *testing.T) {
-				bubble(t, func(b *bench) {
+				rig.Bubble(t, func(r *rig.Rig) {
 					var told []error
-					b.consuming(h, steadymq.WithHooks(steadymq.Hooks{
+					r.Consuming(h, steadymq.WithHooks(steadymq.Hooks{
 						HandlerFailed: func(_ *steadymq.Delivery, err error) { told = append(told, err) },
 					}))
-					b.broker.Publish(queue, "tea")
-					b.wait(10 * time.Second)
-					require.Greater(b, len(told), 1, "the message comes again")
-					require.ErrorAs(b, told[0], new(*steadymq.PanicError))
-					assert.ErrorContains(b, told[0], "panics when it is read")
-					assert.NotEmpty(b, b.log.lines("handler panicked"))
+					r.Broker.Publish(rig.Queue, "tea")
+					r.Wait(10 * time.Second)
+					require.Greater(r, len(told), 1, "the message comes again")
+					require.ErrorAs(r, told[0], new(*steadymq.PanicError))
+					assert.ErrorContains(r, told[0], "panics when it is read")
+					assert.NotEmpty(r, r.Log.Lines("handler panicked"))
 
-					o, err := steadymq.Invoke(b.Context(), h, steadymq.NewDelivery(amqp.Delivery{}))
-					assert.Equal(b, steadymq.Requeued, o)
-					assert.ErrorAs(b, err, new(*steadymq.PanicError))
+					o, err := steadymq.Invoke(r.Context(), h, steadymq.NewDelivery(amqp.Delivery{}))
+					assert.Equal(r, steadymq.Requeued, o)
+					assert.ErrorAs(r, err, new(*steadymq.PanicError))
 				})
 			})
 		}
@@ -107,12 +108,12 @@ func TestErrorOfAHandlerThatCannotBeReadIsAFailure(t *testing.T) {
 func TestOutcomeStaysThoughTheErrorInItCannotBeRead(t *testing.T) {
 	for name, broken := range brokenErrors() {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.Discard(broken) })
-				b.broker.Publish(queue, "tea")
-				b.wait(time.Second)
-				assert.EqualValues(b, 1, b.consumer.Stats().Discarded)
-				assert.EqualValues(b, 1, b.consumer.Stats().Failed)
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.Discard(broken) })
+				r.Broker.Publish(rig.Queue, "tea")
+				r.Wait(time.Second)
+				assert.EqualValues(r, 1, r.Consumer.Stats().Discarded)
+				assert.EqualValues(r, 1, r.Consumer.Stats().Failed)
 			})
 		})
 	}
@@ -121,18 +122,18 @@ func TestOutcomeStaysThoughTheErrorInItCannotBeRead(t *testing.T) {
 func TestCauseOfRunsContextThatCannotBeReadEndsNoProcess(t *testing.T) {
 	for name, broken := range brokenErrors() {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				ctx, stop := context.WithCancelCause(b.Context())
+			rig.Bubble(t, func(r *rig.Rig) {
+				ctx, stop := context.WithCancelCause(r.Context())
 				ended := make(chan error, 1)
-				c := b.make(steadymq.WithTopology(func(ctx context.Context, _ *amqp.Channel) (string, error) {
+				c := r.New(steadymq.WithTopology(func(ctx context.Context, _ *amqp.Channel) (string, error) {
 					<-ctx.Done()
 					time.Sleep(50 * time.Millisecond) // the connection has ended for that cause
 					return "", errAway
 				}))
-				go func() { ended <- c.Run(ctx, ack) }()
-				b.wait(time.Second)
+				go func() { ended <- c.Run(ctx, rig.Ack) }()
+				r.Wait(time.Second)
 				stop(broken)
-				assert.NoError(b, <-ended)
+				assert.NoError(r, <-ended)
 			})
 		})
 	}
@@ -141,31 +142,31 @@ func TestCauseOfRunsContextThatCannotBeReadEndsNoProcess(t *testing.T) {
 func TestDialerThatReturnsNoConnectionIsAFailureThatSaysSo(t *testing.T) {
 	for name, conn := range map[string]net.Conn{"nil": nil, "a nil pointer": (*net.TCPConn)(nil)} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.run(ack, steadymq.WithDialer(func(context.Context, string, string) (net.Conn, error) { return conn, nil }))
-				b.wait(time.Minute)
-				require.Greater(b, len(b.causes()), 1)
-				assert.ErrorContains(b, b.causes()[0], "WithDialer: the function returned neither a connection nor an error")
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Run(rig.Ack, steadymq.WithDialer(func(context.Context, string, string) (net.Conn, error) { return conn, nil }))
+				r.Wait(time.Minute)
+				require.Greater(r, len(r.Causes()), 1)
+				assert.ErrorContains(r, r.Causes()[0], "WithDialer: the function returned neither a connection nor an error")
 			})
 		})
 	}
 }
 
 func TestConnectionThatComesWithAnErrorIsClosed(t *testing.T) {
-	bubble(t, func(b *bench) {
-		sockets := &countingDialer{dial: b.broker.Dialer()}
-		b.run(ack, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		sockets := &rig.CountingDialer{Dial: r.Broker.Dialer()}
+		r.Run(rig.Ack, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
 			conn, _ := sockets.DialContext(ctx, network, address)
 			var err *net.OpError
 			return conn, err
 		}))
-		b.wait(time.Minute)
-		assert.Zero(b, sockets.open.Load())
+		r.Wait(time.Minute)
+		assert.Zero(r, sockets.Open.Load())
 	})
 }
 
 func TestNewRefusesANilPointerForALoginMechanism(t *testing.T) {
-	_, err := steadymq.New("amqp://h/", queue, steadymq.WithSASL((*amqp.PlainAuth)(nil)))
+	_, err := steadymq.New("amqp://h/", rig.Queue, steadymq.WithSASL((*amqp.PlainAuth)(nil)))
 	var refused *steadymq.OptionError
 	require.ErrorAs(t, err, &refused)
 	assert.Equal(t, "WithSASL", refused.Option)
@@ -195,11 +196,11 @@ func TestConnectionThatPanicsIsReplaced(t *testing.T) {
 				continue
 			}
 			t.Run(where+", "+what, func(t *testing.T) {
-				bubble(t, func(b *bench) {
+				rig.Bubble(t, func(r *rig.Rig) {
 					dials := 0
-					b.run(ack, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+					r.Run(rig.Ack, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
 						dials++
-						conn, err := b.broker.Dialer()(ctx, network, address)
+						conn, err := r.Broker.Dialer()(ctx, network, address)
 						if dials > 1 || err != nil {
 							return conn, err
 						}
@@ -207,13 +208,13 @@ func TestConnectionThatPanicsIsReplaced(t *testing.T) {
 						map[string]func(){"Read": func() { c.read = fault }, "Write": func() { c.write = fault }, "Close": func() { c.shut = fault }}[where]()
 						return c, nil
 					}))
-					b.wait(5 * time.Second)
-					b.broker.Reset()
-					b.wait(time.Minute)
-					assert.Equal(b, steadymq.Consuming, b.consumer.State())
-					assert.GreaterOrEqual(b, dials, 2)
+					r.Wait(5 * time.Second)
+					r.Broker.Reset()
+					r.Wait(time.Minute)
+					assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+					assert.GreaterOrEqual(r, dials, 2)
 					if where != "Close" {
-						assert.ErrorAs(b, b.causes()[0], new(*steadymq.PanicError))
+						assert.ErrorAs(r, r.Causes()[0], new(*steadymq.PanicError))
 					}
 				})
 			})
@@ -238,19 +239,19 @@ func TestTLSCallbackThatFailsLeavesNoSocket(t *testing.T) {
 			"later": func(c *tls.Config) { c.ClientSessionCache = sessions{fault} },
 		} {
 			t.Run(what+" "+where, func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					sockets := &countingDialer{dial: b.broker.Dialer()}
-					config := b.broker.TLSConfig()
+				rig.Bubble(t, func(r *rig.Rig) {
+					sockets := &rig.CountingDialer{Dial: r.Broker.Dialer()}
+					config := r.Broker.TLSConfig()
 					plant(config)
-					b.run(ack, steadymq.WithDialer(sockets.DialContext), steadymq.WithTLSConfig(config))
-					b.wait(5 * time.Minute)
-					require.Greater(b, len(b.causes()), 1, "it goes on")
+					r.Run(rig.Ack, steadymq.WithDialer(sockets.DialContext), steadymq.WithTLSConfig(config))
+					r.Wait(5 * time.Minute)
+					require.Greater(r, len(r.Causes()), 1, "it goes on")
 					var panicked *steadymq.PanicError
-					require.ErrorAs(b, b.causes()[0], &panicked)
-					assert.ErrorContains(b, b.causes()[0], "TLS")
-					assert.LessOrEqual(b, sockets.open.Load(), int64(1))
-					b.stop()
-					assert.Zero(b, sockets.open.Load(), "open sockets after Run")
+					require.ErrorAs(r, r.Causes()[0], &panicked)
+					assert.ErrorContains(r, r.Causes()[0], "TLS")
+					assert.LessOrEqual(r, sockets.Open.Load(), int64(1))
+					r.Stop()
+					assert.Zero(r, sockets.Open.Load(), "open sockets after Run")
 				}, steadymqtest.WithTLS())
 			})
 		}
@@ -258,7 +259,7 @@ func TestTLSCallbackThatFailsLeavesNoSocket(t *testing.T) {
 }
 
 func TestTLSCallbackThatHangsIsLeftBehindAndCounted(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		release := make(chan struct{})
 		var calls atomic.Int32 // no sync.Once: a second try that waited for its mutex would stop the clock
 		hang := func() {
@@ -266,15 +267,15 @@ func TestTLSCallbackThatHangsIsLeftBehindAndCounted(t *testing.T) {
 				<-release
 			}
 		}
-		config := b.broker.TLSConfig()
+		config := r.Broker.TLSConfig()
 		config.VerifyPeerCertificate = func([][]byte, [][]*x509.Certificate) error { hang(); return nil }
-		b.run(ack, steadymq.WithTLSConfig(config), steadymq.WithSetupTimeout(2*time.Second))
-		b.wait(2*time.Second + 450*time.Millisecond)
-		assert.EqualValues(b, 1, b.consumer.Stats().Abandoned)
-		require.NotEmpty(b, b.causes())
-		assert.ErrorContains(b, b.causes()[0], "WithTLSConfig")
+		r.Run(rig.Ack, steadymq.WithTLSConfig(config), steadymq.WithSetupTimeout(2*time.Second))
+		r.Wait(2*time.Second + 450*time.Millisecond)
+		assert.EqualValues(r, 1, r.Consumer.Stats().Abandoned)
+		require.NotEmpty(r, r.Causes())
+		assert.ErrorContains(r, r.Causes()[0], "WithTLSConfig")
 		close(release)
-		b.wait(time.Minute)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
+		r.Wait(time.Minute)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
 	}, steadymqtest.WithTLS())
 }

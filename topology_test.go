@@ -13,66 +13,67 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
 // A channel like that looks healthy: it delivers, and its acks are lost without a word.
 func TestTopologyFunctionThatMakesTheChannelTransactionalIsRefused(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var mended atomic.Bool
-		b.broker.Publish(queue, "tea")
-		b.run(ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Run(rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
 			if mended.Load() {
-				return queue, nil
+				return rig.Queue, nil
 			}
-			return queue, ch.Tx()
+			return rig.Queue, ch.Tx()
 		}))
-		b.wait(time.Minute)
-		assert.Zero(b, b.consumer.Stats().Delivered)
-		require.NotEmpty(b, b.causes())
-		assert.Less(b, len(b.causes()), 40)
-		for _, cause := range b.causes() {
+		r.Wait(time.Minute)
+		assert.Zero(r, r.Consumer.Stats().Delivered)
+		require.NotEmpty(r, r.Causes())
+		assert.Less(r, len(r.Causes()), 40)
+		for _, cause := range r.Causes() {
 			var at *steadymq.SessionError
-			require.ErrorAs(b, cause, &at)
-			assert.Equal(b, "topology", at.Op)
-			assert.ErrorContains(b, cause, "WithTopology: the function has made the channel transactional")
+			require.ErrorAs(r, cause, &at)
+			assert.Equal(r, "topology", at.Op)
+			assert.ErrorContains(r, cause, "WithTopology: the function has made the channel transactional")
 		}
 		mended.Store(true)
-		b.wait(time.Minute)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
-		assert.Zero(b, b.broker.QueueLen(queue)+b.broker.Unsettled(queue))
+		r.Wait(time.Minute)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Zero(r, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
 	})
 }
 
 // It is forbidden. Refused, its messages would be taken back with every try, and counted by a
 // delivery limit; so it is told, and costs no more than what it has taken.
 func TestTopologyFunctionThatConsumesIsToldOnce(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.run(ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
-			_, err := ch.Consume(queue, "", false, false, false, false, nil)
-			return queue, err
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Run(rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			_, err := ch.Consume(rig.Queue, "", false, false, false, false, nil)
+			return rig.Queue, err
 		}))
-		b.wait(time.Second)
-		require.Equal(b, steadymq.Consuming, b.consumer.State())
-		b.broker.Publish(queue, "a", "b", "c", "d")
-		b.wait(time.Second)
-		assert.EqualValues(b, 2, b.consumer.Stats().Acked, "its own")
-		assert.Equal(b, 2, b.broker.Unsettled(queue))
-		b.broker.Reset()
-		b.wait(time.Second)
-		assert.Equal(b, 1, strings.Count(b.log.String(), "has consumed on the session's channel"))
-		assert.Contains(b, b.log.String(), "queue=orders")
+		r.Wait(time.Second)
+		require.Equal(r, steadymq.Consuming, r.Consumer.State())
+		r.Broker.Publish(rig.Queue, "a", "b", "c", "d")
+		r.Wait(time.Second)
+		assert.EqualValues(r, 2, r.Consumer.Stats().Acked, "its own")
+		assert.Equal(r, 2, r.Broker.Unsettled(rig.Queue))
+		r.Broker.Reset()
+		r.Wait(time.Second)
+		assert.Equal(r, 1, strings.Count(r.Log.String(), "has consumed on the session's channel"))
+		assert.Contains(r, r.Log.String(), "queue=orders")
 	})
 }
 
 func TestQueueThatAMQPCannotCarryIsNotSent(t *testing.T) {
 	for reason, name := range map[string]string{"has 256 bytes": strings.Repeat("q", 256), "is no UTF-8": "\xff"} {
-		bubble(t, func(b *bench) {
-			b.run(ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) { return name, nil }))
-			b.wait(time.Minute)
-			require.NotEmpty(b, b.causes())
-			for _, cause := range b.causes() {
-				assert.ErrorContains(b, cause, "WithTopology: the queue's name "+reason)
+		rig.Bubble(t, func(r *rig.Rig) {
+			r.Run(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) { return name, nil }))
+			r.Wait(time.Minute)
+			require.NotEmpty(r, r.Causes())
+			for _, cause := range r.Causes() {
+				assert.ErrorContains(r, cause, "WithTopology: the queue's name "+reason)
 			}
 		})
 	}
@@ -80,9 +81,9 @@ func TestQueueThatAMQPCannotCarryIsNotSent(t *testing.T) {
 
 // What a session asks for while it is set up shares the socket with acks of the one before.
 func TestTopologyFunctionThatPublishesDisturbsNoAck(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		const messages = 40
-		b.broker.DeclareQueue("large", steadymqtest.QueueOptions{})
+		r.Broker.DeclareQueue("large", steadymqtest.QueueOptions{})
 		setUp := make(chan struct{}, 1)
 		topology := func(ctx context.Context, ch *amqp.Channel) (string, error) {
 			if err := ch.Confirm(false); err != nil {
@@ -98,9 +99,9 @@ func TestTopologyFunctionThatPublishesDisturbsNoAck(t *testing.T) {
 					return "", errors.Join(err, errors.New("not confirmed"))
 				}
 			}
-			return queue, nil
+			return rig.Queue, nil
 		}
-		b.run(func(_ context.Context, d *steadymq.Delivery) error {
+		r.Run(func(_ context.Context, d *steadymq.Delivery) error {
 			if d.Session() == 1 {
 				<-setUp // of the next
 				setUp <- struct{}{}
@@ -108,18 +109,18 @@ func TestTopologyFunctionThatPublishesDisturbsNoAck(t *testing.T) {
 			}
 			return nil
 		}, steadymq.WithTopology(topology), steadymq.WithConcurrency(messages))
-		b.wait(time.Second)
+		r.Wait(time.Second)
 		<-setUp
-		b.broker.Publish(queue, make([]string, messages)...)
-		b.wait(time.Second)
-		b.broker.CancelConsumers(queue)
-		b.wait(time.Second)
-		b.broker.Publish(queue, "for the next")
-		b.wait(time.Second)
-		assert.EqualValues(b, 2, b.consumer.Stats().Sessions)
-		assert.EqualValues(b, messages+1, b.consumer.Stats().Acked)
-		assert.Zero(b, b.broker.QueueLen(queue)+b.broker.Unsettled(queue))
-		assert.Equal(b, 2*messages, b.broker.QueueLen("large"))
-		assert.EqualValues(b, 1, b.consumer.Stats().Connections)
+		r.Broker.Publish(rig.Queue, make([]string, messages)...)
+		r.Wait(time.Second)
+		r.Broker.CancelConsumers(rig.Queue)
+		r.Wait(time.Second)
+		r.Broker.Publish(rig.Queue, "for the next")
+		r.Wait(time.Second)
+		assert.EqualValues(r, 2, r.Consumer.Stats().Sessions)
+		assert.EqualValues(r, messages+1, r.Consumer.Stats().Acked)
+		assert.Zero(r, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
+		assert.Equal(r, 2*messages, r.Broker.QueueLen("large"))
+		assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
 	})
 }

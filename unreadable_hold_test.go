@@ -7,6 +7,7 @@ import (
 	"github.com/stretchr/testify/assert"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -16,15 +17,15 @@ func TestHoldOfAnUnreadableMessageIsItsOwn(t *testing.T) {
 		"long":  {24 * time.Hour, 24 * time.Hour},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.broker.PublishMessage(queue, steadymqtest.Message{Body: []byte("large")})
-				b.consuming(ack, steadymq.WithMaxMessageSize(1), steadymq.WithRequeueDelay(delays[0], delays[1]), steadymq.WithPrefetch(2))
-				b.wait(7 * time.Minute)
-				assert.EqualValues(b, 1, b.consumer.Stats().Unreadable)
-				assert.Equal(b, 1, b.consumer.Stats().Held)
-				assert.NotZero(b, b.told("take what cannot be read out of the queue with another client"))
-				b.wait(9 * time.Minute)
-				assert.Greater(b, b.consumer.Stats().Unreadable, uint64(1), "it has come again")
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{Body: []byte("large")})
+				r.Consuming(rig.Ack, steadymq.WithMaxMessageSize(1), steadymq.WithRequeueDelay(delays[0], delays[1]), steadymq.WithPrefetch(2))
+				r.Wait(7 * time.Minute)
+				assert.EqualValues(r, 1, r.Consumer.Stats().Unreadable)
+				assert.Equal(r, 1, r.Consumer.Stats().Held)
+				assert.NotZero(r, r.TimesLogged("take what cannot be read out of the queue with another client"))
+				r.Wait(9 * time.Minute)
+				assert.Greater(r, r.Consumer.Stats().Unreadable, uint64(1), "it has come again")
 			})
 		})
 	}

@@ -14,29 +14,18 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// header is an encoded header with the name k.
-func header(typ byte, value ...byte) []byte { return append([]byte{1, 'k', typ}, value...) }
-
-// nestedArrays is a header with arrays in arrays, which takes the fewest bytes a level.
-func nestedArrays(depth int) []byte {
-	b := make([]byte, 0, 5*depth)
-	for inside := 5 * (depth - 1); inside >= 0; inside -= 5 {
-		b = binary.BigEndian.AppendUint32(append(b, 'A'), uint32(inside))
-	}
-	return append([]byte{1, 'k'}, b...)
-}
-
 // among publishes a message between two good ones to a queue of the type.
-func (b *bench) among(queueType string, m steadymqtest.Message) {
-	b.broker.DeleteQueue(queue)
-	b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: queueType})
+func among(r *rig.Rig, queueType string, m steadymqtest.Message) {
+	r.Broker.DeleteQueue(rig.Queue)
+	r.Broker.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{Type: queueType})
 	m.Body = []byte("between")
-	b.broker.Publish(queue, "good 1")
-	b.broker.PublishMessage(queue, m)
-	b.broker.Publish(queue, "good 2")
+	r.Broker.Publish(rig.Queue, "good 1")
+	r.Broker.PublishMessage(rig.Queue, m)
+	r.Broker.Publish(rig.Queue, "good 2")
 }
 
 // handled is a handler that notes what it is given, by one worker at a time.
@@ -54,16 +43,6 @@ func (h *handled) bodies() (bodies []string) {
 	return bodies
 }
 
-// ofType are options for a queue of the type.
-func ofType(queueType string) []steadymq.Option {
-	if queueType == "stream" {
-		return opts(steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
-	}
-	return nil
-}
-
-var queueTypes = []string{"classic", "quorum", "stream"}
-
 func TestHeadersThatRabbitMQAcceptsAreRead(t *testing.T) {
 	many := make(map[string]any)
 	for i := range 10_000 {
@@ -78,29 +57,29 @@ func TestHeadersThatRabbitMQAcceptsAreRead(t *testing.T) {
 		"10,000 headers":          {Headers: many},
 		"10,000 in one array":     {Headers: map[string]any{"list": list}},
 		"tables 1,000 deep":       {Headers: deep},
-		"arrays 26,000 deep":      {RawHeaders: nestedArrays(26_000)},
-		"a 64-bit integer of 0-9": {RawHeaders: header('L', 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFE)},
+		"arrays 26,000 deep":      {RawHeaders: rig.NestedArrays(26_000)},
+		"a 64-bit integer of 0-9": {RawHeaders: rig.HeaderTable('L', 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFE)},
 		"300 KB, over frame_max":  {Headers: map[string]any{"large": strings.Repeat("x", 300_000)}},
 		"just under 1 MiB":        {Headers: map[string]any{"large": strings.Repeat("x", 1<<20-300)}},
 	} {
-		for _, queueType := range queueTypes {
+		for _, queueType := range rig.QueueTypes {
 			t.Run(name+", "+queueType, func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					b.among(queueType, m)
+				rig.Bubble(t, func(r *rig.Rig) {
+					among(r, queueType, m)
 					var got handled
-					b.consuming(got.handle, ofType(queueType)...)
-					b.wait(time.Second)
-					require.Equal(b, []string{"good 1", "between", "good 2"}, got.bodies())
+					r.Consuming(got.handle, rig.OfType(queueType)...)
+					r.Wait(time.Second)
+					require.Equal(r, []string{"good 1", "between", "good 2"}, got.bodies())
 					if m.Headers != nil {
-						assert.Len(b, got[1].Headers, len(m.Headers)+len(got[0].Headers))
+						assert.Len(r, got[1].Headers, len(m.Headers)+len(got[0].Headers))
 					} else if queueType == "classic" {
-						assert.Len(b, got[1].Headers, 1)
+						assert.Len(r, got[1].Headers, 1)
 					}
 					if v, ok := got[1].Headers["k"].(int64); ok {
-						assert.EqualValues(b, -2, v)
+						assert.EqualValues(r, -2, v)
 					}
-					assert.Zero(b, b.consumer.Stats().Unreadable)
-					assert.EqualValues(b, 1, b.consumer.Stats().Sessions)
+					assert.Zero(r, r.Consumer.Stats().Unreadable)
+					assert.EqualValues(r, 1, r.Consumer.Stats().Sessions)
 				})
 			})
 		}
@@ -112,54 +91,54 @@ var unreadable = map[string]struct {
 	raw    []byte
 	reason string
 }{
-	"a type that does not exist":     {header('?', 1, 2, 3), "its headers cannot be read: a field is of the unknown type '?'"},
-	"a string longer than the table": {header('S', 0, 0, 9, 9, 'x'), "its headers cannot be read: something is cut off"},
+	"a type that does not exist":     {rig.HeaderTable('?', 1, 2, 3), "its headers cannot be read: a field is of the unknown type '?'"},
+	"a string longer than the table": {rig.HeaderTable('S', 0, 0, 9, 9, 'x'), "its headers cannot be read: something is cut off"},
 	"a name longer than the table":   {[]byte{200, 'k'}, "its headers cannot be read: something is cut off"},
-	"a negative size":                {header('x', 0x80, 0, 0, 0), "its headers cannot be read: a size is negative"},
-	"arrays 200,000 deep":            {nestedArrays(200_000), "its headers cannot be read: tables nest deeper than 32768 levels"},
-	"more than 1 MiB of them":        {header('S', append([]byte{0, 0x10, 0, 0}, make([]byte, 1<<20)...)...), "its headers are larger than 1048576 bytes"},
+	"a negative size":                {rig.HeaderTable('x', 0x80, 0, 0, 0), "its headers cannot be read: a size is negative"},
+	"arrays 200,000 deep":            {rig.NestedArrays(200_000), "its headers cannot be read: tables nest deeper than 32768 levels"},
+	"more than 1 MiB of them":        {rig.HeaderTable('S', append([]byte{0, 0x10, 0, 0}, make([]byte, 1<<20)...)...), "its headers are larger than 1048576 bytes"},
 }
 
 func TestMessageThatCannotBeReadStopsNothing(t *testing.T) {
 	for name, test := range unreadable {
-		for _, queueType := range queueTypes[:2] {
+		for _, queueType := range rig.QueueTypes[:2] {
 			t.Run(name+", "+queueType, func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					b.among(queueType, steadymqtest.Message{RawHeaders: test.raw})
+				rig.Bubble(t, func(r *rig.Rig) {
+					among(r, queueType, steadymqtest.Message{RawHeaders: test.raw})
 					var got handled
 					var told []*steadymq.MessageError
-					b.consuming(got.handle, steadymq.WithHooks(steadymq.Hooks{
-						StateChanged: b.changed,
+					r.Consuming(got.handle, steadymq.WithHooks(steadymq.Hooks{
+						StateChanged: r.Changed,
 						Unreadable:   func(e *steadymq.MessageError) { told = append(told, e) },
 					}))
-					b.wait(7 * time.Minute)
-					require.Equal(b, []string{"good 1", "good 2"}, got.bodies(), "each once, in order")
-					require.Len(b, told, 1)
-					assert.EqualError(b, told[0].Err, test.reason)
-					assert.EqualError(b, told[0], `steadymq: queue orders: the message with delivery tag 2 (exchange "", routing key "orders", 7 bytes) is given to no handler: `+test.reason)
+					r.Wait(7 * time.Minute)
+					require.Equal(r, []string{"good 1", "good 2"}, got.bodies(), "each once, in order")
+					require.Len(r, told, 1)
+					assert.EqualError(r, told[0].Err, test.reason)
+					assert.EqualError(r, told[0], `steadymq: queue orders: the message with delivery tag 2 (exchange "", routing key "orders", 7 bytes) is given to no handler: `+test.reason)
 					told[0].Err = nil
-					assert.Equal(b, steadymq.MessageError{
-						Queue: queue, Host: "mq1.test:5672", Session: 1, RoutingKey: queue, DeliveryTag: 2, Size: 7,
+					assert.Equal(r, steadymq.MessageError{
+						Queue: rig.Queue, Host: "mq1.test:5672", Session: 1, RoutingKey: rig.Queue, DeliveryTag: 2, Size: 7,
 					}, *told[0])
-					assert.Equal(b, 1, b.broker.Unsettled(queue), "it is held")
+					assert.Equal(r, 1, r.Broker.Unsettled(rig.Queue), "it is held")
 
-					b.wait(16 * time.Minute)
+					r.Wait(16 * time.Minute)
 					again := len(told)
-					assert.Contains(b, []int{2, 3}, again, "it was put back and came again, after 7.5 to 22.5 minutes")
-					back := b.broker.Ledger().Settlements[2]
-					assert.Equal(b, steadymqtest.Nack, back.Kind, "which no delivery limit counts, where it can be helped")
-					assert.True(b, back.Requeue)
+					assert.Contains(r, []int{2, 3}, again, "it was put back and came again, after 7.5 to 22.5 minutes")
+					back := r.Broker.Ledger().Settlements[2]
+					assert.Equal(r, steadymqtest.Nack, back.Kind, "which no delivery limit counts, where it can be helped")
+					assert.True(r, back.Requeue)
 
-					stats := b.consumer.Stats()
-					assert.EqualValues(b, again, stats.Unreadable)
-					assert.EqualValues(b, 1, stats.Sessions)
-					assert.EqualValues(b, 2, stats.Delivered)
-					assert.EqualValues(b, 2, stats.Acked)
-					assert.Zero(b, stats.Requeued)
-					assert.Equal(b, again, strings.Count(b.log.String(), "a message cannot be read"))
-					assert.Contains(b, b.log.String(), `exchange="" routing_key=orders delivery_tag=2 size=7 reason="`+strings.ReplaceAll(test.reason, `"`, `\"`))
-					require.NoError(b, b.stop())
-					assert.Equal(b, 1, b.broker.QueueLen(queue), "a stop puts it back")
+					stats := r.Consumer.Stats()
+					assert.EqualValues(r, again, stats.Unreadable)
+					assert.EqualValues(r, 1, stats.Sessions)
+					assert.EqualValues(r, 2, stats.Delivered)
+					assert.EqualValues(r, 2, stats.Acked)
+					assert.Zero(r, stats.Requeued)
+					assert.Equal(r, again, strings.Count(r.Log.String(), "a message cannot be read"))
+					assert.Contains(r, r.Log.String(), `exchange="" routing_key=orders delivery_tag=2 size=7 reason="`+strings.ReplaceAll(test.reason, `"`, `\"`))
+					require.NoError(r, r.Stop())
+					assert.Equal(r, 1, r.Broker.QueueLen(rig.Queue), "a stop puts it back")
 				})
 			})
 		}
@@ -171,30 +150,30 @@ func TestStreamStepsOverAMessageThatCannotBeRead(t *testing.T) {
 	for name, test := range unreadable {
 		for _, offset := range []string{"first", "next"} {
 			t.Run(name+", "+offset, func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					b.broker.DeleteQueue(queue)
-					b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: "stream"})
-					b.broker.Publish(queue, "old")
+				rig.Bubble(t, func(r *rig.Rig) {
+					r.Broker.DeleteQueue(rig.Queue)
+					r.Broker.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{Type: "stream"})
+					r.Broker.Publish(rig.Queue, "old")
 					var got handled
-					b.consuming(got.handle, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": offset}), steadymq.WithPrefetch(2))
+					r.Consuming(got.handle, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": offset}), steadymq.WithPrefetch(2))
 					got = nil // of "old"
 					for i := range 10 {
-						b.broker.Publish(queue, fmt.Sprint("good ", i))
-						b.broker.PublishMessage(queue, steadymqtest.Message{RawHeaders: test.raw})
+						r.Broker.Publish(rig.Queue, fmt.Sprint("good ", i))
+						r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{RawHeaders: test.raw})
 					}
-					b.wait(time.Second)
-					b.broker.Reset()
-					b.broker.Publish(queue, "good 10")
-					b.wait(time.Minute)
+					r.Wait(time.Second)
+					r.Broker.Reset()
+					r.Broker.Publish(rig.Queue, "good 10")
+					r.Wait(time.Minute)
 					var want []string
 					for i := range 11 {
 						want = append(want, fmt.Sprint("good ", i))
 					}
-					assert.Equal(b, want, got.bodies(), "each once, in order")
-					assert.Zero(b, b.broker.Unsettled(queue))
-					assert.EqualValues(b, 10, b.consumer.Stats().Unreadable)
-					assert.EqualValues(b, 2, b.consumer.Stats().Sessions)
-					assert.Contains(b, b.log.String(), "it is stepped over")
+					assert.Equal(r, want, got.bodies(), "each once, in order")
+					assert.Zero(r, r.Broker.Unsettled(rig.Queue))
+					assert.EqualValues(r, 10, r.Consumer.Stats().Unreadable)
+					assert.EqualValues(r, 2, r.Consumer.Stats().Sessions)
+					assert.Contains(r, r.Log.String(), "it is stepped over")
 				})
 			})
 		}
@@ -202,31 +181,31 @@ func TestStreamStepsOverAMessageThatCannotBeRead(t *testing.T) {
 }
 
 func TestMessageOverTheSizeLimitStopsNothing(t *testing.T) {
-	for _, queueType := range queueTypes {
+	for _, queueType := range rig.QueueTypes {
 		t.Run(queueType, func(t *testing.T) {
-			bubble(t, func(b *bench) {
-				b.broker.DeleteQueue(queue)
-				b.broker.DeclareQueue(queue, steadymqtest.QueueOptions{Type: queueType})
-				b.broker.Publish(queue, strings.Repeat("x", 1000), strings.Repeat("x", 1001), "good", strings.Repeat("x", 300_000), "good")
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.DeleteQueue(rig.Queue)
+				r.Broker.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{Type: queueType})
+				r.Broker.Publish(rig.Queue, strings.Repeat("x", 1000), strings.Repeat("x", 1001), "good", strings.Repeat("x", 300_000), "good")
 				var got handled
 				var told []*steadymq.MessageError
-				b.consuming(got.handle, append(ofType(queueType), steadymq.WithMaxMessageSize(1000), steadymq.WithHooks(steadymq.Hooks{
+				r.Consuming(got.handle, append(rig.OfType(queueType), steadymq.WithMaxMessageSize(1000), steadymq.WithHooks(steadymq.Hooks{
 					Unreadable: func(e *steadymq.MessageError) { told = append(told, e) },
 				}))...)
-				b.wait(time.Minute)
-				assert.Equal(b, []string{strings.Repeat("x", 1000), "good", "good"}, got.bodies())
-				require.Len(b, told, 2)
+				r.Wait(time.Minute)
+				assert.Equal(r, []string{strings.Repeat("x", 1000), "good", "good"}, got.bodies())
+				require.Len(r, told, 2)
 				for i, size := range []uint64{1001, 300_000} {
-					assert.ErrorIs(b, told[i], steadymq.ErrMessageTooLarge)
-					assert.Equal(b, size, told[i].Size)
+					assert.ErrorIs(r, told[i], steadymq.ErrMessageTooLarge)
+					assert.Equal(r, size, told[i].Size)
 				}
-				assert.ErrorContains(b, told[0], "1001 bytes) is given to no handler: the message is larger than the limit (WithMaxMessageSize) of 1000 bytes")
-				assert.EqualValues(b, 1, b.consumer.Stats().Sessions)
+				assert.ErrorContains(r, told[0], "1001 bytes) is given to no handler: the message is larger than the limit (WithMaxMessageSize) of 1000 bytes")
+				assert.EqualValues(r, 1, r.Consumer.Stats().Sessions)
 				held := 2
 				if queueType == "stream" {
 					held = 0
 				}
-				assert.Equal(b, held, b.broker.Unsettled(queue))
+				assert.Equal(r, held, r.Broker.Unsettled(rig.Queue))
 			})
 		})
 	}
@@ -234,50 +213,50 @@ func TestMessageOverTheSizeLimitStopsNothing(t *testing.T) {
 
 // The workers may all be busy, for hours.
 func TestUnreadableMessageIsToldThoughAllWorkersAreBusy(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.among("classic", steadymqtest.Message{RawHeaders: header('?')})
-		b.consuming(func(ctx context.Context, _ *steadymq.Delivery) error { <-ctx.Done(); return nil }, steadymq.WithDrainTimeout(time.Second))
-		b.wait(time.Second)
-		assert.EqualValues(b, 1, b.consumer.Stats().Unreadable)
-		_ = b.stop()
+	rig.Bubble(t, func(r *rig.Rig) {
+		among(r, "classic", steadymqtest.Message{RawHeaders: rig.HeaderTable('?')})
+		r.Consuming(func(ctx context.Context, _ *steadymq.Delivery) error { <-ctx.Done(); return nil }, steadymq.WithDrainTimeout(time.Second))
+		r.Wait(time.Second)
+		assert.EqualValues(r, 1, r.Consumer.Stats().Unreadable)
+		_ = r.Stop()
 	})
 }
 
 func TestUnreadableMessagesGoBackWithACancelledSession(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.among("quorum", steadymqtest.Message{RawHeaders: header('?')})
-		b.consuming(ack)
-		b.wait(time.Second)
-		b.broker.CancelConsumers(queue)
-		b.wait(time.Second)
-		assert.EqualValues(b, 2, b.consumer.Stats().Sessions)
-		assert.EqualValues(b, 2, b.consumer.Stats().Unreadable, "the next session was given it")
-		assert.Equal(b, 1, b.broker.Unsettled(queue))
+	rig.Bubble(t, func(r *rig.Rig) {
+		among(r, "quorum", steadymqtest.Message{RawHeaders: rig.HeaderTable('?')})
+		r.Consuming(rig.Ack)
+		r.Wait(time.Second)
+		r.Broker.CancelConsumers(rig.Queue)
+		r.Wait(time.Second)
+		assert.EqualValues(r, 2, r.Consumer.Stats().Sessions)
+		assert.EqualValues(r, 2, r.Consumer.Stats().Unreadable, "the next session was given it")
+		assert.Equal(r, 1, r.Broker.Unsettled(rig.Queue))
 	})
 }
 
 func TestManyUnreadableMessagesMakeOneLogLineASecond(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		told := 0
-		b.consuming(ack, steadymq.WithPrefetch(100), steadymq.WithHooks(steadymq.Hooks{Unreadable: func(*steadymq.MessageError) { told++ }}))
+		r.Consuming(rig.Ack, steadymq.WithPrefetch(100), steadymq.WithHooks(steadymq.Hooks{Unreadable: func(*steadymq.MessageError) { told++ }}))
 		for range 50 {
-			b.broker.PublishMessage(queue, steadymqtest.Message{RawHeaders: header('?')})
-			b.wait(100 * time.Millisecond)
+			r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{RawHeaders: rig.HeaderTable('?')})
+			r.Wait(100 * time.Millisecond)
 		}
-		assert.Equal(b, 50, told)
-		assert.InDelta(b, 5, strings.Count(b.log.String(), "a message cannot be read"), 1)
-		assert.Contains(b, b.log.String(), "suppressed=9")
+		assert.Equal(r, 50, told)
+		assert.InDelta(r, 5, strings.Count(r.Log.String(), "a message cannot be read"), 1)
+		assert.Contains(r, r.Log.String(), "suppressed=9")
 	})
 }
 
 func TestPanicOfTheUnreadableHookEndsRun(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.among("classic", steadymqtest.Message{RawHeaders: header('?')})
-		b.run(ack, steadymq.WithHooks(steadymq.Hooks{Unreadable: func(*steadymq.MessageError) { panic("mine") }}))
-		b.wait(time.Second)
+	rig.Bubble(t, func(r *rig.Rig) {
+		among(r, "classic", steadymqtest.Message{RawHeaders: rig.HeaderTable('?')})
+		r.Run(rig.Ack, steadymq.WithHooks(steadymq.Hooks{Unreadable: func(*steadymq.MessageError) { panic("mine") }}))
+		r.Wait(time.Second)
 		var refused *steadymq.OptionError
-		require.ErrorAs(b, b.stop(), &refused)
-		assert.Equal(b, "WithHooks", refused.Option)
+		require.ErrorAs(r, r.Stop(), &refused)
+		assert.Equal(r, "WithHooks", refused.Option)
 	})
 }
 
@@ -297,29 +276,29 @@ func TestAcksArriveBeforeASessionIsEndedForGarbage(t *testing.T) {
 		"a frame on channel 0": func(string) []byte { return []byte{1, 0, 0, 0, 0, 0, 4, 0, 99, 0, 99, 0xCE} },
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(b *bench) {
+			rig.Bubble(t, func(r *rig.Rig) {
 				busy := make(chan struct{})
-				b.consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+				r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 					if string(d.Body) == "slow" && d.Session() == 1 {
 						<-ctx.Done()
 						<-busy
 					}
 					return nil
 				}, steadymq.WithConcurrency(20), steadymq.WithPrefetch(1000), steadymq.WithWriteDelay(100*time.Millisecond))
-				b.broker.Publish(queue, "slow", "a", "b", "c", "d", "e", "f", "g", "h", "i")
-				b.wait(10 * time.Millisecond)
-				require.Less(b, len(b.broker.Ledger().Settlements), 5, "most of them wait for company")
-				b.broker.Garbage(garbage(b.broker.Ledger().Deliveries[0].ConsumerTag)...)
-				b.wait(30 * time.Second)
+				r.Broker.Publish(rig.Queue, "slow", "a", "b", "c", "d", "e", "f", "g", "h", "i")
+				r.Wait(10 * time.Millisecond)
+				require.Less(r, len(r.Broker.Ledger().Settlements), 5, "most of them wait for company")
+				r.Broker.Garbage(garbage(r.Broker.Ledger().Deliveries[0].ConsumerTag)...)
+				r.Wait(30 * time.Second)
 				close(busy)
-				assert.GreaterOrEqual(b, b.consumer.Stats().Sessions, uint64(2))
-				for _, m := range b.broker.Ledger().Messages {
+				assert.GreaterOrEqual(r, r.Consumer.Stats().Sessions, uint64(2))
+				for _, m := range r.Broker.Ledger().Messages {
 					want := 1
 					if m.ID == "m1" {
 						want = 2
 					}
-					assert.Equal(b, want, m.Deliveries, m.ID)
-					assert.Equal(b, steadymqtest.Acked, m.Fate, m.ID)
+					assert.Equal(r, want, m.Deliveries, m.ID)
+					assert.Equal(r, steadymqtest.Acked, m.Fate, m.ID)
 				}
 			})
 		})

@@ -13,7 +13,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -23,41 +22,30 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// asked starts a consumer that asks f for its URL.
-func (b *bench) asked(f func() (string, error), opts ...steadymq.Option) {
-	b.Helper()
-	b.run(ack, append(opts, steadymq.WithURLFunc(func(context.Context) (string, error) { return f() }))...)
-}
-
-// history returns the changes of state so far.
-func (b *bench) history() []steadymq.StateChange {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return slices.Clone(b.changes)
-}
-
-func (b *bench) lastChange() steadymq.StateChange {
-	all := b.history()
-	return all[len(all)-1]
+// runAsking starts a consumer that asks f for its URL.
+func runAsking(r *rig.Rig, f func() (string, error), opts ...steadymq.Option) {
+	r.Helper()
+	r.Run(rig.Ack, append(opts, steadymq.WithURLFunc(func(context.Context) (string, error) { return f() }))...)
 }
 
 func TestURLFuncMayNotSwitchTLSOff(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var dialled atomic.Int64
-		b.asked(func() (string, error) { return b.broker.URL, nil }, steadymq.WithTLSConfig(new(tls.Config)), dialler(func() (net.Conn, error) {
+		runAsking(r, func() (string, error) { return r.Broker.URL, nil }, steadymq.WithTLSConfig(new(tls.Config)), dialler(func() (net.Conn, error) {
 			dialled.Add(1)
 			return nil, errors.New("no dial is expected")
 		}))
-		b.wait(10 * time.Second)
-		require.NotEmpty(b, b.causes())
-		assert.EqualError(b, b.causes()[0],
+		r.Wait(10 * time.Second)
+		require.NotEmpty(r, r.Causes())
+		assert.EqualError(r, r.Causes()[0],
 			"steadymq: queue orders: session 1: dial: WithURLFunc: WithTLSConfig: the URL has the scheme amqp, which is not encrypted; use amqps")
-		assert.Zero(b, dialled.Load())
-		assert.Zero(b, b.consumer.Stats().Dials)
-		assert.GreaterOrEqual(b, b.shortestWait(), time.Second, "at the pace of what someone has to mend")
+		assert.Zero(r, dialled.Load())
+		assert.Zero(r, r.Consumer.Stats().Dials)
+		assert.GreaterOrEqual(r, r.ShortestWait(), time.Second, "at the pace of what someone has to mend")
 	})
 }
 
@@ -68,50 +56,50 @@ func dialler(f func() (net.Conn, error)) steadymq.Option {
 func TestURLOfTheFuncThatNewWouldRefuseIsNotDialled(t *testing.T) {
 	for url, want := range map[string]string{
 		"": "WithURLFunc: the URL is empty",
-		"amqp://app:x/" + password + "@mq1.test/":                  "WithURLFunc: the URL seems to have an unescaped / in user or password: percent-encode it as %2F",
-		"amqp://app:" + password + "@mq1.test/?auth_mechanism=gss": "WithURLFunc: the parameter auth_mechanism of the URL must be plain, amqplain or external",
+		"amqp://app:x/" + rig.Password + "@mq1.test/":                  "WithURLFunc: the URL seems to have an unescaped / in user or password: percent-encode it as %2F",
+		"amqp://app:" + rig.Password + "@mq1.test/?auth_mechanism=gss": "WithURLFunc: the parameter auth_mechanism of the URL must be plain, amqplain or external",
 	} {
-		bubble(t, func(b *bench) {
+		rig.Bubble(t, func(r *rig.Rig) {
 			var mended atomic.Bool
-			b.asked(func() (string, error) {
+			runAsking(r, func() (string, error) {
 				if mended.Load() {
-					return b.broker.URL, nil
+					return r.Broker.URL, nil
 				}
 				return url, nil
 			})
-			b.wait(time.Minute)
-			require.NotEmpty(b, b.causes())
-			require.ErrorContains(b, b.causes()[0], want)
-			assert.NotContains(b, b.causes()[0].Error(), password)
-			assert.Zero(b, b.consumer.Stats().Dials)
-			assert.GreaterOrEqual(b, b.shortestWait(), time.Second)
-			require.Len(b, b.result, 0, "Run goes on: the function may say something else any moment")
+			r.Wait(time.Minute)
+			require.NotEmpty(r, r.Causes())
+			require.ErrorContains(r, r.Causes()[0], want)
+			assert.NotContains(r, r.Causes()[0].Error(), rig.Password)
+			assert.Zero(r, r.Consumer.Stats().Dials)
+			assert.GreaterOrEqual(r, r.ShortestWait(), time.Second)
+			require.Len(r, r.Result, 0, "Run goes on: the function may say something else any moment")
 			mended.Store(true)
-			b.wait(31 * time.Second)
-			assert.Equal(b, steadymq.Consuming, b.consumer.State())
+			r.Wait(31 * time.Second)
+			assert.Equal(r, steadymq.Consuming, r.Consumer.State())
 		})
 	}
 }
 
 func TestHeartbeatOfTheFuncsURLCounts(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.asked(func() (string, error) { return b.broker.URL + "?heartbeat=2", nil })
-		b.wait(10 * time.Second)
-		require.Empty(b, b.causes())
-		b.broker.Silence()
-		b.wait(3500 * time.Millisecond)
-		assert.NotEmpty(b, b.causes(), "a silent peer is noticed within 1.5 heartbeats")
+	rig.Bubble(t, func(r *rig.Rig) {
+		runAsking(r, func() (string, error) { return r.Broker.URL + "?heartbeat=2", nil })
+		r.Wait(10 * time.Second)
+		require.Empty(r, r.Causes())
+		r.Broker.Silence()
+		r.Wait(3500 * time.Millisecond)
+		assert.NotEmpty(r, r.Causes(), "a silent peer is noticed within 1.5 heartbeats")
 	})
 }
 
 func TestLockIsWaitedForAsLongAsTheURLsHeartbeatSays(t *testing.T) {
-	bubble(t, func(b *bench) {
-		b.broker.RefuseConsume(405, "cannot obtain exclusive access to locked queue 'orders' in vhost '/'")
-		b.asked(func() (string, error) { return b.broker.URL + "?heartbeat=60", nil })
-		b.wait(3 * time.Minute) // as long as the broker may take to bury the connection that holds the lock
-		require.Greater(b, len(b.causes()), 180)
-		for _, c := range b.history() {
-			assert.LessOrEqual(b, c.RetryIn, time.Second)
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.RefuseConsume(405, "cannot obtain exclusive access to locked queue 'orders' in vhost '/'")
+		runAsking(r, func() (string, error) { return r.Broker.URL + "?heartbeat=60", nil })
+		r.Wait(3 * time.Minute) // as long as the broker may take to bury the connection that holds the lock
+		require.Greater(r, len(r.Causes()), 180)
+		for _, c := range r.Changes() {
+			assert.LessOrEqual(r, c.RetryIn, time.Second)
 		}
 	})
 }
@@ -119,80 +107,80 @@ func TestLockIsWaitedForAsLongAsTheURLsHeartbeatSays(t *testing.T) {
 func TestConnectionTimeoutOfTheURLBoundsTheDial(t *testing.T) {
 	for parameter, opts := range map[string][]steadymq.Option{
 		"?connection_timeout=700": nil,
-		"?connection_timeout=1":   opts(steadymq.WithDialTimeout(700 * time.Millisecond)),
+		"?connection_timeout=1":   rig.Options(steadymq.WithDialTimeout(700 * time.Millisecond)),
 	} {
-		bubble(t, func(b *bench) {
-			b.broker.DropSYN(true)
-			b.asked(func() (string, error) { return b.broker.URL + parameter, nil }, opts...)
-			b.wait(699 * time.Millisecond)
-			assert.Empty(b, b.causes())
-			b.wait(2 * time.Millisecond)
-			assert.Len(b, b.causes(), 1)
+		rig.Bubble(t, func(r *rig.Rig) {
+			r.Broker.DropSYN(true)
+			runAsking(r, func() (string, error) { return r.Broker.URL + parameter, nil }, opts...)
+			r.Wait(699 * time.Millisecond)
+			assert.Empty(r, r.Causes())
+			r.Wait(2 * time.Millisecond)
+			assert.Len(r, r.Causes(), 1)
 		})
 	}
 }
 
 func TestTryThatDialledNothingNamesNoHost(t *testing.T) {
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		var fail atomic.Bool
-		b.asked(func() (string, error) {
+		runAsking(r, func() (string, error) {
 			if fail.Load() {
 				return "", errors.New("service discovery is down")
 			}
-			return b.broker.URL, nil
+			return r.Broker.URL, nil
 		})
-		b.wait(10 * time.Second)
+		r.Wait(10 * time.Second)
 		fail.Store(true)
-		b.broker.Reset()
-		b.wait(10 * time.Second)
-		changes := b.history()
+		r.Broker.Reset()
+		r.Wait(10 * time.Second)
+		changes := r.Changes()
 		for i, c := range changes {
 			if c.Cause == nil || !strings.Contains(c.Cause.Error(), "service discovery") {
 				continue
 			}
 			var at *steadymq.SessionError
-			require.ErrorAs(b, c.Cause, &at)
-			assert.Empty(b, at.Host)
-			assert.Empty(b, c.Host)
-			assert.Empty(b, changes[i-1].Host, "nor is one being dialled")
+			require.ErrorAs(r, c.Cause, &at)
+			assert.Empty(r, at.Host)
+			assert.Empty(r, c.Host)
+			assert.Empty(r, changes[i-1].Host, "nor is one being dialled")
 			fail.Store(false)
 		}
-		require.False(b, fail.Load(), "one was told")
-		b.wait(10 * time.Second)
-		assert.Equal(b, "mq1.test:5672", b.lastChange().Host)
-		b.broker.Refuse(true)
-		b.broker.Reset()
-		b.wait(10 * time.Second)
-		assert.Equal(b, "mq1.test:5672", b.lastChange().Host, "one that refused the dial was dialled")
+		require.False(r, fail.Load(), "one was told")
+		r.Wait(10 * time.Second)
+		assert.Equal(r, "mq1.test:5672", r.LastChange().Host)
+		r.Broker.Refuse(true)
+		r.Broker.Reset()
+		r.Wait(10 * time.Second)
+		assert.Equal(r, "mq1.test:5672", r.LastChange().Host, "one that refused the dial was dialled")
 	})
 }
 
 // TLS by the parameters of the URL.
 
 func TestCACertFileOfTheURLIsTrustedAndNoOther(t *testing.T) {
-	bubble(t, func(b *bench) {
-		file := filepath.Join(b.TempDir(), "ca.pem")
-		require.NoError(b, os.WriteFile(file, b.certificate(), 0o600))
-		b.asked(func() (string, error) { return b.broker.URL + "?cacertfile=" + file, nil })
-		b.wait(time.Second)
-		assert.Equal(b, steadymq.Consuming, b.consumer.State())
-		require.NoError(b, b.stop())
+	rig.Bubble(t, func(r *rig.Rig) {
+		file := filepath.Join(r.TempDir(), "ca.pem")
+		require.NoError(r, os.WriteFile(file, certificateOf(r), 0o600))
+		runAsking(r, func() (string, error) { return r.Broker.URL + "?cacertfile=" + file, nil })
+		r.Wait(time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		require.NoError(r, r.Stop())
 
-		b.asked(func() (string, error) {
-			return b.broker.URL + "?server_name_indication=other.example&cacertfile=" + file, nil
+		runAsking(r, func() (string, error) {
+			return r.Broker.URL + "?server_name_indication=other.example&cacertfile=" + file, nil
 		})
-		b.wait(time.Second)
-		require.NotEmpty(b, b.causes())
-		assert.ErrorContains(b, b.causes()[0], "not other.example")
+		r.Wait(time.Second)
+		require.NotEmpty(r, r.Causes())
+		assert.ErrorContains(r, r.Causes()[0], "not other.example")
 	}, steadymqtest.WithTLS())
 }
 
-// certificate fetches that of the broker, in PEM.
-func (b *bench) certificate() []byte {
-	raw, err := b.broker.Dial("tcp", b.broker.Host(0).Addr())
-	require.NoError(b, err)
+// certificateOf fetches that of the broker, in PEM.
+func certificateOf(r *rig.Rig) []byte {
+	raw, err := r.Broker.Dial("tcp", r.Broker.Host(0).Addr())
+	require.NoError(r, err)
 	conn := tls.Client(raw, &tls.Config{InsecureSkipVerify: true}) //nolint:gosec // it is fetched to be trusted
-	require.NoError(b, conn.Handshake())
+	require.NoError(r, conn.Handshake())
 	defer conn.Close()
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: conn.ConnectionState().PeerCertificates[0].Raw})
 }
@@ -203,15 +191,15 @@ func TestFileOfTheURLThatCannotBeReadIsForTheOperator(t *testing.T) {
 		"?cacertfile=urlfunc_test.go":     "the URL's cacertfile urlfunc_test.go holds no PEM certificate",
 		"?certfile=/none&keyfile=/nokey/": "load the URL's certfile and keyfile: open /none: no such file",
 	} {
-		bubble(t, func(b *bench) {
-			c, err := steadymq.New(b.broker.URL+parameters, queue, steadymq.WithDialer(b.broker.Dialer()), steadymq.WithHooks(steadymq.Hooks{StateChanged: b.changed}))
-			require.NoError(b, err)
-			b.consumer = c
-			b.start(ack)
-			b.wait(10 * time.Second)
-			require.NotEmpty(b, b.causes())
-			require.ErrorContains(b, b.causes()[0], want)
-			assert.GreaterOrEqual(b, b.shortestWait(), time.Second)
+		rig.Bubble(t, func(r *rig.Rig) {
+			c, err := steadymq.New(r.Broker.URL+parameters, rig.Queue, steadymq.WithDialer(r.Broker.Dialer()), steadymq.WithHooks(steadymq.Hooks{StateChanged: r.Changed}))
+			require.NoError(r, err)
+			r.Consumer = c
+			r.Start(rig.Ack)
+			r.Wait(10 * time.Second)
+			require.NotEmpty(r, r.Causes())
+			require.ErrorContains(r, r.Causes()[0], want)
+			assert.GreaterOrEqual(r, r.ShortestWait(), time.Second)
 		}, steadymqtest.WithTLS())
 	}
 }
@@ -227,21 +215,21 @@ func TestClientCertificateOfTheURLIsShown(t *testing.T) {
 	} {
 		require.NoError(t, os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600))
 	}
-	bubble(t, func(b *bench) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		shown := make(chan int, 1)
 		near, far := net.Pipe()
 		go func() {
 			server := tls.Server(far, &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: ca, MinVersion: tls.VersionTLS12})
-			_ = server.HandshakeContext(b.Context())
+			_ = server.HandshakeContext(r.Context())
 			shown <- len(server.ConnectionState().VerifiedChains)
 			_ = far.Close()
 		}()
-		c, err := steadymq.New("amqps://mq.example?cacertfile="+dir+"/cert.pem&certfile="+dir+"/cert.pem&keyfile="+dir+"/key.pem", queue,
+		c, err := steadymq.New("amqps://mq.example?cacertfile="+dir+"/cert.pem&certfile="+dir+"/cert.pem&keyfile="+dir+"/key.pem", rig.Queue,
 			dialler(func() (net.Conn, error) { return near, nil }), steadymq.WithFatal(func(error) bool { return true }))
-		require.NoError(b, err)
-		b.consumer = c
-		b.start(ack)
-		assert.Equal(b, 1, <-shown)
+		require.NoError(r, err)
+		r.Consumer = c
+		r.Start(rig.Ack)
+		assert.Equal(r, 1, <-shown)
 	})
 }
 
