@@ -1,4 +1,4 @@
-package steadymq_test
+package sim_test
 
 import (
 	"bytes"
@@ -22,7 +22,7 @@ import (
 // The planted bugs show that the simulation can fail. Each is a change of the
 // library's source that exists in a temporary overlay only.
 //
-//	go test -run 'TestMutants$' -mutants -timeout 60m -v .
+//	go test -run 'TestMutants$' -mutants -timeout 60m -v ./internal/sim
 var (
 	mutantsRun   = flag.Bool("mutants", false, "plant each bug and see whether the simulation catches it")
 	mutantsSeeds = flag.Int("mutantseeds", 200, "how many seeds may be needed to catch a planted bug")
@@ -40,7 +40,11 @@ type mutant struct {
 	test string
 }
 
+// edit changes a file, whose name is relative to the root of the repository.
 type edit struct{ file, old, new string }
+
+// inRoot is the path of a file or folder whose name is relative to the root of the repository.
+func inRoot(name string) string { return filepath.Join("..", "..", filepath.FromSlash(name)) }
 
 func change(name, file, before, after string) mutant {
 	return mutant{name: name, edits: []edit{{file, before, after}}}
@@ -863,14 +867,39 @@ var mutants = []mutant{
 
 // TestMutantsMatchTheSource keeps the table from rotting.
 func TestMutantsMatchTheSource(t *testing.T) {
+	folders := foldersOfTests(t)
 	for _, m := range mutants {
+		if m.test != "" {
+			assert.NotEmpty(t, folders[m.test], "planted bug %q: no package has the test %s, change the table", m.name, m.test)
+		}
 		for _, e := range m.edits {
-			source, err := os.ReadFile(e.file)
+			source, err := os.ReadFile(inRoot(e.file))
 			require.NoError(t, err)
 			assert.Equal(t, 1, strings.Count(string(source), e.old),
 				"planted bug %q: this text must be in %s exactly once, change the table:\n%s", m.name, e.file, e.old)
 		}
 	}
+}
+
+var testDeclared = regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)[A-Z]\w*)\(`)
+
+// foldersOfTests tells in which folder of the module each test is.
+func foldersOfTests(t *testing.T) map[string]string {
+	folders := make(map[string]string)
+	var files []string
+	for _, pattern := range []string{"*_test.go", "*/*_test.go", "*/*/*_test.go", "*/*/*/*_test.go"} {
+		found, err := filepath.Glob(inRoot(pattern))
+		require.NoError(t, err)
+		files = append(files, found...)
+	}
+	for _, path := range files {
+		source, err := os.ReadFile(path)
+		require.NoError(t, err)
+		for _, found := range testDeclared.FindAllSubmatch(source, -1) {
+			folders[string(found[1])] = filepath.Dir(path)
+		}
+	}
+	return folders
 }
 
 // TestMutants prints a table: which invariant caught which planted bug, and how
@@ -906,7 +935,13 @@ func (m *mutant) try(t *testing.T) mutantResult {
 	start := time.Now()
 	dir := t.TempDir()
 	program := filepath.Join(dir, "mutant.test")
+	folder := foldersOfTests(t)[cmp.Or(m.test, "TestSim")]
+	if folder == "" {
+		t.Errorf("planted bug %q: there is no test %s", m.name, m.test)
+		return mutantResult{}
+	}
 	build := exec.Command("go", "test", "-vet=off", "-overlay", m.overlay(t, dir), "-c", "-o", program, ".")
+	build.Dir = folder
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Errorf("planted bug %q does not compile, change the table: %v\n%s", m.name, err, out)
 		return mutantResult{}
@@ -917,7 +952,7 @@ func (m *mutant) try(t *testing.T) mutantResult {
 		run = exec.Command(program, "-test.run", "^"+m.test+"$", "-test.timeout", "2m", "-test.v")
 	}
 	var out bytes.Buffer
-	run.Stdout, run.Stderr = &out, &out
+	run.Dir, run.Stdout, run.Stderr = folder, &out, &out
 	err := run.Run()
 	r := mutantResult{seeds: strings.Count(out.String(), "sim: seed "), took: time.Since(start)}
 	switch {
@@ -936,7 +971,7 @@ func (m *mutant) overlay(t *testing.T, dir string) string {
 	files := make(map[string]string)
 	for _, e := range m.edits {
 		if files[e.file] == "" {
-			source, err := os.ReadFile(e.file)
+			source, err := os.ReadFile(inRoot(e.file))
 			require.NoError(t, err)
 			files[e.file] = string(source)
 		}
@@ -945,9 +980,9 @@ func (m *mutant) overlay(t *testing.T, dir string) string {
 	}
 	replace := make(map[string]string)
 	for name, text := range files {
-		original, err := filepath.Abs(name)
+		original, err := filepath.Abs(inRoot(name))
 		require.NoError(t, err)
-		replace[original] = filepath.Join(dir, name)
+		replace[original] = filepath.Join(dir, strings.ReplaceAll(name, "/", "+")) // files of two folders may have one name
 		require.NoError(t, os.WriteFile(replace[original], []byte(text), 0o600))
 	}
 	list, err := json.Marshal(map[string]any{"Replace": replace})

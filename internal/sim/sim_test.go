@@ -1,4 +1,4 @@
-package steadymq_test
+package sim_test
 
 import (
 	"context"
@@ -20,6 +20,7 @@ import (
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"go.uber.org/goleak"
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rig"
@@ -30,8 +31,8 @@ import (
 // random faults, and judges them by what the broker saw. See simJudge for the
 // invariants, simKinds for the faults and simPlan for what a seed decides.
 //
-//	go test -run 'TestSim$' -seeds 500 .
-//	go test -run 'TestSim$' -seed 17 -v .
+//	go test -run 'TestSim$' -seeds 500 ./internal/sim
+//	go test -run 'TestSim$' -seed 17 -v ./internal/sim
 var (
 	simSeed     = flag.Uint64("seed", 0, "simulate this seed only")
 	simSeeds    = flag.Int("seeds", 20, "how many seeds to simulate")
@@ -44,6 +45,8 @@ var (
 	simProgress = flag.Bool("progress", false, "print each seed before it runs, to see which one crashes")
 	simShrink   = flag.Bool("shrink", true, "look for fewer faults that make a seed fail")
 )
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func TestSim(t *testing.T) {
 	next, last := new(atomic.Uint64), *simFirst+uint64(*simSeeds)-1
@@ -91,7 +94,7 @@ func simulate(t *testing.T, seed uint64) bool {
 	}
 	plan := newSimPlan(seed, *simVirtual)
 	plan.keep(contains(keep))
-	t.Errorf("seed %d violates:\n  %s\nfails again in %d of 10 reruns; replay it with\n  go test -run 'TestSim$' -seed %d -virtual %v -keep %s .\n%v",
+	t.Errorf("seed %d violates:\n  %s\nfails again in %d of 10 reruns; replay it with\n  go test -run 'TestSim$' -seed %d -virtual %v -keep %s ./internal/sim\n%v",
 		seed, strings.Join(violations, "\n  "), again, seed, *simVirtual, formatKeep(keep), plan)
 	return false
 }

@@ -1,4 +1,4 @@
-package steadymq_test
+package sim_test
 
 import (
 	"cmp"
