@@ -66,3 +66,32 @@ func TestInsecureSkipVerifySwitchesVerificationOff(t *testing.T) {
 		})
 	})
 }
+
+func TestTLSIsVerifiedPerHost(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		config := r.Broker.TLSConfig()
+		r.Consuming(rig.Ack, steadymq.WithTLSConfig(config))
+		for i := range 2 {
+			r.Wait(time.Minute)
+			r.Broker.Host(i).Kill()
+			r.Wait(5 * time.Second)
+			assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+			r.Broker.Host(i).Restart()
+		}
+		assert.Empty(r, config.ServerName, "the caller's config is untouched")
+		for _, cause := range r.Causes() {
+			assert.NotContains(r, cause.Error(), "certificate")
+		}
+	}, steadymqtest.WithTLS(), steadymqtest.WithHosts(2))
+}
+
+func TestUntrustedCertificateIsNamedAndRetried(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Run(rig.Ack)
+		r.Wait(10 * time.Second)
+		require.Empty(r, r.Result)
+		require.NotEmpty(r, r.Causes())
+		assert.ErrorContains(r, r.Causes()[0], "certificate")
+		assert.GreaterOrEqual(r, r.ShortestWait(), time.Second)
+	}, steadymqtest.WithTLS())
+}

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -320,5 +321,191 @@ func TestRetiredSessionIsGivenUpThoughItsSuccessorIsBusy(t *testing.T) {
 		stacks = stacks[:runtime.Stack(stacks, true)]
 		assert.Equal(r, 1, strings.Count(string(stacks), "(*session).run("), "ten minutes after a close limit of 2s")
 		r.Broker.NoCloseOk(false)
+	})
+}
+
+// stuck is a connection of the user whose Close does not return.
+type stuck struct {
+	net.Conn
+	release <-chan struct{}
+}
+
+func (s stuck) Close() error {
+	<-s.release
+	return s.Conn.Close()
+}
+
+// The session's own goroutine ends the connection when basic.cancel or channel.close is not
+// answered. Stop has its limits whatever the Close of a user's connection does.
+func TestStopKeepsItsLimitsThoughACloseOfTheUsersConnectionHangs(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		release := make(chan struct{})
+		dial := r.Broker.Dialer()
+		r.Consuming(rig.Ack, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := dial(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			return stuck{c, release}, nil
+		}), steadymq.WithCloseTimeout(2*time.Second), steadymq.WithDrainTimeout(10*time.Second))
+		r.Broker.Stall()
+		r.Cancel()
+		r.Wait(13 * time.Second) // drain + close + 1 s
+		select {
+		case <-r.Result:
+		default:
+			assert.Fail(r, "Run has not returned within its limits")
+			close(release)
+			<-r.Result
+			r.Result = nil
+			return
+		}
+		close(release)
+		r.Result = nil
+	})
+}
+
+// What is held goes back when the consumer stops: once.
+func TestHeldMessageComesBackOnceWhenTheConsumerStops(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("quorum")
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.RequeueAfter(nil, time.Hour) })
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Wait(time.Minute)
+		assert.NoError(r, r.Stop())
+		assert.Len(r, r.Broker.Ledger().Deliveries, 1)
+	}, steadymqtest.WithVersion(4, 0))
+}
+
+func TestDrainLimitFitsIntoTheGraceOfKubernetes(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		release := make(chan struct{})
+		r.Consuming(rig.Hold(make(chan *steadymq.Delivery, 1), release))
+		r.Broker.Publish(rig.Queue, "x")
+		r.Wait(time.Second)
+		since := time.Now()
+		var drain *steadymq.DrainError
+		require.ErrorAs(r, r.Stop(), &drain)
+		assert.Equal(r, 20*time.Second, drain.Limit)
+		assert.Less(r, time.Since(since), 30*time.Second)
+		close(release)
+	})
+}
+
+// leftBehind runs a consumer whose only handler outlasts the drain limit, does
+// something to the broker while it drains, and returns how often
+// HandlerFailed was called by the end of the handler, and the error of Run.
+func leftBehind(t *testing.T, meanwhile func(*steadymqtest.Broker)) (failed int, err error) {
+	b := steadymqtest.NewBroker(t)
+	b.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{})
+	b.Publish(rig.Queue, "work")
+	done := make(chan struct{})
+	c, err := steadymq.New(b.URL, rig.Queue, steadymq.WithDialer(b.Dialer()), steadymq.WithDrainTimeout(2*time.Second),
+		steadymq.WithHooks(steadymq.Hooks{HandlerFailed: func(*steadymq.Delivery, error) { failed++ }}))
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(10*time.Second, cancel)
+	time.AfterFunc(11*time.Second, func() { meanwhile(b) })
+	err = c.Run(ctx, func(context.Context, *steadymq.Delivery) error {
+		defer close(done)
+		time.Sleep(time.Minute)
+		return assert.AnError
+	})
+	<-done
+	synctest.Wait()
+	return failed, err
+}
+
+func TestHandlerLeftBehindAtTheDrainLimitCallsNoHookAfterRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		failed, err := leftBehind(t, func(*steadymqtest.Broker) {})
+		require.ErrorIs(t, err, steadymq.ErrDrainTimeout)
+		assert.Zero(t, failed)
+	})
+}
+
+func TestConnectionLostWhileDrainingDoesNotHideHandlersLeftBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, err := leftBehind(t, func(b *steadymqtest.Broker) { b.Reset() })
+		require.ErrorIs(t, err, steadymq.ErrDrainTimeout)
+		var lost *steadymq.SessionError
+		require.ErrorAs(t, err, &lost)
+		assert.Equal(t, "lost", lost.Op)
+	})
+}
+
+func TestDrainLimitReportsTheHandlersLeftAndLeavesTheirDeliveriesUnsettled(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		started := make(chan *steadymq.Delivery, 3)
+		release := make(chan struct{})
+		cause := make(chan error, 1)
+		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			started <- d
+			if string(d.Body) == "polite" {
+				<-ctx.Done()
+				cause <- context.Cause(ctx)
+				return ctx.Err()
+			}
+			<-release
+			return nil
+		}, steadymq.WithConcurrency(2))
+		r.Broker.Publish(rig.Queue, "polite", "rude")
+		r.Wait(time.Second)
+		since := time.Now()
+		err := r.Stop()
+		assert.LessOrEqual(r, time.Since(since), 36*time.Second)
+		require.ErrorIs(r, err, steadymq.ErrDrainTimeout)
+		var left *steadymq.DrainError
+		require.ErrorAs(r, err, &left)
+		assert.Equal(r, 2, left.Handlers)
+		require.ErrorIs(r, <-cause, steadymq.ErrDrainTimeout)
+		close(release)
+		r.Wait(time.Second)
+		assert.Empty(r, r.Broker.Ledger().Settlements)
+		assert.Equal(r, 2, r.Broker.QueueLen(rig.Queue))
+	})
+}
+
+func TestStopIsBoundedOnADeadPathAndBySlowCloseOk(t *testing.T) {
+	faults := map[string]func(*steadymqtest.Broker){
+		"black hole":     func(b *steadymqtest.Broker) { b.BlackHole(true, true) },
+		"no close-ok":    func(b *steadymqtest.Broker) { b.NoCloseOk(true) },
+		"slow close-ok":  func(b *steadymqtest.Broker) { b.SlowCloseOk(4900 * time.Millisecond) },
+		"zero window":    func(b *steadymqtest.Broker) { b.ZeroWindow(true) },
+		"parked reader":  func(b *steadymqtest.Broker) { b.StrayReply(true) },
+		"power off":      func(b *steadymqtest.Broker) { b.PowerOff() },
+		"stray, channel": func(b *steadymqtest.Broker) { b.StrayReply(false) },
+	}
+	for name, fault := range faults {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(rig.Ack)
+				fault(r.Broker)
+				r.Wait(time.Millisecond)
+				since := time.Now()
+				_ = r.Stop()
+				assert.LessOrEqual(r, time.Since(since), 6*time.Second)
+				r.Wait(time.Minute)
+				assert.Zero(r, r.OpenConnections())
+			})
+		})
+	}
+}
+
+func TestStopWhileTheConnectionIsLostSaysThatAcksMayBeLost(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		started := make(chan *steadymq.Delivery, 2)
+		release := make(chan struct{})
+		r.Consuming(rig.Hold(started, release))
+		r.Broker.Publish(rig.Queue, "x")
+		<-started
+		r.Cancel()
+		r.Wait(time.Second)
+		r.Broker.Reset()
+		r.Wait(time.Second)
+		close(release)
+		var lost *steadymq.SessionError
+		require.ErrorAs(r, r.Stop(), &lost)
+		assert.Equal(r, "lost", lost.Op)
 	})
 }

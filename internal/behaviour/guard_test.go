@@ -2,6 +2,8 @@ package behaviour_test
 
 import (
 	"context"
+	"crypto/tls"
+	"errors"
 	"log/slog"
 	"net"
 	"os"
@@ -151,5 +153,85 @@ func TestMiddlewareThatMakesNoHandlerIsRefusedByRun(t *testing.T) {
 		r.Result = nil
 		assert.Equal(r, "WithMiddleware", option.Option)
 		assert.Empty(r, r.Broker.Ledger().Dials)
+	})
+}
+
+func TestFunctionThatHangsEndsRunAfterTheSetupLimit(t *testing.T) {
+	release := make(chan struct{})
+	for name, option := range map[string]steadymq.Option{
+		"WithFatal":      steadymq.WithFatal(func(error) bool { <-release; return false }),
+		"WithMiddleware": steadymq.WithMiddleware(func(h steadymq.Handler) steadymq.Handler { <-release; return h }),
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				release = make(chan struct{}) // of this bubble
+				r.Run(rig.Ack, option, steadymq.WithSetupTimeout(2*time.Second))
+				r.Wait(time.Second)
+				r.Broker.Reset()
+				r.Wait(5 * time.Second)
+				require.Len(r, r.Result, 1, "Run has returned")
+				err := <-r.Result
+				r.Result = nil
+				assert.ErrorContains(r, err, name+": no answer within the setup limit (WithSetupTimeout)")
+				assert.EqualValues(r, 1, r.Consumer.Stats().Abandoned)
+				close(release)
+			})
+		})
+	}
+}
+
+// nameless is a mechanism that panics before it has said a word.
+type nameless struct{ amqp.ExternalAuth }
+
+func (*nameless) Mechanism() string { panic("no name") }
+
+// What is asked for before a login is the user's: it costs its own try, and is named.
+func TestLoginThatMisbehavesCostsItsOwnTry(t *testing.T) {
+	for reason, option := range map[string]func(r *rig.Rig) steadymq.Option{
+		"WithCredentials: the vault is sealed": func(*rig.Rig) steadymq.Option {
+			return steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+				return steadymq.Credentials{}, errors.New("the vault is sealed")
+			})
+		},
+		"the name of a login mechanism: WithSASL": func(*rig.Rig) steadymq.Option { return steadymq.WithSASL(new(nameless)) },
+		"WithTLSConfig: ": func(r *rig.Rig) steadymq.Option {
+			config := r.Broker.TLSConfig()
+			config.VerifyConnection = func(tls.ConnectionState) error { panic("no look") }
+			return steadymq.WithTLSConfig(config)
+		},
+	} {
+		t.Run(reason, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				opts := []steadymq.Option{steadymq.WithTLSConfig(r.Broker.TLSConfig()), option(r)}
+				r.Run(rig.Ack, opts...)
+				r.Wait(time.Minute)
+				require.NotEmpty(r, r.Causes())
+				assert.Less(r, len(r.Causes()), 60)
+				var at *steadymq.SessionError
+				require.ErrorAs(r, r.Causes()[0], &at)
+				assert.Equal(r, "open", at.Op)
+				assert.ErrorContains(r, at, reason)
+				assert.Zero(r, r.OpenConnections())
+			}, steadymqtest.WithTLS())
+		})
+	}
+}
+
+func TestUserFunctionThatIgnoresItsContextHoldsUpNothing(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		block := make(chan struct{})
+		var calls atomic.Int32
+		r.Run(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			if calls.Add(1) == 1 {
+				<-block
+			}
+			return rig.Queue, nil
+		}))
+		r.Wait(30 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.EqualValues(r, 1, r.Consumer.Stats().Abandoned)
+		close(block)
+		r.Wait(10 * time.Second)
+		assert.Equal(r, 1, r.OpenConnections())
 	})
 }

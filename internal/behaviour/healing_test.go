@@ -2,13 +2,11 @@ package behaviour_test
 
 import (
 	"context"
-	"errors"
-	"math"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
-	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -136,156 +134,22 @@ func TestWaitsOfARunKeepToTheLimitOfWithBackoff(t *testing.T) {
 	}
 }
 
-// Time.
-
-func TestCredentialsAreRefreshedOverTheWholeRangeOfTheirExpiry(t *testing.T) {
-	const day = 24 * time.Hour
-	for _, c := range []struct {
-		name        string
-		expires     func(now time.Time) time.Time
-		least, most int32 // questions in a day, that of the dial included
-	}{
-		{"never", func(time.Time) time.Time { return time.Time{} }, 1, 1},
-		{"the farthest time", func(time.Time) time.Time { return time.Unix(1<<62, 0) }, 1, 1},
-		{"the year 9999", func(time.Time) time.Time { return time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) }, 1, 1},
-		{"in 292 years", func(now time.Time) time.Time { return now.Add(math.MaxInt64) }, 1, 1},
-		{"in 60 years", func(now time.Time) time.Time { return now.Add(60 * 365 * day) }, 1, 1},
-		{"in 100 years", func(now time.Time) time.Time { return now.Add(100 * 365 * day) }, 1, 1},
-		{"in an hour", func(now time.Time) time.Time { return now.Add(time.Hour) }, 34, 36},
-		{"in a minute", func(now time.Time) time.Time { return now.Add(time.Minute) }, 2040, 2070},
-		{"now", func(now time.Time) time.Time { return now }, 2000, 20000},
-		{"a nanosecond ago", func(now time.Time) time.Time { return now.Add(-1) }, 2000, 20000},
-		{"an hour ago", func(now time.Time) time.Time { return now.Add(-time.Hour) }, 2000, 20000},
-		{"in 1970", func(time.Time) time.Time { return time.Unix(0, 0) }, 2000, 20000},
-		{"before all times", func(time.Time) time.Time { return time.Unix(-1<<62, 0) }, 2000, 20000},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			rig.Bubble(t, func(r *rig.Rig) {
-				var asked atomic.Int32
-				r.Consuming(rig.Ack, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
-					asked.Add(1)
-					return steadymq.Credentials{Username: "app", Password: rig.Password, Expires: c.expires(time.Now())}, nil
-				}))
-				r.Wait(day)
-				assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
-				assert.GreaterOrEqual(r, asked.Load(), c.least)
-				assert.LessOrEqual(r, asked.Load(), c.most)
-			})
-		})
-	}
-}
-
-func TestIssuerThatFailsIsAskedEverMoreSlowly(t *testing.T) {
-	rig.Bubble(t, func(r *rig.Rig) {
-		var asked atomic.Int32
-		var works atomic.Bool
-		works.Store(true)
-		r.Consuming(rig.Ack, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
-			asked.Add(1)
-			if !works.Load() {
-				return steadymq.Credentials{}, errors.New("token service is down")
-			}
-			return steadymq.Credentials{Username: "app", Password: rig.Password, Expires: time.Now().Add(time.Hour)}, nil
+func TestSessionsLostRightAfterConsumeOkBackOffOnSeveralHostsToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var b *steadymqtest.Broker
+		b = steadymqtest.NewBroker(t, steadymqtest.WithHosts(2), steadymqtest.WithHooks(steadymqtest.Hooks{
+			Consuming: func(steadymqtest.ConsumerRecord) {
+				time.AfterFunc(10*time.Millisecond, func() { b.CloseConnections(320, "flaps") })
+			},
 		}))
-		works.Store(false)
-		r.Wait(time.Hour)
-		assert.Less(r, asked.Load(), int32(15), "in 70 % of what is left")
-		asked.Store(0)
-		r.Wait(10 * time.Hour)
-		assert.Less(r, asked.Load(), int32(3600), "then every 15 s on average")
-		assert.Greater(r, asked.Load(), int32(1200), "but at least every 30 s")
-
-		works.Store(true)
-		r.Wait(31 * time.Second)
-		asked.Store(0)
-		r.Wait(10 * time.Hour)
-		assert.LessOrEqual(r, asked.Load(), int32(15), "every 42 minutes again")
+		b.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{})
+		c, err := steadymq.New(b.URLs()[0], rig.Queue, steadymq.WithURLs(b.URLs()[1:]...), steadymq.WithDialer(b.Dialer()))
+		require.NoError(t, err)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		require.NoError(t, c.Run(ctx, rig.Ack))
+		assert.Less(t, len(b.Ledger().Dials), 60, "no hot loop")
 	})
-}
-
-func TestExpiredCredentialsAtTheDialAreLeftToTheBroker(t *testing.T) {
-	rig.Bubble(t, func(r *rig.Rig) {
-		var asked atomic.Int32
-		r.Consuming(rig.Ack, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
-			asked.Add(1)
-			return steadymq.Credentials{Username: "app", Password: rig.Password, Expires: time.Now().Add(-time.Hour)}, nil
-		}))
-		r.Broker.RefuseLogin(true)
-		r.Broker.Reset()
-		asked.Store(0)
-		r.Wait(10 * time.Hour)
-		assert.Less(r, asked.Load(), int32(3600))
-		r.Broker.Heal()
-		r.Wait(35 * time.Second)
-		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
-	})
-}
-
-func TestMessageIsHeldForAnyDuration(t *testing.T) {
-	for _, c := range []struct {
-		hold      time.Duration
-		deliverer int // deliveries in a minute, at the least
-	}{{math.MinInt64, 100}, {-1, 100}, {0, 100}, {1, 100}, {10 * time.Second, 6}, {math.MaxInt64, 1}} {
-		t.Run(c.hold.String(), func(t *testing.T) {
-			rig.Bubble(t, func(r *rig.Rig) {
-				r.Broker.Publish(rig.Queue, "again")
-				r.Consuming(func(context.Context, *steadymq.Delivery) error {
-					time.Sleep(10 * time.Millisecond)
-					return steadymq.RequeueAfter(nil, c.hold)
-				})
-				r.Wait(time.Minute)
-				assert.GreaterOrEqual(r, r.Consumer.Stats().Delivered, uint64(c.deliverer))
-				assert.LessOrEqual(r, r.Consumer.Stats().Delivered, uint64(c.deliverer*60))
-				require.NoError(r, r.Stop(), "the held message goes back at once")
-				assert.Equal(r, 1, r.Broker.QueueLen(rig.Queue))
-			})
-		})
-	}
-}
-
-func TestTimesThatAMQPCannotCarryAreRefused(t *testing.T) {
-	for _, table := range []amqp.Table{
-		{"x-stream-offset": time.Time{}},
-		{"x-stream-offset": time.Unix(-1, 0)},
-		{"a": amqp.Table{"b": time.Time{}}},
-		{"a": []any{1, time.Time{}}},
-	} {
-		for name, option := range map[string]steadymq.Option{
-			"WithConsumeArgs": steadymq.WithConsumeArgs(table),
-			"WithQueue":       steadymq.WithQueue(steadymq.Queue{Args: table}),
-		} {
-			_, err := steadymq.New("amqp://h/", rig.Queue, option)
-			var refused *steadymq.OptionError
-			require.ErrorAs(t, err, &refused)
-			assert.Equal(t, name, refused.Option)
-			assert.Contains(t, refused.Reason, "before 1970")
-		}
-	}
-	for _, fine := range []time.Time{time.Unix(0, 0), time.Now(), time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)} {
-		_, err := steadymq.New("amqp://h/", rig.Queue, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": fine}))
-		assert.NoError(t, err)
-	}
-}
-
-func TestDurationsOfOptionsAreCheckedOverTheirWholeRange(t *testing.T) {
-	for name, option := range map[string]func(time.Duration) steadymq.Option{
-		"WithHeartbeat":      steadymq.WithHeartbeat,
-		"WithDialTimeout":    steadymq.WithDialTimeout,
-		"WithSetupTimeout":   steadymq.WithSetupTimeout,
-		"WithCloseTimeout":   steadymq.WithCloseTimeout,
-		"WithDrainTimeout":   steadymq.WithDrainTimeout,
-		"WithHandlerTimeout": steadymq.WithHandlerTimeout,
-		"WithStallDetector":  steadymq.WithStallDetector,
-		"WithWriteDelay":     steadymq.WithWriteDelay,
-		"WithBackoff":        func(d time.Duration) steadymq.Option { return steadymq.WithBackoff(d, d) },
-	} {
-		for _, d := range []time.Duration{math.MinInt64, -time.Hour, -1, 24*time.Hour + 1, math.MaxInt64 / 2, math.MaxInt64} {
-			_, err := steadymq.New("amqp://h/", rig.Queue, option(d))
-			var refused *steadymq.OptionError
-			require.ErrorAs(t, err, &refused, "%s(%v)", name, d)
-			assert.Equal(t, name, refused.Option)
-		}
-	}
 }
 
 // What is told.
@@ -318,4 +182,166 @@ func TestChangesCutOffByTheEndAreCounted(t *testing.T) {
 		assert.EqualValues(r, 1, told.Load(), "connecting")
 		assert.EqualValues(r, 3, r.Consumer.Stats().EventsDropped, "consuming, draining, stopped")
 	})
+}
+
+// Ends of a session.
+
+func TestDeliveryBehindAChannelCloseCostsNoConnection(t *testing.T) {
+	// RabbitMQ 3.10 sends it now and then, and the driver would answer by
+	// closing the connection.
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		require.Equal(r, 1, r.Broker.StrayDelivery())
+		r.Wait(200 * time.Millisecond)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		r.Broker.Publish(rig.Queue, "after")
+		r.Wait(time.Second)
+		assert.Zero(r, r.Broker.Unsettled(rig.Queue)+r.Broker.QueueLen(rig.Queue))
+		assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
+	})
+}
+
+func TestDeletedQueueIsConsumedAgainOnceItIsBack(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		r.Broker.DeleteQueue(rig.Queue)
+		r.Wait(time.Minute)
+		assert.NotEqual(r, steadymq.Consuming, r.Consumer.State())
+		r.Broker.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{})
+		r.Wait(31 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Len(r, r.Broker.Consumers(rig.Queue), 1)
+		assert.ErrorContains(r, r.Causes()[0], "basic.cancel")
+	})
+}
+
+func TestCancelledConsumerKeepsItsOldChannelForRunningHandlers(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		started := make(chan *steadymq.Delivery, 9)
+		release := make(chan struct{})
+		r.Consuming(rig.Hold(started, release), steadymq.WithConcurrency(2), steadymq.WithPrefetch(4))
+		r.Broker.Publish(rig.Queue, "1", "2", "3", "4")
+		r.Wait(time.Second)
+		r.Broker.CancelConsumers(rig.Queue)
+		r.Wait(time.Second)
+		require.Equal(r, steadymq.Consuming, r.Consumer.State())
+		require.EqualValues(r, 2, r.Consumer.Stats().Sessions)
+		close(release)
+		r.Wait(time.Second)
+		assert.Zero(r, r.Broker.Unsettled(rig.Queue)+r.Broker.QueueLen(rig.Queue))
+		assert.EqualValues(r, 4, r.Consumer.Stats().Delivered, "no needless duplicates")
+		assert.EqualValues(r, 4, r.Consumer.Stats().Acked)
+		assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
+	})
+}
+
+func TestThreeChannelFailuresWithin30sReplaceTheConnection(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		for range 3 {
+			r.Broker.CloseChannels(406, "PRECONDITION_FAILED - unknown delivery tag 1")
+			r.Wait(3 * time.Second)
+		}
+		assert.EqualValues(r, 2, r.Consumer.Stats().Connections)
+		assert.EqualValues(r, 4, r.Consumer.Stats().Sessions)
+		assert.Equal(r, 1, r.OpenConnections())
+	})
+}
+
+// Silence.
+
+func TestSilentPeersAreNoticed(t *testing.T) {
+	faults := []struct {
+		name  string
+		fault func(*steadymqtest.Broker)
+		bound time.Duration
+	}{
+		{"black hole both ways", func(b *steadymqtest.Broker) { b.BlackHole(true, true) }, rig.Heartbeat*3/2 + 500*time.Millisecond},
+		{"nothing arrives", func(b *steadymqtest.Broker) { b.BlackHole(false, true) }, rig.Heartbeat*3/2 + 500*time.Millisecond},
+		{"parked reader", func(b *steadymqtest.Broker) { b.StrayReply(true) }, rig.Heartbeat * 5 / 2},
+	}
+	for _, f := range faults {
+		t.Run(f.name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(rig.Ack)
+				r.Wait(30 * time.Second)
+				f.fault(r.Broker)
+				r.Wait(f.bound)
+				assert.NotEmpty(r, r.Causes(), "noticed within %v", f.bound)
+				r.Broker.Heal()
+				r.Wait(26 * time.Second)
+				assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+				assert.Equal(r, 1, r.OpenConnections())
+			})
+		})
+	}
+}
+
+func TestPeerThatDiesRightAfterOpenOkEndsByTheSetupLimit(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.SilentAfterOpen(true)
+		r.Run(rig.Ack)
+		r.Wait(15*time.Second + 100*time.Millisecond)
+		require.NotEmpty(r, r.Causes())
+		assert.ErrorContains(r, r.Causes()[0], "setup limit")
+		r.Broker.SilentAfterOpen(false)
+		r.Wait(26 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Equal(r, 1, r.OpenConnections())
+	})
+}
+
+func TestEveryStageOfTheSetupIsBoundedAndCanBeStopped(t *testing.T) {
+	for _, stage := range steadymqtest.Stages() {
+		if stage == steadymqtest.StageTLS || stage == steadymqtest.StageDeclare {
+			continue
+		}
+		t.Run(stage.String(), func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.HangAt(stage, true)
+				r.Run(rig.Ack)
+				r.Wait(16 * time.Second)
+				require.NotEmpty(r, r.Causes(), "a hung setup is given up")
+				r.Wait(11 * time.Second)
+				since := time.Now()
+				require.NoError(r, r.Stop())
+				assert.LessOrEqual(r, time.Since(since), 6*time.Second)
+				r.Wait(time.Minute)
+				assert.Zero(r, r.OpenConnections())
+			})
+		})
+	}
+}
+
+// After an outage.
+
+func TestAfterAnOutageConsumesWithin1200msOfTheFirstAcceptedDial(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		r.Broker.Kill()
+		r.Wait(40 * time.Second)
+		r.Broker.Restart()
+		r.Wait(1200 * time.Millisecond)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+	})
+}
+
+func TestAnotherHostIsTriedAtOnceAndTheDrainedOneLast(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		for range 5 {
+			r.Wait(time.Minute)
+			for i := range 3 {
+				host := r.Broker.Host(i)
+				if host.CloseConnections(320, "CONNECTION_FORCED - Node was put into maintenance mode") > 0 {
+					host.Refuse(true)
+					r.Wait(100 * time.Millisecond)
+					assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+					host.Refuse(false)
+					break
+				}
+			}
+		}
+		assert.LessOrEqual(r, len(r.Causes()), 10)
+	}, steadymqtest.WithHosts(3))
 }

@@ -265,3 +265,16 @@ func TestLoginMechanismOfAUserThatFails(t *testing.T) {
 		})
 	})
 }
+
+func TestWrongPasswordIsToldFromACutHandshake(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DropAt(steadymqtest.StageTune, true)
+		r.Run(rig.Ack)
+		r.Wait(time.Minute)
+		require.Empty(r, r.Result, "a lost socket is no refusal: keep trying")
+		assert.ErrorContains(r, r.Causes()[0], "lost while logging in")
+		r.Broker.DropAt(steadymqtest.StageTune, false)
+		r.Wait(11 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+	})
+}

@@ -477,3 +477,18 @@ func TestTopologyThatFailsLeavesFewQueuesBehind(t *testing.T) {
 		assert.EqualValues(r, 1, handled.Load())
 	})
 }
+
+func TestQueueOfTheBrokersNamingIsKeptWhateverElseIsMissing(t *testing.T) { // seed 174
+	rig.Bubble(t, func(r *rig.Rig) {
+		subscribed(r, rig.Ack, steadymq.WithQueue(events))
+		before := namedByBroker(r)
+		r.Broker.RefuseConsume(404, "home node 'rabbit@a' of queue '"+before[0]+"' in vhost '/' is down or inaccessible")
+		failChannels(r, 1, 0)
+		r.Wait(time.Minute)
+		assert.Equal(r, before, namedByBroker(r))
+		r.Broker.RefuseConsume(0, "")
+		r.Wait(10 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Equal(r, before, namedByBroker(r))
+	})
+}

@@ -600,3 +600,23 @@ func TestTryInPlaceGetsTheMessageAsItCame(t *testing.T) {
 		assert.Equal(r, []string{"tea", "tea", "tea"}, bodies)
 	})
 }
+
+// A handler that forwards a message takes the broker's own headers out first.
+func TestStreamGoesOnThoughAHandlerTakesTheOffsetOutOfTheHeaders(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		handled := make(map[string]bool)
+		streaming(r, func(_ context.Context, d *steadymq.Delivery) error {
+			delete(d.Headers, "x-stream-offset")
+			if string(d.Body) == "3" && d.Attempt() == 1 {
+				return errAway
+			}
+			handled[string(d.Body)] = true
+			return nil
+		}, steadymq.WithPrefetch(4), steadymq.WithConcurrency(1))
+		for i := range 20 {
+			r.Broker.Publish(rig.Queue, fmt.Sprint(i))
+		}
+		r.Wait(time.Hour)
+		assert.Len(r, handled, 20)
+	})
+}

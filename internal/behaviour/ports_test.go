@@ -173,3 +173,50 @@ func TestPlainAMQPAtThePortForTLSSaysSo(t *testing.T) {
 		})
 	}
 }
+
+func TestPeerOfAnotherProtocolIsNamedAndRetried(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Run(rig.Ack, steadymq.WithDialer(func(context.Context, string, string) (net.Conn, error) { return impersonated(), nil }))
+		r.Wait(10 * time.Second)
+		require.Empty(r, r.Result)
+		require.NotEmpty(r, r.Causes())
+		assert.ErrorContains(r, r.Causes()[0], "amqps URL")
+		assert.GreaterOrEqual(r, r.ShortestWait(), time.Second)
+	})
+}
+
+func TestHostThatIsNoBrokerCostsNoTime(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		dial, wrong := r.Broker.Dialer(), r.Broker.Host(1).Addr()
+		r.Consuming(rig.Ack, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+			if address == wrong {
+				return impersonated(), nil
+			}
+			return dial(ctx, network, address)
+		}))
+		for n := range 20 {
+			r.Wait(2 * time.Minute)
+			dying := r.Broker.Host(n % 2 * 2)
+			dying.Kill()
+			r.Wait(time.Second)
+			assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+			if r.Consumer.Stats().Sessions > 1 {
+				assert.LessOrEqual(r, r.Outage(), 100*time.Millisecond)
+			}
+			dying.Restart()
+		}
+		assert.Greater(r, r.Consumer.Stats().Sessions, uint64(5), "it was on a host that died")
+	}, steadymqtest.WithHosts(3))
+}
+
+// impersonated is a connection to a listener that wants TLS.
+func impersonated() net.Conn {
+	const alert = "\x15\x03\x03\x00\x02\x02\x46" // its answer to a protocol header
+	near, far := net.Pipe()
+	go func() {
+		_, _ = far.Read(make([]byte, 8))
+		_, _ = far.Write([]byte(alert))
+		_ = far.Close()
+	}()
+	return near
+}

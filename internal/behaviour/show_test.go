@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"strings"
 	"testing"
 	"time"
 
@@ -101,4 +102,27 @@ func TestCredentialsNeverShowThePassword(t *testing.T) {
 	assert.NotContains(t, log.String(), rig.Password)
 	assert.NotContains(t, log.String(), fmt.Sprintf("%x", rig.Password))
 	assert.Contains(t, log.String(), "app (password not shown, expires 1970-01-01T00:00:00Z)")
+}
+
+// encoding/json refuses what is deeper than 10,000 levels, and a publisher may send 32,768.
+func TestDeepHeadersAreShownDownToALevel(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		texts := make(chan string, 1)
+		r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{RawHeaders: rig.NestedArrays(12_000)})
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			text, err := json.Marshal(d)
+			assert.NoError(r, err)
+			texts <- string(text)
+			return nil
+		})
+		assert.Contains(r, <-texts, strings.Repeat("[", 99)+`"..."`+strings.Repeat("]", 99))
+	})
+	table := amqp.Table{"end": 1}
+	for range 200 {
+		table = amqp.Table{"k": table}
+	}
+	text, err := json.Marshal(steadymq.NewDelivery(amqp.Delivery{Headers: table}))
+	require.NoError(t, err)
+	assert.Equal(t, 100, strings.Count(string(text), `{"k":`))
+	assert.Contains(t, string(text), `{"k":"..."}`)
 }

@@ -3,6 +3,7 @@ package behaviour_test
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -122,5 +123,85 @@ func TestTopologyFunctionThatPublishesDisturbsNoAck(t *testing.T) {
 		assert.Zero(r, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
 		assert.Equal(r, 2*messages, r.Broker.QueueLen("large"))
 		assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
+	})
+}
+
+// The broker repeats the names of queues in what it says.
+func TestQueueNamedLikeARefusalIsNotTakenAsItIs(t *testing.T) {
+	const name = "PRECONDITION_FAILED - inequivalent arg 'x-delivery-limit' for queue "
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DeclareQueue(name, steadymqtest.QueueOptions{Type: "quorum", Args: map[string]any{"x-message-ttl": int32(1), "x-delivery-limit": int32(-1)}})
+		c, err := steadymq.New(r.Broker.URL, name, steadymq.WithQueue(steadymq.Queue{}), steadymq.WithDialer(r.Broker.Dialer()),
+			steadymq.WithLogger(slog.New(slog.DiscardHandler)))
+		require.NoError(r, err)
+		r.Consumer = c
+		r.Start(rig.Ack)
+		r.Wait(time.Second)
+		assert.NotEqual(r, steadymq.Consuming, r.Consumer.State(), "its time to live is another one")
+	})
+}
+
+// What an operator has to mend is named by what was declared.
+func TestRefusedDeclarationNamesWhatWasDeclared(t *testing.T) {
+	for reason, c := range map[string]struct {
+		queue  steadymq.Queue
+		before func(r *rig.Rig)
+	}{
+		`: exchange "events": `: {
+			steadymq.Queue{Exchange: &steadymq.Exchange{Name: "events", Kind: "topic"}, Bindings: []steadymq.Binding{{Key: "k"}}},
+			func(r *rig.Rig) { r.Broker.DeclareExchange("events", "fanout") },
+		},
+		`: binding to exchange "nowhere": `: {
+			steadymq.Queue{Type: "classic", Bindings: []steadymq.Binding{{Exchange: "nowhere"}}},
+			func(r *rig.Rig) { r.Broker.DeleteQueue(rig.Queue) },
+		},
+		`: dead-letter queue "amq.dead": `: {
+			steadymq.Queue{DeadLetter: &steadymq.DeadLetter{Queue: "amq.dead"}},
+			func(r *rig.Rig) { r.Broker.DeleteQueue(rig.Queue) },
+		},
+	} {
+		t.Run(reason, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				c.before(r)
+				r.Run(rig.Ack, steadymq.WithQueue(c.queue), steadymq.WithFatal(func(error) bool { return true }))
+				r.Wait(time.Minute)
+				err := r.Stop()
+				var said *amqp.Error
+				require.ErrorAs(r, err, &said)
+				assert.ErrorContains(r, err, reason)
+				assert.ErrorContains(r, err, rig.Queue)
+			}, steadymqtest.WithVersion(4, 0))
+		})
+	}
+}
+
+func TestTopologyThatNamesNoQueueIsToldSo(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		c, err := steadymq.New(r.Broker.URL, "", steadymq.WithDialer(r.Broker.Dialer()),
+			steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) { return "", nil }),
+			steadymq.WithFatal(func(error) bool { return true }))
+		require.NoError(r, err)
+		assert.ErrorContains(r, c.Run(r.Context(), rig.Ack), "the topology function returned none and New was given none")
+		assert.Empty(r, c.Queue())
+	})
+}
+
+func TestTopologyRunsForEverySessionAndMayPanic(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var calls atomic.Int32
+		r.Run(rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			if calls.Add(1) == 1 {
+				panic("first time")
+			}
+			q, err := ch.QueueDeclare("", false, true, true, false, nil)
+			return q.Name, err
+		}))
+		r.Wait(5 * time.Second)
+		require.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.ErrorContains(r, r.Causes()[0], "first time")
+		r.Broker.Reset()
+		r.Wait(5 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.EqualValues(r, 4, calls.Load(), "one more on a new connection, for the first may have left a queue behind")
 	})
 }
