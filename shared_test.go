@@ -13,7 +13,6 @@ const password = rig.Password
 
 var (
 	ack        = rig.Ack
-	opts       = rig.Options
 	ofType     = rig.OfType
 	queueTypes = rig.QueueTypes
 )
