@@ -153,9 +153,9 @@ func TestLateAckIsStaleAndTheRedeliveredMessageStays(t *testing.T) {
 }
 
 func TestDriverRecoverySettlesAnotherMessageWithALateAck(t *testing.T) {
-	// What amqp.Config.Recovery does, and why this library never uses it: the
-	// channel is reused, tags start at 1 again, and the late ack of the first
-	// message settles the second one, which no handler has finished.
+	// What amqp.Config.Recovery does, and why this library never uses it: the channel is reused,
+	// tags start at 1 again, and the late ack of the first message settles the second one, which no
+	// handler has finished.
 	synctest.Test(t, func(t *testing.T) {
 		broker := steadymqtest.NewBroker(t)
 		broker.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{})

@@ -274,8 +274,8 @@ func TestDetectorLeavesEverySessionAloneThatMakesProgress(t *testing.T) {
 	}
 }
 
-// It leaves every node that serves nothing, behind whatever address, in twice its time, 5 s and
-// the time of the answers.
+// It leaves every node that serves nothing, behind whatever address, in twice its time, 5 s and the
+// time of the answers.
 func TestDetectorLeavesEveryNodeThatServesNothing(t *testing.T) {
 	for seed := range uint64(40) {
 		rig.Bubble(t, func(r *rig.Rig) {

@@ -21,8 +21,8 @@ import (
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// Cancel-ok stands behind what the broker has sent ahead, prefetch times size: on a path of 100 KB/s
-// that takes far longer than the close limit, and bytes come in all the time.
+// Cancel-ok stands behind what the broker has sent ahead, prefetch times size: on a path of
+// 100 KB/s that takes far longer than the close limit, and bytes come in all the time.
 func TestStopOnABusyPathLetsRunningHandlersFinish(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		var cut, done atomic.Int32
@@ -46,8 +46,8 @@ func TestStopOnABusyPathLetsRunningHandlersFinish(t *testing.T) {
 	})
 }
 
-// The driver's Channel.Close returns nil for a channel that is closed already, and of two signs that
-// are ready at once a select takes either: with both slips it came to one lie in a thousand.
+// The driver's Channel.Close returns nil for a channel that is closed already, and of two signs
+// that are ready at once a select takes either: with both slips it came to one lie in a thousand.
 func TestRunTellsOfAcksThatWereLostWhileDraining(t *testing.T) {
 	losses := map[string]func(*steadymqtest.Broker){
 		"connection closed": func(b *steadymqtest.Broker) { b.CloseConnections(320, "bye") },
@@ -86,8 +86,8 @@ func TestRunTellsOfAcksThatWereLostWhileDraining(t *testing.T) {
 	}
 }
 
-// After a basic.cancel the running handlers keep their channel, while the next session is set up
-// on the same connection. Neither a stop nor the set-up limit may take it from under them.
+// After a basic.cancel the running handlers keep their channel, while the next session is set up on
+// the same connection. Neither a stop nor the set-up limit may take it from under them.
 func TestHandlersOfACancelledSessionFinishWhateverBecomesOfItsSuccessor(t *testing.T) {
 	for _, end := range []string{"stop", "setup limit"} {
 		t.Run(end, func(t *testing.T) {
@@ -392,9 +392,9 @@ func TestDrainLimitFitsIntoTheGraceOfKubernetes(t *testing.T) {
 	})
 }
 
-// leftBehind runs a consumer whose only handler outlasts the drain limit, does
-// something to the broker while it drains, and returns how often
-// HandlerFailed was called by the end of the handler, and the error of Run.
+// leftBehind runs a consumer whose only handler outlasts the drain limit, does something to the
+// broker while it drains, and returns how often HandlerFailed was called by the end of the handler,
+// and the error of Run.
 func leftBehind(t *testing.T, meanwhile func(*steadymqtest.Broker)) (failed int, err error) {
 	b := steadymqtest.NewBroker(t)
 	b.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{})

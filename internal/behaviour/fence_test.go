@@ -80,8 +80,8 @@ func TestDeliveryOfATestPassesItsSettlementOnOnce(t *testing.T) {
 	}
 }
 
-// A flag of its own would let each copy write a frame with the same tag, and the
-// broker closes the channel by 406.
+// A flag of its own would let each copy write a frame with the same tag, and the broker closes the
+// channel by 406.
 func TestCopiesOfADeliverySettleOnce(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		process := func(d steadymq.Delivery) error { return d.Ack() }

@@ -23,10 +23,9 @@ import (
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// A topology function that ends its goroutine (require in a test, runtime.Goexit)
-// takes the try with it: within never gets its result, nobody owns the connection
-// any more, and its guard is switched off by the deferred unguard. Every retry
-// leaves one more open connection behind.
+// A topology function that ends its goroutine (require in a test, runtime.Goexit) takes the try
+// with it: within never gets its result, nobody owns the connection any more, and its guard is
+// switched off by the deferred unguard. Every retry leaves one more open connection behind.
 func TestTopologyThatCallsGoexitLeaksNoConnection(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.Run(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
@@ -45,9 +44,9 @@ func TestTopologyThatCallsGoexitLeaksNoConnection(t *testing.T) {
 	})
 }
 
-// A topology function that panics is a failed try (*PanicError). The other functions
-// of the user run on goroutines of the library too, where no user can recover: a panic
-// in WithURLFunc, WithCredentials or WithDialer ends the process.
+// A topology function that panics is a failed try (*PanicError). The other functions of the user
+// run on goroutines of the library too, where no user can recover: a panic in WithURLFunc,
+// WithCredentials or WithDialer ends the process.
 func TestPanicInAUsersFunctionEndsNoProcess(t *testing.T) {
 	if which := os.Getenv("STEADYMQ_PANIC_IN"); which != "" {
 		b := steadymqtest.NewBroker(t)
@@ -74,9 +73,9 @@ func TestPanicInAUsersFunctionEndsNoProcess(t *testing.T) {
 	}
 }
 
-// A try that is left behind (its topology function ignores the context) on the
-// supervisor's own connection closes that connection once it returns: attempt.discard
-// calls connection.close, which is "its owner's" and has no lock. Run with -race.
+// A try that is left behind (its topology function ignores the context) on the supervisor's own
+// connection closes that connection once it returns: attempt.discard calls connection.close, which
+// is "its owner's" and has no lock. Run with -race.
 func TestLateTryDoesNotTouchTheSupervisorsConnection(t *testing.T) {
 	for range 40 { // the detector sees it in two runs of five
 		lateTry(t)

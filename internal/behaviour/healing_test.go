@@ -187,8 +187,7 @@ func TestChangesCutOffByTheEndAreCounted(t *testing.T) {
 // Ends of a session.
 
 func TestDeliveryBehindAChannelCloseCostsNoConnection(t *testing.T) {
-	// RabbitMQ 3.10 sends it now and then, and the driver would answer by
-	// closing the connection.
+	// RabbitMQ 3.10 sends it now and then, and the driver would answer by closing the connection.
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.Consuming(rig.Ack)
 		require.Equal(r, 1, r.Broker.StrayDelivery())

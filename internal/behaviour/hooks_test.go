@@ -110,8 +110,8 @@ func TestConsumerWhoseHookPanickedSaysWhatToDo(t *testing.T) {
 	})
 }
 
-// A hook is a function of the user: whatever it does, Run ends in order and leaves no
-// message between the chairs.
+// A hook is a function of the user: whatever it does, Run ends in order and leaves no message
+// between the chairs.
 func TestSettledThatPanicsOrExitsEndsRunInOrder(t *testing.T) {
 	for name, misbehave := range map[string]func(){"panic": func() { panic("boom") }, "Goexit": runtime.Goexit} {
 		t.Run(name, func(t *testing.T) {

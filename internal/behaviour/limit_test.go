@@ -163,7 +163,8 @@ func TestOtherInequivalenceIsTheOperators(t *testing.T) {
 	})
 }
 
-// The limit that the user has set takes the message, and so does the default one where there is a dead-letter target.
+// The limit that the user has set takes the message, and so does the default one where there is a
+// dead-letter target.
 func TestDeadLettersGoWhereTheQueueSays(t *testing.T) {
 	onEachGeneration(t, func(r *rig.Rig, major int) {
 		declaring(r, fail, steadymq.Queue{DeadLetter: &steadymq.DeadLetter{Queue: "jobs.dead"}, Args: amqp.Table{"x-delivery-limit": 3}}, "")
@@ -317,7 +318,8 @@ func TestMessageNearTheLimitOfOthersIsTold(t *testing.T) {
 	})
 }
 
-// Since 4.3 a dead letter brings its count along, and the first return from a queue with a limit drops it.
+// Since 4.3 a dead letter brings its count along, and the first return from a queue with a limit
+// drops it.
 func TestDeadLetterThatArrivesBeyondTheLimitIsTold(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.Broker.DeclareQueue(jobs, steadymqtest.QueueOptions{Type: "quorum"})

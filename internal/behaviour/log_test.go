@@ -109,8 +109,8 @@ func TestHourOfCausesThatAreAllDifferentIsAtMost100Lines(t *testing.T) {
 	})
 }
 
-// The same failure on two hosts is one row, or every change of the host would start
-// the counting anew.
+// The same failure on two hosts is one row, or every change of the host would start the counting
+// anew.
 func TestFailureOnTwoHostsIsOneCause(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.Consuming(rig.Ack)
@@ -282,8 +282,8 @@ func TestDefaultLoggerIsLookedUpWhenRunBegins(t *testing.T) {
 	})
 }
 
-// failingWith runs a consumer whose credentials fail every second with what cause says of the
-// n-th try.
+// failingWith runs a consumer whose credentials fail every second with what cause says of the n-th
+// try.
 func failingWith(r *rig.Rig, cause func(n int) string) {
 	n := 0
 	r.Run(rig.Ack, steadymq.WithBackoff(time.Second, time.Second), steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {

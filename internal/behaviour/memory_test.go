@@ -104,8 +104,8 @@ func TestLostSessionsLeaveNothingInMemory(t *testing.T) {
 	}
 }
 
-// An idle consumer has a connection, a session and its queue of events; what the broker in the
-// same process keeps for it counts here as well.
+// An idle consumer has a connection, a session and its queue of events; what the broker in the same
+// process keeps for it counts here as well.
 func TestIdleConsumerIsSmall(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		const consumers = 50

@@ -503,8 +503,8 @@ func TestQuietStreamThatGrowsWithoutADeliveryIsAStall(t *testing.T) {
 	}
 }
 
-// A try that was left behind goes on with the number of the session that came after it, and
-// takes its place in the stream.
+// A try that was left behind goes on with the number of the session that came after it, and takes
+// its place in the stream.
 func TestTryThatWasLeftBehindDoesNotTouchTheStreamsPlace(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.RemakeQueue("stream")

@@ -20,8 +20,8 @@ import (
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// stranger is a peer that is no broker: it reads a greeting, gives an answer and ends the
-// socket, by a reset if it is to, or keeps it and says nothing more.
+// stranger is a peer that is no broker: it reads a greeting, gives an answer and ends the socket,
+// by a reset if it is to, or keeps it and says nothing more.
 type stranger struct {
 	answer       string
 	reset, keeps bool

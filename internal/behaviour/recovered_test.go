@@ -214,7 +214,8 @@ func TestLinesNameTheLimitThatPassed(t *testing.T) {
 	})
 }
 
-// A host that takes connections and says nothing would be a silent log for as long as the set-up limit.
+// A host that takes connections and says nothing would be a silent log for as long as the set-up
+// limit.
 func TestTryThatTakesItsTimeIsTold(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.Broker.HangAt(steadymqtest.StageTune, true)

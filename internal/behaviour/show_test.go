@@ -21,8 +21,8 @@ import (
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// The Acknowledger of the embedded amqp.Delivery leads back to the delivery, so the
-// exported fields are a cycle.
+// The Acknowledger of the embedded amqp.Delivery leads back to the delivery, so the exported fields
+// are a cycle.
 func TestDeliveryCanBeMarshalledAndLogged(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		var got *steadymq.Delivery

@@ -19,8 +19,8 @@ import (
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// slowlyClosed dials connections whose Close takes a while. The real one is quick,
-// but so may be Run: what ends a socket must have closed it before Run returns.
+// slowlyClosed dials connections whose Close takes a while. The real one is quick, but so may be
+// Run: what ends a socket must have closed it before Run returns.
 type slowlyClosed struct {
 	dial  func(ctx context.Context, network, address string) (net.Conn, error)
 	close func() // what Close waits for

@@ -17,7 +17,8 @@ import (
 	"github.com/steadymq/steadymq/internal/rig"
 )
 
-// brokenErrors cannot be read without a panic. The first is the trap of `var err *fs.PathError; return err`.
+// brokenErrors cannot be read without a panic. The first is the trap of
+// `var err *fs.PathError; return err`.
 func brokenErrors() map[string]error {
 	return map[string]error{
 		"a nil pointer":                    (*fs.PathError)(nil),

@@ -37,8 +37,8 @@ type Rig struct {
 	changes changes
 }
 
-// Bubble runs test in virtual time with a broker that has the queue, and judges what every test must
-// keep: no delivery is settled twice, and no password is in the log.
+// Bubble runs test in virtual time with a broker that has the queue, and judges what every test
+// must keep: no delivery is settled twice, and no password is in the log.
 func Bubble(t *testing.T, test func(r *Rig), options ...steadymqtest.Option) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {

@@ -8,8 +8,8 @@ import (
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// simPace is how soon retries follow each other once a fault is noticed, which
-// bounds how long after its end a consumer may need (docs/FAULTS.md has the paces).
+// simPace is how soon retries follow each other once a fault is noticed, which bounds how long
+// after its end a consumer may need (docs/FAULTS.md has the paces).
 type simPace int
 
 const (
@@ -65,8 +65,8 @@ func escapeSetup(c *simConsumerPlan) time.Duration { return c.setup + time.Secon
 
 type faultsOf = steadymqtest.Faults
 
-// simKinds are all faults: simFirstKinds, of which every seed enables a random half, and simMoreKinds,
-// which come in place of some.
+// simKinds are all faults: simFirstKinds, of which every seed enables a random half, and
+// simMoreKinds, which come in place of some.
 var simKinds = slices.Concat(simFirstKinds, simMoreKinds)
 
 // simFirstKinds are the kit's faults. What they are and their order is part of a seed's meaning.
@@ -288,8 +288,7 @@ func randomBytes(dice uint64) []byte {
 	return p
 }
 
-// refuses tells whether the broker says by this fault that the configuration
-// cannot work.
+// refuses tells whether the broker says by this fault that the configuration cannot work.
 func (f simFault) refuses() bool {
 	k := &simKinds[f.kind]
 	return k.codes > 0 && slices.Contains(k.refuses, f.dice%k.codes)
@@ -338,8 +337,8 @@ func (p *simPlan) fast(c *simConsumerPlan) time.Duration {
 	return fast
 }
 
-// healed is when c must be consuming again if nothing else happens: the bound of
-// the fault, or, loosely, that of faults that overlap or follow too soon.
+// healed is when c must be consuming again if nothing else happens: the bound of the fault, or,
+// loosely, that of faults that overlap or follow too soon.
 func (b *simBurst) healed(p *simPlan, c *simConsumerPlan, loosely bool) time.Duration {
 	if len(b.faults) == 1 && !loosely && !p.roundabout(c) {
 		return b.faults[0].healed(p, c)

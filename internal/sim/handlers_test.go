@@ -43,8 +43,8 @@ const (
 
 var errSimHandler = errors.New("the handler failed")
 
-// dice is what a delivery decides for its handler: the same for the same seed,
-// message and try, whatever the scheduler does.
+// dice is what a delivery decides for its handler: the same for the same seed, message and try,
+// whatever the scheduler does.
 func (s *sim) dice(id string, try int) uint64 {
 	h := fnv.New64a()
 	fmt.Fprintf(h, "%d/%s/%d", s.plan.seed, id, try)

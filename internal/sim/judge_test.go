@@ -17,9 +17,8 @@ import (
 // simCanary is in every password of the simulation and may be in no output.
 const simCanary = "c4nAry"
 
-// simJudge sees what the broker sees, and what handlers do, and holds both
-// against the invariants. It never asks the library; what the library tells its
-// hooks is judged, too.
+// simJudge sees what the broker sees, and what handlers do, and holds both against the invariants.
+// It never asks the library; what the library tells its hooks is judged, too.
 type simJudge struct {
 	s *sim
 
@@ -325,8 +324,7 @@ func (j *simJudge) order(key simKey) uint64 {
 	return 0
 }
 
-// notLate sees to it that no handler gets a delivery of a session that is known
-// to be lost.
+// notLate sees to it that no handler gets a delivery of a session that is known to be lost.
 func (j *simJudge) notLate(h *simHandling, ctx context.Context) {
 	tag := h.key.consumer
 	if at, ok := j.cancelled[tag]; ok && time.Now().After(at) {
@@ -388,8 +386,8 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 	j.notNeedless(h, x)
 }
 
-// notNeedless sees to it that a handler whose consumer the broker has cancelled,
-// and nothing else has happened, may still settle.
+// notNeedless sees to it that a handler whose consumer the broker has cancelled, and nothing else
+// has happened, may still settle.
 func (j *simJudge) notNeedless(h *simHandling, x *simHandled) {
 	session := j.byTag[h.key.consumer]
 	if j.s.plan.hold > 0 || session == nil || x.stream || h.c.lagging() || session.record.Cause != "cancelled by the broker" || h.c.stopping ||
@@ -420,8 +418,8 @@ func (j *simJudge) ended(h *simHandling, ctx context.Context) {
 	}
 }
 
-// outlived is called when a handler's context did not end while it waited. The
-// session may then not have been lost long before.
+// outlived is called when a handler's context did not end while it waited. The session may then not
+// have been lost long before.
 func (j *simJudge) outlived(h *simHandling, waited time.Duration) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -440,8 +438,8 @@ func (j *simJudge) outlived(h *simHandling, waited time.Duration) {
 	}
 }
 
-// tick looks at all consumers; it is called often, and only when nothing else
-// can happen at that moment.
+// tick looks at all consumers; it is called often, and only when nothing else can happen at that
+// moment.
 func (j *simJudge) tick() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -477,8 +475,7 @@ func (j *simJudge) resumed(c *simConsumer, now time.Duration) {
 	}
 }
 
-// expect sets the bounds by which all must have healed from a burst that is
-// about to begin.
+// expect sets the bounds by which all must have healed from a burst that is about to begin.
 func (j *simJudge) expect(b *simBurst) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -537,8 +534,8 @@ func (j *simJudge) stalled(c *simConsumer, cause error) {
 	}
 }
 
-// unstalled sees to it that the stall detector leaves a host that is cut off while messages wait. It
-// is judged only where one can know that: the host's own word, or that of two others.
+// unstalled sees to it that the stall detector leaves a host that is cut off while messages wait.
+// It is judged only where one can know that: the host's own word, or that of two others.
 func (j *simJudge) unstalled(c *simConsumer, now time.Duration) {
 	x, p := c.latest, j.s.plan
 	if c.plan.stall == 0 || c.plan.channelMax == 1 || x == nil || c.live != 1 || p.queues[c.plan.queue].kind == "stream" || len(p.users(c.plan.queue)) > 1 ||

@@ -19,8 +19,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The planted bugs show that the simulation can fail. Each is a change of the
-// library's source that exists in a temporary overlay only.
+// The planted bugs show that the simulation can fail. Each is a change of the library's source that
+// exists in a temporary overlay only.
 //
 //	go test -run 'TestMutants$' -mutants -timeout 60m -v ./internal/sim
 var (
@@ -30,13 +30,13 @@ var (
 	mutantsOnly  = flag.String("mutant", "", "plant only the bugs whose name contains this")
 )
 
-// mutant is a planted bug: texts that stand in the source exactly once, and what
-// stands there instead.
+// mutant is a planted bug: texts that stand in the source exactly once, and what stands there
+// instead.
 type mutant struct {
 	name  string
 	edits []edit
-	// test names the quick test that has to fail, of a slip where the simulation
-	// never goes; "" leaves it to the simulation.
+	// test names the quick test that has to fail, of a slip where the simulation never goes; ""
+	// leaves it to the simulation.
 	test string
 }
 
@@ -902,8 +902,8 @@ func foldersOfTests(t *testing.T) map[string]string {
 	return folders
 }
 
-// TestMutants prints a table: which invariant caught which planted bug, and how
-// many seeds that took.
+// TestMutants prints a table: which invariant caught which planted bug, and how many seeds that
+// took.
 func TestMutants(t *testing.T) {
 	if !*mutantsRun {
 		t.Skip("takes minutes; ask for it by -mutants")

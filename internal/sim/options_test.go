@@ -183,7 +183,8 @@ func (p *simPlan) fit(q *simQueuePlan, c *simConsumerPlan) {
 	}
 }
 
-// drawLarge makes every tenth message large, or a few so large that one takes longer than any limit.
+// drawLarge makes every tenth message large, or a few so large that one takes longer than any
+// limit.
 func (p *simPlan) drawLarge(r *rand.Rand, i int) {
 	q, users := &p.queues[i], p.users(i)
 	slow := slices.ContainsFunc(users, func(c *simConsumerPlan) bool { return c.bandwidth > 0 })
@@ -214,7 +215,8 @@ func (p *simPlan) drawLarge(r *rand.Rand, i int) {
 	}
 }
 
-// drawUnfit lets a few messages be those that no handler can be given. They take up the prefetch for ever.
+// drawUnfit lets a few messages be those that no handler can be given. They take up the prefetch
+// for ever.
 func (p *simPlan) drawUnfit(r *rand.Rand, i, n int, tooLarge bool) {
 	users := p.users(i)
 	stream := p.queues[i].kind == "stream"

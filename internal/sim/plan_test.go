@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// simPlan is everything that a seed decides before the clock starts. Only the
-// scheduler and the library's own jitter are not in it.
+// simPlan is everything that a seed decides before the clock starts. Only the scheduler and the
+// library's own jitter are not in it.
 type simPlan struct {
 	seed      uint64
 	virtual   time.Duration
@@ -222,8 +222,8 @@ func (p *simPlan) drawActs(r *rand.Rand) {
 	}
 }
 
-// drawBursts draws the faults: a random half of the kinds, one at a time or
-// several that overlap, and between most bursts time enough to heal.
+// drawBursts draws the faults: a random half of the kinds, one at a time or several that overlap,
+// and between most bursts time enough to heal.
 func (p *simPlan) drawBursts(r *rand.Rand) {
 	kinds := p.drawKinds(r)
 	at := between(r, 3*time.Second, 15*time.Second)
@@ -311,8 +311,8 @@ func (p *simPlan) nextBurst(r *rand.Rand, b *simBurst, end time.Duration) time.D
 	return healed + between(r, time.Second, 15*time.Second)
 }
 
-// stopInFaults moves some stops to the moments at which a Consumer is most
-// likely to be dialling, logging in, subscribing or waiting.
+// stopInFaults moves some stops to the moments at which a Consumer is most likely to be dialling,
+// logging in, subscribing or waiting.
 func (p *simPlan) stopInFaults(r *rand.Rand) {
 	for i := range p.consumers {
 		runs := p.consumers[i].runs

@@ -30,8 +30,8 @@ func TestJudgeKnowsAConsumeOkFromASession(t *testing.T) {
 	assert.Contains(t, s.judge.violations[0], "I4")
 }
 
-// TestSeedsThatFoundFaults runs again what has found a fault of the library, each of which has a test of
-// its own by now. What a seed means changes with the plan; it is as good as any other then.
+// TestSeedsThatFoundFaults runs again what has found a fault of the library, each of which has a
+// test of its own by now. What a seed means changes with the plan; it is as good as any other then.
 func TestSeedsThatFoundFaults(t *testing.T) {
 	for seed, found := range map[uint64]string{
 		14:   "a stream that was quiet skips what is published while its session is lost",

@@ -27,9 +27,9 @@ import (
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// The simulation runs consumers in virtual time against the kit's broker under
-// random faults, and judges them by what the broker saw. See simJudge for the
-// invariants, simKinds for the faults and simPlan for what a seed decides.
+// The simulation runs consumers in virtual time against the kit's broker under random faults, and
+// judges them by what the broker saw. See simJudge for the invariants, simKinds for the faults and
+// simPlan for what a seed decides.
 //
 //	go test -run 'TestSim$' -seeds 500 ./internal/sim
 //	go test -run 'TestSim$' -seed 17 -v ./internal/sim
@@ -152,8 +152,7 @@ func shrink(t *testing.T, seed uint64, keep []int, violations []string) ([]int, 
 	return keep, violations
 }
 
-// simOnce runs a seed once, with the faults of keep or with all, and returns
-// what it violates.
+// simOnce runs a seed once, with the faults of keep or with all, and returns what it violates.
 func simOnce(t *testing.T, seed uint64, keep []int) (violations []string) {
 	plan := newSimPlan(seed, *simVirtual)
 	if keep != nil {
@@ -172,8 +171,8 @@ func simOnce(t *testing.T, seed uint64, keep []int) (violations []string) {
 	return s.judge.violations
 }
 
-// watchStuck is the way out when virtual time stands still: somebody waits for a
-// mutex, or runs in circles.
+// watchStuck is the way out when virtual time stands still: somebody waits for a mutex, or runs in
+// circles.
 func (s *sim) watchStuck(done <-chan struct{}) {
 	last, since := int64(-1), time.Now()
 	for {
@@ -342,7 +341,8 @@ func (s *sim) brokerOptions() []steadymqtest.Option {
 	return o
 }
 
-// args are those of a broker; an old one has no limit unless it is told, and -1 would drop everything.
+// args are those of a broker; an old one has no limit unless it is told, and -1 would drop
+// everything.
 func (q *simQueuePlan) args(old bool) map[string]any {
 	if q.own() {
 		return map[string]any{}
@@ -575,8 +575,7 @@ func (s *sim) rotate(f simFault) {
 	}
 }
 
-// finale takes all faults back and waits until everything has healed and every
-// message is settled.
+// finale takes all faults back and waits until everything has healed and every message is settled.
 func (s *sim) finale() {
 	s.broker.Heal()
 	s.broker.Restart()
@@ -623,7 +622,8 @@ func (s *sim) last(i int, limit time.Duration) {
 	}
 }
 
-// idler is a consumer of the queue that has not been in session since its Run began, "" if there is none.
+// idler is a consumer of the queue that has not been in session since its Run began, "" if there is
+// none.
 func (s *sim) idler(queue int) string {
 	s.judge.mu.Lock()
 	defer s.judge.mu.Unlock()
@@ -1004,8 +1004,8 @@ func (r *simRate) count() int {
 	return len(r.times)
 }
 
-// connects is how often a minute may see a connect to one host: the mean of full
-// jitter is half the limit; a third more for chance, and 40 for the way there.
+// connects is how often a minute may see a connect to one host: the mean of full jitter is half the
+// limit; a third more for chance, and 40 for the way there.
 func (p *simConsumerPlan) connects() int {
 	n := max(40, int(2*time.Minute/p.limit)*4/3)
 	if p.stall > 0 {
@@ -1287,8 +1287,8 @@ func (c *simConsumer) trouble(now time.Duration) {
 	c.keep = nil
 }
 
-// healthy tells whether the session has proved itself, so that its loss is
-// followed by a retry at once.
+// healthy tells whether the session has proved itself, so that its loss is followed by a retry at
+// once.
 func (c *simConsumer) healthy(now time.Duration) bool {
 	x := c.latest
 	return x != nil && c.live > 0 && x.record.Ended.IsZero() && !x.settled.IsZero() &&
@@ -1337,8 +1337,8 @@ func (c *simConsumer) returned(run *simRun, err error) {
 	c.stopped(run, err, now-run.asked, inFlight)
 }
 
-// gaveUp is a Run that ended by itself: only before its first session, and only
-// when the broker has refused.
+// gaveUp is a Run that ended by itself: only before its first session, and only when the broker has
+// refused.
 func (c *simConsumer) gaveUp(run *simRun, err error, now time.Duration) {
 	var at *steadymq.SessionError
 	refused := time.Duration(c.s.refused.Load()) >= run.start

@@ -72,7 +72,8 @@ var simMoreKinds = []simKind{
 	},
 }
 
-// stray goes wrong in the way that is in fashion, and is called first in every function of the user.
+// stray goes wrong in the way that is in fashion, and is called first in every function of the
+// user.
 func (c *simConsumer) stray(ctx context.Context, f simFunc) error {
 	switch simStray(c.s.strays[f].Load()) {
 	case strayFails:
