@@ -20,7 +20,7 @@ demo: ## watch a consumer heal, on a broker inside the process or on AMQP_URL's
 
 .PHONY: test
 test: ## every test with -race, those on a real RabbitMQ included and required
-	$(GO) test -run '^TestSim$$' -timeout 10m . -seeds 500
+	$(GO) test -run '^TestSim$$' -timeout 10m ./internal/sim -seeds 500
 	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -race -p 1 -timeout 25m ./... # one package at a time: each starts brokers
 
 .PHONY: quick
@@ -29,11 +29,11 @@ quick: ## what runs without a broker, within a minute
 
 .PHONY: sim
 sim: ## the simulation over many seeds: make sim SEEDS=10000
-	$(GO) test -run '^TestSim$$' -timeout 4h -v . -seeds $(SEEDS)
+	$(GO) test -run '^TestSim$$' -timeout 4h -v ./internal/sim -seeds $(SEEDS)
 
 .PHONY: mutants
 mutants: ## plant bugs one by one; the simulation must catch them
-	$(GO) test -run '^TestMutants$$' -timeout 0 -v . -mutants
+	$(GO) test -run '^TestMutants$$' -timeout 0 -v ./internal/sim -mutants
 
 .PHONY: bench
 bench: ## throughput, CPU and recovery against the plain driver, into bench/RESULTS.md

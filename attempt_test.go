@@ -14,6 +14,7 @@ import (
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -74,8 +75,8 @@ func TestAttemptIsThatOfThisQueue(t *testing.T) {
 	for i, v := range [][2]int{{3, 10}, {4, 0}, {4, 3}} {
 		for n, a := range attemptTable {
 			t.Run(fmt.Sprintf("%d.%d/%s/%s to %s", v[0], v[1], a.name, a.from, a.kind), func(t *testing.T) {
-				bubble(t, func(b *bench) {
-					a.check(b.T, b.broker.URL, b.broker.Dialer(), fmt.Sprintf("attempt-%d-", n), a.want[i])
+				rig.Bubble(t, func(r *rig.Rig) {
+					a.check(r.T, r.Broker.URL, r.Broker.Dialer(), fmt.Sprintf("attempt-%d-", n), a.want[i])
 				}, steadymqtest.WithVersion(v[0], v[1]))
 			})
 		}

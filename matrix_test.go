@@ -554,7 +554,7 @@ func TestEveryRowOfTheFaultTableIsACellOrSaysWhyNot(t *testing.T) {
 // sourceOfTests is that of the packages whose tests the table names.
 func sourceOfTests(t *testing.T) string {
 	var tests strings.Builder
-	for _, pattern := range []string{"*_test.go", "internal/router/*_test.go", "internal/wire/*_test.go", "steadymqtest/*_test.go"} {
+	for _, pattern := range []string{"*_test.go", "internal/sim/*_test.go", "internal/behaviour/*_test.go", "internal/router/*_test.go", "internal/wire/*_test.go", "steadymqtest/*_test.go"} {
 		files, err := filepath.Glob(pattern)
 		require.NoError(t, err)
 		for _, name := range files {

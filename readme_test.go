@@ -73,17 +73,3 @@ func TestGoCodeOfTheREADMECompiles(t *testing.T) {
 		assert.NoError(t, err, "block %d of the README:\n%s\n%s", i+1, block, out)
 	}
 }
-
-func TestNumbersOfTheREADMEAreThoseOfTheTests(t *testing.T) {
-	text, err := os.ReadFile("README.md")
-	require.NoError(t, err)
-	scripts, err := filepath.Glob("steadymqtest/testdata/rabbitmq-4.3/*.txt")
-	require.NoError(t, err)
-	for _, number := range []string{
-		fmt.Sprintf("faults of %d kinds", len(simKinds)),
-		fmt.Sprintf("| %d slips", len(mutants)),
-		fmt.Sprintf("| %d scripts", len(scripts)),
-	} {
-		assert.True(t, strings.Contains(string(text), number), "the README does not say %q", number)
-	}
-}

@@ -1,0 +1,1013 @@
+package sim_test
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// The planted bugs show that the simulation can fail. Each is a change of the library's source that
+// exists in a temporary overlay only.
+//
+//	go test -run 'TestMutants$' -mutants -timeout 60m -v ./internal/sim
+var (
+	mutantsRun   = flag.Bool("mutants", false, "plant each bug and see whether the simulation catches it")
+	mutantsSeeds = flag.Int("mutantseeds", 200, "how many seeds may be needed to catch a planted bug")
+	mutantsJudge = flag.String("mutantjudge", "", "plant only the bugs that sim or a test has to catch")
+	mutantsOnly  = flag.String("mutant", "", "plant only the bugs whose name contains this")
+)
+
+// mutant is a planted bug: texts that stand in the source exactly once, and what stands there
+// instead.
+type mutant struct {
+	name  string
+	edits []edit
+	// test names the quick test that has to fail, of a slip where the simulation never goes; ""
+	// leaves it to the simulation.
+	test string
+}
+
+// edit changes a file, whose name is relative to the root of the repository.
+type edit struct{ file, old, new string }
+
+// inRoot is the path of a file or folder whose name is relative to the root of the repository.
+func inRoot(name string) string { return filepath.Join("..", "..", filepath.FromSlash(name)) }
+
+func change(name, file, before, after string) mutant {
+	return mutant{name: name, edits: []edit{{file, before, after}}}
+}
+
+// inTest is a planted bug that the test has to catch, not the simulation.
+func inTest(test string, m mutant) mutant {
+	m.test = test
+	return m
+}
+
+var mutants = []mutant{
+	// Settling.
+	change("every ack is sent twice", "internal/wire/subscription.go",
+		"{ return l.settle(basicAck, tag, 0) }",
+		"{\n\t_ = l.settle(basicAck, tag, 0)\n\treturn l.settle(basicAck, tag, 0)\n}"),
+	change("acks are multiple", "internal/wire/subscription.go",
+		"l.settle(basicAck, tag, 0)", "l.settle(basicAck, tag, 1)"),
+	change("a delivery may be settled twice", "ack.go",
+		"if !f.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {",
+		"if f.outcome.Store(uint32(o)); false {"),
+	inTest("TestCopiesOfADeliverySettleOnce", change("a copy of a delivery settles by itself", "ack.go",
+		"\treturn d.fence.settle(d.fence.settler, o)\n",
+		"\tcopied := &fence{origin: *d, tag: d.fence.tag, settler: d.fence.settler}\n\treturn copied.settle(copied.settler, o)\n")),
+	{name: "late acks go to the newest session", edits: []edit{
+		{
+			"session.go", "func (s *session) settle(d *Delivery, o Outcome) error {",
+			"var newest sync.Map\n\nfunc (s *session) settle(d *Delivery, o Outcome) error {\n\tif n, ok := newest.Load(s.config); ok && s.over.Load() {\n\t\treturn n.(*session).send(d, o)\n\t}",
+		},
+		{"session.go", "\ts.since = time.Now()\n", "\ts.since = time.Now()\n\tnewest.Store(s.config, s)\n"},
+	}},
+	{name: "late acks are sent", edits: []edit{
+		{"session.go", "\tif s.over.Load() {\n\t\ts.stats.stale.Add(1)\n\t\treturn ErrStale", "\tif false {\n\t\treturn ErrStale"},
+		{"internal/wire/subscription.go", "if l.closed || s.closing", "if s.closing"},
+	}},
+	change("settlements go to channel 1", "internal/wire/subscription.go",
+		"binary.BigEndian.PutUint16(frame[1:], l.channel)", "binary.BigEndian.PutUint16(frame[1:], 1)"),
+	change("acks before the handler has returned", "worker.go",
+		"\terr = p.invoke(s, d, &err)", "\t_ = d.Ack()\n\terr = p.invoke(s, d, &err)"),
+	change("a failed message is acked", "ack.go",
+		"return Requeued, c.hold(d.Attempt())", "return Acked, 0"),
+	change("a failed message goes back at once", "ack.go",
+		"return Requeued, c.hold(d.Attempt())", "return Requeued, 0"),
+	change("discard requeues", "ack.go",
+		"func Discard(err error) error { return &verdict{outcome: Discarded,", "func Discard(err error) error { return &verdict{outcome: Requeued,"),
+	change("forgets to settle after a panic", "worker.go",
+		"\t\theld = s.conclude(d, err)\n", "\t\tif !errors.As(err, new(*PanicError)) {\n\t\t\theld = s.conclude(d, err)\n\t\t}\n"),
+	{name: "handlers start for sessions that are over", edits: []edit{
+		{"worker.go", "p.ctx.Err() != nil || !s.gate.enter() {", "s.gate.count.Add(2) < 0 {"},
+	}},
+
+	// Workers and contexts.
+	change("a worker is lost after Goexit", "worker.go",
+		"\t\t\tgo p.work()\n\t\t\treturn\n", "\t\t\treturn\n"),
+	change("one worker too many", "worker.go", "for range n {", "for range n + 1 {"),
+	change("handlers never learn of a lost session", "session.go",
+		"\ts.shut()\n\ts.cancel(cause)\n", "\ts.shut()\n"),
+	change("a stop cancels running handlers", "consumer.go",
+		"handlers: context.WithoutCancel(ctx)", "handlers: ctx"),
+	change("no handler timeout", "worker.go",
+		"if p.config.handlerTimeout > 0 {", "if p.config.handlerTimeout < 0 {"),
+
+	// Sessions.
+	change("ignores basic.cancel", "session.go",
+		"\t\t\tif cancelled {\n\t\t\t\treturn s.lost(errCancelled)\n\t\t\t}\n\t\tcase <-s.conn.end.ended:\n",
+		"\t\tif cancelled {\n\t\t\tselect {\n\t\t\tcase <-s.channelEnd.ended:\n\t\t\t\treturn s.lost(s.diagnose())\n\t\t\tcase <-s.conn.end.ended:\n\t\t\t\treturn s.lost(s.diagnose())\n\t\t\tcase <-s.stop:\n\t\t\t\treturn nil\n\t\t\t}\n\t\t}\n\tcase <-s.conn.end.ended:\n"),
+	change("ignores the end of its channel", "session.go",
+		"\t\tcase <-s.channelEnd.ended:\n\t\tcase _, cancelled := <-s.cancels:\n\t\t\tif cancelled {\n\t\t\t\treturn s.lost(errCancelled)\n\t\t\t}\n\t\tcase <-s.conn.end.ended:\n",
+		"\tcase <-s.conn.end.ended:\n"),
+	change("a cancelled session gives its handlers no time", "session.go",
+		"\t\ts.retire(cause)\n", "\t\ts.lose(cause)\n"),
+	change("no prefetch", "session.go", "s.channel.Qos(s.config.prefetch, 0, false)", "s.channel.Qos(0, 0, false)"),
+	change("the consumer tag is used again", "consumer.go",
+		`tag := fmt.Sprintf("%s.%d-%d", s.tag, try, number)`, `tag := fmt.Sprint(s.tag, "-1")`),
+
+	// Reconnecting.
+	change("no setup limit", "consumer.go",
+		"context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())", "context.WithCancel(s.ctx)"),
+	change("the setup limit does not close the socket", "session.go",
+		"unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(causeOf(ctx)) })", "unguard := context.AfterFunc(ctx, func() {})"),
+	change("gives up on a refusal after the first session", "reconnect.go",
+		"if r.proven {", "if r.proven && false {"),
+	change("gives up on 404", "reconnect.go",
+		"return refused || stated(err)", "return refused || stated(err) || classify(err) == classAbsent"),
+	change("retries in a hot loop", "reconnect.go",
+		"\tr.failures++\n", "\tif r.failures++; r.failures > 0 {\n\t\treturn time.Millisecond\n\t}\n"),
+	change("the backoff has no cap", "reconnect.go",
+		"return p.floor + rand.N(top-p.floor+1)", "return p.floor + p.initial<<min(p.failures, 12)"),
+	change("no cap while dials are refused", "reconnect.go",
+		"r.pace(0, c.retryInitial, time.Second)", "r.pace(0, c.retryInitial, c.retryCap)"),
+	inTest("TestMissingQueueIsConsumedWithin5500msOfItsReturn", change("a missing queue is asked for as seldom as an operator mends", "reconnect.go",
+		"time.Second, 5*time.Second)", "time.Second, operatorCap)")),
+	inTest("TestNoWaitExceedsAGivenLimit", change("the limit of WithBackoff binds one class only", "reconnect.go",
+		"limit = min(limit, r.limit)", "limit = min(limit, max(r.limit, time.Second))")),
+	inTest("TestRefusedDialsDoNotQuickenThePaceOfWhatAnOperatorMends", change("a refused dial resets the pace of the operator's", "reconnect.go",
+		"\trule.failures++\n", "\tif rule.failures++; kind == classRefused {\n\t\tr.rules[classOperator].failures, r.passed = 0, nil\n\t}\n")),
+	inTest("TestLockIsNoYoungerForWhatFailsMeanwhile", change("what fails beside a lock makes it young again", "reconnect.go",
+		"\trule := r.rules[kind]\n", "\tif rule := classify(err); rule != classLocked {\n\t\tr.lockSeen = time.Time{}\n\t}\n\trule := r.rules[kind]\n")),
+	inTest("TestNamesDecideNoClass", change("a word that a name may hold decides the class", "phrases.go",
+		"strings.HasPrefix(text, p.start) && (cut || strings.HasSuffix(text, p.end))", "(cut || strings.Contains(text, p.start) && strings.Contains(text, p.end))")),
+	inTest("TestNamesDecideNoClass", change("a phrase is not held to its end", "phrases.go",
+		"(cut || strings.HasSuffix(text, p.end))", "(cut || strings.Contains(text, p.end))")),
+	inTest("TestTextThatWasCutOffIsTakenForWhatPasses", change("a text that was cut off is none of the phrases", "phrases.go",
+		"(cut || strings.HasSuffix(text, p.end))", "(cut && false || strings.HasSuffix(text, p.end))")),
+	inTest("TestStreamStartsOverOnlyIfItIsGoneItself", change("a stream starts over because of another queue", "stream.go",
+		`want := "no queue '" + name + "' in vhost '"`, `want := "no queue '"`)),
+	inTest("TestQuietStreamSkipsNothingThatIsPublishedWhileAway", change("no place in a stream is known before its first delivery", "session.go",
+		`unclear && s.terms.queue == ""`, `unclear && s.terms.queue == "none"`)),
+	inTest("TestQuietStreamSkipsNothingThatIsPublishedWhileAway", change("an interval is asked for anew", "place.go",
+		`return at != "first"`, `return at == "next" || at == "last"`)),
+	inTest("TestQuietStreamSkipsNothingThatIsPublishedWhileAway", change("a time to come is asked for anew", "place.go",
+		"return at.After(now.Add(-clockMargin))", "return false")),
+	inTest("TestEmptyStreamSkipsNothingThatIsPublishedWhileAway", change("an empty stream has no place", "stream.go",
+		"\tp.from = since\n", "\tp.from = nil\n")),
+	inTest("TestPlaceByTheClockAllowsForClocksThatDiffer", change("the clock of a broker is that of its client", "stream.go",
+		"\tsince = since.Add(-clockMargin)\n", "")),
+	inTest("TestPlaceThatIsCutOffAgainAndAgainIsTakenFromTheClock", change("a place is looked up until it is found", "stream.go",
+		" && p.looks < maxLooks", "")),
+	inTest("TestStreamSetUpMayBeCutAnywhere", change("a place that was cut off is forgotten", "stream.go",
+		"if errors.As(err, &said) && said.Server {\n\t\t\tp.mu", "if errors.As(err, &said) {\n\t\t\tp.mu")),
+	inTest("TestLastMessageOfAStreamIsGivenAlsoIfTheSetUpWasCut", change("the last message is skipped where the look for it was cut off", "stream.go",
+		`given == "last" && !p.known && !p.begun && p.looks < maxLooks`, "false")),
+	inTest("TestEmptyStreamMayCancelTheConsumerThatLooksForItsEnd", change("a consumer cancelled while its place is looked for has asked", "place.go",
+		"\t\ts.place().doubt()\n\t\treturn nil, errCancelled\n", "\t\treturn nil, nil\n")),
+	inTest("TestStreamSetUpMayBeCutAnywhere", change("an interval by the clock is as short as can be", "place.go",
+		"since.Add(-interval(offset))", "since")),
+	inTest("TestStreamSkipsNothingOnceTheBrokerShowsItsConsumer", change("what comes while the place is looked for is skipped", "place.go",
+		"if next, ok := <-behind; ok {", "if next, ok := <-behind; ok && next < 0 {")),
+	inTest("TestNextIsThatOfTheFirstSubscriptionTheBrokerTook", change("a refused subscription has a place", "place.go",
+		"if answered(err) != nil {", "if _ = answered; err != nil {")),
+	inTest("TestIntervalWithoutMessagesBeginsWithTheNext", change("the first session begins by the clock", "stream.go",
+		"if !p.known && (asked || p.from == nil) {", "if !p.known && p.from == nil {")),
+	inTest("TestQuietStreamThatIsMadeAnewIsReadFromItsBeginning", change("a quiet stream that is made anew keeps its place", "stream.go",
+		"\tp.known, p.next = true, 0\n", "")),
+	inTest("TestStreamMadeAnewIsReadFromItsBeginningAlsoByWhoWaitsForAMessageOfTheFuture", change("a number outlives its stream", "stream.go",
+		"\tp.known, p.next = true, 0\n", "\tp.next = 0\n")),
+	inTest("TestStreamHealsWithOneChannelPerConnection", change("the look for the stream takes a second channel", "stream.go",
+		"_, err := s.channel.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{})",
+		"other, err := s.conn.amqp.Channel()\n\t\tif err == nil {\n\t\t\t_, err = other.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{})\n\t\t\tdefer other.Close()\n\t\t}")),
+	inTest("TestStreamConsumerAtAMessageOfTheFutureIsNoStall", change("a consumer at a message of the future is stalled", "probe.go",
+		"return !p.s.stream.ahead(length)", "return true")),
+	inTest("TestTryThatWasLeftBehindDoesNotTouchTheStreamsPlace", change("a try that was left behind takes the place", "session.go",
+		"if s.tries.Load() != s.try {", "if false {")),
+	inTest("TestStreamGoesOnThoughAHandlerReplacesTheHeaders", change("a handler decides where a message stands", "stream.go",
+		"if !d.fence.stream.placed || session != p.session {", "if _, ok := headerInt(d.Headers[offsetKey]); !ok || session != p.session {")),
+	inTest("TestTryInPlaceGetsTheMessageAsItCame", change("a try in place gets what the last one made of it", "ack.go",
+		"next.Delivery = next.fence.stream.came", "next.Delivery = d.Delivery")),
+	inTest("TestAnotherStreamOfTheTopologyHasAPlaceOfItsOwn", change("another stream keeps the place of the first", "stream.go",
+		"p.queue, p.from, p.known, p.begun, p.looks = queue, nil, false, false, 0", "p.queue = queue")),
+	inTest("TestAnotherStreamOfTheTopologyHasAPlaceOfItsOwn", change("the topology is declared twice where a place is looked for", "topology.go",
+		"\tif s.terms.queue != \"\" {\n\t\treturn s.terms.queue, nil\n\t}\n", "")),
+	inTest("TestHostThatSaidItClosesRefusedOrFellSilentGoesLastForAMinute", change("a host that fell silent is as good as any", "hosts.go",
+		"\treturn fellSilent(err)\n}", "\treturn false\n}")),
+	inTest("TestLastGoodHostIsTriedAgainBeforeOneThatFellSilent", change("a host that fell silent is tried before the last good one", "hosts.go",
+		"return round + 1, until", "return round, until")),
+	inTest("TestHostThatFellSilentBetweenSessionsGoesLast", change("a connection that dies in backoff leaves its host good", "consumer.go",
+		"\t\ts.hosts.failed(s.conn.host, s.conn.end.cause(), time.Now())\n", "")),
+	inTest("TestEveryHostHasItsTurnHoweverTheOthersFail", change("a host that goes last has no turn", "hosts.go",
+		"return round + 1, until", "return round + 1000, until")),
+	inTest("TestMissingQueueIsAskedForOnOneConnection", change("a missing queue replaces its connection", "consumer.go",
+		"|| kind == classAbsent && len(s.hosts.endpoints) < 2", "")),
+	inTest("TestCredentialsAreRefreshedOverTheWholeRangeOfTheirExpiry", change("the life of credentials overflows", "connection.go",
+		"time.Until(expires) / 10 * 7", "time.Until(expires) * 7 / 10")),
+	inTest("TestCredentialsAreRefreshedOverTheWholeRangeOfTheirExpiry", change("expired credentials are refreshed every second", "connection.go",
+		"time.Until(expires) > minRefresh", "true")),
+	inTest("TestIssuerThatFailsIsAskedEverMoreSlowly", change("a failing issuer is asked every second", "connection.go",
+		"\t\tagain.failures++\n", "\t\tagain.failures = 1\n")),
+	inTest("TestStopAfterHoursOfHealthTellsNoFailures", change("a stop tells of failures long past", "consumer.go",
+		"\tcase <-s.ctx.Done():\n\t\ts.proved(s.session)\n", "\tcase <-s.ctx.Done():\n")),
+	inTest("TestChangesCutOffByTheEndAreCounted", change("changes cut off by the end are not counted", "notify.go",
+		"\t\tr.dropped.Add(uint64(len(r.events)))\n", "")),
+	inTest("TestTimesThatAMQPCannotCarryAreRefused", change("times before 1970 become those of the far future", "arguments.go",
+		"if v.Unix() < 0 {", "if false {")),
+	change("consume-ok resets the backoff", "reconnect.go",
+		"\tr.proven = true\n", "\tr.proven, r.failures = true, 0\n"),
+	change("consume-ok makes all hosts untried", "hosts.go",
+		"\tdelete(h.avoid, address)\n}", "\tdelete(h.avoid, address)\n\tclear(h.tries)\n}"),
+	change("hosts are not rotated", "hosts.go",
+		"order := slices.Clone(h.endpoints)", "order := h.endpoints[:1]"),
+
+	// Sockets and connections.
+	change("no inbound watchdog", "connection.go", "IdleTimeout:  2 * interval,", "IdleTimeout:  0,"),
+	change("the driver does not hear of deliveries", "internal/wire/inbound.go", "if in.took && in.pass == 0 &&", "if false && in.pass == 0 &&"),
+	change("a channel closed by the broker still delivers", "internal/wire/subscription.go", "\tif l.refused {\n\t\treturn\n\t}\n", ""),
+	change("the old connection is not closed", "connection.go", "\t\tc.leave <- d\n", ""),
+	change("the password is in an error", "connection.go",
+		"return nil, &SessionError{Host: e.address, Op: op, Err: err}", `return nil, &SessionError{Op: op, Err: fmt.Errorf("%s: %w", e.uri, err)}`),
+
+	// URLs, and what a newcomer is told.
+	inTest("TestURLThatIsWrongIsToldWhatIsWrongWithIt", change("an @ after the host is believed", "url.go",
+		"case all > inside && inside == 0:", "case false:")),
+	inTest("FuzzURL", change("a password with @ and / is dialled as a host", "url.go",
+		"\tinside, all := strings.Count(authority, \"@\"), strings.Count(rest, \"@\")", "\tinside, all := strings.Count(authority, \"@\"), strings.Count(authority, \"@\")")),
+	inTest("FuzzURL", change("the parser's error is shown", "url.go",
+		"\t\treturn endpoint{}, &urlError{reason: reason}\n", "\t\t_, err := url.Parse(text)\n\t\treturn endpoint{}, &urlError{reason: reason, err: err}\n")),
+	inTest("TestURLThatIsGoodIsDialledAtItsHost", change("a : in a password is refused", "url.go",
+		`"-._~!$&'()*+,;=:%"`, `"-._~!$&'()*+,;=%"`)),
+	inTest("TestURLThatIsWrongIsToldWhatIsWrongWithIt", change("unknown parameters are ignored", "url.go",
+		"\t\treturn unknownParameter(name)\n", "\t\treturn \"\"\n")),
+	inTest("TestURLThatIsWrongIsToldWhatIsWrongWithIt", change("TLS parameters are ignored without TLS", "url.go",
+		`case scheme == "amqp" && slices.Contains(`, `case scheme == "" && slices.Contains(`)),
+	inTest("TestURLThatIsWrongIsToldWhatIsWrongWithIt", change("a certificate without its key is ignored", "url.go",
+		`if given.Has("certfile") != given.Has("keyfile") {`, "if false {")),
+	inTest("TestURLsMechanismsCountInAnyCase", change("a mechanism in capitals becomes PLAIN", "url.go",
+		"\te.uri.AuthMechanism = mechanisms\n", "\t_ = mechanisms\n")),
+	inTest("TestEachURLHasItsOwnHeartbeatAndDialTimeout", change("the heartbeat of a URL is ignored", "options.go",
+		`if e.heartbeat != 0 && !c.set["WithHeartbeat"] {`, "if false {")),
+	inTest("TestConnectionTimeoutOfTheURLBoundsTheDial", change("connection_timeout is ignored", "options.go",
+		`if e.dialTimeout != 0 && !c.set["WithDialTimeout"] {`, "if false {")),
+	inTest("TestConnectionTimeoutOfTheURLBoundsTheDial", change("connection_timeout beats WithDialTimeout", "options.go",
+		`if e.dialTimeout != 0 && !c.set["WithDialTimeout"] {`, "if e.dialTimeout != 0 {")),
+	inTest("TestHeartbeatOfTheFuncsURLCounts", change("the driver is not told the heartbeat of the URL", "connection.go",
+		"Heartbeat:  c.heartbeatOf(e),", "Heartbeat:  c.heartbeat,")),
+	inTest("TestURLFuncMayNotSwitchTLSOff", change("a URL function may switch TLS off", "consumer.go",
+		"s.config.endpointOf(text)", "parseEndpoint(text)")),
+	inTest("TestURLOfTheFuncThatNewWouldRefuseIsNotDialled", change("a wrong URL is asked for at the pace of dials", "reconnect.go",
+		", errors.As(err, new(*urlError)):", ":")),
+	inTest("TestTryThatDialledNothingNamesNoHost", change("a try without a URL names the last host", "consumer.go",
+		"\t\ts.host = e.address // \"\" until", "\t\ts.host = cmp.Or(e.address, s.host) // \"\" until")),
+	inTest("TestTryThatDialledNothingNamesNoHost", change("a host that refused is not named", "consumer.go",
+		"\t\t\ts.host = cmp.Or(s.host, at.Host)\n", "")),
+	inTest("TestCACertFileOfTheURLIsTrustedAndNoOther", change("server_name_indication is ignored", "endpoint.go",
+		"ServerName: e.uri.ServerName, ", "")),
+	inTest("TestClientCertificateOfTheURLIsShown", change("certfile is ignored", "endpoint.go",
+		"c.Certificates = []tls.Certificate{pair}", "_ = pair")),
+	inTest("TestURLAndOptionsThatContradictAreRefused", change("parameters for TLS beside WithTLSConfig are ignored", "options.go",
+		"if c.tls != nil && (u.CACertFile", "if false && (u.CACertFile")),
+	inTest("TestNewcomersMistakesThatRunTells", change("a refusal comes without advice", "errors.go",
+		"step, e.reason(), advice(e.Op, e.Err))", `step, e.Err, "")`)),
+	inTest("TestLockIsWaitedForAsLongAsTheURLsHeartbeatSays", change("the heartbeat of a connection is forgotten", "consumer.go",
+		"\t\ts.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)\n", "")),
+	inTest("TestALockIsWaitedForAsLongAsItsConnectionsHeartbeatsTake", change("a lock is waited for as long as the default heartbeat takes", "reconnect.go",
+		"3*cmp.Or(r.heartbeat, r.config.heartbeat) + lockedExtra", "3*cmp.Or(r.config.heartbeat, r.heartbeat) + lockedExtra")),
+
+	// Queues that live as long as their connection.
+	inTest("TestServerNamedQueueIsConsumedAgainOnItsConnection", change("every session declares a queue for the broker to name", "owned.go",
+		"\treturn c.queue\n", "\treturn \"\"\n")),
+	inTest("TestServerNamedQueueIsConsumedAgainOnItsConnection", change("a queue that the broker has named is declared by its name", "topology.go",
+		"\t\t_, err := s.channel.QueueDeclarePassive(s.terms.owned, false, false, false,", "\t\t_, err := s.channel.QueueDeclare(s.terms.owned, false, false, true,")),
+	inTest("TestServerNamedQueueThatIsDeletedIsDeclaredAnewAtOnce", change("a queue of the broker's naming that is gone is asked for as an absent one", "topology.go",
+		"return s.terms.owned, gone(err, s.terms.owned)", "return s.terms.owned, err")),
+	inTest("TestQueueThatGoesJustBeforeTheConsumeIsDeclaredAnewAtOnce", change("a queue that goes just before the consume is asked for as an absent one", "session.go",
+		"\t\terr = gone(err, s.queue)\n", "")),
+	change("every 404 makes a queue of the broker's naming anew", "owned.go",
+		"if !noQueue(err, queue) {", "if err == nil {"),
+	inTest("TestMissingExchangeLeavesOneQueue", change("a missing exchange makes the queue anew", "topology.go",
+		"return \"\", fmt.Errorf(\"binding to exchange %q: %w\", b.Exchange, err)", "return \"\", &goneError{err}")),
+	inTest("TestQueueThatCannotBeBoundYetIsDeclaredOnce", change("a queue is kept without its bindings", "topology.go",
+		"\tfor _, b := range q.Bindings {\n", "\tfor _, b := range q.Bindings {\n\t\tif s.terms.owned != \"\" {\n\t\t\tbreak\n\t\t}\n")),
+	inTest("TestFailuresDoNotReplaceAConnectionThatOwnsItsQueue", change("failures take an exclusive queue away", "consumer.go",
+		"s.owns() || s.blameless(classify(err)) ||", "s.blameless(classify(err)) ||")),
+	inTest("TestFailuresReplaceAConnectionThatOwnsNothing", change("failures never replace a connection", "owned.go",
+		"s.config.declare != nil && s.config.declare.Exclusive", "s.config.declare != nil")),
+	inTest("TestTopologyThatNamesAnotherQueueGetsAnotherConnection", change("a topology's queue of before is left behind", "owned.go",
+		"\tleft := c.queue != queue\n", "\tleft := false\n")),
+	inTest("TestTopologyThatNamesAnotherQueueGetsAnotherConnection", change("another name of a topology is a failure", "consumer.go",
+		"\tif s.leftBehind(a.err) {\n\t\treturn s.connecting\n\t}\n", "\ts.leftBehind(a.err)\n")),
+	inTest("TestTopologyThatNamesAnotherQueueGetsAnotherConnection", change("another connection for the same try is told as a change", "consumer.go",
+		"if s.consumer.State() != Connecting {", "if true {")),
+	inTest("TestTopologyThatNamesAnotherQueueLeavesHandlersOfACancelledSessionAlone", change("another name of a topology cuts handlers off", "owned.go",
+		"\ts.dropConnection()\n", "\ts.closeConnection(departure{limit: s.config.closeTimeout})\n")),
+	inTest("TestTopologyThatNamesTheSameQueueStaysOnItsConnection", change("a topology that names none has named another", "topology.go",
+		"s.conn.sameQueue(cmp.Or(queue, s.config.queue))", "s.conn.sameQueue(cmp.Or(queue, queue))")),
+	inTest("TestTopologyThatFailsLeavesFewQueuesBehind", change("what failed topologies leave behind piles up", "owned.go",
+		"return c.litter.Load() >= escalateAfter", "return false")),
+	inTest("TestTopologyThatFailedFirstLeavesNoQueueBehind", change("what a failed topology has left behind stays", "owned.go",
+		"left = c.litter.Load() > 0 &&", "left = false &&")),
+	// Logging in.
+	change("the watchdog is never let loose", "connection.go", "\tsocket.WatchPeer()\n", ""),
+	inTest("TestSilentRefusalIsRecognisedHoweverTheSocketEnds", change("the watchdog bites in the handshake", "internal/wire/socket.go",
+		"\ts.running.Go(s.writeLoop)\n", "\ts.running.Go(s.writeLoop)\n\ts.watchPeer()\n")),
+	inTest("TestSilentRefusalIsRecognisedHoweverTheSocketEnds", change("a silent refusal that ends by RST is a lost path", "login.go",
+		" || errors.Is(lost, wire.ErrPeerReset)\n", "\n")),
+	inTest("TestSlowGreetingDoesNotMakeALostLoginARefusal", change("a slow greeting counts as silence after the login", "login.go",
+		"\tl.answered = time.Now()\n", "")),
+	inTest("TestRefusedLoginIsToldAtOnce", change("does not ask to be told of a refused login", "login.go",
+		"capabilities[toldOfRefusals] = true", "capabilities[toldOfRefusals] = false")),
+	inTest("TestRefusedLoginIsToldAtOnce", change("a refused login is not told from other refusals", "login.go",
+		"if said.Code != amqp.AccessRefused {", "if true {")),
+	inTest("TestMechanismTheBrokerDoesNotOfferIsARefusedLogin", change("a mechanism that is not offered is retried", "reconnect.go",
+		"return refused || stated(err)", "return stated(err)")),
+	inTest("TestRefusedLoginIsToldAtOnce", change("credentials of a function get one try", "reconnect.go",
+		" || r.config.asksForLogin()) {", ") {")),
+	inTest("TestMechanismTheBrokerDoesNotOfferIsARefusedLogin", change("the broker's offer is not read", "internal/wire/inbound.go",
+		"offer = mechanismsOf(b[:whole-1])", "")),
+	inTest("TestRefusedGuestIsToldOfLoopback", change("guest is not told of loopback", "login.go",
+		`if l.user != "guest" {`, "if true {")),
+	inTest("TestLoginMechanismOfAUserThatFails", change("a function of the user that panics ends the process", "guard.go",
+		"if !returned { // recover", "if !returned && false { // recover")),
+	inTest("TestLoginMechanismOfAUserThatFails", change("logs in with nothing where a mechanism failed", "login.go",
+		"\t\tl.abort(l.failed) // the driver knows no other way to send nothing\n", "\t\tl.failed = nil\n")),
+	inTest("TestPortThatIsNotForAMQPIsNamed", change("a wrong port that resets is not named", "ports.go",
+		"wire.ErrPeerReset, syscall.ECONNRESET, ", "syscall.EPIPE, ")),
+	inTest("TestPortThatIsNotForAMQPIsNamed", change("a wrong port that is silent is not named", "ports.go",
+		", errSetupTimeout} {", "} {")),
+	inTest("TestPortThatIsNotForAMQPIsNamed", change("a wrong port is asked quickly", "reconnect.go",
+		"errors.As(err, &protocol) ||\n\t\terrors.As(err, &port)", "errors.As(err, &protocol) && errors.As(err, &port)")),
+	inTest("TestBrokerOnAPortOfAnotherProtocolIsNotCalledWrong", change("a login that is lost is the port's fault", "connection.go",
+		`fmt.Errorf("lost while logging in: %w", lost)`, `fmt.Errorf("lost while logging in: %w", namePort(e, lost))`)),
+
+	// Stopping.
+	change("a stop drops the session instead of draining it", "session.go",
+		"\t\ts.drain()\n", "\t\ts.lose(errStopped)\n"),
+	change("the drain does not wait for handlers", "session.go",
+		"\tif s.drained == nil {\n\t\ts.drained = s.awaitHandlers(limit.C)\n\t}\n", ""),
+	change("no drain limit", "session.go",
+		"func (s *session) drain() {\n\tlimit := time.NewTimer(s.config.drainTimeout)", "func (s *session) drain() {\n\tlimit := time.NewTimer(24 * time.Hour)"),
+	change("held messages are not released by the drain", "session.go",
+		"\ts.releaseHeld() // behind basic.cancel, or they would come back\n", ""),
+	inTest("TestHeldMessageComesBackOnceWhenTheConsumerStops", change("held messages go back before the basic.cancel", "session.go",
+		"\ts.ended.notify(errStopped)\n\ts.drained = ", "\ts.ended.notify(errStopped)\n\ts.releaseHeld()\n\ts.drained = ")),
+	inTest("TestStopKeepsItsLimitsThoughACloseOfTheUsersConnectionHangs", change("a session waits for the close of a user's connection", "tenancy.go",
+		"go t.conn.socket.Kill(end)", "t.conn.socket.Kill(end)")),
+	inTest("TestStreamGoesOnThoughAHandlerTakesTheOffsetOutOfTheHeaders", change("a try in place reads its place anew", "stream.go",
+		"if d.fence.tries == 0 {", "if true {")),
+	inTest("TestPlaceIsThatOfTheFirstMessageThoughAFilterLeavesGaps", change("a gap of a filter moves the place", "stream.go",
+		"if !p.known || p.guessed && at < p.next {", "if !p.known {")),
+	inTest("TestLateRefusalOfALookLeavesThePlaceOfALaterSession", change("a late refusal takes the place away", "stream.go",
+		"if !p.begun && p.looks == mine {", "if true {")),
+	change("messages that were not started are not handed back", "session.go",
+		"\tcase err == nil:\n\t\ts.handBackRest()\n", "\tcase err == nil:\n"),
+	{name: "close-ok is not awaited", edits: []edit{
+		{"session.go", "\t\terr = s.call(over.C, s.channel.Close)\n", "\t\terr = nil\n\t\ts.givenUp = true\n"},
+		{"connection.go", "\t\t_ = c.amqp.CloseDeadline(time.Now().Add(limit))\n", "\t\tgo func() { _ = c.amqp.CloseDeadline(time.Now().Add(limit)) }()\n"},
+	}},
+	// Failing handlers.
+	inTest("TestFailedMessageIsHeldTwiceAsLongEachTime", change("a hold does not grow", "hold.go",
+		"for ; n > 1 && d < c.requeueLongest; n-- {", "for ; n < 0; n-- {")),
+	inTest("TestHoldsStayWithinWhatWasAsked", change("a hold outgrows the longest", "hold.go",
+		"return min(jitter(min(d, c.requeueLongest)), c.requeueLongest)", "return jitter(d)")),
+	inTest("TestHoldsStayWithinWhatWasAsked", change("a longest hold below the first is taken", "options.go",
+		"if longest < first {", "if false {")),
+	inTest("TestStreamMessageIsTriedAgainInPlaceAfterTheSameHolds", change("a failed message of a stream ends the session", "session.go",
+		"\t\ts.tryAgain(d)\n", "\t\ts.broken.notify(errCancelled)\n")),
+	inTest("TestStreamMessageIsTriedAgainInPlaceAfterTheSameHolds", change("a failed message of a stream is skipped", "session.go",
+		"\t\ts.tryAgain(d)\n\t\treturn nil\n", "")),
+	inTest("TestStreamMessageIsTriedAgainInPlaceAfterTheSameHolds", change("a try in place settles what the handler made of the tag", "ack.go",
+		"\tnext.DeliveryTag = d.fence.tag\n", "")),
+	inTest("TestStreamMessageIsTriedAgainInPlaceAfterTheSameHolds", change("tries in place are not counted", "ack.go",
+		"next.fence.tries = d.fence.tries + 1", "next.fence.tries = d.fence.tries")),
+	inTest("TestHandlerOfAStreamSaysWhenItIsTriedAgain", change("a try in place spins", "session.go",
+		"time.AfterFunc(againAfter, ", "time.AfterFunc(0, ")),
+	inTest("TestErrorOfAHandlerThatWasCutOffIsNoFailure", change("a lost session is a failure of the handler", "worker.go",
+		"failed = err != nil && !s.cutOff(err)", "failed = err != nil")),
+	inTest("TestPanicOfAHandlerThatWasCutOffIsTold", change("a panic after the end of the session is not told", "worker.go",
+		" && !errors.As(err, new(*PanicError))", "")),
+	inTest("TestHandlerThatStopsItsConsumerIsTheLast", change("handlers start after Run's context has ended", "worker.go",
+		"p.ctx.Err() != nil || ", "")),
+	inTest("TestStopCostsWhatWasNotStartedOneDelivery", change("a worker hands back before the basic.cancel", "session.go",
+		"if !s.inbox.takeBack(d) {", "if true {")),
+	inTest("TestHeldMessagesAreCountedAndToldFromHalfOfThePrefetchOn", change("held messages are not counted", "hold.go",
+		"\th.session.stats.held.Add(1)\n", "")),
+	inTest("TestHeldMessagesAreCountedAndToldFromHalfOfThePrefetchOn", change("released messages are held for ever", "hold.go",
+		"\th.session.stats.held.Add(-int64(len(held)))\n", "")),
+	inTest("TestHeldMessagesAreCountedAndToldFromHalfOfThePrefetchOn", change("held messages are not told", "hold.go",
+		"case crowd && (", "case false && (")),
+	inTest("TestHeldMessagesAreCountedAndToldFromHalfOfThePrefetchOn", change("held messages are told every two minutes", "hold.go",
+		"max(lasts, heldAgain)", "heldAgain")),
+	inTest("TestHeldMessagesAreCountedAndToldFromHalfOfThePrefetchOn", change("one held message of a stream is not told", "hold.go",
+		"if taken > 0 && h.session.stream != nil {", "if false {")),
+	inTest("TestHeldMessagesOfManySessionsAreToldOnceAMinute", change("each session tells of held messages", "hold.go",
+		"s.told.held.pass(time.Minute); !ok {", "s.told.held.pass(time.Minute); !ok && false {")),
+	inTest("TestHandlerPastItsTimeoutIsToldAndCounted", change("a handler past its timeout is not told", "worker.go",
+		"\t\tdefer s.overdue(d)()\n", "")),
+	inTest("TestHandlerPastItsTimeoutIsToldAndCounted", change("a handler that returns late is overdue for ever", "late.go",
+		"\t\t\ts.stats.overdue.Add(-1)\n", "")),
+	inTest("TestHandlerThatSettledAndThenFailedIsTold", change("an error after the settlement is a failure like others", "log.go",
+		"\tcase f.contradicts():\n", "\tcase false:\n")),
+	inTest("TestHandlersTooSlowForThePrefetchAreToldBeforeTheConsumerTimeout", change("slow handlers are not told", "late.go",
+		"late := taken < p.arrived[0]", "late := false")),
+	inTest("TestHandlersTooSlowForThePrefetchAreToldBeforeTheConsumerTimeout", change("busy handlers are slow ones", "late.go",
+		"late := taken < p.arrived[0]", "late := taken < p.arrived[len(p.arrived)-1]")),
+	// Messages that cannot be read.
+	change("headers nest as deep as the driver allows", "internal/wire/frame.go", "const maxDepth = 32 << 10", "const maxDepth = 32"),
+	inTest("TestHeadersThatRabbitMQAcceptsAreRead", change("a header frame above frame_max is the driver's", "internal/wire/inbound.go",
+		"l.begun() && whole <= math.MaxInt32:", "l.begun() && whole <= min(FrameSize, math.MaxInt32):")),
+	inTest("TestMessageThatCannotBeReadStopsNothing", change("a handler gets what cannot be read", "internal/wire/subscription.go",
+		"\tif unfit != nil {\n\t\tl.receiver.PutAside(d, size, unfit)\n\t\treturn\n\t}\n", "\t_, _ = unfit, size\n")),
+	inTest("TestMessageThatCannotBeReadStopsNothing", change("what cannot be read is acked", "unreadable.go",
+		"return p.wire.Requeue(d.fence.tag)", "return p.wire.Ack(d.fence.tag)")),
+	inTest("TestMessageThatCannotBeReadStopsNothing", change("what cannot be read counts as a failure of a handler", "unreadable.go",
+		"return p.wire.Requeue(d.fence.tag)", "return p.wire.Reject(d.fence.tag, true)")),
+	inTest("TestMessageThatCannotBeReadStopsNothing", change("what cannot be read goes back at once", "unreadable.go",
+		"s.holds.add(d, min(jitter(unreadableHold), unreadableHold))", "s.holds.add(d, time.Millisecond)")),
+	inTest("TestManyUnreadableMessagesMakeOneLogLineASecond", change("each message that cannot be read is logged", "unreadable.go",
+		"\tif !ok {\n\t\treturn\n\t}\n", "\t_ = ok\n")),
+	inTest("TestStreamStepsOverAMessageThatCannotBeRead", change("a stream waits for what cannot be read", "unreadable.go",
+		"\t\t\tplaced(d)\n", "")),
+	inTest("TestSkippedBodyTakesNoMemory", change("a body that is too large is read all the same", "internal/wire/subscription.go",
+		"\tif l.unfit == nil {\n\t\t// What", "\tif true {\n\t\t// What")),
+	inTest("TestHeadersTakeMemoryAsTheyCome", change("room for large headers is never given back", "internal/wire/inbound.go",
+		"case size > readBuffer && in.w == 0:", "case false:")),
+	inTest("TestAcksArriveBeforeASessionIsEndedForGarbage", change("garbage takes acks along that were given", "internal/wire/inbound.go",
+		"\t\t\ts.dismiss(err)\n", "\t\t\ts.kill(err)\n")),
+
+	inTest("TestSocketWhosePeerIsSilentIsResetNotClosed", change("a silent peer is sent a FIN", "internal/wire/socket.go",
+		"s.end(!errors.Is(err, io.EOF))", "s.end(false)")),
+
+	// Sessions that share a connection, and functions of the user.
+	inTest("TestHandlersOfACancelledSessionFinishWhateverBecomesOfItsSuccessor", change("a set-up that ends ends the others on its connection", "tenancy.go",
+		"\tif t.count > 0 {\n", "\tif false {\n")),
+	inTest("TestHandlersOfACancelledSessionFinishWhenItsConnectionIsReplaced", change("a connection that is replaced does not wait for its sessions", "connection.go",
+		"\t\tlimit = c.awaitTenants(asked)\n", "\t\tlimit = asked.limit\n")),
+	inTest("TestRefusedTriesLeaveNothingInMemory", change("a refused try keeps its inbox", "session.go", "\t\ts.forget()\n", "")),
+	inTest("TestHandlerThatHangsKeepsNoLaterSessionsInMemory", change("all connections are kept", "consumer.go",
+		"func (s *supervisor) sweep() { s.leaving = slices.DeleteFunc(s.leaving, leaver.left) }", "func (s *supervisor) sweep() { slices.IndexFunc(s.leaving, leaver.left) }")),
+	inTest("TestStopOnABusyPathLetsRunningHandlersFinish", change("the close limit counts while deliveries come", "session.go",
+		"\tdefer s.conn.socket.AfterSilence(s.config.closeTimeout, maxDuration, func() { close(silent) })()\n",
+		"\tdefer time.AfterFunc(s.config.closeTimeout, func() { close(silent) }).Stop()\n")),
+	inTest("TestStopWithAStrayReplyOnABlockedPathKeepsItsLimits", change("a stray reply to basic.cancel is waited out", "session.go",
+		"\tcase !s.channel.IsClosed(): // a reply", "\tcase false: // a reply")),
+	inTest("TestStopHurriesAConnectionThatIsOnItsWayOut", change("a stop waits for a connection that takes its time", "consumer.go",
+		"\ts.hurryLeaving()\n", "")),
+	inTest("TestRunTellsOfAcksThatWereLostWhileDraining", change("a channel that has ended counts as closed in order", "session.go",
+		"if cause := s.channelEnd.cause(); !errors.Is(cause, errChannelEnded) {", "if cause := s.channelEnd.cause(); cause == nil {")),
+	inTest("TestRunTellsOfAcksThatACancelledSessionLostWhileDraining", change("what a cancelled session loses is read by nobody", "consumer.go",
+		"\t\t\t\ts.note(l.session.drained)\n", "\t\t\t\t_ = l.session.drained\n")),
+	inTest("TestTopologyThatCallsGoexitLeaksNoConnection", change("a function of the user that ends its goroutine is waited for", "guard.go",
+		"\t\tdone <- a\n", "\t\tif returned {\n\t\t\tdone <- a\n\t\t}\n")),
+	inTest("TestDialerThatIgnoresItsContextIsLeftBehindAndWhatItOpensLateIsClosed", change("what a dialer opens late stays open", "dial.go",
+		"\t\t\tlate: wire.Abort,\n", "")),
+	inTest("TestMiddlewareThatMakesNoHandlerIsRefusedByRun", change("a nil handler of a middleware is found per message", "guard.go",
+		"\t\tif made == nil {", "\t\tif false {")),
+	inTest("TestDrainErrorCountsTheHandlersOfItsOwnRun", change("the drain counts the handlers of earlier Runs", "session.go",
+		"Handlers: int(s.running())", "Handlers: int(s.stats.handling.Load())")),
+	// The delivery limit, and what is counted.
+	inTest("TestHandlerThatFailsForADayLosesNothing", change("the limit is switched off on 3.x, where that drops at once", "limit.go",
+		"c.major() < 4 || q.deadLetters()", "c.major() < 3 || q.deadLetters()")),
+	inTest("TestHandlerThatFailsForADayLosesNothing", change("the limit is not switched off on 4.x", "limit.go",
+		"\treturn limitOff\n", "\treturn limitTheirs\n")),
+	inTest("TestDefaultLimitHoldsWhereThereIsADeadLetterTarget", change("the limit is switched off where there is a dead-letter target", "limit.go",
+		"c.major() < 4 || q.deadLetters()", "c.major() < 4")),
+	inTest("TestDeadLettersGoWhereTheQueueSays", change("a dead-letter queue has a limit", "topology.go",
+		`if q.Type == "quorum" && s.conn.major() >= 4 {`, "if false {")),
+	inTest("TestQueueWithALimitIsTakenAsItIs", change("a queue with a limit is refused", "session.go",
+		"if err != nil && t.concede(err) {", "if false {")),
+	inTest("TestQueueWithALimitIsTakenAsItIs", change("a queue with the default limit is taken, one with its own is not", "topology.go",
+		"t.limit != limitUnsaid && t.limit != limitOff ||", "t.limit != limitOff ||")),
+	inTest("TestQueueWithALimitIsTakenAsItIs", change("a limit that stays is told in every session", "limit.go",
+		"s.told.limitKept.Swap(true)", "s.told.limitKept.Load()")),
+	inTest("TestOtherInequivalenceIsTheOperators", change("a queue is taken as it is whatever it is", "topology.go",
+		" || !strings.HasPrefix(said.Reason, inequivalentLimit):", ":")),
+	inTest("TestDeadLetterQueueOfAnotherKindIsTakenAsItIs", change("a dead-letter queue of another kind is refused", "topology.go",
+		"\t\tt.deadKept = true\n", "\t\treturn false\n")),
+	inTest("TestMessageNearTheLimitOfOthersIsTold", change("messages near the limit flood the log", "limit.go",
+		"\tif !ok {\n\t\treturn\n\t}\n", "\t_ = ok\n")),
+	inTest("TestMessageNearTheLimitOfOthersIsTold", change("a message near the limit is not told", "session.go",
+		"\ts.limit, s.limitKnown = s.deliveryLimit()\n", "")),
+	inTest("TestDeadLetterThatArrivesBeyondTheLimitIsTold", change("a dead letter beyond the limit is not told", "limit.go",
+		" && !d.arrivesCounted(n)", "")),
+	inTest("TestAttemptIsThatOfThisQueue", change("rejections by another queue are tries", "attempt.go",
+		"case mine && rejected && i > 0:", "case rejected && (i > 0 || !mine):")),
+	inTest("TestAttemptIsThatOfThisQueue", change("rejections by a retry loop are no tries", "attempt.go",
+		"\treturn max(n, here)\n", "\treturn n\n")),
+	inTest("TestAttemptIsThatOfThisQueue", change("a message published again keeps its rejections", "attempt.go",
+		"mine && rejected && i > 0", "mine && rejected && i >= 0")),
+	inTest("TestMessageThatNoHandlerHasSeenIsAtItsFirstAttempt", change("what was only prefetched has been tried", "attempt.go",
+		"if counted || acquired {", "if counted {")),
+	inTest("TestAttemptIsThatOfThisQueue", change("a message published again keeps its count", "attempt.go",
+		"\tcase !d.Redelivered:\n\t\tn = 0\n", "")),
+	inTest("TestAttemptIsThatOfThisQueue", change("deliveries by another queue are tries", "attempt.go",
+		"case known && n == acquired, !known && n == here+elsewhere:", "case false:")),
+	change("a lost connection hides handlers left behind", "consumer.go", "\tcase err != nil:\n\t\ts.err = errtext.Join(s.err, err)\n", ""),
+	change("a hook is called after Run", "notify.go", "\tif r.muted.Load() {\n", "\tif false {\n"),
+
+	// The stall detector, and limits while deliveries come.
+	inTest("TestStalledConsumerBehindOneURLGoesToAnotherNode", change("a stall gives the connection up only where there are several hosts", "consumer.go",
+		"!leavesNode(err)", "!(leavesNode(err) && len(s.hosts.endpoints) > 1)")),
+	inTest("TestMessageThatTakesLongToArriveIsNoStall", change("the detector counts messages, not bytes", "probe.go",
+		"s.received.Load() + uint64(s.wire.Heard())", "s.received.Load()")),
+	inTest("TestMessageThatTakesLongToArriveIsNoStall", change("only the beginning of a frame is progress", "internal/wire/inbound.go",
+		"\tin.body -= len(b)\n\tin.progress()\n", "\tin.body -= len(b)\n")),
+	inTest("TestHeadersThatTakeLongToArriveAreNoStall", change("headers are progress only once they are whole", "internal/wire/inbound.go",
+		"\t\tin.progress() // on a slow path it is a while until the rest is there\n", "")),
+	inTest("TestAnswerToTheDetectorBehindALargeMessageIsNotLate", change("the limit of the detector's question counts time", "probe.go",
+		"answered := s.conn.socket.AfterSilence(limit, wire.MostSilences*limit, ", "answered := s.conn.socket.AfterSilence(limit, limit, ")),
+	inTest("TestFreshCredentialsMayBeTakenBehindALargeMessage", change("the limit of fresh credentials counts time", "connection.go",
+		"c.socket.AfterSilence(time.Until(limit), maxDuration, ", "c.socket.AfterSilence(time.Until(limit), time.Until(limit), ")),
+	inTest("TestLimitOfATryCountsTheSilenceOfAConnectionThatStands", change("the setup limit counts time while deliveries come", "consumer.go",
+		"\tif s.conn != nil {\n\t\treturn s.conn.socket.WithSilence(", "\tif false {\n\t\treturn s.conn.socket.WithSilence(")),
+	inTest("TestLimitIsOverInTheEndWhateverComes", change("deliveries put a limit off for ever", "internal/wire/silence.go",
+		"left := min(p.limit-p.socket.sinceDelivery(), time.Until(p.latest))", "left := p.limit - p.socket.sinceDelivery()")),
+	inTest("TestLimitThatIsCalledOffDoesNothing", change("a limit that was called off goes on", "internal/wire/silence.go",
+		"\tp.timer.Stop()\n\tp.timer = nil\n", "\tp.timer.Stop()\n")),
+	inTest("TestNodeThatDoesNotAnswerTheDetectorIsLeft", change("a queue that does not answer is no stall", "probe.go",
+		"\t\treturn s.stall(\"and the queue does not answer\")\n", "\t\treturn nil\n")),
+	inTest("TestQuestionThatIsNotAnsweredLeavesTheOtherSessionsAlone", change("a question that is not answered kills the connection", "probe.go",
+		"\t\ts.conn.wear(errUnanswered)\n", "\t\ts.conn.socket.Kill(errUnanswered)\n")),
+	inTest("TestConnectionWithAQuestionThatIsNotAnsweredTakesNoMoreSessions", change("a question that is not answered stays behind", "probe.go",
+		"\t\ts.conn.wear(errUnanswered)\n", "")),
+	inTest("TestDetectorThatMayNotAskSaysSoOnce", change("a detector that may not ask is silent", "probe.go",
+		"\tcase said.Code == amqp.AccessRefused:\n", "\tcase said.Code == amqp.AccessRefused:\n\t\treturn\n")),
+	inTest("TestDetectorThatMayNotAskSaysSoOnce", change("a detector that may not ask says so for every session", "probe.go",
+		"p.s.told.blind.CompareAndSwap(false, true)", "true")),
+	inTest("TestDetectorThatMayNotAskIsRefusedOncePerSession", change("a detector that may not ask goes on asking", "probe.go",
+		"p.refused = said != nil && said.Server", "p.refused = false")),
+	inTest("TestDetectorWithoutAChannelSaysSoOnce", change("a detector without a channel is silent", "probe.go",
+		"case errors.Is(err, amqp.ErrChannelMax):", "case false:")),
+
+	// Where options meet.
+	change("a stream skips a message after a lost session", "stream.go", "args[offsetKey] = p.next", "args[offsetKey] = p.next + 1"),
+	change("every session of a stream begins where the first one did", "stream.go", "\t\targs[offsetKey] = p.next\n", "\t\targs[offsetKey] = p.from\n"),
+	change("a stream's acks do not move its place", "stream.go", "\t\tp.next = d.offset + 1\n", "\t\t_ = d.offset\n"),
+	change("the stall detector never looks", "probe.go",
+		"look := time.NewTimer(s.config.stallAfter)", "look := time.NewTimer(24 * time.Hour)"),
+	change("any silence is a stall", "probe.go",
+		"return q.Messages > 0 && q.Consumers <= 1 && !single", "return q.Consumers <= 1 && !single"),
+	change("a message that is still arriving is a silent peer", "internal/wire/inbound.go",
+		"\tin.body -= len(b)\n\tin.progress()\n", "\tin.body -= len(b)\n"),
+	change("the renewal of credentials spins", "connection.go",
+		"time.NewTimer(max(left, again.draw()))", "time.NewTimer(max(left, time.Millisecond))"),
+	change("the renewal of credentials counts time while deliveries come", "connection.go",
+		"c.socket.AfterSilence(time.Until(limit), maxDuration, func()", "c.socket.AfterSilence(time.Until(limit), time.Until(limit), func()"),
+	change("credentials are those of the URL", "connection.go",
+		"\tif c.credentials == nil {\n", "\tif true {\n"),
+	change("every session leaves a channel behind", "session.go",
+		"\tchannel, err := c.amqp.Channel()\n", "\t_, _ = c.amqp.Channel()\n\tchannel, err := c.amqp.Channel()\n"),
+	change("a queue is not bound", "topology.go", "range q.Bindings {\n\t\tif err", "range q.Bindings[:0] {\n\t\tif err"),
+	change("a panic of a function of the user ends the process", "guard.go", "if !returned { // recover", "if false { // recover"),
+	change("a function of the user is waited for however long it takes", "guard.go",
+		"\tcase <-grace.C:\n\t}\n\tc.left()\n", "\tcase a := <-done:\n\t\treturn a.value, c.returned(a.err)\n\t}\n\tc.left()\n"),
+	change("what the broker has counted is no attempt", "attempt.go", "\treturn max(n, here)\n", "\treturn here\n"),
+	change("a handler starts though the one before it has ended Run's context", "worker.go", "p.ctx.Err() != nil || ", ""),
+	change("handlers get what cannot be read", "internal/wire/subscription.go",
+		"\tif unfit != nil {\n\t\tl.receiver.PutAside(d, size, unfit)\n\t\treturn\n\t}\n", "\t_, _ = unfit, size\n"),
+	change("what cannot be read is discarded", "unreadable.go",
+		"return p.wire.Requeue(d.fence.tag)", "return p.wire.Reject(d.fence.tag, false)"),
+	change("the default limit drops what fails on a queue of WithQueue", "limit.go", "\treturn limitOff\n", "\treturn limitTheirs\n"),
+	change("a limit of -1 drops what fails on 3.x", "limit.go", "c.major() < 4 || q.deadLetters()", "c.major() < 3 || q.deadLetters()"),
+
+	// Telling.
+	inTest("TestHourOfOutageIsAtMost100Lines", change("repeated causes are all told", "log.go",
+		"\tif s.count < s.next && !time {",
+		"\tif false && !time {")),
+	inTest("TestHourOfOutageIsAtMost100Lines", change("repeated causes are told no more", "log.go",
+		"\tif s.count < s.next && !time {",
+		"\tif s.count > 1 {")),
+	inTest("TestHourOfOutageIsAtMost100Lines", change("outages that begin and end are told like those that go on", "log.go",
+		"\tlevel, gap, lines := slog.LevelDebug, calm, 2\n",
+		"\tlevel, gap, lines := slog.LevelDebug, silence, 2\n")),
+	inTest("TestHourOfOutageIsAtMost100Lines", change("the end of an outage is told whatever was told of it", "log.go",
+		"\tdue := j.open || down",
+		"\tdue := true || down")),
+	inTest("TestHourOfOutageIsAtMost100Lines", change("short sessions make the log begin anew", "log.go",
+		"c.Time.Sub(j.since) >= well {",
+		"c.Time.Sub(j.since) >= calm {")),
+	inTest("TestHourOfOutageIsAtMost100Lines", change("the queue is missing in the log", "log.go",
+		"slog.String(\"queue\", c.Queue)}",
+		"slog.String(\"name\", c.Queue)}")),
+	inTest("TestHourOfCausesThatAreAllDifferentIsAtMost100Lines", change("every cause is counted apart", "log.go",
+		" || j.news.spend(c.Time, lines)) {",
+		" || j.news.spend(c.Time, 0*lines)) {")),
+	inTest("TestFailureOnTwoHostsIsOneCause", change("each host is a cause of its own", "log.go",
+		"j.cause(causeKey(c), c.Time)",
+		"j.cause(c.Host, c.Time)")),
+	inTest("TestFailureThatWasToldIsNotTheLastWord", change("the end of an outage is told now and then", "log.go",
+		"\tdue := j.open || down",
+		"\tdue := j.told.IsZero() || down")),
+	inTest("TestFailureThatWasToldIsNotTheLastWord", change("a consuming that was put off is never told", "log.go",
+		"\t\tj.settle.Reset(settling)\n",
+		"")),
+	inTest("TestSessionsThatEndAtOnceAreNotToldAsRecovered", change("a consuming is told before it has settled", "log.go",
+		"\tif due && !j.flaps {\n",
+		"\tif due {\n")),
+	inTest("TestLongOutageIsToldAtItsEndAtLeast", change("a long outage may pass unseen", "log.go",
+		"down >= outage && ",
+		"down >= time.Hour && ")),
+	inTest("TestRunThatGivesUpIsToldAsAnError", change("a Run that gives up is told as one that stops", "log.go",
+		"\tcase j.gaveUp:\n",
+		"\tcase false:\n")),
+	inTest("TestRunThatGivesUpIsToldAsAnError", change("a Run without a session is told to drain", "log.go",
+		"\t\tif c.Session == 0 { // there",
+		"\t\tif false { // there")),
+	inTest("TestDurationsAreTextsInJSON", change("durations are numbers in JSON", "log.go",
+		"\treturn slog.String(key, d.String())\n",
+		"\treturn slog.Duration(key, d)\n")),
+	inTest("TestHandlersErrorIsToldWithItsMessage", change("a failure does not name its message", "log.go",
+		"\t\tmessageID(d.MessageId), slog.Uint64",
+		"\t\tslog.Uint64")),
+	inTest("TestLinesNameTheLimitThatPassed", change("a handler's timeout is told without its value", "log.go",
+		"ErrHandlerTimeout.Error(), limit, 1)",
+		"limit, limit, 1)")),
+	inTest("TestLinesNameTheLimitThatPassed", change("a handler past its timeout does not name its message", "late.go",
+		"messageID(id), slog.Uint64",
+		"messageID(id[:0]), slog.Uint64")),
+	inTest("TestTryThatTakesItsTimeIsTold", change("a slow try is told in every try", "late.go",
+		"s.told.connecting.pass(slowInterval)",
+		"s.told.connecting.pass(0)")),
+	inTest("TestTryThatTakesItsTimeIsTold", change("a slow try stays at its dial", "dial.go",
+		"\t\t\tstep.at(\"open\")\n",
+		"")),
+	inTest("TestDeadlineOfRunThatEndsADialIsNoFailure", change("a dial that ends by Run's deadline is a failure", "consumer.go",
+		"s.ctx.Err() != nil || s.expired(now)",
+		"s.ctx.Err() != nil")),
+	inTest("TestErrorsSayAThingOnce", change("the broker's full stop is before a colon", "internal/errtext/errtext.go",
+		"strings.TrimSuffix(strings.TrimSpace",
+		"strings.TrimPrefix(strings.TrimSpace")),
+	inTest("TestAdviceOnCertificates", change("the log does not say what to do", "reason.go",
+		" + advice(at.Op, at.Err)\n",
+		"\n")),
+	inTest("TestAdviceOnCertificates", change("nobody hears that a name differs", "advice.go",
+		"new(x509.HostnameError)",
+		"new(x509.SystemRootsError)")),
+	inTest("TestInsecureSkipVerifySwitchesVerificationOff", change("WithInsecureSkipVerify has no effect", "endpoint.go",
+		"\t\tc.InsecureSkipVerify = true\n",
+		"")),
+	inTest("TestInsecureSkipVerifySwitchesVerificationOff", change("WithInsecureSkipVerify is taken on amqp", "options.go",
+		`if u.Scheme == "amqp" && c.insecure {`,
+		"if false {")),
+	inTest("TestWithQueueIsToldAsDeclare", change("what WithQueue does is called topology", "errors.go",
+		"errors.As(e.Err, new(*declareError))",
+		"false")),
+	inTest("TestRunTellsThatLastAcksMayBeLost", change("a loss while stopping is told as any other", "session.go",
+		"; this was while stopping: the last acks may be lost, and their messages come again",
+		"")),
+	inTest("TestMessageBeyondTheDefaultLimitIsNotTold", change("messages beyond the default limit are told", "limit.go",
+		", n > s.limit+1 && !s.limitKnown:",
+		":")),
+	inTest("TestHandlerWhoseSettlementWasRefusedHasFailed", change("a refused settlement is overlooked", "worker.go",
+		"\t\t\terr = d.overlooked()\n",
+		"")),
+	inTest("TestHandlerThatSettlesAfterARefusalIsRespected", change("a refusal counts after a settlement", "ack.go",
+		"reason == nil || d.Outcome() != Unsettled",
+		"reason == nil")),
+	inTest("TestInvokeTellsOfASettlementThatWasRefused", change("Invoke overlooks a refused settlement", "ack.go",
+		"\t\t\terr = d.overlooked()\n",
+		"")),
+	inTest("TestDeliveryPrintsShortly", change("a delivery prints with its content", "show.go",
+		"func (d Delivery) String()",
+		"func (d Delivery) Text()")),
+	inTest("TestFailingHandlersDoNotFloodTheLog", change("handlers' errors are all told", "log.go",
+		"\tif !due {\n\t\tf.left++\n",
+		"\tdue = true\n\tif !due {\n\t\tf.left++\n")),
+	inTest("TestFailuresThatWereLeftOutAreToldAtLast", change("what was left out of handlers' errors is never told", "log.go",
+		"\tj.quiet.Reset(silence + failureGap)",
+		"\tj.quiet.Reset(24 * time.Hour)")),
+	inTest("TestHandlersErrorIsToldWithItsMessage", change("handlers' errors are silent", "worker.go",
+		"\tp.reporter.failed(failure{session: s, delivery: d, held: held, err: err, panicked: panicked})\n", "\t_ = panicked\n")),
+	inTest("TestHandlerCutOffByALostSessionIsNotToldAsFailed", change("a lost session is told as a handler's failure", "worker.go",
+		"return s.ctx.Err() != nil && !errors.As", "return s.ctx.Err() != nil && s == nil && !errors.As")),
+	inTest("TestDefaultLoggerIsLookedUpWhenRunBegins", change("the default logger is looked up by New", "options.go",
+		"\t\ttagPrefix:      \"steadymq\",\n",
+		"\t\ttagPrefix:    \"steadymq\",\n\t\tlogger:       slog.Default(),\n")),
+	inTest("TestSettledTellsEveryOutcomeOnce", change("a held message is told twice", "session.go",
+		"\t\tif !s.holds.add(d, delay) {\n",
+		"\t\tif s.config.hooks.Settled != nil {\n\t\t\ts.reporter.settled(d, Requeued)\n\t\t}\n\t\tif !s.holds.add(d, delay) {\n")),
+	inTest("TestSessionThatComesThroughAfterTheSetupLimitKeepsItsConnection", change("a session that comes too late is taken", "session.go",
+		"err == nil && !inTime {", "err == nil && !inTime && false {")),
+	inTest("TestRetiredSessionIsGivenUpThoughItsSuccessorIsBusy", change("a close waits as long as others are busy", "session.go",
+		"err = s.call(over.C, s.channel.Close)", "err = s.call(nil, s.channel.Close)")),
+	inTest("TestOneHeldMessageOfAStreamThatStopsItIsTold", change("what piles up behind a held message is not looked at", "hold.go",
+		"\t\th.tellIn(heldAgain/2, h.lookAgain)\n", "\t\t_ = h.lookAgain\n")),
+	inTest("TestHeldMessageThatIsSettledByHandIsHeldNoMore", change("a held message that was settled by hand stays held", "hold.go",
+		"\th.dropSettled()\n", "")),
+	inTest("TestFailureAtTheDrainSaysWhatBecameOfTheMessage", change("a failure at the drain counts as held", "session.go",
+		"\t\tif !s.holds.add(d, delay) {\n\t\t\treturn 0\n\t\t}\n", "\t\ts.holds.add(d, delay)\n")),
+	inTest("TestWarningOfHeldMessagesSaysSinceWhenTheyAreTooMany", change("held messages are told since the first of long ago", "hold.go",
+		"h.crowded.IsZero() || h.hadRoom()", "h.crowded.IsZero()")),
+	inTest("TestSettledTellsHeldMessagesWhenTheirSessionEnds", change("held messages are not told when their session ends", "session.go",
+		"\ts.reporter.released(held.deliveries)\n",
+		"")),
+	inTest("TestSettledTellsOfASettlementThatCameTooLate", change("a stale settlement is told as sent", "session.go",
+		"\t\to = Stale\n\t\td.fence",
+		"\t\td.fence")),
+	inTest("TestSettledThatPanicsOrExitsEndsRunInOrder", change("a hook that exits leaves its handler inside", "worker.go",
+		"\tdefer s.gate.leave() // even",
+		"\tdefer func() {\n\t\tif held >= 0 && d.Outcome() != Acked {\n\t\t\ts.gate.leave()\n\t\t}\n\t}() // even")),
+	inTest("TestStateChangedThatExitsEndsRunInOrder", change("a hook that exits silences the log", "notify.go",
+		"\t\t\tgo r.run()\n\t\t\treturn\n",
+		"\t\t\tclose(r.done)\n\t\t\treturn\n")),
+	inTest("TestErrorsSayAThingOnce", change("a refused dial is told twice", "internal/errtext/errtext.go",
+		"addressed && e.Err != nil",
+		"false && e.Err != nil")),
+	inTest("TestErrorsOfRunStayInOneLine", change("Run's errors are several lines", "internal/errtext/errtext.go",
+		"\treturn strings.Join(texts, \"; \")",
+		"\treturn strings.Join(texts, \"\\n\")")),
+	inTest("TestCredentialsNeverShowThePassword", change("credentials are marshalled with their password", "connection.go",
+		"func (c Credentials) MarshalText()",
+		"func (c Credentials) Text()")),
+	inTest("TestDeliveryCanBeMarshalledAndLogged", change("a delivery cannot be marshalled", "show.go",
+		"func (d Delivery) MarshalJSON()",
+		"func (d Delivery) JSON()")),
+	inTest("TestHostileMessageCanBeMarshalled", change("a hostile header cannot be marshalled", "show.go",
+		"Headers:         tableJSON(d.Headers, shownDepth),",
+		"Headers:         d.Headers,")),
+	// Values and functions of the user.
+	inTest("TestErrorOfAHandlerThatCannotBeReadIsAFailure", change("a handler's error is read unseen", "worker.go",
+		"err = sound(p.handler(ctx, d))", "err = p.handler(ctx, d)")),
+	inTest("TestErrorOfAHandlerThatCannotBeReadIsAFailure", change("what a handler panics with is read unseen", "sound.go",
+		"if new(reading).all(e) != nil {", "if false {")),
+	inTest("TestErrorOfAHandlerThatCannotBeReadIsAFailure", change("Invoke reads an error unseen", "ack.go",
+		"err = sound(h(ctx, d))", "err = h(ctx, d)")),
+	inTest("TestErrorThatCannotBeReadIsAFailureThatSaysSo", change("an error of a user's function is read unseen", "guard.go",
+		"\ta.err = sound(a.err)\n", "")),
+	inTest("TestErrorThatCannotBeReadIsAFailureThatSaysSo", change("of errors side by side none is looked at", "sound.go",
+		"for _, inner := range e.Unwrap() {", "for _, inner := range e.Unwrap()[:0] {")),
+	inTest("TestOutcomeStaysThoughTheErrorInItCannotBeRead", change("a discard around a nil pointer is a failure", "sound.go",
+		"if v := r.verdict; v != nil {", "if v := r.verdict; false {")),
+	inTest("TestCauseOfRunsContextThatCannotBeReadEndsNoProcess", change("the cause of Run's context is read unseen", "sound.go",
+		"return sound(context.Cause(ctx))", "return context.Cause(ctx)")),
+	inTest("TestDialerThatReturnsNoConnectionIsAFailureThatSaysSo", change("a dialer's nil pointer is a connection", "guard.go",
+		" || v.Kind() == reflect.Pointer && v.IsNil()", "")),
+	inTest("TestConnectionThatComesWithAnErrorIsClosed", change("a connection that comes with an error stays open", "dial.go",
+		"\t\t\t\t\twire.Abort(conn)\n", "")),
+	inTest("TestNewRefusesANilPointerForALoginMechanism", change("a nil pointer is a login mechanism", "options.go",
+		"if isNil(m) {", "if m == nil {")),
+	inTest("TestConnectionThatPanicsIsReplaced", change("a Read that ends its goroutine leaves the socket", "guard.go",
+		"\t\t\tbroken(err)\n", "")),
+	inTest("TestConnectionThatPanicsIsReplaced", change("a Close that panics ends the process", "internal/wire/socket.go",
+		"\tdefer func() { _ = recover() }()\n\t_ = conn.Close()\n", "\t_ = conn.Close()\n")),
+	inTest("TestTLSCallbackThatFailsLeavesNoSocket", change("what panics while the driver reads ends the process", "internal/wire/inbound.go",
+		"s.opts.transfer(s.conn.Read, in.buf[in.w:], s.Kill)", "s.conn.Read(in.buf[in.w:])")),
+	{name: "a handshake that does not return is waited for", test: "TestTLSCallbackThatFailsLeavesNoSocket", edits: []edit{
+		{
+			"dial.go", "\t_, err = userCall[struct{}]{\n\t\toption: \"WithTLSConfig\",\n", "\t_, err = userCall[struct{}]{\n\t\toption: \"\",\n",
+		},
+		{"dial.go", "\t\tbare:   true,\n\t}.run(ctx)\n", "\t\tbare:   true,\n\t}.f(ctx)\n"},
+	}},
+	inTest("TestTLSCallbackThatHangsIsLeftBehindAndCounted", change("a callback that is left behind is not counted", "connection.go",
+		"c.socketOptions(e), abandoned)", "c.socketOptions(e), func() {})")),
+	inTest("TestFunctionThatHangsEndsRunAfterTheSetupLimit", change("WithFatal has no limit", "guard.go",
+		"\tctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)\n\tdefer cancel()\n\treturn userCall[bool]{",
+		"\treturn userCall[bool]{")),
+	inTest("TestFunctionThatHangsEndsRunAfterTheSetupLimit", change("a middleware has no limit", "guard.go",
+		"\tctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)\n\tdefer cancel()\n\tfor i",
+		"\tfor i")),
+	inTest("TestLogHandlerThatPanicsEndsRunAndIsNamed", change("a log handler that panics is called a hook", "notify.go",
+		`r.call(f, "WithLogger", "the log handler")`, `r.call(f, "WithHooks", "a hook")`)),
+	inTest("TestLogHandlerThatPanicsForAFailedHandlerEndsRun", change("workers ask the log handler", "log.go",
+		"\tif !due { // whether", "\tif !due || !j.logger.Enabled(j.ctx, level) { // whether")),
+	inTest("TestNoHookIsCalledAfterOneHasPanicked", change("hooks are called after one has panicked", "notify.go",
+		"\tif r.broken.cause() == nil {\n", "\tif true {\n")),
+
+	// What was told wrongly.
+	inTest("TestNewCauseThatDiffersByAShortNumberIsToldAtOnce", change("a status makes no cause", "log.go",
+		`|\d{4,}`+"`)", `|\d+`+"`)")),
+	inTest("TestCauseThatDiffersInAddressOrLongNumberIsTheSame", change("a port makes a cause", "log.go",
+		`|\d{4,}`+"`)", "`)")),
+	inTest("TestCauseThatDiffersInAddressOrLongNumberIsTheSame", change("an address makes a cause", "log.go",
+		`\d+\.\d+\.\d+\.\d+|`, "")),
+	inTest("TestEachNewCauseIsToldAtOnce", change("new causes share a row", "log.go",
+		"\t\tdelete(j.causes, oldest)\n", "\t\t_, key = oldest, \"\"\n")),
+	inTest("TestHourOfCausesInAnyOrderIsAtMost100Lines", change("news are never short", "log.go",
+		"\tif a.used+lines > newsKept {\n", "\tif false {\n")),
+	inTest("TestNameOfTheHostMakesNoCause", change("the name of a host makes a cause", "log.go",
+		`key = strings.ReplaceAll(key, host, "")`, `_ = strings.ReplaceAll(key, host, "")`)),
+	inTest("TestHoldOfAnUnreadableMessageIsItsOwn", change("what cannot be read is held like a failed message", "unreadable.go",
+		"s.holds.add(d, min(jitter(unreadableHold), unreadableHold))", "s.holds.add(d, s.config.requeueLongest)")),
+	inTest("TestSizeOfAnUnreadableMessageIsItsOwn", change("a size is that of the message before", "internal/wire/subscription.go",
+		"\t\tl.announcedSize = l.size\n", "")),
+	inTest("TestLongConsumerTimeoutIsNotTakenForTheDefault", change("a long consumer timeout is the default", "late.go",
+		"ok && ms > 0 {", "ok && ms > 0 && ms <= maxDuration.Milliseconds() {")),
+	inTest("TestQueueNamedLikeARefusalIsNotTakenAsItIs", change("the name of a queue decides", "topology.go",
+		"!strings.HasPrefix(said.Reason, inequivalentLimit):", "!strings.Contains(said.Reason, inequivalentLimit):")),
+	inTest("TestDeepHeadersAreShownDownToALevel", change("headers are shown as deep as they are", "show.go",
+		"const shownDepth = 100", "const shownDepth = 1 << 30")),
+	inTest("TestInvokeDecidesAsAConsumerDoes", change("Invoke lets a panic pass", "ack.go",
+		"err = panicked(recover())",
+		"err = panicked(nil)")),
+	// What New takes, and what a topology function may do.
+	inTest("TestWhatNewWasGivenMayChangeAfterwards", change("arrays of a table are not copied", "arguments.go",
+		"return a.array(v, place+\", \", depth+1)", "_ = a.array(v, place+\", \", depth+1)\n\t\treturn v")),
+	inTest("TestWhatNewWasGivenMayChangeAfterwards", change("bytes of a table are not copied", "arguments.go",
+		"return bytes.Clone(v)", "_ = bytes.Clone(v)\n\t\treturn v")),
+	inTest("TestWhatNewWasGivenMayChangeAfterwards", change("the list of bindings is not copied", "options.go",
+		"q.Bindings = slices.Clone(q.Bindings)", "q.Bindings = q.Bindings[:len(q.Bindings):len(q.Bindings)]")),
+	inTest("TestWhatNewWasGivenMayChangeAfterwards", change("the list of mechanisms is not copied", "options.go",
+		"c.sasl = slices.Clone(mechanisms)", "c.sasl = mechanisms")),
+	inTest("TestTLSConfigurationMayChangeAfterwards", change("the TLS configuration is not copied", "options.go",
+		"c.tls = copyTLS(t)", "c.tls = t")),
+	inTest("TestNumbersArriveAsTheyWereGiven", change("an int is cut to 32 bits", "arguments.go",
+		"if int(int32(v)) != v {", "if false {")),
+	inTest("TestWhatAMQPCannotCarryIsRefusedWithItsPlace", change("arguments of bindings are not looked at", "options.go",
+		"b.Args = c.takeTable(\"WithQueue\", place+\".Args\", b.Args)", "")),
+	inTest("TestWhatAMQPCannotCarryIsRefusedWithItsPlace", change("a table that holds itself is followed to its end", "arguments.go",
+		"if depth > maxNesting && !a.over {", "if false {")),
+	inTest("TestWhatAMQPCannotCarryIsRefusedWithItsPlace", change("a table that no frame holds is taken", "arguments.go",
+		"a.size > maxArguments && !a.over", "a.size > maxArguments<<10 && !a.over")),
+	inTest("TestWhatAMQPCannotCarryIsRefusedWithItsPlace", change("names that are no UTF-8 are sent", "arguments.go",
+		"case !utf8.ValidString(text):", "case false && !utf8.ValidString(text):")),
+	inTest("TestQueueThatAMQPCannotCarryIsNotSent", change("the queue of a topology function is not looked at", "topology.go",
+		"if problem := noShortString(queue); problem != \"\" {", "if problem := noShortString(queue); false {")),
+	inTest("TestTopologyFunctionThatMakesTheChannelTransactionalIsRefused", change("a transactional channel is consumed from", "internal/wire/subscription.go",
+		"\tcase txSelect:\n\t\tls.misuse.Transactions++\n", "")),
+	inTest("TestTopologyFunctionThatConsumesIsToldOnce", change("a consumer of the topology function is told for every session", "topology.go",
+		"s.told.consumed.CompareAndSwap(false, true)", "true")),
+
+	// When acks leave.
+	inTest("TestDriverWhoseFramesCannotBeFollowedEndsTheSocket", change("a session without a place for acks goes on", "internal/wire/socket.go",
+		"if s.out.off {", "if false {")),
+	inTest("TestDeadlineOfTheDriverLengthensNoWriteUnderWay", change("a deadline of the driver lengthens a write", "internal/wire/socket.go",
+		"return s.conn.SetWriteDeadline(earlier(t, s.limit))", "return s.conn.SetWriteDeadline(t)")),
+	inTest("TestAcksLeaveAtOnceOrShareTheirWrite", change("a lone ack waits for company", "internal/wire/flush.go",
+		"alone || starving", "alone && false || starving")),
+	inTest("TestAcksLeaveAtOnceOrShareTheirWrite", change("acks wait until the broker has no window left", "internal/wire/flush.go",
+		"2*f.batched >= prefetch", "f.batched >= prefetch")),
+	inTest("TestAcksLeaveAtOnceOrShareTheirWrite", change("acks wait though the reader finds nothing more", "internal/wire/flush.go",
+		"return f.batched > 0 && f.idle() && f.now()", "return false")),
+	inTest("TestAcksLeaveAtOnceOrShareTheirWrite", change("a wait that is over lets later acks go early", "internal/wire/flush.go",
+		"if left := f.due - at; left > 0 {", "if left := f.due - at; left > f.delay {")),
+	inTest("TestNoAckWaitsLongerThanTheWriteDelay", change("every ack makes those before it wait anew", "internal/wire/flush.go",
+		"if f.batched == 1 {", "if f.batched >= 1 {")),
+	inTest("TestNoAckWaitsLongerThanTheWriteDelay", change("a wait for nothing never ends", "internal/wire/flush.go",
+		"\tf.timed = false\n", "\tf.timed = f.batched == 0\n")),
+	inTest("TestCloseToASlowReaderIsBounded", change("a close waits as long as the peer takes something", "internal/wire/socket.go",
+		"\t\tlimit = timer.C\n", "")),
+	inTest("TestSocketDismissedUnderAFullPipeEndsWithinTheGrace", change("a socket that is dismissed waits for its peer", "internal/wire/socket.go",
+		"time.AfterFunc(drainGrace, func() { s.end(true) })", "time.AfterFunc(10*drainGrace, func() { s.end(true) })")),
+
+	// Paths that are seldom walked.
+	inTest("TestDriversOwnSettlementsDecideOnce", change("the driver's Reject requeues what is to be dropped", "ack.go",
+		"return f.claim(tag, false, rejected(requeue))", "return f.claim(tag, false, rejected(!requeue))")),
+	inTest("TestTryThatComesBackTooLateIsClosed", change("the session of a late try lives on", "reconnect.go",
+		"\t\t\t\ta.discard()\n", "")),
+	inTest("TestTryThatComesBackTooLateIsClosed", change("a late try closes the supervisor's connection", "reconnect.go",
+		"if a.own && a.conn != nil {", "if a.conn != nil {")),
+	inTest("TestLostSessionsLeaveNothingInMemory", change("what has left is remembered", "consumer.go",
+		"func (s *supervisor) sweep() { s.leaving = slices.DeleteFunc(s.leaving, leaver.left) }", "func (s *supervisor) sweep() { s.leaving = slices.Clip(s.leaving) }")),
+}
+
+// TestMutantsMatchTheSource keeps the table from rotting.
+func TestMutantsMatchTheSource(t *testing.T) {
+	folders := foldersOfTests(t)
+	for _, m := range mutants {
+		if m.test != "" {
+			assert.NotEmpty(t, folders[m.test], "planted bug %q: no package has the test %s, change the table", m.name, m.test)
+		}
+		for _, e := range m.edits {
+			source, err := os.ReadFile(inRoot(e.file))
+			require.NoError(t, err)
+			assert.Equal(t, 1, strings.Count(string(source), e.old),
+				"planted bug %q: this text must be in %s exactly once, change the table:\n%s", m.name, e.file, e.old)
+		}
+	}
+}
+
+var testDeclared = regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)[A-Z]\w*)\(`)
+
+// foldersOfTests tells in which folder of the module each test is.
+func foldersOfTests(t *testing.T) map[string]string {
+	folders := make(map[string]string)
+	var files []string
+	for _, pattern := range []string{"*_test.go", "*/*_test.go", "*/*/*_test.go", "*/*/*/*_test.go"} {
+		found, err := filepath.Glob(inRoot(pattern))
+		require.NoError(t, err)
+		files = append(files, found...)
+	}
+	for _, path := range files {
+		source, err := os.ReadFile(path)
+		require.NoError(t, err)
+		for _, found := range testDeclared.FindAllSubmatch(source, -1) {
+			folders[string(found[1])] = filepath.Dir(path)
+		}
+	}
+	return folders
+}
+
+// TestMutants prints a table: which invariant caught which planted bug, and how many seeds that
+// took.
+func TestMutants(t *testing.T) {
+	if !*mutantsRun {
+		t.Skip("takes minutes; ask for it by -mutants")
+	}
+	caught, all := 0, 0
+	for _, m := range mutants {
+		if !strings.Contains(m.name, *mutantsOnly) || *mutantsJudge == "sim" && m.test != "" || *mutantsJudge == "test" && m.test == "" {
+			continue
+		}
+		all++
+		r := m.try(t)
+		if r.by != "" {
+			caught++
+		}
+		fmt.Printf("| %-55s | %-28s | %5d | %4.0fs |\n", m.name, cmp.Or(r.by, "NOT CAUGHT"), r.seeds, r.took.Seconds())
+	}
+	fmt.Printf("%d of %d planted bugs caught within %d seeds\n", caught, all, *mutantsSeeds)
+	assert.GreaterOrEqual(t, float64(caught), 0.95*float64(all))
+}
+
+type mutantResult struct {
+	by    string // the invariant, empty if it was not caught
+	seeds int
+	took  time.Duration
+}
+
+// try plants the bug, builds the tests and lets the simulation run.
+func (m *mutant) try(t *testing.T) mutantResult {
+	start := time.Now()
+	dir := t.TempDir()
+	program := filepath.Join(dir, "mutant.test")
+	folder := foldersOfTests(t)[cmp.Or(m.test, "TestSim")]
+	if folder == "" {
+		t.Errorf("planted bug %q: there is no test %s", m.name, m.test)
+		return mutantResult{}
+	}
+	build := exec.Command("go", "test", "-vet=off", "-overlay", m.overlay(t, dir), "-c", "-o", program, ".")
+	build.Dir = folder
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Errorf("planted bug %q does not compile, change the table: %v\n%s", m.name, err, out)
+		return mutantResult{}
+	}
+	run := exec.Command(program, "-test.run", "TestSim$", "-test.timeout", "10m", "-seeds", strconv.Itoa(*mutantsSeeds),
+		"-failures", "1", "-shrink=false", "-stuck", "20s", "-progress")
+	if m.test != "" {
+		run = exec.Command(program, "-test.run", "^"+m.test+"$", "-test.timeout", "2m", "-test.v")
+	}
+	var out bytes.Buffer
+	run.Dir, run.Stdout, run.Stderr = folder, &out, &out
+	err := run.Run()
+	r := mutantResult{seeds: strings.Count(out.String(), "sim: seed "), took: time.Since(start)}
+	switch {
+	case m.test != "" && !strings.Contains(out.String(), "=== RUN   "+m.test):
+		t.Errorf("planted bug %q: there is no test %s", m.name, m.test)
+	case err != nil && m.test != "":
+		r.by = m.test
+	case err != nil:
+		r.by = invariantOf(out.String())
+	}
+	return r
+}
+
+// overlay writes the changed files and the list of them for the compiler.
+func (m *mutant) overlay(t *testing.T, dir string) string {
+	files := make(map[string]string)
+	for _, e := range m.edits {
+		if files[e.file] == "" {
+			source, err := os.ReadFile(inRoot(e.file))
+			require.NoError(t, err)
+			files[e.file] = string(source)
+		}
+		require.Equal(t, 1, strings.Count(files[e.file], e.old), "%s: %s", m.name, e.old)
+		files[e.file] = strings.Replace(files[e.file], e.old, e.new, 1)
+	}
+	replace := make(map[string]string)
+	for name, text := range files {
+		original, err := filepath.Abs(inRoot(name))
+		require.NoError(t, err)
+		replace[original] = filepath.Join(dir, strings.ReplaceAll(name, "/", "+")) // files of two folders may have one name
+		require.NoError(t, os.WriteFile(replace[original], []byte(text), 0o600))
+	}
+	list, err := json.Marshal(map[string]any{"Replace": replace})
+	require.NoError(t, err)
+	path := filepath.Join(dir, "overlay.json")
+	require.NoError(t, os.WriteFile(path, list, 0o600))
+	return path
+}
+
+var invariantLine = regexp.MustCompile(`(?m)^\s*([A-Za-z0-9]+) at [0-9a-z.]+: `)
+
+// invariantOf finds out what the simulation complained about.
+func invariantOf(out string) string {
+	if found := invariantLine.FindStringSubmatch(out); found != nil {
+		return found[1]
+	}
+	switch {
+	case strings.Contains(out, "time stands still"):
+		return "I8 (time stands still)"
+	case strings.Contains(out, "blocked goroutines remain"):
+		return "I8 (goroutines left)"
+	case strings.Contains(out, "panic: "):
+		_, text, _ := strings.Cut(out, "panic: ")
+		text, _, _ = strings.Cut(text, "\n")
+		return "panic: " + text[:min(len(text), 20)]
+	}
+	return "failed"
+}

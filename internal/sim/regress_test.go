@@ -1,0 +1,50 @@
+package sim_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/steadymqtest"
+)
+
+func TestJudgeKnowsAConsumeOkFromASession(t *testing.T) {
+	s := newSim(&simPlan{hosts: 1})
+	s.start = time.Now()
+	s.refused.Store(int64(time.Minute)) // a fault has refused
+	c := &simConsumer{s: s, plan: &simConsumerPlan{name: "sim0", limit: time.Second}, state: steadymq.Connecting}
+	c.run, c.running = &simRun{}, true
+	s.consumers = []*simConsumer{c}
+	refusal := &steadymq.SessionError{Op: "consume"}
+
+	s.judge.consuming(steadymqtest.ConsumerRecord{Session: 1, Tag: "sim0-1"}) // the broker has sent it
+	c.gaveUp(c.run, refusal, 0)
+	assert.Empty(t, s.judge.violations)
+
+	c.changed(steadymq.StateChange{From: steadymq.Connecting, To: steadymq.Consuming}) // it has arrived
+	c.gaveUp(c.run, refusal, 0)
+	require.Len(t, s.judge.violations, 1)
+	assert.Contains(t, s.judge.violations[0], "I4")
+}
+
+// TestSeedsThatFoundFaults runs again what has found a fault of the library, each of which has a
+// test of its own by now. What a seed means changes with the plan; it is as good as any other then.
+func TestSeedsThatFoundFaults(t *testing.T) {
+	for seed, found := range map[uint64]string{
+		14:   "a stream that was quiet skips what is published while its session is lost",
+		26:   "the renewal of credentials ends a connection on which a large message arrives",
+		30:   "a stream with one channel does not heal",
+		41:   "a queue that the broker has named is left behind with its messages",
+		174:  "a queue that the broker has named is left behind by a 404 about something else",
+		354:  "a frame that takes long to arrive is a silent peer",
+		1078: "the stall detector's question holds up the stop",
+	} {
+		t.Run(found, func(t *testing.T) {
+			t.Parallel()
+			simulate(t, seed)
+		})
+	}
+}
