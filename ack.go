@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"sync/atomic"
 	"time"
 
@@ -336,51 +335,36 @@ func OutcomeOf(err error) (o Outcome, explicit bool) {
 	return Requeued, false
 }
 
-// Invoke runs h on d as a Consumer does, without its holds, so that a test of a
-// handler can assert what becomes of the message: a panic is an error
-// (*PanicError), and the error settles d unless h has settled it by itself. It
-// returns the outcome and the error. Make d with NewDelivery: any other is refused, without a
-// call of h. Middleware wraps h before: Invoke(ctx, policy(handle), d).
-func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) {
-	if d == nil || d.fence == nil {
-		return Unsettled, errUndelivered
-	}
-	returned := false
-	defer func() {
-		if !returned {
-			err = panicked(recover())
-		}
-		if err == nil {
-			err = d.overlooked()
-		}
-		if d.Outcome() == Unsettled {
-			wanted, _ := OutcomeOf(err)
-			_ = d.settle(wanted)
-		}
-		o = d.Outcome()
-	}()
-	err = sound(h(ctx, d))
-	returned = true
-	return o, err
-}
+// Handler handles one delivery. Its error decides the outcome: nil acks the
+// message; Discard drops or dead-letters it; Requeue and RequeueAfter put it
+// back; any other error, and a panic, puts it back after the hold of
+// WithRequeueDelay, which grows with every failure. The library drops nothing
+// unless the handler says so.
+//
+// RabbitMQ does: a quorum queue with a delivery limit, which is 20 by default since
+// RabbitMQ 4.0 (none before), drops a message, or dead-letters it, that was put back
+// more often. Up to 4.2 every way back counts, also that of messages no handler has
+// seen; since 4.3 only what a handler failed with. With the default holds a message
+// that always fails gets there after some hours. Classic queues and streams count
+// nothing.
+//
+// A failed message comes later than those behind it, also with one worker, and is
+// held until then: as many failing messages as the prefetch stop everything behind
+// them (see WithRequeueDelay). A stream has no way back: there a message that was not
+// acked or discarded is given to a handler again, in place, with Attempt one higher,
+// and no ack overtakes it.
+//
+// An error returned after ctx ended because the session was lost or the drain limit
+// passed is no failure: the broker has the message back already.
+//
+// Up to WithConcurrency handlers run at once. ctx carries the values of Run's
+// context and ends when the delivery's session is lost (context.Cause is a
+// *SessionError), after WithHandlerTimeout (ErrHandlerTimeout), or when the drain
+// limit has passed (*DrainError); it does not end with Run's context, so that
+// running handlers can finish. Work done after the session is lost is done
+// again, for the broker delivers the message once more: make it idempotent.
+type Handler func(ctx context.Context, d *Delivery) error
 
-// judge turns a handler's error into an outcome and how long to hold d before it.
-func judge(err error, d *Delivery, c *config) (Outcome, time.Duration) {
-	if err == nil {
-		return Acked, 0
-	}
-	var v *verdict
-	if errors.As(err, &v) {
-		return v.outcome, v.delay
-	}
-	return Requeued, c.hold(d.Attempt())
-}
-
-// jitter spreads d over [d/2, d*3/2), so that messages that failed together do
-// not come back together.
-func jitter(d time.Duration) time.Duration {
-	if d <= 0 {
-		return 0
-	}
-	return d/2 + rand.N(d)
-}
+// Middleware wraps a handler. The first one given is the outermost. It may look
+// at and replace the error, and with it the outcome.
+type Middleware func(next Handler) Handler

@@ -4,8 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -13,33 +14,6 @@ import (
 	"github.com/steadymq/steadymq/internal/errtext"
 	"github.com/steadymq/steadymq/internal/wire"
 )
-
-// Credentials log in to the broker; see WithCredentials. They print without the
-// password.
-type Credentials struct {
-	// Username and Password are for the mechanism PLAIN. For OAuth 2 the
-	// password is the token and the user name is not looked at.
-	Username, Password string
-	// Expires is when the password stops being valid; zero for never. One that
-	// has passed is used all the same: the broker decides, by its own clock.
-	Expires time.Time
-}
-
-// String tells the user name and the expiry.
-func (c Credentials) String() string {
-	expires := "never"
-	if !c.Expires.IsZero() {
-		expires = c.Expires.Format(time.RFC3339)
-	}
-	return fmt.Sprintf("%s (password not shown, expires %s)", c.Username, expires)
-}
-
-// Format implements fmt.Formatter: no verb prints the password.
-func (c Credentials) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
-
-// MarshalText implements encoding.TextMarshaler, for encoding/json, log/slog and
-// others: none of them shows the password.
-func (c Credentials) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
 
 // connection is one socket with one *amqp.Connection on it. It is never
 // repaired, only replaced. One goroutine, watch, owns its end.
@@ -75,17 +49,17 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 	if err != nil {
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
-	mechanisms, expires, err := c.login(ctx, e, abandoned)
+	mechanisms, expires, err := mechanisms(ctx, c, e, abandoned)
 	if err != nil {
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
-	config := c.amqpConfig(e)
+	config := amqpConfig(c, e)
 	login, err := newLogin(ctx, mechanisms, config.Properties, abandoned)
 	if err != nil {
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
 	config.SASL = login.mechanisms
-	socket, err := openSocket(ctx, c.dialer(e, step, abandoned), e.address, tlsConfig, c.socketOptions(e), abandoned)
+	socket, err := openSocket(ctx, dialer(c, e, step, abandoned), e.address, tlsConfig, socketOptions(c, e), abandoned)
 	if err != nil {
 		// A TCP connect that fails costs the broker nothing; a TLS handshake does.
 		op := step.String()
@@ -130,18 +104,18 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 }
 
 // login returns the mechanisms for this dial and, if they expire, when.
-func (c *config) login(ctx context.Context, e endpoint, abandoned func()) ([]amqp.Authentication, time.Time, error) {
+func mechanisms(ctx context.Context, c *config, e endpoint, abandoned func()) ([]amqp.Authentication, time.Time, error) {
 	if c.credentials == nil {
 		return e.login(c.sasl), time.Time{}, nil
 	}
-	fresh, err := c.askCredentials(ctx, abandoned)
+	fresh, err := askCredentials(ctx, c, abandoned)
 	if err != nil {
 		return nil, time.Time{}, err
 	}
 	return []amqp.Authentication{&amqp.PlainAuth{Username: fresh.Username, Password: fresh.Password}}, fresh.Expires, nil
 }
 
-func (c *config) askCredentials(ctx context.Context, abandoned func()) (Credentials, error) {
+func askCredentials(ctx context.Context, c *config, abandoned func()) (Credentials, error) {
 	return userCall[Credentials]{option: "WithCredentials", f: c.credentials, left: abandoned}.run(ctx)
 }
 
@@ -166,7 +140,7 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 			return
 		}
 		ctx, cancel := context.WithTimeoutCause(life, cfg.setupTimeout, cfg.setupPassed())
-		if fresh, err := cfg.askCredentials(ctx, abandoned); err == nil && c.updateSecret(ctx, fresh.Password) == nil {
+		if fresh, err := askCredentials(ctx, cfg, abandoned); err == nil && c.updateSecret(ctx, fresh.Password) == nil {
 			if expires = fresh.Expires; time.Until(expires) > minRefresh {
 				again.failures = 0
 			}
@@ -189,7 +163,7 @@ func (c *connection) updateSecret(ctx context.Context, secret string) error {
 	return c.amqp.UpdateSecret(secret, "the old one expires")
 }
 
-func (c *config) socketOptions(e endpoint) wire.Options {
+func socketOptions(c *config, e endpoint) wire.Options {
 	interval := c.heartbeatOf(e)
 	return wire.Options{
 		IdleTimeout:  2 * interval,
@@ -203,7 +177,7 @@ func (c *config) socketOptions(e endpoint) wire.Options {
 // amqpConfig is made anew for every dial: the driver writes into its maps.
 // Recovery stays nil, always: it reuses the channel, so that a late ack settles
 // another message.
-func (c *config) amqpConfig(e endpoint) amqp.Config {
+func amqpConfig(c *config, e endpoint) amqp.Config {
 	properties := maps.Clone(amqp.NewConnectionProperties())
 	properties["product"] = "steadymq"
 	if c.connectionName != "" {
@@ -368,4 +342,61 @@ func (c *connection) hurry(d departure) {
 // alive tells whether a new session may be opened on it.
 func (c *connection) alive() bool {
 	return !c.left && c.end.cause() == nil && !c.amqp.IsClosed() && !c.tenants.wornOut()
+}
+
+// escalates notes a channel-level failure on c and tells whether the connection
+// is to be replaced too.
+func (c *connection) escalates(now time.Time) bool {
+	recent := c.channelFailures[:0]
+	for _, t := range c.channelFailures {
+		if now.Sub(t) < escalateWithin {
+			recent = append(recent, t)
+		}
+	}
+	c.channelFailures = append(recent, now)
+	return len(c.channelFailures) >= escalateAfter
+}
+
+// major is the first number of the server's version, 0 if that cannot be read.
+func (c *connection) major() int {
+	version, _ := c.amqp.Properties["version"].(string)
+	first, _, _ := strings.Cut(version, ".")
+	major, _ := strconv.Atoi(first)
+	return major
+}
+
+// own notes the queue of the sessions of c. The tries on c come one after the other.
+func (c *connection) own(queue string) { c.queue = queue }
+
+// owned is the queue that the broker has named for an earlier session of c, "" if there is none.
+func (c *connection) owned(of *config) string {
+	if of.declare == nil || of.queue != "" {
+		return ""
+	}
+	return c.queue
+}
+
+// sameQueue refuses the queue of a TopologyFunc if that has left another one behind on this
+// connection: as a rule one that the broker has named, which would live on, bound and unread.
+func (c *connection) sameQueue(queue string) error {
+	left := c.queue != queue
+	if c.queue == "" {
+		left = c.litter.Load() > 0 && strings.HasPrefix(queue, "amq.") // which only a broker names
+	}
+	if left {
+		return &leftBehindError{was: c.queue, is: queue}
+	}
+	c.own(queue)
+	return nil
+}
+
+// littered tells whether a TopologyFunc has failed so often on the connection that the queues it
+// may have left behind, one each time, have to go with it.
+func (c *connection) littered() bool { return c.litter.Load() >= escalateAfter }
+
+// leftBehindError is a TopologyFunc that has left a queue behind on the connection.
+type leftBehindError struct{ was, is string }
+
+func (e *leftBehindError) Error() string {
+	return fmt.Sprintf("the topology function returned the queue %q, and has left another one behind on the same connection", e.is)
 }

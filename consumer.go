@@ -7,42 +7,13 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"sync/atomic"
 	"time"
 
 	"github.com/steadymq/steadymq/internal/errtext"
 )
-
-// Handler handles one delivery. Its error decides the outcome: nil acks the
-// message; Discard drops or dead-letters it; Requeue and RequeueAfter put it
-// back; any other error, and a panic, puts it back after the hold of
-// WithRequeueDelay, which grows with every failure. The library drops nothing
-// unless the handler says so.
-//
-// RabbitMQ does: a quorum queue with a delivery limit, which is 20 by default since
-// RabbitMQ 4.0 (none before), drops a message, or dead-letters it, that was put back
-// more often. Up to 4.2 every way back counts, also that of messages no handler has
-// seen; since 4.3 only what a handler failed with. With the default holds a message
-// that always fails gets there after some hours. Classic queues and streams count
-// nothing.
-//
-// A failed message comes later than those behind it, also with one worker, and is
-// held until then: as many failing messages as the prefetch stop everything behind
-// them (see WithRequeueDelay). A stream has no way back: there a message that was not
-// acked or discarded is given to a handler again, in place, with Attempt one higher,
-// and no ack overtakes it.
-//
-// An error returned after ctx ended because the session was lost or the drain limit
-// passed is no failure: the broker has the message back already.
-//
-// Up to WithConcurrency handlers run at once. ctx carries the values of Run's
-// context and ends when the delivery's session is lost (context.Cause is a
-// *SessionError), after WithHandlerTimeout (ErrHandlerTimeout), or when the drain
-// limit has passed (*DrainError); it does not end with Run's context, so that
-// running handlers can finish. Work done after the session is lost is done
-// again, for the broker delivers the message once more: make it idempotent.
-type Handler func(ctx context.Context, d *Delivery) error
 
 // Consumer keeps one subscription to one queue alive. Make it with New. All
 // methods are safe for concurrent use.
@@ -124,7 +95,7 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 		return ErrRunning
 	}
 	defer c.running.Store(false)
-	h, err := c.config.wrap(ctx, h, func() { c.stats.abandoned.Add(1) })
+	h, err := wrap(ctx, c.config, h, func() { c.stats.abandoned.Add(1) })
 	if err != nil {
 		return err
 	}
@@ -136,47 +107,6 @@ func (c *Consumer) Queue() string { return c.config.queue }
 
 // State returns what the Consumer is doing.
 func (c *Consumer) State() State { return State(c.state.Load()) }
-
-// Stats is a snapshot of a Consumer's counters, over all its Runs.
-type Stats struct {
-	// State is what the Consumer is doing.
-	State State
-	// Sessions counts sessions that reached consuming, Connections the
-	// connections opened, Dials the tries.
-	Sessions, Connections, Dials uint64
-	// Handling is the number of handlers running now.
-	Handling int
-	// Held is the number of messages that failed, or that cannot be read, and wait,
-	// unsettled, until they go back to the queue or, of a stream, are tried again. They take up the
-	// prefetch: once all of it is held nothing else is delivered.
-	Held int
-	// Overdue is the number of handlers that are still running a second or more
-	// after their timeout (WithHandlerTimeout).
-	Overdue int
-	// Delivered counts deliveries given to a handler, each try in place included.
-	// It is the sum of Acked, Requeued, Discarded and Stale plus those not settled yet.
-	Delivered uint64
-	// Acked, Requeued and Discarded count settlements that were sent. Of a stream they
-	// count what was decided: the ack of a message that was acked or discarded waits for
-	// those before it, and Requeued counts the tries in place, which send nothing.
-	Acked, Requeued, Discarded uint64
-	// Stale counts settlements that came after the end of their session and
-	// were not sent; the broker delivers those messages again.
-	Stale uint64
-	// Failed counts handlers that returned an error or panicked. An error after the
-	// end of the handler's session, or after the drain limit, is none: it cost
-	// nothing, for the broker has the message back.
-	Failed uint64
-	// Unreadable counts deliveries that no handler could be given, see MessageError.
-	// Of the numbers above only Held counts them, for as long as they are held.
-	Unreadable uint64
-	// Abandoned counts what could not be ended in time: a user's function
-	// that ignored its context, or a teardown that outlasted its limit.
-	Abandoned uint64
-	// EventsDropped counts changes of state no hook or log line told, because
-	// the hook or the logger was too slow.
-	EventsDropped uint64
-}
 
 // Stats returns the counters. They are read one after the other, not at one instant.
 func (c *Consumer) Stats() Stats {
@@ -201,15 +131,6 @@ func (c *Consumer) Stats() Stats {
 	}
 }
 
-type counters struct {
-	sessions, connections, dials atomic.Uint64
-	handling, held, overdue      atomic.Int64
-	delivered, failed, stale     atomic.Uint64
-	unreadable                   atomic.Uint64
-	outcomes                     [Stale]atomic.Uint64 // by Outcome
-	abandoned, eventsDropped     atomic.Uint64
-}
-
 // supervisor is one Run. Its goroutine, Run's caller, is the only one that
 // changes the state: one function per state, each returning the next.
 type supervisor struct {
@@ -225,6 +146,7 @@ type supervisor struct {
 
 	conn    *connection
 	session *session
+	probed  <-chan struct{} // closed when nobody probes the session any more
 	number  uint64
 	scope   *scope // what its sessions share
 	tag     string
@@ -348,7 +270,7 @@ func (s *supervisor) connecting() stateFunc {
 		}
 		return s.failed(a.err)
 	}
-	s.number, s.session = number, a.session
+	s.number, s.session, s.probed = number, a.session, probe(a.session)
 	return s.consuming
 }
 
@@ -373,7 +295,7 @@ func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, num
 	}
 	// A tag is never used again, not even by the next try for this session.
 	tag := fmt.Sprintf("%s.%d-%d", s.tag, try, number)
-	session, err := conn.openSession(ctx, s.scope, number, try, tag, step)
+	session, err := openSession(ctx, conn, s.scope, number, try, tag, step)
 	return attempt{conn: conn, own: own, session: session, err: err}
 }
 
@@ -437,7 +359,7 @@ func (s *supervisor) proved(session *session) {
 // release lets the session go its way out, and with it its connection if that is
 // not worth keeping.
 func (s *supervisor) release() {
-	s.leaving = append(s.leaving, leaver{gone: s.session.gone, session: s.session}, leaver{gone: s.session.probed})
+	s.leaving = append(s.leaving, leaver{gone: s.session.gone, session: s.session}, leaver{gone: s.probed})
 	s.pool.serve(nil)
 	s.session = nil
 }
@@ -477,7 +399,7 @@ func (s *supervisor) givesUp(err error) (bool, error) {
 	if s.config.fatal == nil {
 		return gives, nil
 	}
-	return s.config.isFatal(s.ctx, err, s.scope.abandoned)
+	return isFatal(s.ctx, s.config, err, s.scope.abandoned)
 }
 
 // keepOrReplace gives the connection up unless it stands, has not failed its sessions too often or
@@ -571,7 +493,7 @@ func (s *supervisor) draining() stateFunc {
 	if s.session != nil {
 		close(s.session.stop)
 		<-s.session.gone // bounded by the drain limit and the close limit
-		s.leaving = append(s.leaving, leaver{gone: s.session.probed})
+		s.leaving = append(s.leaving, leaver{gone: s.probed})
 		s.note(s.session.drained)
 		left -= s.session.closing
 	}
@@ -663,4 +585,37 @@ func (s *supervisor) enter(to State, cause error) {
 		change.RetryIn = s.retryIn
 	}
 	s.reporter.changed(change)
+}
+
+// leftBehind tells whether err is a queue that would be left behind on the connection, and gives
+// that up. A new one leaves nothing behind, so the next try goes there, at once.
+func (s *supervisor) leftBehind(err error) bool {
+	var left *leftBehindError
+	if s.ctx.Err() != nil || !errors.As(err, &left) {
+		return false
+	}
+	if left.was != "" && !s.scope.told.renamed.Swap(true) {
+		s.reporter.warn("the topology function names another queue for every session, so every session gets a connection of its own; "+
+			"what is in a queue that the broker has named is lost with the session. WithQueue keeps such a queue as long as the connection lives",
+			slog.String("queue", left.is), slog.String("before", left.was), slog.String("host", s.host))
+	}
+	s.dropConnection()
+	return true
+}
+
+// owns tells whether the end of the connection would take a queue with it that WithQueue has
+// declared and that has been consumed from.
+func (s *supervisor) owns() bool {
+	return s.conn != nil && s.conn.served && s.config.declare != nil && s.config.declare.Exclusive
+}
+
+// isFatal asks the user's function whether err ends Run. Nothing heals meanwhile.
+func isFatal(ctx context.Context, c *config, err error, left func()) (bool, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
+	defer cancel()
+	return userCall[bool]{
+		option: "WithFatal",
+		f:      func(context.Context) (bool, error) { return c.fatal(err), nil },
+		left:   left,
+	}.run(ctx)
 }

@@ -1,10 +1,13 @@
 package steadymq
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
+	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
@@ -65,11 +68,6 @@ var (
 	errChannelEnded = errors.New("the channel ended without a reason from the broker")
 	errStopped      = errors.New("the consumer was stopped")
 )
-
-// setupPassed is errSetupTimeout with its value and what to do.
-func (c *config) setupPassed() error {
-	return errtext.Because(fmt.Errorf("setup limit of %v passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)", c.setupTimeout), errSetupTimeout)
-}
 
 // SessionError says at which step a session failed and why. It is the error
 // of Run when it gives up, the cause (context.Cause) of a handler's context
@@ -218,3 +216,74 @@ func (e *DrainError) Error() string {
 
 // Unwrap returns ErrDrainTimeout.
 func (e *DrainError) Unwrap() error { return ErrDrainTimeout }
+
+// advice says what to do about a refusal of the broker, whose own text says only what it refuses.
+// Code and step decide, never the text: it repeats names of queues and users.
+func advice(op string, err error) string {
+	var said *amqp.Error
+	if !errors.As(err, &said) || !said.Server {
+		return adviceTLS(err)
+	}
+	switch kind := classifySaid(said); {
+	case kind == classAbsent:
+		return "; it is asked for again until someone has declared it, which WithQueue or WithTopology can do"
+	case kind != classOperator:
+		return ""
+	case op == "open" && said.Code == amqp.NotAllowed:
+		return "; the path of the URL names the virtual host: it must exist, and the user needs permissions on it"
+	case op == "open":
+		return ""
+	case said.Code == amqp.AccessRefused:
+		return "; give the user the permission (rabbitmqctl set_permissions)"
+	case op == "topology" && said.Code == amqp.PreconditionFailed:
+		return "; what exists was declared otherwise: declare it alike, or delete it (its messages go with it)"
+	}
+	return ""
+}
+
+// adviceTLS says what to do about a certificate that is not trusted.
+func adviceTLS(err error) string {
+	var invalid x509.CertificateInvalidError
+	switch {
+	case errors.As(err, new(x509.UnknownAuthorityError)):
+		return "; trust its CA by cacertfile in the URL or by WithTLSConfig (RootCAs)"
+	case errors.As(err, new(x509.HostnameError)):
+		return "; use a host name of the certificate in the URL, or name one by server_name_indication in the URL or by WithTLSConfig (ServerName)"
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return "; renew the broker's certificate, or set the clock of this host"
+	}
+	return ""
+}
+
+// reason is the text of Err without what the rest of the sentence says: step and
+// host, which the errors of net repeat, and whose error it is.
+func (e *SessionError) reason() string {
+	text := errtext.Plain(fmt.Sprint(e.Err), e.Err, e.Host != "")
+	if e.Host != "" {
+		text = strings.NewReplacer("dial "+e.Host+": ", "", " with "+e.Host, "").Replace(text)
+	}
+	return errtext.OneLine(strings.ReplaceAll(text, "steadymq: ", ""))
+}
+
+// reasonOf is the text of a cause for a log line that names queue, session and host
+// by itself.
+func reasonOf(cause error) string {
+	at, ok := cause.(*SessionError) //nolint:errorlint // what wraps it has a text of its own
+	if !ok {
+		return errtext.Brief(cause)
+	}
+	return errtext.Brief(errors.New(at.step()+": "+at.reason())) + advice(at.Op, at.Err)
+}
+
+// declareError is a failure of what WithQueue declares.
+type declareError struct{ err error }
+
+func (e *declareError) Error() string { return e.err.Error() }
+
+func (e *declareError) Unwrap() error { return e.err }
+
+// errStalled is the cause of a session that WithStallDetector ended.
+var errStalled = errors.New("stalled")
+
+// errSilentRefusal is what the end of the socket after 3 s most probably means.
+var errSilentRefusal = fmt.Errorf("%w: the broker ended the socket after 3s of silence, which is how RabbitMQ refuses a login without saying so: check user name, password and mechanism (a cut network path can look the same)", ErrLoginRefused)

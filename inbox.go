@@ -133,3 +133,39 @@ func (i *inbox) clear() []*Delivery {
 	all, i.rest, i.done = append(all, i.rest...), nil, true
 	return all
 }
+
+// unreadable is a message that no handler can be given, and why.
+type unreadable struct {
+	delivery *Delivery
+	err      *MessageError
+}
+
+// aside is where the socket's Read puts what is unreadable. It goes past the workers,
+// who may all be busy, to the session.
+type aside struct {
+	more chan struct{} // has a value once there is something
+
+	mu  sync.Mutex
+	all []unreadable
+}
+
+func newAside() *aside { return &aside{more: make(chan struct{}, 1)} }
+
+// put never blocks.
+func (a *aside) put(d *Delivery, err *MessageError) {
+	a.mu.Lock()
+	a.all = append(a.all, unreadable{d, err})
+	a.mu.Unlock()
+	select {
+	case a.more <- struct{}{}:
+	default:
+	}
+}
+
+func (a *aside) take() []unreadable {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	all := a.all
+	a.all = nil
+	return all
+}

@@ -56,7 +56,6 @@ type session struct {
 	settled atomic.Bool   // one settlement at least: the session proved itself
 	gone    chan struct{} // closed when nothing of it is left
 	since   time.Time     // consume-ok
-	probed  chan struct{} // closed when the stall detector has returned
 
 	settler  settler       // itself, or what tells Hooks.Settled as well
 	received atomic.Uint64 // deliveries given to handlers, for the stall detector
@@ -100,13 +99,13 @@ func (s *scope) drainError() error {
 // openSession opens a channel on c, sets it up and subscribes, all within ctx:
 // the driver's calls take no context, so the end of ctx ends the connection under them, or the
 // stay there if another session lives on it.
-func (c *connection) openSession(ctx context.Context, of *scope, id, try uint64, tag string, step *step) (*session, error) {
+func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, step *step) (*session, error) {
 	tenancy := c.moveIn()
 	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(causeOf(ctx)) })
 
-	t := terms{limit: c.limitTerm(of.config.declare), owned: c.owned(of.config)}
+	t := terms{limit: firstTerm(c, of.config.declare), owned: c.owned(of.config)}
 	for {
-		s, err := c.trySession(ctx, of, id, try, tag, t, tenancy, step)
+		s, err := trySession(ctx, c, of, id, try, tag, t, tenancy, step)
 		if err != nil && t.concede(err) {
 			continue
 		}
@@ -124,7 +123,7 @@ func (c *connection) openSession(ctx context.Context, of *scope, id, try uint64,
 }
 
 // trySession is openSession on these terms.
-func (c *connection) trySession(ctx context.Context, of *scope, id, try uint64, tag string, t terms, tenancy *tenancy, step *step) (*session, error) {
+func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, t terms, tenancy *tenancy, step *step) (*session, error) {
 	step.at("channel")
 	channel, err := c.amqp.Channel()
 	if err != nil {
@@ -146,7 +145,6 @@ func (c *connection) trySession(ctx context.Context, of *scope, id, try uint64, 
 		stop:       make(chan struct{}),
 		ended:      newNotifier(),
 		gone:       make(chan struct{}),
-		probed:     make(chan struct{}),
 	}
 	s.holds.session = s
 	go s.watchChannel(channel.NotifyClose(make(chan *amqp.Error, 1)))
@@ -249,11 +247,6 @@ func (s *session) watchChannel(closes <-chan *amqp.Error) {
 // run is the session's life after consume-ok.
 func (s *session) run() {
 	defer close(s.gone)
-	if s.config.stallAfter > 0 {
-		go s.probe()
-	} else {
-		close(s.probed)
-	}
 	cause := s.consume()
 	hardLimit := s.config.drainTimeout
 	switch {
@@ -668,4 +661,111 @@ func (g *gate) shut() {
 	if g.count.Add(1) == 1 {
 		g.once.Do(func() { close(g.empty) })
 	}
+}
+
+const (
+	slowConnect  = 2 * time.Second  // the longest that a try takes without a line about it
+	slowInterval = 10 * time.Minute // between two such lines
+)
+
+// waiting tells of a try that takes its time, at which step it is. The function it returns is
+// called at the end of the try.
+func (s *scope) waiting(host string, step *step) (over func()) {
+	timer := time.AfterFunc(slowConnect, func() {
+		if left, ok := s.told.connecting.pass(slowInterval); ok {
+			attrs := []slog.Attr{slog.String("queue", s.config.queue), slog.String("step", step.String()), lasting("for", slowConnect), suppressed(left)}
+			if host != "" { // WithURLFunc has named it
+				attrs = append(attrs, slog.String("host", host))
+			}
+			s.reporter.info("still connecting", attrs...)
+		}
+	})
+	return func() { timer.Stop() }
+}
+
+// overdueGrace is what a handler is given to return in once its context has ended.
+const overdueGrace = time.Second
+
+// overdue watches a handler that has a timeout. The function it returns is called
+// when the handler has returned.
+func (s *session) overdue(d *Delivery) (returned func()) {
+	limit, id := s.config.handlerTimeout, d.MessageId // the handler may change it
+	timer := time.AfterFunc(limit+overdueGrace, func() {
+		now := s.stats.overdue.Add(1)
+		if left, ok := s.told.overdue.pass(time.Minute); ok {
+			s.warn("a handler is running past its timeout, it ignores the end of its context",
+				lasting("timeout", limit), messageID(id), slog.Uint64("delivery_tag", d.fence.tag),
+				slog.Int64("overdue", now), suppressed(left))
+		}
+	})
+	return func() {
+		if !timer.Stop() {
+			s.stats.overdue.Add(-1)
+		}
+	}
+}
+
+// backlog looks, a few times within a consumer timeout, whether deliveries wait too
+// long for a worker. That costs a delivery nothing, and sees how long handlers take
+// together and not how long the odd one does.
+type backlog struct {
+	session *session
+	timeout time.Duration
+	base    uint64            // deliveries given to handlers before the session
+	arrived [looks / 2]uint64 // deliveries of the session at the last looks, oldest first
+
+	mu    sync.Mutex
+	timer *time.Timer // nil when there are no more looks
+}
+
+// looks is how often within a consumer timeout.
+const looks = 8
+
+func (s *session) watchBacklog() {
+	p := &s.backlog
+	p.session, p.timeout, p.base = s, s.config.consumerTimeout(), s.stats.delivered.Load()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !s.told.slow.Load() {
+		p.timer = time.AfterFunc(p.every(), p.look)
+	}
+}
+
+func (p *backlog) every() time.Duration { return max(p.timeout/looks, time.Second) }
+
+// look finds out whether a delivery waits that was there already half a consumer
+// timeout ago.
+func (p *backlog) look() {
+	s := p.session
+	taken := s.stats.delivered.Load() - p.base // first: what is taken meanwhile must not count twice
+	late := taken < p.arrived[0]
+	copy(p.arrived[:], p.arrived[1:])
+	p.arrived[len(p.arrived)-1] = taken + uint64(s.inbox.waiting())
+	if late && s.told.slow.CompareAndSwap(false, true) {
+		s.warn("handlers are so slow that deliveries wait for them longer than half of the consumer timeout, "+
+			"after which the broker takes them back: lower WithPrefetch, or raise WithConcurrency",
+			lasting("consumer_timeout", p.timeout), slog.Int("prefetch", s.config.prefetch),
+			slog.Int("concurrency", s.config.concurrency))
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.timer != nil && !s.told.slow.Load() {
+		p.timer.Reset(p.every())
+	}
+}
+
+func (p *backlog) stop() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.timer != nil {
+		p.timer.Stop()
+		p.timer = nil
+	}
+}
+
+// cutOff tells whether a handler returned err because its session was lost or the
+// drain limit passed: that is no failure of its own, and the broker has the message
+// already. A panic is one whenever it comes.
+func (s *session) cutOff(err error) bool {
+	return s.ctx.Err() != nil && !errors.As(err, new(*PanicError))
 }

@@ -146,12 +146,6 @@ func (e *deadLetterError) Error() string {
 
 func (e *deadLetterError) Unwrap() error { return e.err }
 
-// declareError is a failure of what WithQueue declares.
-type declareError struct{ err error }
-
-func (e *declareError) Error() string { return e.err.Error() }
-func (e *declareError) Unwrap() error { return e.err }
-
 // declareQueue declares what WithQueue says, in the order in which one needs the
 // other.
 func (s *session) declareQueue() (string, error) {
@@ -211,4 +205,18 @@ func (s *session) declareItself() (string, error) {
 		s.conn.own(declared.Name)
 	}
 	return declared.Name, err
+}
+
+// goneError is a 404 about a queue that was there a moment ago.
+type goneError struct{ error }
+
+func (e *goneError) Unwrap() error { return e.error }
+
+// gone marks a refusal that says that there is no such queue. A 404 may say something else, as that
+// its node is down: then the queue lives, and another one beside it would be left behind.
+func gone(err error, queue string) error {
+	if !noQueue(err, queue) {
+		return err
+	}
+	return &goneError{err}
 }

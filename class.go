@@ -55,3 +55,62 @@ func wording(e *amqp.Error) (text string, cut bool) {
 	text = strings.TrimPrefix(strings.TrimLeft(e.Reason, "ABCDEFGHIJKLMNOPQRSTUVWXYZ_"), " - ")
 	return text, len(e.Reason) >= longest && strings.HasSuffix(text, "...")
 }
+
+// class is a kind of failure, by what to do about it.
+type class int
+
+const (
+	// classNetwork: the path or the peer is gone, or misbehaves. Everything
+	// with Server=false is this: the driver reports every I/O failure as 501,
+	// and a socket lost in the handshake as 403.
+	classNetwork class = iota
+	// classRefused: no TCP connection, so trying costs the broker nothing.
+	classRefused
+	// classForced: 320, the broker closes: a stop, a drain, an operator, an
+	// expired token. Another host first.
+	classForced
+	// classChannel: channel.close or basic.cancel while the connection stands.
+	classChannel
+	// classLocked: another owner, most likely our own dead connection, still
+	// holds an exclusive queue, the exclusive consumer or a connection slot.
+	// It clears when the broker buries that connection, within 3 heartbeats.
+	classLocked
+	// classAbsent: a queue or an exchange is not there. Whoever declares it may do
+	// so any moment, and asking takes a channel only.
+	classAbsent
+	// classOperator: someone has to change something: permissions, a virtual
+	// host, arguments. It may happen any moment, so keep asking, slowly.
+	classOperator
+	// classPeer: the host is not the broker we want: its certificate is not
+	// trusted, or it speaks another protocol. Another host first, and this one
+	// as slowly as what an operator has to mend.
+	classPeer
+)
+
+// classifySaid classifies a connection.close or channel.close by RabbitMQ's own phrases
+// where it uses one code for several things, else by code.
+func classifySaid(e *amqp.Error) class {
+	for _, p := range phrases {
+		if p.is(e) {
+			return p.class
+		}
+	}
+	switch e.Code {
+	case amqp.ConnectionForced: // 320: stop, drain, close_connection, "credential expired"
+		return classForced
+	case amqp.ResourceLocked: // 405: exclusive queue of a connection the broker has not buried yet
+		return classLocked
+	case amqp.NotFound: // 404: queue not declared yet
+		return classAbsent
+	case amqp.AccessRefused, // 403: permissions
+		amqp.NotAllowed,         // 530: virtual host
+		amqp.PreconditionFailed, // 406: declared otherwise
+		amqp.NotImplemented,     // 540: combination the queue type refuses
+		amqp.InternalError:      // 541: virtual host down, quorum queue without leader, deprecated feature
+		return classOperator
+	}
+	if e.Recover {
+		return classChannel
+	}
+	return classNetwork // 501 to 505, 506: protocol errors end the connection
+}

@@ -6,16 +6,62 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
+	"runtime"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/steadymq/steadymq/internal/errtext"
 	"github.com/steadymq/steadymq/internal/wire"
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 )
+
+func TestHourOfFailuresIsAtMost100Lines(t *testing.T) {
+	for _, every := range []time.Duration{10 * time.Millisecond, 400 * time.Millisecond, 1100 * time.Millisecond, 30 * time.Second, 61 * time.Second} {
+		t.Run(every.String(), func(t *testing.T) {
+			var f failures
+			what := failure{of: &session{conn: &connection{}}, err: errors.New("away")}
+			told, left := 0, uint64(0)
+			start := time.Now()
+			for passed := time.Duration(0); passed <= time.Hour; passed += every {
+				if n, due := f.step(start.Add(passed), what); due {
+					told++
+					left += n
+				}
+			}
+			assert.LessOrEqual(t, told, 100)
+			assert.GreaterOrEqual(t, told, 58)
+			assert.EqualValues(t, time.Hour/every+1, uint64(told)+left+f.left, "all are counted")
+		})
+	}
+}
+
+// What a user has switched off costs no line.
+func TestFailureBelowTheLevelOfTheLoggerMakesNoLine(t *testing.T) {
+	lines := 0
+	j := newJournal(t.Context(), slog.New(levelHandler{slog.LevelError, &lines}))
+	defer j.stop()
+	record, due := j.failed(failure{of: &session{conn: &connection{}}, delivery: NewDelivery(amqp.Delivery{}), err: errors.New("away")})
+	assert.True(t, due)
+	j.writeFailure(record)
+	assert.Zero(t, lines)
+}
+
+type levelHandler struct {
+	level slog.Level
+	lines *int
+}
+
+func (h levelHandler) Enabled(_ context.Context, level slog.Level) bool { return level >= h.level }
+func (h levelHandler) Handle(context.Context, slog.Record) error        { *h.lines++; return nil }
+func (h levelHandler) WithAttrs([]slog.Attr) slog.Handler               { return h }
+func (h levelHandler) WithGroup(string) slog.Handler                    { return h }
 
 // What stands around a reason is not said again by it, and it stays in one line; the
 // chain is as it was.
@@ -68,4 +114,49 @@ func TestErrorsOfRunStayInOneLine(t *testing.T) {
 	assert.ErrorIs(t, err, wire.ErrPeerClosed)
 	assert.Equal(t, error(lost), errtext.Join(nil, lost))
 	assert.NoError(t, errtext.Join(nil, nil))
+}
+
+// A try that comes back after it was given up has a session that nobody would ever end.
+func TestTryThatComesBackTooLateIsClosed(t *testing.T) {
+	for name, own := range map[string]bool{"on a connection of its own": true, "on the supervisor's connection": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				reason := errors.New("set-up limit")
+				ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, reason)
+				defer cancel()
+				late := &session{stop: make(chan struct{}), gone: make(chan struct{})}
+				conn := &connection{leave: make(chan departure, 1), closeTimeout: time.Second}
+				began := time.Now()
+				step := newStep("dial")
+				step.at("consume")
+
+				a := within(ctx, func() attempt {
+					time.Sleep(time.Minute)
+					return attempt{conn: conn, own: own, session: late}
+				}, step)
+
+				assert.Equal(t, time.Second+tryGrace, time.Since(began))
+				require.ErrorIs(t, a.err, reason)
+				assert.ErrorContains(t, a.err, "consume")
+				assert.Nil(t, a.session)
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				<-late.stop
+				assert.Empty(t, conn.leave, "not before its session has gone")
+				close(late.gone)
+				synctest.Wait()
+				assert.Len(t, conn.leave, map[bool]int{true: 1, false: 0}[own])
+			})
+		})
+	}
+}
+
+func TestTryThatExitsIsAnError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := within(t.Context(), func() attempt {
+			runtime.Goexit()
+			return attempt{}
+		}, newStep("dial"))
+		assert.ErrorIs(t, a.err, errNoResult)
+	})
 }
