@@ -74,14 +74,14 @@ func TestOnARealBroker(t *testing.T) {
 	}
 	for name, test := range map[string]func(*scenario){
 		"an operator closes the connection":                  operatorCloses,
-		"the connection is reset":                            func(s *scenario) { s.instant(s.proxy.Reset) },
-		"the connection is ended politely":                   func(s *scenario) { s.instant(s.proxy.FIN) },
+		"the connection is reset":                            func(s *scenario) { instant(s, s.proxy.Reset) },
+		"the connection is ended politely":                   func(s *scenario) { instant(s, s.proxy.FIN) },
 		"an ack is sent twice behind our back":               doubleAck,
 		"the queue is deleted and declared by us":            queueDeletedOurs,
 		"the queue is deleted and declared by another":       queueDeletedTheirs,
-		"the path swallows both ways for 32 s":               func(s *scenario) { s.silence(faultproxy.Both, silentPeer) },
-		"the path swallows what the broker sends for 32 s":   func(s *scenario) { s.silence(faultproxy.ToClient, silentPeer) },
-		"the path swallows what we send for 32 s":            func(s *scenario) { s.silence(faultproxy.ToBroker, halfOpen) },
+		"the path swallows both ways for 32 s":               func(s *scenario) { silence(s, faultproxy.Both, silentPeer) },
+		"the path swallows what the broker sends for 32 s":   func(s *scenario) { silence(s, faultproxy.ToClient, silentPeer) },
+		"the path swallows what we send for 32 s":            func(s *scenario) { silence(s, faultproxy.ToBroker, halfOpen) },
 		"the path stalls for less than a heartbeat":          shortStall,
 		"the queue is absent at the start":                   queueAbsentAtStart,
 		"20 connections are killed half a second apart":      twentyKills,
@@ -94,7 +94,7 @@ func TestOnARealBroker(t *testing.T) {
 	}
 	for name, test := range map[string]func(*scenario){
 		"an operator closes the connection":             operatorCloses,
-		"the broker aborts the connection":              func(s *scenario) { s.instant(s.cut) },
+		"the broker aborts the connection":              func(s *scenario) { instant(s, s.cut) },
 		"the queue is deleted and declared by us":       queueDeletedOurs,
 		"the queue is deleted and declared by another":  queueDeletedTheirs,
 		"the queue is absent at the start":              queueAbsentAtStart,
@@ -120,7 +120,7 @@ func TestOnARealBroker(t *testing.T) {
 // ---- the scenarios ----
 
 // instant is any fault that both sides hear of at once.
-func (s *scenario) instant(fault func()) {
+func instant(s *scenario, fault func()) {
 	s.run()
 	s.feed()
 	lost, done := s.timed(fault)
@@ -184,7 +184,7 @@ func queueDeletedTheirs(s *scenario) {
 }
 
 // silence makes the path swallow for 32 s, which is long past every heartbeat, while messages are published.
-func (s *scenario) silence(d faultproxy.Direction, detected time.Duration) {
+func silence(s *scenario, d faultproxy.Direction, detected time.Duration) {
 	s.run()
 	s.feed()
 	at := time.Now()
@@ -935,7 +935,7 @@ func (s *scenario) takeAll(queue string) []int {
 }
 
 func (s *scenario) row(duplicates int) {
-	name := strings.TrimPrefix(s.Name(), "TestOnARealBroker/")
+	_, name, _ := strings.Cut(s.Name(), "/")
 	if s.proxy == nil && !strings.HasSuffix(name, "direct") {
 		name += ", direct"
 	}
@@ -996,6 +996,14 @@ func (l *ledger) finish(n int, d *steadymq.Delivery) {
 	l.finished[n]++
 }
 
+// told notes a handling that another process tells of.
+func (l *ledger) told(session, tag uint64, n int, at time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.work[piece{session, tag, n}] = at
+	l.finished[n]++
+}
+
 // finishedAt says when the handling that belongs to a delivery on the wire was finished. The consumer tag ends with the session's number.
 func (l *ledger) finishedAt(d faultproxy.Delivery) (time.Time, bool) {
 	session, err1 := strconv.ParseUint(d.Consumer[strings.LastIndexByte(d.Consumer, '-')+1:], 10, 64)
@@ -1027,6 +1035,20 @@ func (l *ledger) missing() []int {
 		}
 	}
 	return out
+}
+
+// confirmedMessages are the numbers of the messages that the broker has confirmed.
+func (l *ledger) confirmedMessages() []int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Sorted(maps.Keys(l.confirmed))
+}
+
+// finishedMessages are the numbers of the messages that a handler has finished.
+func (l *ledger) finishedMessages() []int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Sorted(maps.Keys(l.finished))
 }
 
 type ledgerCounts struct{ confirmed, started, finished, twice int }
@@ -1107,12 +1129,18 @@ func (f *feeder) publish(ctx context.Context, n int, gap time.Duration) error {
 	return nil
 }
 
+// number is that of the next message.
+func (f *feeder) number() int {
+	n := f.next
+	f.next++
+	return n
+}
+
 func (f *feeder) one(ctx context.Context, ch *amqp.Channel, returned <-chan amqp.Return) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	number := f.next
-	f.next++
+	number := f.number()
 	text := strconv.Itoa(number)
 	confirm, err := ch.PublishWithDeferredConfirmWithContext(ctx, "", f.queue, true, false, amqp.Publishing{
 		MessageId: text, Body: []byte(text), DeliveryMode: amqp.Persistent,
@@ -1198,6 +1226,12 @@ func (r *results) add(row result) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.rows = append(r.rows, row)
+}
+
+func (r *results) all() []result {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.rows)
 }
 
 func (r *results) String() string {

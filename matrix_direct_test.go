@@ -2,9 +2,7 @@ package steadymq_test
 
 import (
 	"context"
-	"maps"
 	"net"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -198,9 +196,7 @@ func (s *scenario) messagesToldAcked() []int {
 	if stats.Acked+stats.Stale < uint64(s.ledger.handlings()) {
 		return nil
 	}
-	s.ledger.mu.Lock()
-	defer s.ledger.mu.Unlock()
-	return slices.Sorted(maps.Keys(s.ledger.finished))
+	return s.ledger.finishedMessages()
 }
 
 // ---- refused at the start ----

@@ -170,8 +170,7 @@ func (r *trial) send(queue string, m amqp.Publishing) (number int) {
 	ch, err := conn.Channel()
 	r.ok(err)
 	r.ok(ch.Confirm(false))
-	number = r.feeder.next
-	r.feeder.next++
+	number = r.feeder.number()
 	m.MessageId, m.DeliveryMode = strconv.Itoa(number), amqp.Persistent
 	confirm, err := ch.PublishWithDeferredConfirm("", queue, true, false, m)
 	r.ok(err)

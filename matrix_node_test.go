@@ -601,7 +601,7 @@ func deadLetters(r *trial) {
 		assert.True(r, hopeless(n), "message %d was handled well", n)
 		left[n] = true
 	}
-	for n := range r.ledger.confirmed {
+	for _, n := range r.ledger.confirmedMessages() {
 		assert.Equal(r, hopeless(n), left[n], "message %d among the dead letters", n)
 	}
 }

@@ -339,8 +339,8 @@ func (m *matrix) set(fault, rows, broker string, k kind, e entry) {
 // record notes how a trial went; it runs after the trial, failed or not.
 func (m *matrix) record(r *trial, t *testing.T, fault, rows, broker string, k kind) {
 	e := entry{bad: t.Failed()}
-	if r != nil && len(r.own.rows) > 0 {
-		row := r.own.rows[0]
+	if r != nil && len(r.own.all()) > 0 {
+		row := r.own.all()[0]
 		e.note = row.note
 		e.text = "nothing to heal"
 		if row.resumed > 0 || row.lost > 0 {

@@ -164,11 +164,7 @@ func (s *soak) finished(f []string) {
 	tag, _ := strconv.ParseUint(f[2], 10, 64)
 	n, _ := strconv.Atoi(f[3])
 	at, _ := strconv.ParseInt(f[4], 10, 64)
-	l := s.trials[i].ledger
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.work[piece{session, tag, n}] = time.Unix(0, at)
-	l.finished[n]++
+	s.trials[i].ledger.told(session, tag, n, time.Unix(0, at))
 }
 
 // flows waits until every consumer has handled a message since.
