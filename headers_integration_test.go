@@ -54,7 +54,7 @@ func strangeHeaders(t *testing.T, broker *rabbit.Broker, queueType string) {
 		return oldIntegers{c}, err
 	}})
 	require.NoError(t, err)
-	defer closeWithin(conn, time.Second)
+	defer CloseWithin(conn, time.Second)
 	ch, err := conn.Channel()
 	require.NoError(t, err)
 	require.NoError(t, ch.Confirm(false))

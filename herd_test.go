@@ -101,8 +101,8 @@ func herd(t *testing.T) string {
 	assert.LessOrEqual(t, last, herdLimit, "until all are consuming")
 
 	for i := range herdQueues {
-		f := newFeeder(b.URL(), herdQueue(i), newLedger())
-		require.NoError(t, f.publish(ctx, 20, 0))
+		f := NewFeeder(b.URL(), herdQueue(i), NewLedger())
+		require.NoError(t, f.Publish(ctx, 20, 0))
 	}
 	assert.Eventually(t, func() bool { return handled.Load() >= 20*herdQueues }, 20*time.Second, 50*time.Millisecond, "messages are handled")
 	stopping := time.Now()

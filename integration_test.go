@@ -31,23 +31,23 @@ import (
 
 // Limits of the scenarios. The heartbeat is short because detection scales with it; the bounds below are those of docs/FAULTS.md, computed from these.
 const (
-	realHeartbeat = 2 * time.Second
-	realSetup     = 3 * time.Second
-	realClose     = 5 * time.Second // the default: a busy broker needs more than one
-	realDrain     = 20 * time.Second
+	Heartbeat    = 2 * time.Second
+	SetupTimeout = 3 * time.Second
+	CloseTimeout = 5 * time.Second // the default: a busy broker needs more than one
+	DrainTimeout = 20 * time.Second
 
-	// atOnce bounds healing from what the broker or the kernel tells us about. The figure to reach is half of it; the machine is shared.
-	atOnce = time.Second
-	// silentPeer bounds noticing that nothing arrives any more, halfOpen that nothing of ours does: the second is the broker's to
+	// AtOnce bounds healing from what the broker or the kernel tells us about. The figure to reach is half of it; the machine is shared.
+	AtOnce = time.Second
+	// SilentPeer bounds noticing that nothing arrives any more, halfOpen that nothing of ours does: the second is the broker's to
 	// notice, in 2 to 3 heartbeats, because an in-process proxy acknowledges our bytes to the kernel.
-	silentPeer = 3*realHeartbeat/2 + 500*time.Millisecond
-	deadReader = 5*realHeartbeat/2 + 500*time.Millisecond // of the driver, which then sees no heartbeats either
-	halfOpen   = 3*realHeartbeat + time.Second
-	// afterRefusals bounds resuming once a broker that refused accepts; afterSilence once one that swallowed answers.
-	afterRefusals = 1200*time.Millisecond + 300*time.Millisecond // the proxy needs a moment to see it, too
-	afterSilence  = realSetup + 10*time.Second + time.Second
-	// operatorPace bounds the next try after two seconds of a missing queue.
-	operatorPace = 5 * time.Second
+	SilentPeer = 3*Heartbeat/2 + 500*time.Millisecond
+	DeadReader = 5*Heartbeat/2 + 500*time.Millisecond // of the driver, which then sees no heartbeats either
+	HalfOpen   = 3*Heartbeat + time.Second
+	// AfterRefusals bounds resuming once a broker that refused accepts; afterSilence once one that swallowed answers.
+	AfterRefusals = 1200*time.Millisecond + 300*time.Millisecond // the proxy needs a moment to see it, too
+	AfterSilence  = SetupTimeout + 10*time.Second + time.Second
+	// OperatorPace bounds the next try after two seconds of a missing queue.
+	OperatorPace = 5 * time.Second
 )
 
 // TestOnARealBroker runs every fault that has a command or a network to break. Each scenario has its own queue and its own proxy, so they
@@ -56,7 +56,7 @@ func TestOnARealBroker(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes minutes")
 	}
-	var table results
+	var table Results
 	t.Cleanup(func() { t.Log(table.String()) })
 	brokers := rabbit.StartAll(t, // first of all, because a broker that starts takes all processors
 		rabbit.Config{},
@@ -67,21 +67,21 @@ func TestOnARealBroker(t *testing.T) {
 
 	// Subtests from goroutines, not t.Parallel: they wait far more than they work, and that would run only as many as there are processors.
 	var all sync.WaitGroup
-	run := func(name string, test func(*scenario)) {
+	run := func(name string, test func(*Scenario)) {
 		all.Go(func() {
-			t.Run(name, func(t *testing.T) { test(newScenario(t, brokers[0], &table)) })
+			t.Run(name, func(t *testing.T) { test(NewScenario(t, brokers[0], &table)) })
 		})
 	}
-	for name, test := range map[string]func(*scenario){
+	for name, test := range map[string]func(*Scenario){
 		"an operator closes the connection":                  operatorCloses,
-		"the connection is reset":                            func(s *scenario) { instant(s, s.proxy.Reset) },
-		"the connection is ended politely":                   func(s *scenario) { instant(s, s.proxy.FIN) },
+		"the connection is reset":                            func(s *Scenario) { instant(s, s.Proxy.Reset) },
+		"the connection is ended politely":                   func(s *Scenario) { instant(s, s.Proxy.FIN) },
 		"an ack is sent twice behind our back":               doubleAck,
 		"the queue is deleted and declared by us":            queueDeletedOurs,
 		"the queue is deleted and declared by another":       queueDeletedTheirs,
-		"the path swallows both ways for 32 s":               func(s *scenario) { silence(s, faultproxy.Both, silentPeer) },
-		"the path swallows what the broker sends for 32 s":   func(s *scenario) { silence(s, faultproxy.ToClient, silentPeer) },
-		"the path swallows what we send for 32 s":            func(s *scenario) { silence(s, faultproxy.ToBroker, halfOpen) },
+		"the path swallows both ways for 32 s":               func(s *Scenario) { silence(s, faultproxy.Both, SilentPeer) },
+		"the path swallows what the broker sends for 32 s":   func(s *Scenario) { silence(s, faultproxy.ToClient, SilentPeer) },
+		"the path swallows what we send for 32 s":            func(s *Scenario) { silence(s, faultproxy.ToBroker, HalfOpen) },
 		"the path stalls for less than a heartbeat":          shortStall,
 		"the queue is absent at the start":                   queueAbsentAtStart,
 		"20 connections are killed half a second apart":      twentyKills,
@@ -92,9 +92,9 @@ func TestOnARealBroker(t *testing.T) {
 	} {
 		run(name, test)
 	}
-	for name, test := range map[string]func(*scenario){
+	for name, test := range map[string]func(*Scenario){
 		"an operator closes the connection":             operatorCloses,
-		"the broker aborts the connection":              func(s *scenario) { instant(s, s.cut) },
+		"the broker aborts the connection":              func(s *Scenario) { instant(s, s.Cut) },
 		"the queue is deleted and declared by us":       queueDeletedOurs,
 		"the queue is deleted and declared by another":  queueDeletedTheirs,
 		"the queue is absent at the start":              queueAbsentAtStart,
@@ -102,8 +102,8 @@ func TestOnARealBroker(t *testing.T) {
 		"handlers panic":                                handlersPanic,
 		"a stop with 20 handlers running":               gracefulStop,
 	} {
-		run(name+", direct", func(s *scenario) {
-			s.directly()
+		run(name+", direct", func(s *Scenario) {
+			s.Directly()
 			test(s)
 		})
 	}
@@ -120,122 +120,122 @@ func TestOnARealBroker(t *testing.T) {
 // ---- the scenarios ----
 
 // instant is any fault that both sides hear of at once.
-func instant(s *scenario, fault func()) {
-	s.run()
-	s.feed()
-	lost, done := s.timed(fault)
-	s.resumedSince(lost, done, atOnce)
-	s.verify()
+func instant(s *Scenario, fault func()) {
+	s.StartConsuming()
+	s.Feed()
+	lost, done := s.Timed(fault)
+	s.ResumedSince(lost, done, AtOnce)
+	s.Verify()
 }
 
-func operatorCloses(s *scenario) {
-	rabbit.NeedCommands(s.T, s.broker)
-	s.run()
-	s.feed()
-	_, err := s.broker.CloseConnectionsNamed(s.Context(), s.queue, "an operator's reason", 1, 0)
+func operatorCloses(s *Scenario) {
+	rabbit.NeedCommands(s.T, s.Broker)
+	s.StartConsuming()
+	s.Feed()
+	_, err := s.Broker.CloseConnectionsNamed(s.Context(), s.Queue, "an operator's reason", 1, 0)
 	require.NoError(s, err)
-	change := s.awaitLost(0, time.Now(), atOnce)
+	change := s.AwaitLost(0, time.Now(), AtOnce)
 	assert.ErrorContains(s, change.Cause, "an operator's reason")
-	s.resumed(change.Time, atOnce)
-	s.verify()
+	s.Resumed(change.Time, AtOnce)
+	s.Verify()
 }
 
-func doubleAck(s *scenario) {
-	s.run()
-	s.publish(100)
-	s.awaitFinished()
-	s.must(atOnce, "a hundred acks", func() bool { return len(s.proxy.Log().Settlements()) == 100 })
-	last := s.proxy.Log().Settlements()[99]
-	s.feed()
+func doubleAck(s *Scenario) {
+	s.StartConsuming()
+	s.Publish(100)
+	s.AwaitFinished()
+	s.Must(AtOnce, "a hundred acks", func() bool { return len(s.Proxy.Log().Settlements()) == 100 })
+	last := s.Proxy.Log().Settlements()[99]
+	s.Feed()
 	at := time.Now()
-	require.Equal(s, 1, s.proxy.Inject(faultproxy.ToBroker, faultproxy.AckFrame(last.Channel, last.Tag, false)))
-	change := s.awaitLost(0, at, atOnce)
+	require.Equal(s, 1, s.Proxy.Inject(faultproxy.ToBroker, faultproxy.AckFrame(last.Channel, last.Tag, false)))
+	change := s.AwaitLost(0, at, AtOnce)
 	assert.ErrorContains(s, change.Cause, "unknown delivery tag")
-	s.resumed(at, atOnce)
-	s.keptConnection()
-	s.verify()
+	s.Resumed(at, AtOnce)
+	s.KeptConnection()
+	s.Verify()
 }
 
-func queueDeletedOurs(s *scenario) {
-	s.opts = append(s.opts, steadymq.WithQueue(steadymq.Queue{Type: "classic"}))
-	s.run()
-	s.publish(200)
-	s.settledAll()
+func queueDeletedOurs(s *Scenario) {
+	s.Options = append(s.Options, steadymq.WithQueue(steadymq.Queue{Type: "classic"}))
+	s.StartConsuming()
+	s.Publish(200)
+	s.SettledAll()
 	at := time.Now()
-	require.NoError(s, s.broker.DeleteQueue(s.queue))
-	s.resumed(at, atOnce)
-	s.feed()
-	s.verify()
+	require.NoError(s, s.Broker.DeleteQueue(s.Queue))
+	s.Resumed(at, AtOnce)
+	s.Feed()
+	s.Verify()
 }
 
-func queueDeletedTheirs(s *scenario) {
-	s.run()
-	s.publish(200)
-	s.settledAll()
+func queueDeletedTheirs(s *Scenario) {
+	s.StartConsuming()
+	s.Publish(200)
+	s.SettledAll()
 	deleted := time.Now()
-	require.NoError(s, s.broker.DeleteQueue(s.queue))
-	s.awaitLost(0, deleted, atOnce)
-	s.pause(2 * time.Second)
+	require.NoError(s, s.Broker.DeleteQueue(s.Queue))
+	s.AwaitLost(0, deleted, AtOnce)
+	s.Pause(2 * time.Second)
 	at := time.Now()
-	require.NoError(s, s.broker.DeclareQueue(s.queue, nil))
-	s.resumed(at, operatorPace)
-	s.feed()
-	s.verify()
+	require.NoError(s, s.Broker.DeclareQueue(s.Queue, nil))
+	s.Resumed(at, OperatorPace)
+	s.Feed()
+	s.Verify()
 }
 
 // silence makes the path swallow for 32 s, which is long past every heartbeat, while messages are published.
-func silence(s *scenario, d faultproxy.Direction, detected time.Duration) {
-	s.run()
-	s.feed()
+func silence(s *Scenario, d faultproxy.Direction, detected time.Duration) {
+	s.StartConsuming()
+	s.Feed()
 	at := time.Now()
-	s.proxy.BlackHole(d)
-	change := s.awaitLost(0, at, detected)
-	s.note("noticed after %v", change.Time.Sub(at).Round(10*time.Millisecond))
-	s.pause(time.Until(at.Add(32 * time.Second)))
+	s.Proxy.BlackHole(d)
+	change := s.AwaitLost(0, at, detected)
+	s.Note("noticed after %v", change.Time.Sub(at).Round(10*time.Millisecond))
+	s.Pause(time.Until(at.Add(32 * time.Second)))
 	healed := time.Now()
-	s.proxy.Heal()
-	s.resumed(healed, afterSilence)
-	s.verify()
+	s.Proxy.Heal()
+	s.Resumed(healed, AfterSilence)
+	s.Verify()
 }
 
-func shortStall(s *scenario) {
-	s.run()
-	s.feed()
-	s.proxy.Pause(faultproxy.Both)
-	s.pause(realHeartbeat)
-	s.proxy.Heal()
-	s.verify()
-	assert.Zero(s, s.lostSessions(), "bytes were late, none were lost: nothing to heal")
+func shortStall(s *Scenario) {
+	s.StartConsuming()
+	s.Feed()
+	s.Proxy.Pause(faultproxy.Both)
+	s.Pause(Heartbeat)
+	s.Proxy.Heal()
+	s.Verify()
+	assert.Zero(s, s.LostSessions(), "bytes were late, none were lost: nothing to heal")
 }
 
-func queueAbsentAtStart(s *scenario) {
-	require.NoError(s, s.broker.DeleteQueue(s.queue))
-	s.start()
-	s.pause(2 * time.Second)
-	assert.NotEqual(s, steadymq.Consuming, s.consumer.State())
+func queueAbsentAtStart(s *Scenario) {
+	require.NoError(s, s.Broker.DeleteQueue(s.Queue))
+	s.Start()
+	s.Pause(2 * time.Second)
+	assert.NotEqual(s, steadymq.Consuming, s.Consumer.State())
 	at := time.Now()
-	require.NoError(s, s.broker.DeclareQueue(s.queue, nil))
-	s.resumed(at, operatorPace)
-	s.feed()
-	s.verify()
+	require.NoError(s, s.Broker.DeclareQueue(s.Queue, nil))
+	s.Resumed(at, OperatorPace)
+	s.Feed()
+	s.Verify()
 }
 
-func twentyKills(s *scenario) {
-	s.run()
-	s.feed()
+func twentyKills(s *Scenario) {
+	s.StartConsuming()
+	s.Feed()
 	var last time.Time
 	for range 20 {
-		last, _ = s.timed(s.cut)
-		s.pause(500 * time.Millisecond)
+		last, _ = s.Timed(s.Cut)
+		s.Pause(500 * time.Millisecond)
 	}
-	s.resumed(last, 11*time.Second)
-	s.verify()
+	s.Resumed(last, 11*time.Second)
+	s.Verify()
 }
 
-func handlersPanic(s *scenario) {
+func handlersPanic(s *Scenario) {
 	var panics atomic.Int64
-	s.opts = append(s.opts, steadymq.WithRequeueDelay(50*time.Millisecond, time.Second), steadymq.WithHooks(steadymq.Hooks{
-		StateChanged: s.changed,
+	s.Options = append(s.Options, steadymq.WithRequeueDelay(50*time.Millisecond, time.Second), steadymq.WithHooks(steadymq.Hooks{
+		StateChanged: s.Changed,
 		HandlerFailed: func(_ *steadymq.Delivery, err error) {
 			var p *steadymq.PanicError
 			if errors.As(err, &p) && len(p.Stack) > 0 {
@@ -243,25 +243,25 @@ func handlersPanic(s *scenario) {
 			}
 		},
 	}))
-	s.handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
+	s.Handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
 		if n%10 == 0 && !d.Redelivered {
 			panic(fmt.Sprintf("message %d", n))
 		}
 		return nil
 	}
-	s.run()
-	s.publish(100)
-	s.verify()
+	s.StartConsuming()
+	s.Publish(100)
+	s.Verify()
 	assert.EqualValues(s, 10, panics.Load())
-	assert.Zero(s, s.lostSessions())
+	assert.Zero(s, s.LostSessions())
 }
 
-func lateAcks(s *scenario) {
+func lateAcks(s *Scenario) {
 	const n = 8
-	s.workers, s.prefetch = n, n
+	s.Workers, s.Prefetch = n, n
 	first, second := make(chan struct{}), make(chan struct{})
 	var stale, told atomic.Int64
-	s.handle = func(ctx context.Context, d *steadymq.Delivery, n int) error {
+	s.Handle = func(ctx context.Context, d *steadymq.Delivery, n int) error {
 		if d.Session() > 1 {
 			<-second
 			return nil
@@ -271,76 +271,76 @@ func lateAcks(s *scenario) {
 		if errors.As(context.Cause(ctx), &lost) {
 			told.Add(1)
 		}
-		s.ledger.finish(n, d)
+		s.Ledger.Finish(n, d)
 		if errors.Is(d.Ack(), steadymq.ErrStale) && errors.Is(d.Delivery.Ack(false), steadymq.ErrStale) {
 			stale.Add(1)
 		}
 		return nil
 	}
-	s.run()
-	s.publish(n)
-	s.awaitStarted(n)
+	s.StartConsuming()
+	s.Publish(n)
+	s.AwaitStarted(n)
 	at := time.Now()
-	s.proxy.Reset()
-	s.resumed(at, atOnce)
+	s.Proxy.Reset()
+	s.Resumed(at, AtOnce)
 	close(first)
-	s.awaitStarted(2 * n)
+	s.AwaitStarted(2 * n)
 	assert.EqualValues(s, n, stale.Load(), "every late ack is refused")
 	assert.EqualValues(s, n, told.Load(), "every handler's context says why")
-	assert.Empty(s, s.proxy.Log().Settlements(), "nothing on the wire")
-	if s.broker.Commandable() {
-		counts, err := s.broker.QueueCounts(s.Context(), "/", s.queue)
+	assert.Empty(s, s.Proxy.Log().Settlements(), "nothing on the wire")
+	if s.Broker.Commandable() {
+		counts, err := s.Broker.QueueCounts(s.Context(), "/", s.Queue)
 		require.NoError(s, err)
 		assert.Equal(s, rabbit.QueueCounts{Unacked: n, Consumers: 1}, counts, "the redelivered messages stay")
 	}
 	close(second)
-	s.verify()
+	s.Verify()
 }
 
-func gracefulStop(s *scenario) {
-	s.workers, s.prefetch = 20, 40
+func gracefulStop(s *Scenario) {
+	s.Workers, s.Prefetch = 20, 40
 	release := make(chan struct{})
-	s.handle = func(ctx context.Context, _ *steadymq.Delivery, _ int) error {
+	s.Handle = func(ctx context.Context, _ *steadymq.Delivery, _ int) error {
 		<-release
 		return ctx.Err() // Run's end must not end the handlers' context
 	}
-	s.run()
-	s.publish(60)
-	s.awaitStarted(20)
+	s.StartConsuming()
+	s.Publish(60)
+	s.AwaitStarted(20)
 	stopping := time.Now()
-	s.cancel()
-	s.pause(500 * time.Millisecond)
+	s.Cancel()
+	s.Pause(500 * time.Millisecond)
 	close(release)
-	s.stopped(time.Until(stopping.Add(realDrain + realClose + time.Second)))
-	s.note("stopped %v after the handlers", time.Since(stopping.Add(500*time.Millisecond)).Round(time.Millisecond))
-	s.nothingLeft()
-	s.acksAreRight()
+	s.Stopped(time.Until(stopping.Add(DrainTimeout + CloseTimeout + time.Second)))
+	s.Note("stopped %v after the handlers", time.Since(stopping.Add(500*time.Millisecond)).Round(time.Millisecond))
+	s.NothingLeft()
+	s.AcksAreRight()
 
-	acked := s.ackedMessages()
+	acked := s.AckedMessages()
 	assert.Len(s, acked, 20, "every running handler's ack, and no other")
-	left := s.takeAll(s.queue)
+	left := s.TakeAll(s.Queue)
 	assert.Len(s, left, 40)
 	for _, n := range left {
 		assert.NotContains(s, acked, n, "an acked message came again")
 	}
-	s.row(0)
+	s.AddRow(0)
 }
 
 // plainDriverLateAck documents why steadymq never uses amqp.Config.Recovery: the same late ack, with the driver's own recovery, is answered
 // nil and settles another message, which nobody has handled and nobody will see again.
-func plainDriverLateAck(s *scenario) {
-	conn, err := amqp.DialConfig(s.proxy.URL(s.broker.URL()), amqp.Config{
-		Heartbeat: realHeartbeat,
+func plainDriverLateAck(s *Scenario) {
+	conn, err := amqp.DialConfig(s.Proxy.URL(s.Broker.URL()), amqp.Config{
+		Heartbeat: Heartbeat,
 		Recovery:  &amqp.Recovery{ReconnectionConfig: &amqp.ReconnectionConfig{MaxRetryCount: 10, RetryInterval: 200 * time.Millisecond}},
 	})
 	require.NoError(s, err)
 	ch, err := conn.Channel()
 	require.NoError(s, err)
 	require.NoError(s, ch.Qos(4, 0, false))
-	deliveries, err := ch.Consume(s.queue, "", false, false, false, false, nil)
+	deliveries, err := ch.Consume(s.Queue, "", false, false, false, false, nil)
 	require.NoError(s, err)
 
-	s.publish(6) // 0 and 1 are done before the connection is lost; 2 to 5 are being handled
+	s.Publish(6) // 0 and 1 are done before the connection is lost; 2 to 5 are being handled
 	next := func() amqp.Delivery {
 		select {
 		case d := <-deliveries:
@@ -359,150 +359,150 @@ func plainDriverLateAck(s *scenario) {
 	for range 3 {
 		next()
 	}
-	s.proxy.Reset()
+	s.Proxy.Reset()
 	require.Equal(s, "2", next().MessageId, "delivered again: message 2 is tag 1 now, and tag 3 is message 4")
 
 	require.NoError(s, late.Ack(false), "the driver says all is well")
-	s.must(5*time.Second, "the third ack", func() bool { return len(s.ackedMessages()) == 3 })
-	assert.Contains(s, s.ackedMessages(), 4, "message 4, which nobody has handled, was acknowledged")
-	closeWithin(conn, 2*time.Second)
-	left := s.takeAll(s.queue)
+	s.Must(5*time.Second, "the third ack", func() bool { return len(s.AckedMessages()) == 3 })
+	assert.Contains(s, s.AckedMessages(), 4, "message 4, which nobody has handled, was acknowledged")
+	CloseWithin(conn, 2*time.Second)
+	left := s.TakeAll(s.Queue)
 	assert.NotContains(s, left, 4, "message 4 is lost")
 	assert.Contains(s, left, 2, "and message 2, which was handled, comes again")
-	s.note("a message was lost and its ack returned nil")
-	s.row(0)
+	s.Note("a message was lost and its ack returned nil")
+	s.AddRow(0)
 }
 
-func brokerDownLong(t *testing.T, b *rabbit.Broker, table *results) {
+func brokerDownLong(t *testing.T, b *rabbit.Broker, table *Results) {
 	rabbit.NeedCommands(t, b)
-	both := bothWays(t, b, table)
+	both := BothWays(t, b, table)
 	for _, s := range both {
-		s.run()
-		s.feed()
+		s.StartConsuming()
+		s.Feed()
 	}
 	at := time.Now()
 	require.NoError(t, b.Restart(t.Context(), 40*time.Second))
 	healed := time.Now()
 	for _, s := range both {
-		s.resumedSince(at, healed, afterRefusals)
-		s.verify()
+		s.ResumedSince(at, healed, AfterRefusals)
+		s.Verify()
 	}
 }
 
-func brokerDownShort(t *testing.T, b *rabbit.Broker, table *results) {
+func brokerDownShort(t *testing.T, b *rabbit.Broker, table *Results) {
 	rabbit.NeedCommands(t, b)
 	t.Run("stopped for 10 s", func(t *testing.T) {
-		both := bothWays(t, b, table)
+		both := BothWays(t, b, table)
 		for _, s := range both {
-			s.run()
-			s.feed()
+			s.StartConsuming()
+			s.Feed()
 		}
 		at := time.Now()
 		require.NoError(t, b.StopApp(t.Context()))
 		for _, s := range both {
-			s.awaitLost(0, time.Now(), atOnce)
+			s.AwaitLost(0, time.Now(), AtOnce)
 		}
-		both[0].pause(10 * time.Second)
+		both[0].Pause(10 * time.Second)
 		require.NoError(t, b.StartApp(t.Context()))
 		healed := time.Now()
 		for _, s := range both {
-			s.resumedSince(at, healed, afterRefusals)
-			s.verify()
+			s.ResumedSince(at, healed, AfterRefusals)
+			s.Verify()
 		}
 	})
 	t.Run("absent at the start", func(t *testing.T) {
-		both := bothWays(t, b, table)
+		both := BothWays(t, b, table)
 		require.NoError(t, b.Stop(t.Context()))
 		at := time.Now()
 		for _, s := range both {
-			s.start()
+			s.Start()
 		}
-		both[0].pause(3 * time.Second)
+		both[0].Pause(3 * time.Second)
 		require.NoError(t, b.Start(t.Context()))
 		healed := time.Now()
 		for _, s := range both {
-			s.resumedSince(at, healed, afterRefusals)
-			s.feed()
-			s.verify()
+			s.ResumedSince(at, healed, AfterRefusals)
+			s.Feed()
+			s.Verify()
 		}
 	})
 }
 
-func timeoutAndAlarm(t *testing.T, b *rabbit.Broker, table *results) {
+func timeoutAndAlarm(t *testing.T, b *rabbit.Broker, table *Results) {
 	rabbit.NeedCommands(t, b)
-	t.Run("a consumer timeout closes the channel", func(t *testing.T) { consumerTimeout(newScenario(t, b, table)) })
-	t.Run("a memory alarm", func(t *testing.T) { memoryAlarm(newScenario(t, b, table)) })
+	t.Run("a consumer timeout closes the channel", func(t *testing.T) { consumerTimeout(NewScenario(t, b, table)) })
+	t.Run("a memory alarm", func(t *testing.T) { memoryAlarm(NewScenario(t, b, table)) })
 }
 
-func consumerTimeout(s *scenario) {
-	s.handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
+func consumerTimeout(s *Scenario) {
+	s.Handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
 		if n == 0 && !d.Redelivered {
-			s.pause(7 * time.Second) // does not look at its context, as many do not
+			s.Pause(7 * time.Second) // does not look at its context, as many do not
 		}
 		return nil
 	}
-	s.run()
-	s.publish(1)
-	s.awaitStarted(1)
+	s.StartConsuming()
+	s.Publish(1)
+	s.AwaitStarted(1)
 	started := time.Now()
-	s.feed()
-	change := s.awaitLost(0, started, 6*time.Second) // 3 s, a tick of 1 s at worst twice
+	s.Feed()
+	change := s.AwaitLost(0, started, 6*time.Second) // 3 s, a tick of 1 s at worst twice
 	var closed *amqp.Error
 	require.ErrorAs(s, change.Cause, &closed)
 	assert.Equal(s, 406, closed.Code)
-	s.resumed(change.Time, atOnce)
-	s.keptConnection()
-	s.verify()
-	s.overdueIsStale()
+	s.Resumed(change.Time, AtOnce)
+	s.KeptConnection()
+	s.Verify()
+	s.OverdueIsStale()
 }
 
-// overdueIsStale: the overdue handler's ack was not sent, nor were those of messages that the other workers had at hand when the channel closed.
-func (s *scenario) overdueIsStale() {
+// OverdueIsStale: the overdue handler's ack was not sent, nor were those of messages that the other workers had at hand when the channel closed.
+func (s *Scenario) OverdueIsStale() {
 	s.Helper()
-	stale := s.consumer.Stats().Stale
+	stale := s.Consumer.Stats().Stale
 	assert.GreaterOrEqual(s, stale, uint64(1), "the overdue handler's ack was not sent")
-	assert.LessOrEqual(s, stale, uint64(s.workers), "one for each worker at most")
+	assert.LessOrEqual(s, stale, uint64(s.Workers), "one for each worker at most")
 }
 
-func memoryAlarm(s *scenario) {
-	s.handle = func(context.Context, *steadymq.Delivery, int) error { s.pause(20 * time.Millisecond); return nil }
-	s.run()
-	s.publish(400) // about two seconds of work
-	require.NoError(s, s.broker.SetMemoryWatermark(s.Context(), 0.00001))
-	s.settledAll()
-	assert.Equal(s, steadymq.Consuming, s.consumer.State(), "an alarm stops publishers, not consumers")
-	require.NoError(s, s.broker.SetMemoryWatermark(s.Context(), 0.6))
-	s.feed()
-	s.verify()
-	assert.Zero(s, s.lostSessions())
+func memoryAlarm(s *Scenario) {
+	s.Handle = func(context.Context, *steadymq.Delivery, int) error { s.Pause(20 * time.Millisecond); return nil }
+	s.StartConsuming()
+	s.Publish(400) // about two seconds of work
+	require.NoError(s, s.Broker.SetMemoryWatermark(s.Context(), 0.00001))
+	s.SettledAll()
+	assert.Equal(s, steadymq.Consuming, s.Consumer.State(), "an alarm stops publishers, not consumers")
+	require.NoError(s, s.Broker.SetMemoryWatermark(s.Context(), 0.6))
+	s.Feed()
+	s.Verify()
+	assert.Zero(s, s.LostSessions())
 }
 
 // ---- the verifier ----
 
-// scenario is one consumer on one real queue behind one proxy, and all that is needed to judge it.
-type scenario struct {
+// Scenario is one consumer on one real queue behind one proxy, and all that is needed to judge it.
+type Scenario struct {
 	*testing.T
-	broker *rabbit.Broker
-	proxy  *faultproxy.Proxy // nil where the consumer dials the broker itself, see directly
-	queue  string
-	table  *results
-	notes  []string
-	resume time.Duration
+	Broker       *rabbit.Broker
+	Proxy        *faultproxy.Proxy // nil where the consumer dials the broker itself, see directly
+	Queue        string
+	table        *Results
+	notes        []string
+	ResumedAfter time.Duration
 
-	workers, prefetch int
-	handle            func(ctx context.Context, d *steadymq.Delivery, n int) error
-	opts              []steadymq.Option
-	tls               *tls.Config  // nil for plain amqp
+	Workers, Prefetch int
+	Handle            func(ctx context.Context, d *steadymq.Delivery, n int) error
+	Options           []steadymq.Option
+	TLS               *tls.Config  // nil for plain amqp
 	elsewhere         atomic.Value // an address, for who dials the broker itself
 
-	consumer *steadymq.Consumer
-	cancel   context.CancelFunc
-	result   chan error
-	label    string
-	sockets  sockets
-	log      *logBuffer
-	ledger   *ledger
-	feeder   *feeder
+	Consumer    *steadymq.Consumer
+	Cancel      context.CancelFunc
+	Result      chan error
+	label       string
+	Sockets     Sockets
+	ConsumerLog *logBuffer
+	Ledger      *Ledger
+	Feeder      *Feeder
 
 	mu      sync.Mutex
 	changes []steadymq.StateChange
@@ -510,146 +510,146 @@ type scenario struct {
 
 var scenarios atomic.Int64
 
-func newScenario(t *testing.T, b *rabbit.Broker, table *results) *scenario {
+func NewScenario(t *testing.T, b *rabbit.Broker, table *Results) *Scenario {
 	t.Helper()
-	return newScenarioOn(t, b, table, nil)
+	return NewScenarioOn(t, b, table, nil)
 }
 
-// newScenarioOn is newScenario on a queue that is not the default one. It has its kind from the start: a quorum queue or a stream that has the
+// NewScenarioOn is newScenario on a queue that is not the default one. It has its kind from the start: a quorum queue or a stream that has the
 // name of a classic queue that was deleted may be marked as stopped by stop_app, for good (404; seen on 4.0 and 4.3, over 3 minutes, another
 // stop_app and a restart of the node).
-func newScenarioOn(t *testing.T, b *rabbit.Broker, table *results, args amqp.Table) *scenario {
+func NewScenarioOn(t *testing.T, b *rabbit.Broker, table *Results, args amqp.Table) *Scenario {
 	t.Helper()
 	id := scenarios.Add(1)
-	s := &scenario{
-		T: t, broker: b, table: table, queue: fmt.Sprintf("steadymq-test-%d-%d", time.Now().UnixNano(), id),
-		workers: 4, prefetch: 16, log: new(logBuffer), ledger: newLedger(), label: fmt.Sprintf("scenario-%d", id),
+	s := &Scenario{
+		T: t, Broker: b, table: table, Queue: fmt.Sprintf("steadymq-test-%d-%d", time.Now().UnixNano(), id),
+		Workers: 4, Prefetch: 16, ConsumerLog: new(logBuffer), Ledger: NewLedger(), label: fmt.Sprintf("scenario-%d", id),
 	}
 	var err error
-	s.proxy, err = faultproxy.New(b.Addr())
+	s.Proxy, err = faultproxy.New(b.Addr())
 	require.NoError(t, err)
-	s.feeder = newFeeder(b.URL(), s.queue, s.ledger)
-	require.NoError(t, b.DeclareQueue(s.queue, args))
+	s.Feeder = NewFeeder(b.URL(), s.Queue, s.Ledger)
+	require.NoError(t, b.DeclareQueue(s.Queue, args))
 	t.Cleanup(s.cleanup)
 	return s
 }
 
-func (s *scenario) cleanup() {
-	s.feeder.stop()
-	if s.cancel != nil {
-		s.cancel()
+func (s *Scenario) cleanup() {
+	s.Feeder.Stop()
+	if s.Cancel != nil {
+		s.Cancel()
 		s.abandon() // whatever went wrong, Run comes back from a dead connection
-		<-s.result
+		<-s.Result
 	}
-	if s.proxy != nil {
-		assert.NoError(s, s.proxy.Close())
+	if s.Proxy != nil {
+		assert.NoError(s, s.Proxy.Close())
 	}
-	_ = s.broker.DeleteQueue(s.queue)
+	_ = s.Broker.DeleteQueue(s.Queue)
 	if s.Failed() {
-		s.Logf("log of the consumer:\n%s", s.log.String())
+		s.Logf("log of the consumer:\n%s", s.ConsumerLog.String())
 	}
 }
 
 // start runs the consumer under a profiler label: every goroutine that comes of it carries the label, whoever starts it.
-func (s *scenario) start() {
+func (s *Scenario) Start() {
 	s.Helper()
 	all := append([]steadymq.Option{
-		steadymq.WithConcurrency(s.workers), steadymq.WithPrefetch(s.prefetch),
-		steadymq.WithHeartbeat(realHeartbeat), steadymq.WithSetupTimeout(realSetup), steadymq.WithCloseTimeout(realClose),
-		steadymq.WithDrainTimeout(realDrain), steadymq.WithConnectionName(s.queue), steadymq.WithDialer(s.dial),
-		steadymq.WithLogger(slog.New(slog.NewTextHandler(s.log, &slog.HandlerOptions{Level: slog.LevelDebug}))),
-		steadymq.WithHooks(steadymq.Hooks{StateChanged: s.changed}),
-	}, s.opts...)
-	if s.tls != nil {
-		all = append(all, steadymq.WithTLSConfig(s.tls))
+		steadymq.WithConcurrency(s.Workers), steadymq.WithPrefetch(s.Prefetch),
+		steadymq.WithHeartbeat(Heartbeat), steadymq.WithSetupTimeout(SetupTimeout), steadymq.WithCloseTimeout(CloseTimeout),
+		steadymq.WithDrainTimeout(DrainTimeout), steadymq.WithConnectionName(s.Queue), steadymq.WithDialer(s.dial),
+		steadymq.WithLogger(slog.New(slog.NewTextHandler(s.ConsumerLog, &slog.HandlerOptions{Level: slog.LevelDebug}))),
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: s.Changed}),
+	}, s.Options...)
+	if s.TLS != nil {
+		all = append(all, steadymq.WithTLSConfig(s.TLS))
 	}
-	c, err := steadymq.New(s.address(), s.queue, all...)
+	c, err := steadymq.New(s.address(), s.Queue, all...)
 	require.NoError(s, err)
 	ctx, cancel := context.WithCancel(context.Background())
-	s.consumer, s.cancel, s.result = c, cancel, make(chan error, 1)
+	s.Consumer, s.Cancel, s.Result = c, cancel, make(chan error, 1)
 	go pprof.Do(ctx, pprof.Labels("scenario", s.label), func(ctx context.Context) {
-		s.result <- c.Run(ctx, s.deliver)
-		close(s.result)
+		s.Result <- c.Run(ctx, s.deliver)
+		close(s.Result)
 	})
 }
 
 // address is the broker's URL by the scenario's way.
-func (s *scenario) address() string {
-	address := s.by(s.broker.URL())
-	if s.tls != nil {
+func (s *Scenario) address() string {
+	address := s.By(s.Broker.URL())
+	if s.TLS != nil {
 		address = "amqps" + strings.TrimPrefix(address, "amqp")
 	}
 	return address
 }
 
-// run is start, and waits until the consumer consumes.
-func (s *scenario) run() {
+// StartConsuming is start, and waits until the consumer consumes.
+func (s *Scenario) StartConsuming() {
 	s.Helper()
-	s.start()
-	s.must(5*time.Second, "consuming", func() bool { return s.consumer.State() == steadymq.Consuming })
+	s.Start()
+	s.Must(5*time.Second, "consuming", func() bool { return s.Consumer.State() == steadymq.Consuming })
 }
 
 // deliver is the handler: what it finishes goes into the ledger before the library can ack it.
-func (s *scenario) deliver(ctx context.Context, d *steadymq.Delivery) error {
+func (s *Scenario) deliver(ctx context.Context, d *steadymq.Delivery) error {
 	n, err := strconv.Atoi(d.MessageId)
 	if err != nil {
 		return steadymq.Discard(err)
 	}
-	s.ledger.start()
-	if s.handle != nil {
-		err = s.handle(ctx, d, n)
+	s.Ledger.Start()
+	if s.Handle != nil {
+		err = s.Handle(ctx, d, n)
 	} else {
-		s.pause(2 * time.Millisecond)
+		s.Pause(2 * time.Millisecond)
 	}
 	if err == nil {
-		s.ledger.finish(n, d)
+		s.Ledger.Finish(n, d)
 	}
 	return err
 }
 
-func (s *scenario) changed(c steadymq.StateChange) {
+func (s *Scenario) Changed(c steadymq.StateChange) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.changes = append(s.changes, c)
 }
 
-func (s *scenario) history() []steadymq.StateChange {
+func (s *Scenario) History() []steadymq.StateChange {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.changes)
 }
 
 // losses are the ends of sessions that nobody asked for.
-func (s *scenario) losses() []steadymq.StateChange {
-	return slices.DeleteFunc(s.history(), func(c steadymq.StateChange) bool {
+func (s *Scenario) losses() []steadymq.StateChange {
+	return slices.DeleteFunc(s.History(), func(c steadymq.StateChange) bool {
 		return c.From != steadymq.Consuming || c.To == steadymq.Draining
 	})
 }
 
-func (s *scenario) lostSessions() int { return len(s.losses()) }
+func (s *Scenario) LostSessions() int { return len(s.losses()) }
 
-// awaitLost waits for one more lost session than there were, holds the time since at against the limit, and returns how it was told.
-func (s *scenario) awaitLost(were int, at time.Time, limit time.Duration) steadymq.StateChange {
+// AwaitLost waits for one more lost session than there were, holds the time since at against the limit, and returns how it was told.
+func (s *Scenario) AwaitLost(were int, at time.Time, limit time.Duration) steadymq.StateChange {
 	s.Helper()
-	s.must(limit+5*time.Second, "the loss is noticed", func() bool { return s.lostSessions() > were })
+	s.Must(limit+5*time.Second, "the loss is noticed", func() bool { return s.LostSessions() > were })
 	change := s.losses()[were]
-	s.inTime(change.Time.Sub(at), limit, "time to notice")
+	s.InTime(change.Time.Sub(at), limit, "time to notice")
 	return change
 }
 
-// resumed waits until a session that began after at consumes, and notes how long it took.
-func (s *scenario) resumed(at time.Time, limit time.Duration) {
+// Resumed waits until a session that began after at consumes, and notes how long it took.
+func (s *Scenario) Resumed(at time.Time, limit time.Duration) {
 	s.Helper()
-	s.resumedSince(at, at, limit)
+	s.ResumedSince(at, at, limit)
 }
 
-// resumedSince waits until a session that began after lost consumes, and holds the time since healed against the limit: a broker accepts
+// ResumedSince waits until a session that began after lost consumes, and holds the time since healed against the limit: a broker accepts
 // before we hear that it does.
-func (s *scenario) resumedSince(lost, healed time.Time, limit time.Duration) {
+func (s *Scenario) ResumedSince(lost, healed time.Time, limit time.Duration) {
 	s.Helper()
 	var took time.Duration
-	s.must(limit+5*time.Second, "consuming again", func() bool {
-		for _, c := range s.history() {
+	s.Must(limit+5*time.Second, "consuming again", func() bool {
+		for _, c := range s.History() {
 			if c.To == steadymq.Consuming && c.Time.After(lost) {
 				took = max(c.Time.Sub(healed), 0)
 				return true
@@ -657,29 +657,29 @@ func (s *scenario) resumedSince(lost, healed time.Time, limit time.Duration) {
 		}
 		return false
 	})
-	s.inTime(took, limit, "time to resume")
-	s.resume = max(took, time.Nanosecond) // zero is "did not have to"
+	s.InTime(took, limit, "time to resume")
+	s.ResumedAfter = max(took, time.Nanosecond) // zero is "did not have to"
 }
 
 // inTime holds a time against its limit. A limit is for a machine that has time: on one that has not, the plain driver's own way to a
-// consumer, on the same path and at the same moment, says by how much.
-func (s *scenario) inTime(took, limit time.Duration, what string) {
+// Consumer, on the same path and at the same moment, says by how much.
+func (s *Scenario) InTime(took, limit time.Duration, what string) {
 	s.Helper()
 	if took > limit {
-		slack := 3 * s.plainSetup()
-		s.note("%s %v, limit %v and %v for the load of the machine", what, took.Round(time.Millisecond), limit, slack.Round(time.Millisecond))
+		slack := 3 * s.PlainSetup()
+		s.Note("%s %v, limit %v and %v for the load of the machine", what, took.Round(time.Millisecond), limit, slack.Round(time.Millisecond))
 		limit += slack
 	}
 	assert.LessOrEqual(s, took, limit, what)
 }
 
-// plainSetup is how long the driver alone needs from dial to consume-ok now, 0 if it does not get there. Where the scenario's path is broken, or
+// PlainSetup is how long the driver alone needs from dial to consume-ok now, 0 if it does not get there. Where the scenario's path is broken, or
 // so slow that it looks like it, the broker's published port says what the machine is like.
-func (s *scenario) plainSetup() time.Duration {
-	if took := setUpPlain(s.address(), amqp.Config{TLSClientConfig: s.tls.Clone(), Dial: s.plainDial}); took > 0 {
+func (s *Scenario) PlainSetup() time.Duration {
+	if took := setUpPlain(s.address(), amqp.Config{TLSClientConfig: s.TLS.Clone(), Dial: s.plainDial}); took > 0 {
 		return took
 	}
-	return setUpPlain(s.broker.URL(), amqp.Config{Dial: amqp.DefaultDial(10 * time.Second)})
+	return setUpPlain(s.Broker.URL(), amqp.Config{Dial: amqp.DefaultDial(10 * time.Second)})
 }
 
 func setUpPlain(address string, config amqp.Config) time.Duration {
@@ -688,7 +688,7 @@ func setUpPlain(address string, config amqp.Config) time.Duration {
 	if err != nil {
 		return 0
 	}
-	defer closeWithin(conn, time.Second)
+	defer CloseWithin(conn, time.Second)
 	ch, err := conn.Channel()
 	if err != nil {
 		return 0
@@ -705,7 +705,7 @@ func setUpPlain(address string, config amqp.Config) time.Duration {
 
 // holds polls on this goroutine; testify's Eventually goes on in another after it has given up. The last look is past the limit, so that a
 // machine that was away for a while condemns nobody.
-func (s *scenario) holds(limit time.Duration, cond func() bool) bool {
+func (s *Scenario) Holds(limit time.Duration, cond func() bool) bool {
 	for end := time.Now().Add(limit); ; {
 		last := time.Now().After(end)
 		if cond() {
@@ -714,115 +714,115 @@ func (s *scenario) holds(limit time.Duration, cond func() bool) bool {
 		if last {
 			return false
 		}
-		s.pause(10 * time.Millisecond)
+		s.Pause(10 * time.Millisecond)
 	}
 }
 
-func (s *scenario) must(limit time.Duration, what string, cond func() bool) {
+func (s *Scenario) Must(limit time.Duration, what string, cond func() bool) {
 	s.Helper()
-	if !s.holds(limit, cond) {
+	if !s.Holds(limit, cond) {
 		require.FailNow(s, "did not come true within "+limit.String()+": "+what)
 	}
 }
 
-func (s *scenario) pause(d time.Duration) {
+func (s *Scenario) Pause(d time.Duration) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	<-timer.C
 }
 
-func (s *scenario) note(format string, args ...any) {
+func (s *Scenario) Note(format string, args ...any) {
 	s.notes = append(s.notes, fmt.Sprintf(format, args...))
 }
 
 // publish sends n messages and has them confirmed.
-func (s *scenario) publish(n int) {
+func (s *Scenario) Publish(n int) {
 	s.Helper()
-	require.NoError(s, s.feeder.publish(s.Context(), n, 0))
+	require.NoError(s, s.Feeder.Publish(s.Context(), n, 0))
 }
 
 // feed publishes in the background until the end of the scenario, whatever happens to the broker, and waits for the first fifty messages.
-func (s *scenario) feed() {
+func (s *Scenario) Feed() {
 	s.Helper()
-	s.feeder.start()
-	was := s.ledger.counts().confirmed
-	s.must(20*time.Second, "messages are published", func() bool { return s.ledger.counts().confirmed > was+50 })
+	s.Feeder.Start()
+	was := s.Ledger.Counts().Confirmed
+	s.Must(20*time.Second, "messages are published", func() bool { return s.Ledger.Counts().Confirmed > was+50 })
 }
 
-func (s *scenario) awaitStarted(n int) {
+func (s *Scenario) AwaitStarted(n int) {
 	s.Helper()
-	s.must(10*time.Second, "handlers have started", func() bool { return s.ledger.counts().started >= n })
+	s.Must(10*time.Second, "handlers have started", func() bool { return s.Ledger.Counts().Started >= n })
 }
 
-func (s *scenario) awaitFinished() {
+func (s *Scenario) AwaitFinished() {
 	s.Helper()
-	s.must(40*time.Second, "every confirmed message is finished", func() bool { return len(s.ledger.missing()) == 0 })
+	s.Must(40*time.Second, "every confirmed message is finished", func() bool { return len(s.Ledger.Missing()) == 0 })
 }
 
-// settledAll waits until every message is finished and its ack is on the wire.
-func (s *scenario) settledAll() {
+// SettledAll waits until every message is finished and its ack is on the wire.
+func (s *Scenario) SettledAll() {
 	s.Helper()
-	s.awaitFinished()
-	s.must(5*time.Second, "every ack is on the wire", func() bool { return len(s.ackedMessages()) == s.ledger.counts().finished })
+	s.AwaitFinished()
+	s.Must(5*time.Second, "every ack is on the wire", func() bool { return len(s.AckedMessages()) == s.Ledger.Counts().Finished })
 }
 
-// verify ends the scenario and judges it.
-func (s *scenario) verify() {
+// Verify ends the scenario and judges it.
+func (s *Scenario) Verify() {
 	s.Helper()
-	s.feeder.stop()
-	s.awaitFinished()
-	s.oneConsumer()
-	s.cancel()
-	s.stopped(realDrain + realClose + time.Second)
-	s.nothingLeft()
-	s.queueEmpty()
-	s.acksAreRight()
-	s.statsAddUp()
-	s.row(s.duplicates())
+	s.Feeder.Stop()
+	s.AwaitFinished()
+	s.OneConsumer()
+	s.Cancel()
+	s.Stopped(DrainTimeout + CloseTimeout + time.Second)
+	s.NothingLeft()
+	s.QueueEmpty()
+	s.AcksAreRight()
+	s.StatsAddUp()
+	s.AddRow(s.Duplicates())
 }
 
-// oneConsumer waits until the broker, which may have to notice a death itself, and this process hold one consumer and one socket.
-func (s *scenario) oneConsumer() {
+// OneConsumer waits until the broker, which may have to notice a death itself, and this process hold one consumer and one socket.
+func (s *Scenario) OneConsumer() {
 	s.Helper()
 	var q rabbit.Queue
 	var err error
-	s.holds(halfOpen+realClose, func() bool {
-		q, err = s.broker.Queue(s.queue)
-		return err == nil && q.Consumers == 1 && s.sockets.open() == 1
+	s.Holds(HalfOpen+CloseTimeout, func() bool {
+		q, err = s.Broker.Queue(s.Queue)
+		return err == nil && q.Consumers == 1 && s.Sockets.Open() == 1
 	})
 	assert.NoError(s, err)
 	assert.Equal(s, 1, q.Consumers, "consumers on the queue")
-	assert.Equal(s, 1, s.sockets.open(), "open sockets")
+	assert.Equal(s, 1, s.Sockets.Open(), "open sockets")
 }
 
-// stopped waits for Run.
-func (s *scenario) stopped(limit time.Duration) {
+// Stopped waits for Run.
+func (s *Scenario) Stopped(limit time.Duration) {
 	s.Helper()
 	select {
-	case err := <-s.result:
+	case err := <-s.Result:
 		assert.NoError(s, err)
 	case <-time.After(limit):
 		require.FailNow(s, "Run does not return")
 	}
-	assert.Equal(s, steadymq.Stopped, s.consumer.State())
+	assert.Equal(s, steadymq.Stopped, s.Consumer.State())
 }
 
 // nothingLeft looks for what Run left behind. The runtime needs a moment to end a goroutine that has returned.
-func (s *scenario) nothingLeft() {
+func (s *Scenario) NothingLeft() {
 	s.Helper()
 	var left string
-	s.holds(time.Second, func() bool { left = labelled(s.label); return left == "" })
+	s.Holds(time.Second, func() bool { left = labelled(s.label); return left == "" })
 	assert.Empty(s, left, "goroutines")
-	assert.Zero(s, s.sockets.open(), "open sockets")
-	assert.Zero(s, s.consumer.Stats().Abandoned, "what outlasted its limit")
+	assert.Zero(s, s.Sockets.Open(), "open sockets")
+	assert.Zero(s, s.Consumer.Stats().Abandoned, "what outlasted its limit")
 }
 
-func (s *scenario) queueEmpty() {
+func (s *Scenario) QueueEmpty() {
 	s.Helper()
 	var q rabbit.Queue
-	s.holds(5*time.Second, func() bool {
+	s.Holds(5*time.Second, func() bool {
 		var err error
-		q, err = s.broker.Queue(s.queue)
+		q, err = s.Broker.Queue(s.Queue)
 		return err == nil && q == rabbit.Queue{}
 	})
 	assert.Equal(s, rabbit.Queue{}, q, "the queue is empty and free")
@@ -830,12 +830,12 @@ func (s *scenario) queueEmpty() {
 
 // acksAreRight holds what the wire shows against what the handlers did: an ack settles one delivery, once, that its own session's handler
 // had finished before.
-func (s *scenario) acksAreRight() {
+func (s *Scenario) AcksAreRight() {
 	s.Helper()
-	if !s.readsTheWire() {
+	if !s.ReadsTheWire() {
 		return // statsAddUp holds the consumer's own account against the handlers'
 	}
-	if s.ledger.counts().finished > 0 {
+	if s.Ledger.Counts().Finished > 0 {
 		assert.NotEmpty(s, s.settlements(), "the wire was read")
 	}
 	delivered := map[faultproxy.Ref]faultproxy.Delivery{}
@@ -850,15 +850,15 @@ func (s *scenario) acksAreRight() {
 		assert.False(s, settled.Multiple, "multiple: %+v", settled)
 		seen[settled.Ref] = true
 		if settled.Verb == faultproxy.Ack {
-			at, finished := s.ledger.finishedAt(d)
+			at, finished := s.Ledger.finishedAt(d)
 			assert.True(s, finished && !at.After(settled.At), "acked, but no handler had finished it: %+v of %+v", settled, d)
 		}
 	}
 }
 
-// ackedMessages are the numbers of the messages whose ack reached the broker.
-func (s *scenario) ackedMessages() []int {
-	if !s.readsTheWire() {
+// AckedMessages are the numbers of the messages whose ack reached the broker.
+func (s *Scenario) AckedMessages() []int {
+	if !s.ReadsTheWire() {
 		return s.messagesToldAcked()
 	}
 	id := map[faultproxy.Ref]string{}
@@ -876,8 +876,8 @@ func (s *scenario) ackedMessages() []int {
 	return slices.Sorted(maps.Keys(acked))
 }
 
-// duplicates counts second handlings, and holds them and the broker's redeliveries against the lost sessions.
-func (s *scenario) duplicates() int {
+// Duplicates counts second handlings, and holds them and the broker's redeliveries against the lost sessions.
+func (s *Scenario) Duplicates() int {
 	s.Helper()
 	requeued := 0
 	for _, settled := range s.settlements() {
@@ -892,30 +892,30 @@ func (s *scenario) duplicates() int {
 			again++
 		}
 	}
-	limit := s.prefetch * s.lostSessions()
+	limit := s.Prefetch * s.LostSessions()
 	assert.LessOrEqual(s, again, limit+requeued, "delivered again: prefetch per lost session at most")
-	twice := s.ledger.counts().twice
+	twice := s.Ledger.Counts().Twice
 	assert.LessOrEqual(s, twice, limit, "handled again: prefetch per lost session at most")
 	return twice
 }
 
 // statsAddUp checks the library's own account against itself and against the wire.
-func (s *scenario) statsAddUp() {
+func (s *Scenario) StatsAddUp() {
 	s.Helper()
-	stats := s.consumer.Stats()
+	stats := s.Consumer.Stats()
 	assert.Equal(s, stats.Delivered, stats.Acked+stats.Requeued+stats.Discarded+stats.Stale, "%+v", stats)
-	assert.EqualValues(s, s.lostSessions()+1, stats.Sessions, "%+v", stats)
-	assert.LessOrEqual(s, stats.Acked, uint64(s.ledger.handlings()), "no ack that no handler had earned")
+	assert.EqualValues(s, s.LostSessions()+1, stats.Sessions, "%+v", stats)
+	assert.LessOrEqual(s, stats.Acked, uint64(s.Ledger.Handlings()), "no ack that no handler had earned")
 	assert.Zero(s, stats.Handling)
 	assert.Zero(s, stats.EventsDropped)
 }
 
-// takeAll takes what is left on a queue.
-func (s *scenario) takeAll(queue string) []int {
+// TakeAll takes what is left on a queue.
+func (s *Scenario) TakeAll(queue string) []int {
 	s.Helper()
-	conn, err := amqp.Dial(s.broker.URL())
+	conn, err := amqp.Dial(s.Broker.URL())
 	require.NoError(s, err)
-	defer closeWithin(conn, 2*time.Second)
+	defer CloseWithin(conn, 2*time.Second)
 	ch, err := conn.Channel()
 	require.NoError(s, err)
 	var numbers []int
@@ -924,7 +924,7 @@ func (s *scenario) takeAll(queue string) []int {
 		require.NoError(s, err)
 		if !ok {
 			empty++
-			s.pause(50 * time.Millisecond)
+			s.Pause(50 * time.Millisecond)
 			continue
 		}
 		n, err := strconv.Atoi(d.MessageId)
@@ -934,26 +934,26 @@ func (s *scenario) takeAll(queue string) []int {
 	return numbers
 }
 
-func (s *scenario) row(duplicates int) {
+func (s *Scenario) AddRow(duplicates int) {
 	_, name, _ := strings.Cut(s.Name(), "/")
-	if s.proxy == nil && !strings.HasSuffix(name, "direct") {
+	if s.Proxy == nil && !strings.HasSuffix(name, "direct") {
 		name += ", direct"
 	}
-	s.table.add(result{
-		fault:      name,
-		broker:     s.broker.Version(),
-		resumed:    s.resume,
-		lost:       s.lostSessions(),
-		duplicates: duplicates,
-		messages:   s.ledger.counts().confirmed,
-		note:       strings.Join(s.notes, "; "),
+	s.table.Add(Result{
+		Fault:      name,
+		Broker:     s.Broker.Version(),
+		Resumed:    s.ResumedAfter,
+		Lost:       s.LostSessions(),
+		Duplicates: duplicates,
+		Messages:   s.Ledger.Counts().Confirmed,
+		Note:       strings.Join(s.notes, "; "),
 	})
 }
 
 // ---- its parts ----
 
-// ledger is what was published and what handlers finished.
-type ledger struct {
+// Ledger is what was published and what handlers finished.
+type Ledger struct {
 	mu        sync.Mutex
 	confirmed map[int]bool // a message whose confirm was lost may be there or not: it is in no list
 	started   int
@@ -968,24 +968,24 @@ type piece struct {
 	message int
 }
 
-func newLedger() *ledger {
-	return &ledger{confirmed: map[int]bool{}, finished: map[int]int{}, work: map[piece]time.Time{}}
+func NewLedger() *Ledger {
+	return &Ledger{confirmed: map[int]bool{}, finished: map[int]int{}, work: map[piece]time.Time{}}
 }
 
-func (l *ledger) confirm(n int) {
+func (l *Ledger) Confirm(n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.confirmed[n] = true
 }
 
-func (l *ledger) start() {
+func (l *Ledger) Start() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.started++
 }
 
-// finish notes a handling once, however often it is told.
-func (l *ledger) finish(n int, d *steadymq.Delivery) {
+// Finish notes a handling once, however often it is told.
+func (l *Ledger) Finish(n int, d *steadymq.Delivery) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	p := piece{d.Session(), d.DeliveryTag, n}
@@ -996,8 +996,8 @@ func (l *ledger) finish(n int, d *steadymq.Delivery) {
 	l.finished[n]++
 }
 
-// told notes a handling that another process tells of.
-func (l *ledger) told(session, tag uint64, n int, at time.Time) {
+// FinishedElsewhere notes a handling that another process tells of.
+func (l *Ledger) FinishedElsewhere(session, tag uint64, n int, at time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.work[piece{session, tag, n}] = at
@@ -1005,7 +1005,7 @@ func (l *ledger) told(session, tag uint64, n int, at time.Time) {
 }
 
 // finishedAt says when the handling that belongs to a delivery on the wire was finished. The consumer tag ends with the session's number.
-func (l *ledger) finishedAt(d faultproxy.Delivery) (time.Time, bool) {
+func (l *Ledger) finishedAt(d faultproxy.Delivery) (time.Time, bool) {
 	session, err1 := strconv.ParseUint(d.Consumer[strings.LastIndexByte(d.Consumer, '-')+1:], 10, 64)
 	n, err2 := strconv.Atoi(d.MessageID)
 	if errors.Join(err1, err2) != nil {
@@ -1017,15 +1017,15 @@ func (l *ledger) finishedAt(d faultproxy.Delivery) (time.Time, bool) {
 	return at, ok
 }
 
-// handlings counts finished ones, second ones included.
-func (l *ledger) handlings() int {
+// Handlings counts finished ones, second ones included.
+func (l *Ledger) Handlings() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.work)
 }
 
-// missing are the confirmed messages that no handler has finished.
-func (l *ledger) missing() []int {
+// Missing are the confirmed messages that no handler has finished.
+func (l *Ledger) Missing() []int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var out []int
@@ -1037,54 +1037,54 @@ func (l *ledger) missing() []int {
 	return out
 }
 
-// confirmedMessages are the numbers of the messages that the broker has confirmed.
-func (l *ledger) confirmedMessages() []int {
+// Confirmed are the numbers of the messages that the broker has confirmed.
+func (l *Ledger) Confirmed() []int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Sorted(maps.Keys(l.confirmed))
 }
 
-// finishedMessages are the numbers of the messages that a handler has finished.
-func (l *ledger) finishedMessages() []int {
+// Finished are the numbers of the messages that a handler has finished.
+func (l *Ledger) Finished() []int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Sorted(maps.Keys(l.finished))
 }
 
-type ledgerCounts struct{ confirmed, started, finished, twice int }
+type Counts struct{ Confirmed, Started, Finished, Twice int }
 
-func (l *ledger) counts() ledgerCounts {
+func (l *Ledger) Counts() Counts {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c := ledgerCounts{confirmed: len(l.confirmed), started: l.started, finished: len(l.finished)}
+	c := Counts{Confirmed: len(l.confirmed), Started: l.started, Finished: len(l.finished)}
 	for _, times := range l.finished {
-		c.twice += times - 1
+		c.Twice += times - 1
 	}
 	return c
 }
 
 // feeder publishes numbered messages with confirms over a connection of its own. A number is published once: one whose confirm is lost is
 // given up, because publishing it again would be a duplicate that is not the consumer's.
-type feeder struct {
-	url, queue string
-	ledger     *ledger
+type Feeder struct {
+	URL, Queue string
+	ledger     *Ledger
 	next       int // owned by whoever publishes
 	quit       context.CancelFunc
 	wg         sync.WaitGroup
 }
 
-func newFeeder(url, queue string, l *ledger) *feeder {
-	return &feeder{url: url, queue: queue, ledger: l}
+func NewFeeder(url, queue string, l *Ledger) *Feeder {
+	return &Feeder{URL: url, Queue: queue, ledger: l}
 }
 
 // start publishes until stop.
-func (f *feeder) start() {
-	f.stop()
+func (f *Feeder) Start() {
+	f.Stop()
 	ctx, cancel := context.WithCancel(context.Background())
 	f.quit = cancel
 	f.wg.Go(func() {
 		for ctx.Err() == nil {
-			_ = f.publish(ctx, math.MaxInt, 20*time.Millisecond)
+			_ = f.Publish(ctx, math.MaxInt, 20*time.Millisecond)
 			retry := time.NewTimer(100 * time.Millisecond)
 			select {
 			case <-retry.C:
@@ -1095,7 +1095,7 @@ func (f *feeder) start() {
 	})
 }
 
-func (f *feeder) stop() {
+func (f *Feeder) Stop() {
 	if f.quit != nil {
 		f.quit()
 	}
@@ -1103,12 +1103,12 @@ func (f *feeder) stop() {
 }
 
 // publish sends the next n messages, each confirmed before the next, gap apart.
-func (f *feeder) publish(ctx context.Context, n int, gap time.Duration) error {
-	conn, err := amqp.DialConfig(f.url, amqp.Config{Heartbeat: realHeartbeat, Dial: amqp.DefaultDial(2 * time.Second)})
+func (f *Feeder) Publish(ctx context.Context, n int, gap time.Duration) error {
+	conn, err := amqp.DialConfig(f.URL, amqp.Config{Heartbeat: Heartbeat, Dial: amqp.DefaultDial(2 * time.Second)})
 	if err != nil {
 		return err
 	}
-	defer closeWithin(conn, time.Second)
+	defer CloseWithin(conn, time.Second)
 	ch, err := conn.Channel()
 	if err != nil {
 		return err
@@ -1129,20 +1129,20 @@ func (f *feeder) publish(ctx context.Context, n int, gap time.Duration) error {
 	return nil
 }
 
-// number is that of the next message.
-func (f *feeder) number() int {
+// NextNumber is that of the next message.
+func (f *Feeder) NextNumber() int {
 	n := f.next
 	f.next++
 	return n
 }
 
-func (f *feeder) one(ctx context.Context, ch *amqp.Channel, returned <-chan amqp.Return) error {
+func (f *Feeder) one(ctx context.Context, ch *amqp.Channel, returned <-chan amqp.Return) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	number := f.number()
+	number := f.NextNumber()
 	text := strconv.Itoa(number)
-	confirm, err := ch.PublishWithDeferredConfirmWithContext(ctx, "", f.queue, true, false, amqp.Publishing{
+	confirm, err := ch.PublishWithDeferredConfirmWithContext(ctx, "", f.Queue, true, false, amqp.Publishing{
 		MessageId: text, Body: []byte(text), DeliveryMode: amqp.Persistent,
 	})
 	if err != nil {
@@ -1153,23 +1153,23 @@ func (f *feeder) one(ctx context.Context, ch *amqp.Channel, returned <-chan amqp
 		return errors.Join(err, errors.New("not confirmed"))
 	}
 	select {
-	case <-returned: // confirmed and in no queue
+	case <-returned: // Confirmed and in no queue
 		return errors.New("returned")
 	default:
 	}
-	f.ledger.confirm(number)
+	f.ledger.Confirm(number)
 	return nil
 }
 
-func closeWithin(conn *amqp.Connection, d time.Duration) { _ = conn.CloseDeadline(time.Now().Add(d)) }
+func CloseWithin(conn *amqp.Connection, d time.Duration) { _ = conn.CloseDeadline(time.Now().Add(d)) }
 
-// sockets remembers what the consumer dialled, without standing between: the library sees the kernel's own connection.
-type sockets struct {
+// Sockets remembers what the consumer dialled, without standing between: the library sees the kernel's own connection.
+type Sockets struct {
 	mu  sync.Mutex
 	all []*net.TCPConn
 }
 
-func (s *sockets) dial(ctx context.Context, network, address string) (net.Conn, error) {
+func (s *Sockets) Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, network, address)
 	if err != nil {
 		return nil, err
@@ -1180,8 +1180,8 @@ func (s *sockets) dial(ctx context.Context, network, address string) (net.Conn, 
 	return conn, nil
 }
 
-// open counts those that nobody has closed.
-func (s *sockets) open() int {
+// Open counts those that nobody has closed.
+func (s *Sockets) Open() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n := 0
@@ -1209,44 +1209,44 @@ func labelled(label string) string {
 	return strings.Join(found, "\n")
 }
 
-// results is the table the suite prints.
-type results struct {
+// Results is the table the suite prints.
+type Results struct {
 	mu   sync.Mutex
-	rows []result
+	rows []Result
 }
 
-type result struct {
-	fault, broker              string
-	resumed                    time.Duration
-	lost, duplicates, messages int
-	note                       string
+type Result struct {
+	Fault, Broker              string
+	Resumed                    time.Duration
+	Lost, Duplicates, Messages int
+	Note                       string
 }
 
-func (r *results) add(row result) {
+func (r *Results) Add(row Result) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.rows = append(r.rows, row)
 }
 
-func (r *results) all() []result {
+func (r *Results) Rows() []Result {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Clone(r.rows)
 }
 
-func (r *results) String() string {
+func (r *Results) String() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	slices.SortFunc(r.rows, func(a, b result) int { return strings.Compare(a.fault, b.fault) })
+	slices.SortFunc(r.rows, func(a, b Result) int { return strings.Compare(a.Fault, b.Fault) })
 	var b strings.Builder
 	b.WriteString("\n| fault | RabbitMQ | consuming again after | sessions lost | messages | handled twice | notes |\n|---|---|---|---|---|---|---|\n")
 	for _, row := range r.rows {
 		resumed := "-"
-		if row.resumed > 0 {
-			resumed = row.resumed.Round(100 * time.Microsecond).String()
+		if row.Resumed > 0 {
+			resumed = row.Resumed.Round(100 * time.Microsecond).String()
 		}
 		fmt.Fprintf(&b, "| %s | %s | %s | %d | %d | %d | %s |\n",
-			strings.ReplaceAll(row.fault, "_", " "), row.broker, resumed, row.lost, row.messages, row.duplicates, row.note)
+			strings.ReplaceAll(row.Fault, "_", " "), row.Broker, resumed, row.Lost, row.Messages, row.Duplicates, row.Note)
 	}
 	return b.String()
 }

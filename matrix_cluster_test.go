@@ -26,7 +26,7 @@ const (
 	// stallAfter is the detector's. stallBound bounds leaving a host that is alive on paper once the others can tell: three looks, an answer
 	// that does not come, and a setup.
 	stallAfter = 2 * time.Second
-	stallBound = 3*stallAfter + 2*realSetup + elected
+	stallBound = 3*stallAfter + 2*SetupTimeout + elected
 	// streamStallBound is that of a stream, which takes one look more.
 	streamStallBound = stallBound + stallAfter
 	// partitioned is how long a node is cut off from the others, who take the tick of the net to notice and elect, and then the bound.
@@ -104,27 +104,27 @@ func (m *matrix) newClusterTrial(t *testing.T, g rabbit.Generation, c *rabbit.Cl
 	t.Helper()
 	r := m.newTrial(t, g, p.kind, c.Nodes[p.home], cell{args: p.args})
 	r.nodes = c.Nodes
-	r.feeder.url = c.Nodes[p.feed].URL()
+	r.Feeder.URL = c.Nodes[p.feed].URL()
 	r.proxies = make([]*faultproxy.Proxy, len(c.Nodes))
 	var others []string
 	for i, node := range c.Nodes {
 		if i == p.home {
-			r.proxies[i] = r.proxy
+			r.proxies[i] = r.Proxy
 			continue
 		}
-		other, err := r.proxy.Beside(node.Addr())
+		other, err := r.Proxy.Beside(node.Addr())
 		require.NoError(t, err)
 		t.Cleanup(func() { assert.NoError(t, other.Close()) })
 		r.proxies[i] = other
 		others = append(others, other.URL(node.URL()))
 	}
-	r.opts = append(r.opts, steadymq.WithURLs(others...), steadymq.WithDialer(r.firstTo(p.at)))
+	r.Options = append(r.Options, steadymq.WithURLs(others...), steadymq.WithDialer(r.firstTo(p.at)))
 	if p.stall {
-		r.opts = append(r.opts, steadymq.WithStallDetector(stallAfter))
+		r.Options = append(r.Options, steadymq.WithStallDetector(stallAfter))
 	}
 	if p.backlog {
-		r.handle = func(context.Context, *steadymq.Delivery, int) error { r.pause(80 * time.Millisecond); return nil }
-		r.publish(1000)
+		r.Handle = func(context.Context, *steadymq.Delivery, int) error { r.Pause(80 * time.Millisecond); return nil }
+		r.Publish(1000)
 	}
 	return r
 }
@@ -142,7 +142,7 @@ func (r *trial) firstTo(at int) func(ctx context.Context, network, address strin
 			address = to
 		}
 		mu.Unlock()
-		return r.sockets.dial(ctx, network, address)
+		return r.Sockets.Dial(ctx, network, address)
 	}
 }
 
@@ -151,8 +151,8 @@ func (r *trial) firstTo(at int) func(ctx context.Context, network, address strin
 // movesOn is the check of a host that says it goes, or is gone: the consumer is consuming on another.
 func movesOn(limit time.Duration) func(*trial, times) {
 	return func(r *trial, when times) {
-		change := r.awaitLost(0, when.healed, 0) // it was over long ago
-		r.resumed(change.Time, limit)
+		change := r.AwaitLost(0, when.healed, 0) // it was over long ago
+		r.Resumed(change.Time, limit)
 		r.judge()
 	}
 }
@@ -160,7 +160,7 @@ func movesOn(limit time.Duration) func(*trial, times) {
 // settles is the check of a time of troubles: at its end, or within limit, the consumer is consuming for good.
 func settles(limit time.Duration) func(*trial, times) {
 	return func(r *trial, when times) {
-		r.must(limit+5*time.Second, "consuming", func() bool { return r.consumer.State() == steadymq.Consuming })
+		r.Must(limit+5*time.Second, "consuming", func() bool { return r.Consumer.State() == steadymq.Consuming })
 		r.flows(when.healed, limit)
 		r.judge()
 	}
@@ -170,15 +170,15 @@ func settles(limit time.Duration) func(*trial, times) {
 func (r *trial) flows(since time.Time, limit time.Duration) {
 	r.Helper()
 	var first time.Time
-	r.must(limit+5*time.Second, "messages are handled", func() bool {
-		first = r.ledger.firstAfter(since)
+	r.Must(limit+5*time.Second, "messages are handled", func() bool {
+		first = r.Ledger.FirstAfter(since)
 		return !first.IsZero()
 	})
-	r.inTime(first.Sub(since), limit, "time to the first message")
-	r.resume = max(first.Sub(since), time.Nanosecond)
+	r.InTime(first.Sub(since), limit, "time to the first message")
+	r.ResumedAfter = max(first.Sub(since), time.Nanosecond)
 }
 
-func (l *ledger) firstAfter(since time.Time) time.Time {
+func (l *Ledger) FirstAfter(since time.Time) time.Time {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var first time.Time
@@ -263,15 +263,15 @@ func mirrored(n []*rabbit.Broker) onCluster {
 			fault: "mirrored queue's leader stopped and started", rows: "38",
 			before: func(ctx context.Context) error { return n[0].PolicyOn(ctx, "/", policy, ".*", `{"ha-mode": "all"}`) },
 			prepare: func(r *trial) {
-				r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-cancel-on-ha-failover": true}))
+				r.Options = append(r.Options, steadymq.WithConsumeArgs(amqp.Table{"x-cancel-on-ha-failover": true}))
 			},
 			apply: during(n[0].Stop, 2*time.Second, unmirror),
 		},
 		places: []place{{kind: classic, at: 1, feed: 2, elsewhere: true, check: func(r *trial, when times) {
-			change := r.awaitLost(0, when.at, elected)
+			change := r.AwaitLost(0, when.at, elected)
 			assert.ErrorContains(r, change.Cause, "cancelled")
-			r.resumed(change.Time, elected)
-			r.keptConnection()
+			r.Resumed(change.Time, elected)
+			r.KeptConnection()
 			r.judge()
 		}}},
 	}
@@ -359,18 +359,18 @@ func rolling(nodes []*rabbit.Broker) func(context.Context) (times, error) {
 func cutFromClients(r *trial, _ times) {
 	at := time.Now()
 	r.proxies[0].BlackHole(faultproxy.Both)
-	r.awaitLost(0, at, silentPeer)
-	r.resumed(at, silentPeer+atOnce)
-	r.pause(2 * time.Second)
+	r.AwaitLost(0, at, SilentPeer)
+	r.Resumed(at, SilentPeer+AtOnce)
+	r.Pause(2 * time.Second)
 	r.proxies[0].Heal()
 	r.judge()
 }
 
 // paused: the node stops serving when it finds that it has no majority, and the others serve.
 func paused(r *trial, when times) {
-	change := r.awaitLost(0, when.at, tick(r.gen)*5/4+elected)
-	r.note("the node stopped serving %s after the cut", inWords(change.Time.Sub(when.at)))
-	r.resumed(change.Time, elected)
+	change := r.AwaitLost(0, when.at, tick(r.gen)*5/4+elected)
+	r.Note("the node stopped serving %s after the cut", inWords(change.Time.Sub(when.at)))
+	r.Resumed(change.Time, elected)
 	require.True(r, r.handledDuring(change.Time, when.healed), "while the node is cut off")
 	r.judge()
 }
@@ -380,7 +380,7 @@ func paused(r *trial, when times) {
 func minority(r *trial, when times) {
 	assert.False(r, r.handledDuring(when.at.Add(netTick+elected), when.healed), "a node without majority delivers")
 	settles(elected)(r, when)
-	r.note("without a detector it is healed with the cluster")
+	r.Note("without a detector it is healed with the cluster")
 }
 
 // leaves: the detector finds out while the node is cut off, and the consumer goes to where the messages are.
@@ -389,34 +389,34 @@ func leaves(r *trial, when times) {
 	require.True(r, change.Time.Before(when.healed), "noticed while the node is cut off")
 	require.True(r, r.handledDuring(change.Time, when.healed), "another host has a majority")
 	r.flows(change.Time, elected)
-	r.note("noticed %s after the cut: %v", inWords(change.Time.Sub(when.at)), errors.Unwrap(change.Cause))
+	r.Note("noticed %s after the cut: %v", inWords(change.Time.Sub(when.at)), errors.Unwrap(change.Cause))
 	r.judge()
 }
 
-// told: the backlog is there and does not move. No host has a majority: what is left to do is to tell, and to be there when it is back.
+// FinishedElsewhere: the backlog is there and does not move. No host has a majority: what is left to do is to tell, and to be there when it is back.
 func told(r *trial, when times) {
 	change := r.told("though the queue has", time.Second)
 	require.True(r, change.Time.Before(when.healed), "noticed while there is no majority")
-	r.note("noticed %s after the stop", inWords(change.Time.Sub(when.at)))
+	r.Note("noticed %s after the stop", inWords(change.Time.Sub(when.at)))
 	settles(stallBound+elected)(r, when)
 }
 
 func (r *trial) handledDuring(from, to time.Time) bool {
-	first := r.ledger.firstAfter(from)
+	first := r.Ledger.FirstAfter(from)
 	return !first.IsZero() && first.Before(to)
 }
 
 // forgotten: after a partition RabbitMQ leaves a consumer of a stream behind that hears nothing any more, and no sign of it on the wire. Its
 // place in the stream is kept: nothing is lost once anybody closes the connection.
 func forgotten(r *trial, when times) {
-	if !r.holds(homeless, func() bool { return !r.ledger.firstAfter(when.healed).IsZero() }) {
-		r.note("RabbitMQ leaves the consumer silent; from an operator's closing the connection on")
+	if !r.Holds(homeless, func() bool { return !r.Ledger.FirstAfter(when.healed).IsZero() }) {
+		r.Note("RabbitMQ leaves the consumer silent; from an operator's closing the connection on")
 		at := time.Now()
 		for _, node := range r.nodes {
-			_, err := node.CloseNamed(r.Context(), r.queue, "silent")
+			_, err := node.CloseNamed(r.Context(), r.Queue, "silent")
 			r.ok(err)
 		}
-		r.resumed(at, elected)
+		r.Resumed(at, elected)
 		when.healed = at
 	}
 	r.flows(when.healed, homeless)
@@ -426,24 +426,24 @@ func forgotten(r *trial, when times) {
 // noReplica: the first host cannot serve the stream and says so; the next one asked can.
 func noReplica(r *trial, _ times) {
 	change := r.told("replica on the local node", time.Second)
-	r.resumed(change.Time, elected)
+	r.Resumed(change.Time, elected)
 	r.judge()
 }
 
 func replicaRemoved(r *trial, _ times) {
 	at := time.Now()
-	r.ok(r.broker.DeleteReplica(r.Context(), r.queue, 2))
-	change := r.awaitLost(0, at, elected)
+	r.ok(r.Broker.DeleteReplica(r.Context(), r.Queue, 2))
+	change := r.AwaitLost(0, at, elected)
 	assert.ErrorContains(r, change.Cause, "cancelled")
-	r.resumed(change.Time, elected)
+	r.Resumed(change.Time, elected)
 	r.judge()
 }
 
 func replicaVanished(r *trial, _ times) {
 	at := time.Now()
-	r.ok(r.broker.DeleteReplica(r.Context(), r.queue, 2))
+	r.ok(r.Broker.DeleteReplica(r.Context(), r.Queue, 2))
 	change := r.told("the stream has grown", streamStallBound)
-	r.note("RabbitMQ does not tell; noticed %s after the removal", inWords(change.Time.Sub(at)))
-	r.resumed(change.Time, elected)
+	r.Note("RabbitMQ does not tell; noticed %s after the removal", inWords(change.Time.Sub(at)))
+	r.Resumed(change.Time, elected)
 	r.judge()
 }

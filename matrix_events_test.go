@@ -89,30 +89,30 @@ const serves = 20 * time.Second
 // the limit has not begun.
 func back(limit time.Duration) func(*trial, times) {
 	return func(r *trial, when times) {
-		r.must(serves+limit, "consuming again", func() bool { return r.consumesSince(when.at) })
+		r.Must(serves+limit, "consuming again", func() bool { return r.consumesSince(when.at) })
 		ready := when.healed
-		for _, c := range r.history() {
+		for _, c := range r.History() {
 			var said *amqp.Error
 			if c.Time.After(ready) && errors.As(c.Cause, &said) && said.Server {
 				ready = c.Time
 			}
 		}
-		r.resumedSince(when.at, ready, limit)
+		r.ResumedSince(when.at, ready, limit)
 		if late := ready.Sub(when.healed); late > 0 {
-			r.note("the broker needed %s more for the queue", inWords(late))
+			r.Note("the broker needed %s more for the queue", inWords(late))
 		}
 		r.judge()
 	}
 }
 
 func (r *trial) consumesSince(at time.Time) bool {
-	return slices.ContainsFunc(r.history(), func(c steadymq.StateChange) bool { return c.To == steadymq.Consuming && c.Time.After(at) })
+	return slices.ContainsFunc(r.History(), func(c steadymq.StateChange) bool { return c.To == steadymq.Consuming && c.Time.After(at) })
 }
 
 // unimpressed is the check of faults that are none to a consumer.
 func unimpressed(r *trial, _ times) {
 	r.judge()
-	assert.Zero(r, r.lostSessions())
+	assert.Zero(r, r.LostSessions())
 }
 
 // alarm is an event that stops publishers and must not stop consumers. Handlers wait for it, so that there is something to do.
@@ -122,8 +122,8 @@ func alarm(b *rabbit.Broker, resource string, begin, end func(context.Context) e
 	return event{
 		fault: "alarm about " + resource, rows: "19",
 		prepare: func(r *trial) {
-			r.handle = func(context.Context, *steadymq.Delivery, int) error { <-up; r.pause(20 * time.Millisecond); return nil }
-			r.publish(100)
+			r.Handle = func(context.Context, *steadymq.Delivery, int) error { <-up; r.Pause(20 * time.Millisecond); return nil }
+			r.Publish(100)
 		},
 		apply: during(func(ctx context.Context) error {
 			defer close(up)
@@ -188,11 +188,11 @@ func wholeNode(b *rabbit.Broker) []event {
 	return []event{
 		{
 			fault: "rabbitmqctl stop_app, start_app", rows: "1",
-			apply: during(b.StopApp, 2*time.Second, b.StartApp), check: back(afterRefusals),
+			apply: during(b.StopApp, 2*time.Second, b.StartApp), check: back(AfterRefusals),
 		},
 		{
 			fault: "rabbitmq-upgrade drain, revive", rows: "3",
-			apply: during(b.Drain, 2*time.Second, b.Revive), check: back(afterRefusals),
+			apply: during(b.Drain, 2*time.Second, b.Revive), check: back(AfterRefusals),
 		},
 		{
 			fault: "rabbitmqctl close_all_connections", rows: "2",
@@ -201,9 +201,9 @@ func wholeNode(b *rabbit.Broker) []event {
 				return times{at: time.Now()}, err
 			},
 			check: func(r *trial, when times) {
-				change := r.awaitLost(0, when.at, atOnce)
+				change := r.AwaitLost(0, when.at, AtOnce)
 				assert.ErrorContains(r, change.Cause, "maintenance")
-				r.resumed(change.Time, atOnce)
+				r.Resumed(change.Time, AtOnce)
 				r.judge()
 			},
 		},
@@ -224,11 +224,11 @@ func wholeNode(b *rabbit.Broker) []event {
 		},
 		{
 			fault: "killed (SIGKILL) and started", rows: "4",
-			apply: during(b.Kill, time.Second, b.Start), check: back(afterRefusals),
+			apply: during(b.Kill, time.Second, b.Start), check: back(AfterRefusals),
 		},
 		{
 			fault: "stopped (SIGTERM) and started", rows: "1",
-			apply: during(b.Stop, time.Second, b.Start), check: back(afterRefusals),
+			apply: during(b.Stop, time.Second, b.Start), check: back(AfterRefusals),
 		},
 	}
 }
@@ -241,29 +241,29 @@ func timeoutClosesNothing(g rabbit.Generation, _ kind) string {
 }
 
 func timedOut(r *trial, when times) {
-	change := r.awaitLost(0, when.at, 5*time.Second)
+	change := r.AwaitLost(0, when.at, 5*time.Second)
 	var said *amqp.Error
 	require.ErrorAs(r, change.Cause, &said)
 	assert.Equal(r, amqp.PreconditionFailed, said.Code)
-	r.resumed(change.Time, atOnce)
-	r.keptConnection()
-	r.pause(time.Second) // the late handler's ack is not sent
+	r.Resumed(change.Time, AtOnce)
+	r.KeptConnection()
+	r.Pause(time.Second) // the late handler's ack is not sent
 	r.judge()
-	r.overdueIsStale()
+	r.OverdueIsStale()
 }
 
-// keptConnection: a channel's failure does not cost the connection, not even where RabbitMQ 3.10 delivers on a channel it has closed, or
+// KeptConnection: a channel's failure does not cost the connection, not even where RabbitMQ 3.10 delivers on a channel it has closed, or
 // closes it twice.
-func (r *scenario) keptConnection() {
+func (r *Scenario) KeptConnection() {
 	r.Helper()
-	if !assert.EqualValues(r, 1, r.consumer.Stats().Connections, "a channel's failure does not cost the connection") {
+	if !assert.EqualValues(r, 1, r.Consumer.Stats().Connections, "a channel's failure does not cost the connection") {
 		r.Log(r.wire())
 	}
 }
 
 // wire is what passed besides publishing, in order.
-func (r *scenario) wire() string {
-	if r.proxy == nil {
+func (r *Scenario) wire() string {
+	if r.Proxy == nil {
 		return ""
 	}
 	type line struct {
@@ -271,7 +271,7 @@ func (r *scenario) wire() string {
 		text string
 	}
 	var lines []line
-	log := r.proxy.Log()
+	log := r.Proxy.Log()
 	for _, m := range log.Methods() {
 		lines = append(lines, line{m.At, fmt.Sprintf("%v %d/%d method %d.%d", m.Dir, m.Conn, m.Channel, m.Class, m.Method)})
 	}

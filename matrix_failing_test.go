@@ -62,12 +62,12 @@ func (t *tried) least(messages int) int {
 // is declared again.
 func failsForLong(r *trial) {
 	const failing, beyondTheLimit = 6, 25
-	r.ok(r.broker.DeleteQueue(r.queue))
-	r.opts = append(r.opts,
+	r.ok(r.Broker.DeleteQueue(r.Queue))
+	r.Options = append(r.Options,
 		steadymq.WithQueue(steadymq.Queue{Type: string(r.kind)}), steadymq.WithRequeueDelay(20*time.Millisecond, 60*time.Millisecond))
 	var tries tried
 	var well atomic.Bool
-	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+	r.Handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
 		if n < failing && !well.Load() {
 			tries.again(n)
 			return errors.New("the database is away")
@@ -75,39 +75,39 @@ func failsForLong(r *trial) {
 		return nil
 	}
 	r.begin()
-	r.must(30*time.Second, "more returns than the default limit allows", func() bool { return tries.least(failing) >= beyondTheLimit })
-	lost, done := r.timed(r.cut)
-	r.resumedSince(lost, done, atOnce)
+	r.Must(30*time.Second, "more returns than the default limit allows", func() bool { return tries.least(failing) >= beyondTheLimit })
+	lost, done := r.Timed(r.Cut)
+	r.ResumedSince(lost, done, AtOnce)
 	again := tries.least(failing)
-	r.must(10*time.Second, "further returns", func() bool { return tries.least(failing) >= again+3 })
+	r.Must(10*time.Second, "further returns", func() bool { return tries.least(failing) >= again+3 })
 	well.Store(true)
 	r.judge()
 }
 
 // prefetchFullOfFailures: what stands behind them waits, as long as they fail, and somebody is told.
 func prefetchFullOfFailures(r *trial) {
-	r.opts = append(r.opts, steadymq.WithRequeueDelay(3*time.Second, 3*time.Second))
+	r.Options = append(r.Options, steadymq.WithRequeueDelay(3*time.Second, 3*time.Second))
 	var well atomic.Bool
-	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
-		if n < r.prefetch && !well.Load() {
+	r.Handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+		if n < r.Prefetch && !well.Load() {
 			return errors.New("not yet")
 		}
 		return nil
 	}
-	r.start()
+	r.Start()
 	r.consuming()
-	r.publish(2 * r.prefetch)
-	r.must(5*time.Second, "all of them are held", func() bool { return r.consumer.Stats().Held == r.prefetch })
-	r.must(time.Second, "it is told", func() bool { return strings.Contains(r.log.String(), "failed messages are held") })
+	r.Publish(2 * r.Prefetch)
+	r.Must(5*time.Second, "all of them are held", func() bool { return r.Consumer.Stats().Held == r.Prefetch })
+	r.Must(time.Second, "it is told", func() bool { return strings.Contains(r.ConsumerLog.String(), "failed messages are held") })
 	if r.gen != rabbit.Gen310 || r.kind != quorum { // which hands out what was returned after what was not delivered yet
-		r.pause(4 * time.Second) // they come back, once at least
+		r.Pause(4 * time.Second) // they come back, once at least
 	}
-	assert.Zero(r, r.ledger.counts().finished, "nothing passes them")
+	assert.Zero(r, r.Ledger.Counts().Finished, "nothing passes them")
 	well.Store(true)
 	r.judge()
-	assert.Zero(r, r.lostSessions())
-	assert.Zero(r, r.consumer.Stats().Held)
-	assert.Equal(r, 1, strings.Count(r.log.String(), "failed messages are held"))
+	assert.Zero(r, r.LostSessions())
+	assert.Zero(r, r.Consumer.Stats().Held)
+	assert.Equal(r, 1, strings.Count(r.ConsumerLog.String(), "failed messages are held"))
 }
 
 // strangeHeadersOverAReset: each of them would end the driver's connection, and be the first message of the next one.
@@ -124,60 +124,60 @@ func strangeHeadersOverAReset(r *trial) {
 	}
 	release := make(chan struct{})
 	var seen tried
-	r.handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
+	r.Handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
 		if len(d.Headers) > 0 {
 			seen.again(n)
 			<-release
 		}
 		return nil
 	}
-	r.start()
+	r.Start()
 	r.consuming()
 	for _, m := range strange {
-		r.send(r.queue, m)
+		r.send(r.Queue, m)
 	}
 	if r.kind != stream || r.gen != rabbit.Gen310 { // there no stream gets dead letters
-		before := r.queue + "-before"
-		r.ok(r.broker.DeclareQueue(before, amqp.Table{
-			"x-dead-letter-exchange": "", "x-dead-letter-routing-key": r.queue, "x-message-ttl": int32(1),
+		before := r.Queue + "-before"
+		r.ok(r.Broker.DeclareQueue(before, amqp.Table{
+			"x-dead-letter-exchange": "", "x-dead-letter-routing-key": r.Queue, "x-message-ttl": int32(1),
 		}))
-		r.Cleanup(func() { _ = r.broker.DeleteQueue(before) })
+		r.Cleanup(func() { _ = r.Broker.DeleteQueue(before) })
 		r.send(before, amqp.Publishing{Headers: amqp.Table{"large": strings.Repeat("x", largeHeaders)}})
 		strange = append(strange, amqp.Publishing{})
 	}
-	r.must(10*time.Second, "each is at its handler", func() bool { return seen.least(len(strange)) == 1 })
-	r.feed()
-	lost, done := r.timed(r.cut)
+	r.Must(10*time.Second, "each is at its handler", func() bool { return seen.least(len(strange)) == 1 })
+	r.Feed()
+	lost, done := r.Timed(r.Cut)
 	close(release)
-	r.resumedSince(lost, done, atOnce)
+	r.ResumedSince(lost, done, AtOnce)
 	if r.kind != stream { // which is resumed behind what was handled well, late or not
-		r.must(10*time.Second, "each comes again", func() bool { return seen.least(len(strange)) == 2 })
+		r.Must(10*time.Second, "each comes again", func() bool { return seen.least(len(strange)) == 2 })
 	}
 	r.judge()
-	assert.EqualValues(r, 1, r.lostSessions(), "by the reset")
-	assert.Zero(r, r.consumer.Stats().Unreadable)
+	assert.EqualValues(r, 1, r.LostSessions(), "by the reset")
+	assert.Zero(r, r.Consumer.Stats().Unreadable)
 }
 
 // send publishes one message, as the next of the feeder, which must not run.
 func (r *trial) send(queue string, m amqp.Publishing) (number int) {
 	r.Helper()
-	conn, err := amqp.DialConfig(r.broker.URL(), amqp.Config{Dial: func(network, address string) (net.Conn, error) {
+	conn, err := amqp.DialConfig(r.Broker.URL(), amqp.Config{Dial: func(network, address string) (net.Conn, error) {
 		c, err := net.DialTimeout(network, address, 5*time.Second)
 		return oldIntegers{c}, err
 	}})
 	r.ok(err)
-	defer closeWithin(conn, time.Second)
+	defer CloseWithin(conn, time.Second)
 	ch, err := conn.Channel()
 	r.ok(err)
 	r.ok(ch.Confirm(false))
-	number = r.feeder.number()
+	number = r.Feeder.NextNumber()
 	m.MessageId, m.DeliveryMode = strconv.Itoa(number), amqp.Persistent
 	confirm, err := ch.PublishWithDeferredConfirm("", queue, true, false, m)
 	r.ok(err)
 	confirmed, err := confirm.WaitContext(r.Context())
 	r.ok(err)
 	assert.True(r, confirmed)
-	r.ledger.confirm(number)
+	r.Ledger.Confirm(number)
 	return number
 }
 
@@ -185,44 +185,44 @@ func (r *trial) send(queue string, m amqp.Publishing) (number int) {
 // It is named, held, and in nobody's way; a stream steps over it.
 func tooLargeToBeGiven(r *trial) {
 	var named atomic.Pointer[steadymq.MessageError]
-	r.opts = append(r.opts, steadymq.WithMaxMessageSize(1000), steadymq.WithHooks(steadymq.Hooks{
-		StateChanged: r.changed, Unreadable: func(err *steadymq.MessageError) { named.Store(err) },
+	r.Options = append(r.Options, steadymq.WithMaxMessageSize(1000), steadymq.WithHooks(steadymq.Hooks{
+		StateChanged: r.Changed, Unreadable: func(err *steadymq.MessageError) { named.Store(err) },
 	}))
-	r.start()
+	r.Start()
 	r.consuming()
-	r.publish(5)
-	large := r.send(r.queue, amqp.Publishing{Body: make([]byte, 200_000)}) // two frames
-	r.feed()
-	r.must(5*time.Second, "it is told", func() bool { return named.Load() != nil })
-	assert.Equal(r, r.queue, named.Load().Queue)
+	r.Publish(5)
+	large := r.send(r.Queue, amqp.Publishing{Body: make([]byte, 200_000)}) // two frames
+	r.Feed()
+	r.Must(5*time.Second, "it is told", func() bool { return named.Load() != nil })
+	assert.Equal(r, r.Queue, named.Load().Queue)
 	assert.EqualValues(r, 200_000, named.Load().Size)
-	r.must(time.Second, "it is logged", func() bool { return strings.Contains(r.log.String(), "cannot be read") })
-	r.pause(time.Second)
-	r.feeder.stop()
-	r.ledger.forget(large)
-	r.awaitFinished()
+	r.Must(time.Second, "it is logged", func() bool { return strings.Contains(r.ConsumerLog.String(), "cannot be read") })
+	r.Pause(time.Second)
+	r.Feeder.Stop()
+	r.Ledger.Forget(large)
+	r.AwaitFinished()
 	r.quiet() // the feeder's last message may have been cut off from its confirm
-	assert.Zero(r, r.lostSessions())
-	assert.EqualValues(r, 1, r.consumer.Stats().Unreadable)
-	r.cancel()
-	r.stopped(realDrain + realClose + time.Second)
-	r.nothingLeft()
-	r.statsAddUp()
+	assert.Zero(r, r.LostSessions())
+	assert.EqualValues(r, 1, r.Consumer.Stats().Unreadable)
+	r.Cancel()
+	r.Stopped(DrainTimeout + CloseTimeout + time.Second)
+	r.NothingLeft()
+	r.StatsAddUp()
 	if r.kind != stream {
-		assert.Equal(r, []int{large}, r.takeAll(r.queue), "it is there, and nothing else")
+		assert.Equal(r, []int{large}, r.TakeAll(r.Queue), "it is there, and nothing else")
 	}
-	r.row(r.duplicates())
+	r.AddRow(r.Duplicates())
 }
 
 // portOfTheNodes: a URL that changes to a wrong port between two sessions.
 func portOfTheNodes(r *trial) {
 	var wrong atomic.Bool
-	right, err := r.broker.Direct(r.Context(), 5672)
+	right, err := r.Broker.Direct(r.Context(), 5672)
 	r.ok(err)
-	nodes, err := r.broker.Direct(r.Context(), 25672)
+	nodes, err := r.Broker.Direct(r.Context(), 25672)
 	r.ok(err)
-	r.opts = append(r.opts,
-		steadymq.WithDialer(r.sockets.dial), steadymq.WithURLFunc(func(context.Context) (string, error) {
+	r.Options = append(r.Options,
+		steadymq.WithDialer(r.Sockets.Dial), steadymq.WithURLFunc(func(context.Context) (string, error) {
 			if wrong.Load() {
 				return "amqp://guest:guest@" + nodes + "/", nil
 			}
@@ -231,9 +231,9 @@ func portOfTheNodes(r *trial) {
 	r.begin()
 	wrong.Store(true)
 	lost := time.Now()
-	r.cut()
-	r.told("port 25672 is RabbitMQ's port for other nodes", realSetup+2*time.Second)
-	r.pause(2 * time.Second)
+	r.Cut()
+	r.told("port 25672 is RabbitMQ's port for other nodes", SetupTimeout+2*time.Second)
+	r.Pause(2 * time.Second)
 	assert.False(r, r.consumesSince(lost))
 	wrong.Store(false)
 	healed := time.Now()
@@ -249,7 +249,7 @@ func stopsAreCounted(r *trial) {
 	var mu sync.Mutex
 	attempt := 0 // of the messages that are handled last, the highest
 	var release chan struct{}
-	r.handle = func(_ context.Context, d *steadymq.Delivery, _ int) error {
+	r.Handle = func(_ context.Context, d *steadymq.Delivery, _ int) error {
 		begun.Add(1)
 		mu.Lock()
 		attempt = max(attempt, d.Attempt())
@@ -257,41 +257,41 @@ func stopsAreCounted(r *trial) {
 		<-release
 		return nil
 	}
-	r.publish(r.prefetch)
+	r.Publish(r.Prefetch)
 	for n := range stops + 1 {
 		release = make(chan struct{})
 		begun.Store(0)
 		attempt = 0
-		r.start()
+		r.Start()
 		r.consuming()
-		r.must(5*time.Second, "all workers are busy", func() bool { return begun.Load() == int64(r.workers) })
-		r.must(5*time.Second, "the rest is prefetched", func() bool {
-			q, err := r.broker.Queue(r.queue)
+		r.Must(5*time.Second, "all workers are busy", func() bool { return begun.Load() == int64(r.Workers) })
+		r.Must(5*time.Second, "the rest is prefetched", func() bool {
+			q, err := r.Broker.Queue(r.Queue)
 			return err == nil && q.Ready == 0
 		})
-		r.cancel()
-		r.pause(100 * time.Millisecond)
+		r.Cancel()
+		r.Pause(100 * time.Millisecond)
 		close(release)
-		r.stopped(realDrain + realClose + time.Second)
-		r.nothingLeft()
-		r.statsAddUp()
-		assert.EqualValues(r, r.workers, r.consumer.Stats().Acked, "stop %d", n+1)
+		r.Stopped(DrainTimeout + CloseTimeout + time.Second)
+		r.NothingLeft()
+		r.StatsAddUp()
+		assert.EqualValues(r, r.Workers, r.Consumer.Stats().Acked, "stop %d", n+1)
 	}
-	r.queueEmpty()
-	r.acksAreRight()
-	assert.Zero(r, r.lostSessions())
-	assert.Zero(r, r.ledger.counts().twice, "a clean stop costs no duplicate")
-	r.note("Attempt() of a message that no handler had seen: %d", attempt)
+	r.QueueEmpty()
+	r.AcksAreRight()
+	assert.Zero(r, r.LostSessions())
+	assert.Zero(r, r.Ledger.Counts().Twice, "a clean stop costs no duplicate")
+	r.Note("Attempt() of a message that no handler had seen: %d", attempt)
 	if r.gen == rabbit.Gen43 {
 		assert.Equal(r, 1, attempt, "what was given back unseen has not been tried")
 	} else {
 		assert.Equal(r, 1+stops, attempt)
 	}
-	r.row(0)
+	r.AddRow(0)
 }
 
-// forget takes a message out of what has to be finished.
-func (l *ledger) forget(n int) {
+// Forget takes a message out of what has to be finished.
+func (l *Ledger) Forget(n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.confirmed, n)

@@ -31,15 +31,15 @@ import (
 )
 
 // loginCells are the faults of certificates and tokens.
-func loginCells(a *authority) []cell {
+func loginCells(a *Authority) []cell {
 	overTLS := func(test func(*trial)) func(*trial) {
 		return func(r *trial) {
-			r.tls = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: a.pool()}
-			if r.proxy != nil {
-				r.proxy.SetTarget(r.broker.TLSAddr())
+			r.TLS = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: a.Pool()}
+			if r.Proxy != nil {
+				r.Proxy.SetTarget(r.Broker.TLSAddr())
 			}
-			r.must(20*time.Second, "the listener for TLS, which comes up last", func() bool {
-				conn, err := tls.Dial("tcp", r.broker.TLSAddr(), r.tls.Clone())
+			r.Must(20*time.Second, "the listener for TLS, which comes up last", func() bool {
+				conn, err := tls.Dial("tcp", r.Broker.TLSAddr(), r.TLS.Clone())
 				if err == nil {
 					_ = conn.Close()
 				}
@@ -49,24 +49,24 @@ func loginCells(a *authority) []cell {
 		}
 	}
 	return []cell{
-		{fault: "TLS: connection reset", rows: "4, 28", test: overTLS(func(r *trial) { r.suffers(r.proxy.Reset) })},
-		{fault: "TLS: broker aborts the connection", rows: "4", by: bothWay, test: overTLS(func(r *trial) { r.suffers(r.abort) })},
-		{fault: "TLS: path swallows both ways", rows: "12", test: overTLS(func(r *trial) { r.silenced(faultproxy.Both, silentPeer) })},
+		{fault: "TLS: connection reset", rows: "4, 28", test: overTLS(func(r *trial) { r.suffers(r.Proxy.Reset) })},
+		{fault: "TLS: broker aborts the connection", rows: "4", by: bothWay, test: overTLS(func(r *trial) { r.suffers(r.Abort) })},
+		{fault: "TLS: path swallows both ways", rows: "12", test: overTLS(func(r *trial) { r.silenced(faultproxy.Both, SilentPeer) })},
 		{fault: "TLS: handshake cut after n bytes", rows: "11, 26", test: overTLS(handshakeCut)},
 		{fault: "TLS: certificate of a stranger", rows: "26", by: bothWay, test: overTLS(func(r *trial) {
-			r.deceived(newAuthority(r).sign(r), "unknown authority")
+			r.deceived(NewAuthority(r).Sign(r), "unknown authority")
 		})},
 		{fault: "TLS: certificate that has expired", rows: "26", by: bothWay, test: overTLS(func(r *trial) {
-			r.deceived(a.sign(r, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), "expired")
+			r.deceived(a.Sign(r, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), "expired")
 		})},
 		{fault: "TLS: certificate of another host", rows: "26", by: bothWay, test: overTLS(func(r *trial) {
-			r.deceived(a.sign(r, func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.IPv4(192, 0, 2, 1)} }), "not 127.0.0.1")
+			r.deceived(a.Sign(r, func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.IPv4(192, 0, 2, 1)} }), "not 127.0.0.1")
 		})},
 		{fault: "TLS spoken to a port without", rows: "27", by: bothWay, test: overTLS(func(r *trial) {
-			r.misled(r.plainAddr(), r.tlsAddr(), "AMQP without TLS")
+			r.misled(r.PlainAddr(), r.TLSAddr(), "AMQP without TLS")
 		})},
 		{fault: "plain AMQP spoken to a TLS port", rows: "27", by: bothWay, test: func(r *trial) {
-			r.misled(r.tlsAddr(), r.plainAddr(), "use an amqps URL")
+			r.misled(r.TLSAddr(), r.PlainAddr(), "use an amqps URL")
 		}},
 		{fault: "token expires, a new one per dial", rows: "24", by: bothWay, test: tokenExpires},
 		{fault: "token renewed before it expires", rows: "24", by: bothWay, test: tokenRenewed},
@@ -86,12 +86,12 @@ func loginCells(a *authority) []cell {
 // ---- certificates ----
 
 // authority signs certificates for the tests' brokers, and for those who pretend to be one.
-type authority struct {
+type Authority struct {
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
 }
 
-func newAuthority(t require.TestingT) *authority {
+func NewAuthority(t require.TestingT) *Authority {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	require.NoError(t, err)
 	template := certificate()
@@ -100,7 +100,7 @@ func newAuthority(t require.TestingT) *authority {
 	require.NoError(t, err)
 	cert, err := x509.ParseCertificate(der)
 	require.NoError(t, err)
-	return &authority{cert, key}
+	return &Authority{cert, key}
 }
 
 func certificate() *x509.Certificate {
@@ -111,14 +111,14 @@ func certificate() *x509.Certificate {
 	}
 }
 
-func (a *authority) pool() *x509.CertPool {
+func (a *Authority) Pool() *x509.CertPool {
 	pool := x509.NewCertPool()
 	pool.AddCert(a.cert)
 	return pool
 }
 
 // sign makes a certificate for a server on loopback, with changes.
-func (a *authority) sign(t require.TestingT, changes ...func(*x509.Certificate)) rabbit.TLS {
+func (a *Authority) Sign(t require.TestingT, changes ...func(*x509.Certificate)) rabbit.TLS {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	require.NoError(t, err)
 	template := certificate()
@@ -139,27 +139,27 @@ func (a *authority) sign(t require.TestingT, changes ...func(*x509.Certificate))
 // deceived leads the consumer to a server with such a certificate for two seconds after it was refused.
 func (r *trial) deceived(shown rabbit.TLS, reason string) {
 	r.Helper()
-	r.misled(impostor(r.T, shown), r.tlsAddr(), reason)
+	r.misled(impostor(r.T, shown), r.TLSAddr(), reason)
 }
 
 // misled leads the consumer to a wrong address for two seconds after that was noticed.
 func (r *trial) misled(wrong, right, reason string) {
 	r.Helper()
 	r.begin()
-	r.lead(wrong)
+	r.Lead(wrong)
 	lost := time.Now()
-	r.cut()
+	r.Cut()
 	r.told(reason, 5*time.Second)
-	r.pause(2 * time.Second)
+	r.Pause(2 * time.Second)
 	assert.False(r, r.consumesSince(lost), "a session with the wrong peer")
-	for _, c := range r.history() {
+	for _, c := range r.History() {
 		var failed *steadymq.SessionError
 		if c.Time.After(lost) && errors.As(c.Cause, &failed) && failed.Op == "open" {
 			assert.GreaterOrEqual(r, c.RetryIn, time.Second, "it is asked slowly")
 		}
 	}
 	at := time.Now()
-	r.lead(right)
+	r.Lead(right)
 	r.atNextTry(at, time.Now())
 	r.judge()
 }
@@ -237,7 +237,7 @@ func token(valid time.Duration, rights ...string) (text string, expires time.Tim
 // is left out where the consumer is not to know.
 func (r *trial) granting(valid func(asked int64) time.Duration, known bool, rights func(asked int64) []string) *atomic.Int64 {
 	asked := new(atomic.Int64)
-	r.opts = append(r.opts, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+	r.Options = append(r.Options, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
 		n := asked.Add(1)
 		granted := rights(n)
 		text, expires := token(valid(n), granted...)
@@ -273,17 +273,17 @@ func tokenExpires(r *trial) {
 	r.begin()
 	at := time.Now()
 	if r.gen == rabbit.Gen43 {
-		change := r.awaitLost(0, at, 7*time.Second)
+		change := r.AwaitLost(0, at, 7*time.Second)
 		assert.ErrorContains(r, change.Cause, "credential expired")
 		at = change.Time
 	} else {
-		r.pause(8 * time.Second)
-		assert.Zero(r, r.lostSessions())
-		r.note("the broker keeps a connection whose token has expired")
+		r.Pause(8 * time.Second)
+		assert.Zero(r, r.LostSessions())
+		r.Note("the broker keeps a connection whose token has expired")
 		at = time.Now()
-		r.cut()
+		r.Cut()
 	}
-	r.resumedSince(at, time.Now(), atOnce)
+	r.ResumedSince(at, time.Now(), AtOnce)
 	assert.EqualValues(r, 2, asked.Load(), "asked once per dial")
 	r.judge()
 }
@@ -291,9 +291,9 @@ func tokenExpires(r *trial) {
 func tokenRenewed(r *trial) {
 	r.granting(sixSeconds, true, allRights)
 	r.begin()
-	r.pause(13 * time.Second)
-	assert.Zero(r, r.lostSessions(), "the session lives longer than its token")
-	if r.readsTheWire() {
+	r.Pause(13 * time.Second)
+	assert.Zero(r, r.LostSessions(), "the session lives longer than its token")
+	if r.ReadsTheWire() {
 		assert.GreaterOrEqual(r, r.secrets(), 2, "renewed")
 	}
 	r.judge()
@@ -308,15 +308,15 @@ func renewalRefused(r *trial) {
 		return allRights(asked)
 	})
 	r.begin()
-	change := r.awaitLost(0, time.Now(), 6*time.Second)
+	change := r.AwaitLost(0, time.Now(), 6*time.Second)
 	var said *amqp.Error
 	require.ErrorAs(r, change.Cause, &said)
 	assert.Equal(r, amqp.NotAllowed, said.Code)
-	r.resumed(change.Time, atOnce)
-	r.pause(6 * time.Second) // over the next renewal
+	r.Resumed(change.Time, AtOnce)
+	r.Pause(6 * time.Second) // over the next renewal
 	r.judge()
-	assert.EqualValues(r, 1, r.lostSessions())
-	if r.readsTheWire() {
+	assert.EqualValues(r, 1, r.LostSessions())
+	if r.ReadsTheWire() {
 		assert.GreaterOrEqual(r, r.secrets(), 2, "the good token is renewed, too")
 	}
 }
@@ -332,12 +332,12 @@ func renewedWithLess(r *trial) {
 	})
 	r.begin()
 	less.Store(true)
-	change := r.awaitLost(0, time.Now(), 6*time.Second)
+	change := r.AwaitLost(0, time.Now(), 6*time.Second)
 	assert.ErrorContains(r, change.Cause, "cancelled")
 	r.told("refused for user", 5*time.Second)
-	r.pause(2 * time.Second)
+	r.Pause(2 * time.Second)
 	at := time.Now()
 	less.Store(false)
-	r.resumed(at, operatorCap+atOnce)
+	r.Resumed(at, operatorCap+AtOnce)
 	r.judge()
 }

@@ -135,11 +135,11 @@ func only(reason string, possible ...kind) func(rabbit.Generation, kind) string 
 
 // trial is the scenario of a cell.
 type trial struct {
-	*scenario
+	*Scenario
 	gen     rabbit.Generation
 	kind    kind
 	vhost   string
-	own     results
+	own     Results
 	nodes   []*rabbit.Broker
 	proxies []*faultproxy.Proxy // by node, of a cluster
 }
@@ -161,12 +161,12 @@ func (m *matrix) newTrial(t *testing.T, g rabbit.Generation, k kind, b *rabbit.B
 		args = amqp.Table{"x-queue-type": string(k)}
 		maps.Copy(args, c.args)
 	}
-	r.scenario = newScenarioOn(t, b, &r.own, args)
+	r.Scenario = NewScenarioOn(t, b, &r.own, args)
 	if c.by == direct {
-		r.directly()
+		r.Directly()
 	}
 	if k == stream {
-		r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
+		r.Options = append(r.Options, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
 	}
 	return r
 }
@@ -183,23 +183,23 @@ func rest(ctx context.Context, d time.Duration) {
 // begin is a consumer at work, and messages on their way.
 func (r *trial) begin() {
 	r.Helper()
-	r.start()
+	r.Start()
 	r.consuming()
-	r.feed()
+	r.Feed()
 }
 
 func (r *trial) consuming() {
 	r.Helper()
-	r.must(20*time.Second, "consuming", func() bool { return r.consumer.State() == steadymq.Consuming })
+	r.Must(20*time.Second, "consuming", func() bool { return r.Consumer.State() == steadymq.Consuming })
 }
 
-// told waits until a failure was reported whose text holds reason, and holds the time that takes from now on against the limit.
+// FinishedElsewhere waits until a failure was reported whose text holds reason, and holds the time that takes from now on against the limit.
 func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
 	r.Helper()
 	var found steadymq.StateChange
 	since := time.Now()
-	r.must(limit+10*time.Second, fmt.Sprintf("a failure that says %q", reason), func() bool {
-		for _, c := range r.history() {
+	r.Must(limit+10*time.Second, fmt.Sprintf("a failure that says %q", reason), func() bool {
+		for _, c := range r.History() {
 			if c.Cause != nil && strings.Contains(c.Cause.Error(), reason) {
 				found = c
 				return true
@@ -207,46 +207,46 @@ func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
 		}
 		return false
 	})
-	r.inTime(found.Time.Sub(since), limit, fmt.Sprintf("time until it is told of %q", reason))
+	r.InTime(found.Time.Sub(since), limit, fmt.Sprintf("time until it is told of %q", reason))
 	return found
 }
 
 // judge ends the trial with the verifier of the scenarios. A stream keeps its messages and a passive declare does not know its consumers.
 func (r *trial) judge() {
 	r.Helper()
-	r.feeder.stop()
-	r.awaitFinished()
+	r.Feeder.Stop()
+	r.AwaitFinished()
 	if r.kind != stream {
-		r.oneConsumer()
+		r.OneConsumer()
 		r.quiet()
-		r.verify()
+		r.Verify()
 		return
 	}
 	r.oneStreamConsumer()
 	r.quiet()
-	r.cancel()
-	r.stopped(realDrain + realClose + time.Second)
-	r.nothingLeft()
-	r.acksAreRight()
-	r.statsAddUp()
-	r.row(r.duplicates())
+	r.Cancel()
+	r.Stopped(DrainTimeout + CloseTimeout + time.Second)
+	r.NothingLeft()
+	r.AcksAreRight()
+	r.StatsAddUp()
+	r.AddRow(r.Duplicates())
 }
 
 func (r *trial) oneStreamConsumer() {
 	r.Helper()
 	var n int
-	r.holds(halfOpen+realClose+5*time.Second, func() bool {
+	r.Holds(HalfOpen+CloseTimeout+5*time.Second, func() bool {
 		n = r.consumersByName()
-		return n == 1 && r.sockets.open() == 1
+		return n == 1 && r.Sockets.Open() == 1
 	})
 	assert.Equal(r, 1, n, "consumers on the stream")
-	assert.Equal(r, 1, r.sockets.open(), "open sockets")
+	assert.Equal(r, 1, r.Sockets.Open(), "open sockets")
 }
 
 // consumersByName counts on every node, which knows its own clients only; -1 if one does not answer.
 func (r *trial) consumersByName() (sum int) {
 	for _, node := range r.nodes {
-		text, err := node.ConsumersOf(r.Context(), r.queue)
+		text, err := node.ConsumersOf(r.Context(), r.Queue)
 		n, errText := strconv.Atoi(text)
 		if err != nil || errText != nil {
 			return -1
@@ -261,8 +261,8 @@ func (r *trial) consumersByName() (sum int) {
 func (r *trial) quiet() {
 	r.Helper()
 	last, since := -1, time.Now()
-	r.must(halfOpen+10*time.Second, "the broker has delivered everything", func() bool {
-		if n := r.delivered(); n != last {
+	r.Must(HalfOpen+10*time.Second, "the broker has delivered everything", func() bool {
+		if n := r.Delivered(); n != last {
 			last, since = n, time.Now()
 		}
 		return time.Since(since) > time.Second
@@ -287,7 +287,7 @@ type matrix struct {
 	mu      sync.Mutex
 	order   []string // faults as they are told
 	rows    map[string]string
-	results map[string]map[string]map[kind]entry // fault, broker, kind
+	results map[string]map[string]map[kind]entry // Fault, broker, kind
 	brokers []string
 	extra   []string
 }
@@ -339,12 +339,12 @@ func (m *matrix) set(fault, rows, broker string, k kind, e entry) {
 // record notes how a trial went; it runs after the trial, failed or not.
 func (m *matrix) record(r *trial, t *testing.T, fault, rows, broker string, k kind) {
 	e := entry{bad: t.Failed()}
-	if r != nil && len(r.own.all()) > 0 {
-		row := r.own.all()[0]
-		e.note = row.note
+	if r != nil && len(r.own.Rows()) > 0 {
+		row := r.own.Rows()[0]
+		e.note = row.Note
 		e.text = "nothing to heal"
-		if row.resumed > 0 || row.lost > 0 {
-			e.text = fmt.Sprintf("%s, %d", inWords(row.resumed), row.duplicates)
+		if row.Resumed > 0 || row.Lost > 0 {
+			e.text = fmt.Sprintf("%s, %d", inWords(row.Resumed), row.Duplicates)
 		}
 	}
 	if e.bad {

@@ -80,7 +80,7 @@ func newListener(t *testing.T, broker *rabbit.Broker) *listener {
 	l.q = steadymq.Queue{Type: "classic", Exclusive: true, Bindings: []steadymq.Binding{{Exchange: l.exchange}}}
 	t.Cleanup(func() {
 		assert.NoError(t, l.publish.ExchangeDelete(l.exchange, false, false))
-		closeWithin(conn, time.Second)
+		CloseWithin(conn, time.Second)
 		assert.NoError(t, proxy.Close())
 	})
 	return l
@@ -157,7 +157,7 @@ func (l *listener) fail() {
 	l.await("another session", func() bool { return len(l.sessions()) == before+1 })
 }
 
-// stop ends Run, and then no queue of any session may be left.
+// Stop ends Run, and then no queue of any session may be left.
 func (l *listener) stop() {
 	l.Helper()
 	l.stopRun()

@@ -51,7 +51,7 @@ func lostBeforeTheFirst(t *testing.T, broker *rabbit.Broker, g beginning, old in
 	name := "quiet stream " + strings.NewReplacer(" ", "-").Replace(t.Name())
 	conn, err := amqp.Dial(broker.URL())
 	require.NoError(t, err)
-	defer closeWithin(conn, time.Second)
+	defer CloseWithin(conn, time.Second)
 	ch, err := conn.Channel()
 	require.NoError(t, err)
 	require.NoError(t, ch.Confirm(false))

@@ -108,7 +108,7 @@ func (s *soak) begin() {
 		for i, p := range r.proxies {
 			urls = append(urls, p.URL(s.cluster.Nodes[i].URL()))
 		}
-		spec = append(spec, soaker{Queue: r.queue, URLs: urls, Kind: r.kind})
+		spec = append(spec, soaker{Queue: r.Queue, URLs: urls, Kind: r.kind})
 	}
 	text, err := json.Marshal(spec)
 	require.NoError(s, err)
@@ -128,8 +128,8 @@ func (s *soak) begin() {
 	}()
 	s.Cleanup(func() { _ = s.stdin.Close() })
 	for _, r := range s.trials {
-		r.feeder.start()
-		s.Cleanup(r.feeder.stop)
+		r.Feeder.Start()
+		s.Cleanup(r.Feeder.Stop)
 	}
 	s.begun = time.Now()
 	s.flows(time.Now(), time.Minute)
@@ -164,14 +164,14 @@ func (s *soak) finished(f []string) {
 	tag, _ := strconv.ParseUint(f[2], 10, 64)
 	n, _ := strconv.Atoi(f[3])
 	at, _ := strconv.ParseInt(f[4], 10, 64)
-	s.trials[i].ledger.told(session, tag, n, time.Unix(0, at))
+	s.trials[i].Ledger.FinishedElsewhere(session, tag, n, time.Unix(0, at))
 }
 
 // flows waits until every consumer has handled a message since.
 func (s *soak) flows(since time.Time, limit time.Duration) {
 	s.Helper()
 	for _, r := range s.trials {
-		assert.True(s, r.holds(limit, func() bool { return !r.ledger.firstAfter(since).IsZero() }), "%s %s hears nothing", r.kind, r.queue)
+		assert.True(s, r.Holds(limit, func() bool { return !r.Ledger.FirstAfter(since).IsZero() }), "%s %s hears nothing", r.kind, r.Queue)
 	}
 }
 
@@ -218,7 +218,7 @@ func (s *soak) kinds() map[string]func(context.Context) error {
 		"all connections ended (FIN)":  all((*faultproxy.Proxy).FIN),
 		"a path swallows both ways":    through(func() { path.BlackHole(faultproxy.Both) }, 5*time.Second, path.Heal),
 		"a path swallows what we send": through(func() { path.BlackHole(faultproxy.ToBroker) }, 8*time.Second, path.Heal),
-		"a path stalls":                through(func() { path.Pause(faultproxy.Both) }, realHeartbeat, path.Heal),
+		"a path stalls":                through(func() { path.Pause(faultproxy.Both) }, Heartbeat, path.Heal),
 		"a path in slices of 7 bytes":  through(func() { path.Slice(faultproxy.Both, 7, 100*time.Microsecond) }, 3*time.Second, path.Heal),
 		"an operator closes connections": func(ctx context.Context) error {
 			_, err := node.CloseNamed(ctx, "steadymq-test", "soak")
@@ -243,11 +243,11 @@ func (s *soak) judge() {
 	s.flows(time.Now(), time.Minute)
 	lost, confirmed, twice := 0, 0, 0
 	for _, r := range s.trials {
-		r.feeder.stop()
-		r.holds(2*time.Minute, func() bool { return len(r.ledger.missing()) == 0 })
-		counts := r.ledger.counts()
-		lost, confirmed, twice = lost+len(r.ledger.missing()), confirmed+counts.confirmed, twice+counts.twice
-		assert.Empty(s, r.ledger.missing(), "%s: confirmed messages that no handler finished", r.kind)
+		r.Feeder.Stop()
+		r.Holds(2*time.Minute, func() bool { return len(r.Ledger.Missing()) == 0 })
+		counts := r.Ledger.Counts()
+		lost, confirmed, twice = lost+len(r.Ledger.Missing()), confirmed+counts.Confirmed, twice+counts.Twice
+		assert.Empty(s, r.Ledger.Missing(), "%s: confirmed messages that no handler finished", r.kind)
 		r.quiet()
 	}
 	rest(s.Context(), 2*soakSample) // the last samples are of consumers at rest
@@ -260,9 +260,9 @@ func (s *soak) judge() {
 		assert.Fail(s, "the consumers do not stop")
 	}
 	for _, r := range s.trials {
-		r.acksAreRight()
+		r.AcksAreRight()
 		if r.kind != stream {
-			r.queueEmpty()
+			r.QueueEmpty()
 		}
 	}
 	s.mu.Lock()
@@ -282,7 +282,7 @@ func (s *soak) resources() {
 	sessions, _ := strconv.Atoi(s.final["sessions"])
 	twice := 0
 	for _, r := range s.trials {
-		twice += r.ledger.counts().twice
+		twice += r.Ledger.Counts().Twice
 	}
 	assert.LessOrEqual(s, twice, soakPrefetch*sessions, "duplicates: prefetch per lost session at most")
 }
@@ -367,7 +367,7 @@ func TestSoakConsumers(t *testing.T) {
 func (one soaker) consumer(t *testing.T) *steadymq.Consumer {
 	opts := []steadymq.Option{
 		steadymq.WithURLs(one.URLs[1:]...), steadymq.WithConcurrency(4), steadymq.WithPrefetch(soakPrefetch), steadymq.WithConnectionName(one.Queue),
-		steadymq.WithHeartbeat(realHeartbeat), steadymq.WithSetupTimeout(realSetup), steadymq.WithCloseTimeout(realClose),
+		steadymq.WithHeartbeat(Heartbeat), steadymq.WithSetupTimeout(SetupTimeout), steadymq.WithCloseTimeout(CloseTimeout),
 		steadymq.WithLogger(slog.New(slog.DiscardHandler)), steadymq.WithStallDetector(5 * time.Second),
 	}
 	if one.Kind == stream {

@@ -1,0 +1,18 @@
+package steadymq_test
+
+import (
+	"crypto/x509"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq/internal/rabbit"
+)
+
+// authority is an Authority under the names that refusal_test.go uses.
+type authority struct{ *Authority }
+
+func newAuthority(t require.TestingT) authority { return authority{NewAuthority(t)} }
+
+func (a authority) sign(t require.TestingT) rabbit.TLS { return a.Sign(t) }
+
+func (a authority) pool() *x509.CertPool { return a.Pool() }
