@@ -17,6 +17,7 @@ import (
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 // largeHeaders is nearly as much as a publisher can send: a frame has 131,072 bytes.
@@ -54,7 +55,7 @@ func strangeHeaders(t *testing.T, broker *rabbit.Broker, queueType string) {
 		return oldIntegers{c}, err
 	}})
 	require.NoError(t, err)
-	defer CloseWithin(conn, time.Second)
+	defer scenario.CloseWithin(conn, time.Second)
 	ch, err := conn.Channel()
 	require.NoError(t, err)
 	require.NoError(t, ch.Confirm(false))

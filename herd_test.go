@@ -17,6 +17,7 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 const (
@@ -101,7 +102,7 @@ func herd(t *testing.T) string {
 	assert.LessOrEqual(t, last, herdLimit, "until all are consuming")
 
 	for i := range herdQueues {
-		f := NewFeeder(b.URL(), herdQueue(i), NewLedger())
+		f := scenario.NewFeeder(b.URL(), herdQueue(i), scenario.NewLedger())
 		require.NoError(t, f.Publish(ctx, 20, 0))
 	}
 	assert.Eventually(t, func() bool { return handled.Load() >= 20*herdQueues }, 20*time.Second, 50*time.Millisecond, "messages are handled")

@@ -16,6 +16,7 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 const (
@@ -26,7 +27,7 @@ const (
 	// stallAfter is the detector's. stallBound bounds leaving a host that is alive on paper once the others can tell: three looks, an answer
 	// that does not come, and a setup.
 	stallAfter = 2 * time.Second
-	stallBound = 3*stallAfter + 2*SetupTimeout + elected
+	stallBound = 3*stallAfter + 2*scenario.SetupTimeout + elected
 	// streamStallBound is that of a stream, which takes one look more.
 	streamStallBound = stallBound + stallAfter
 	// partitioned is how long a node is cut off from the others, who take the tick of the net to notice and elect, and then the bound.
@@ -176,18 +177,6 @@ func (r *trial) flows(since time.Time, limit time.Duration) {
 	})
 	r.InTime(first.Sub(since), limit, "time to the first message")
 	r.ResumedAfter = max(first.Sub(since), time.Nanosecond)
-}
-
-func (l *Ledger) FirstAfter(since time.Time) time.Time {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	var first time.Time
-	for _, at := range l.work {
-		if at.After(since) && (first.IsZero() || at.Before(first)) {
-			first = at
-		}
-	}
-	return first
 }
 
 // ---- the faults ----
@@ -359,8 +348,8 @@ func rolling(nodes []*rabbit.Broker) func(context.Context) (times, error) {
 func cutFromClients(r *trial, _ times) {
 	at := time.Now()
 	r.proxies[0].BlackHole(faultproxy.Both)
-	r.AwaitLost(0, at, SilentPeer)
-	r.Resumed(at, SilentPeer+AtOnce)
+	r.AwaitLost(0, at, scenario.SilentPeer)
+	r.Resumed(at, scenario.SilentPeer+scenario.AtOnce)
 	r.Pause(2 * time.Second)
 	r.proxies[0].Heal()
 	r.judge()
@@ -393,7 +382,7 @@ func leaves(r *trial, when times) {
 	r.judge()
 }
 
-// FinishedElsewhere: the backlog is there and does not move. No host has a majority: what is left to do is to tell, and to be there when it is back.
+// told: the backlog is there and does not move. No host has a majority: what is left to do is to tell, and to be there when it is back.
 func told(r *trial, when times) {
 	change := r.told("though the queue has", time.Second)
 	require.True(r, change.Time.Before(when.healed), "noticed while there is no majority")

@@ -17,6 +17,7 @@ import (
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 // event is a fault of a whole broker: it happens once, to a few trials together.
@@ -188,11 +189,11 @@ func wholeNode(b *rabbit.Broker) []event {
 	return []event{
 		{
 			fault: "rabbitmqctl stop_app, start_app", rows: "1",
-			apply: during(b.StopApp, 2*time.Second, b.StartApp), check: back(AfterRefusals),
+			apply: during(b.StopApp, 2*time.Second, b.StartApp), check: back(scenario.AfterRefusals),
 		},
 		{
 			fault: "rabbitmq-upgrade drain, revive", rows: "3",
-			apply: during(b.Drain, 2*time.Second, b.Revive), check: back(AfterRefusals),
+			apply: during(b.Drain, 2*time.Second, b.Revive), check: back(scenario.AfterRefusals),
 		},
 		{
 			fault: "rabbitmqctl close_all_connections", rows: "2",
@@ -201,9 +202,9 @@ func wholeNode(b *rabbit.Broker) []event {
 				return times{at: time.Now()}, err
 			},
 			check: func(r *trial, when times) {
-				change := r.AwaitLost(0, when.at, AtOnce)
+				change := r.AwaitLost(0, when.at, scenario.AtOnce)
 				assert.ErrorContains(r, change.Cause, "maintenance")
-				r.Resumed(change.Time, AtOnce)
+				r.Resumed(change.Time, scenario.AtOnce)
 				r.judge()
 			},
 		},
@@ -224,11 +225,11 @@ func wholeNode(b *rabbit.Broker) []event {
 		},
 		{
 			fault: "killed (SIGKILL) and started", rows: "4",
-			apply: during(b.Kill, time.Second, b.Start), check: back(AfterRefusals),
+			apply: during(b.Kill, time.Second, b.Start), check: back(scenario.AfterRefusals),
 		},
 		{
 			fault: "stopped (SIGTERM) and started", rows: "1",
-			apply: during(b.Stop, time.Second, b.Start), check: back(AfterRefusals),
+			apply: during(b.Stop, time.Second, b.Start), check: back(scenario.AfterRefusals),
 		},
 	}
 }
@@ -245,48 +246,11 @@ func timedOut(r *trial, when times) {
 	var said *amqp.Error
 	require.ErrorAs(r, change.Cause, &said)
 	assert.Equal(r, amqp.PreconditionFailed, said.Code)
-	r.Resumed(change.Time, AtOnce)
+	r.Resumed(change.Time, scenario.AtOnce)
 	r.KeptConnection()
 	r.Pause(time.Second) // the late handler's ack is not sent
 	r.judge()
 	r.OverdueIsStale()
-}
-
-// KeptConnection: a channel's failure does not cost the connection, not even where RabbitMQ 3.10 delivers on a channel it has closed, or
-// closes it twice.
-func (r *Scenario) KeptConnection() {
-	r.Helper()
-	if !assert.EqualValues(r, 1, r.Consumer.Stats().Connections, "a channel's failure does not cost the connection") {
-		r.Log(r.wire())
-	}
-}
-
-// wire is what passed besides publishing, in order.
-func (r *Scenario) wire() string {
-	if r.Proxy == nil {
-		return ""
-	}
-	type line struct {
-		at   time.Time
-		text string
-	}
-	var lines []line
-	log := r.Proxy.Log()
-	for _, m := range log.Methods() {
-		lines = append(lines, line{m.At, fmt.Sprintf("%v %d/%d method %d.%d", m.Dir, m.Conn, m.Channel, m.Class, m.Method)})
-	}
-	for _, d := range log.Deliveries() {
-		lines = append(lines, line{d.At, fmt.Sprintf("to client %d/%d delivery %d of %s", d.Conn, d.Channel, d.Tag, d.MessageID)})
-	}
-	for _, x := range log.Settlements() {
-		lines = append(lines, line{x.At, fmt.Sprintf("to broker %d/%d %s %d", x.Conn, x.Channel, x.Verb, x.Tag)})
-	}
-	slices.SortStableFunc(lines, func(a, b line) int { return a.at.Compare(b.at) })
-	var b strings.Builder
-	for _, l := range lines {
-		fmt.Fprintf(&b, "%s %s\n", l.at.Format("05.000000"), l.text)
-	}
-	return b.String()
 }
 
 func (m *matrix) runEvents(t *testing.T, g rabbit.Generation) {

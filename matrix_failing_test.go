@@ -15,6 +15,7 @@ import (
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 // failingCells are messages that fail or cannot be read, stops that the broker counts, and a URL with the port of another protocol.
@@ -77,7 +78,7 @@ func failsForLong(r *trial) {
 	r.begin()
 	r.Must(30*time.Second, "more returns than the default limit allows", func() bool { return tries.least(failing) >= beyondTheLimit })
 	lost, done := r.Timed(r.Cut)
-	r.ResumedSince(lost, done, AtOnce)
+	r.ResumedSince(lost, done, scenario.AtOnce)
 	again := tries.least(failing)
 	r.Must(10*time.Second, "further returns", func() bool { return tries.least(failing) >= again+3 })
 	well.Store(true)
@@ -149,7 +150,7 @@ func strangeHeadersOverAReset(r *trial) {
 	r.Feed()
 	lost, done := r.Timed(r.Cut)
 	close(release)
-	r.ResumedSince(lost, done, AtOnce)
+	r.ResumedSince(lost, done, scenario.AtOnce)
 	if r.kind != stream { // which is resumed behind what was handled well, late or not
 		r.Must(10*time.Second, "each comes again", func() bool { return seen.least(len(strange)) == 2 })
 	}
@@ -166,7 +167,7 @@ func (r *trial) send(queue string, m amqp.Publishing) (number int) {
 		return oldIntegers{c}, err
 	}})
 	r.ok(err)
-	defer CloseWithin(conn, time.Second)
+	defer scenario.CloseWithin(conn, time.Second)
 	ch, err := conn.Channel()
 	r.ok(err)
 	r.ok(ch.Confirm(false))
@@ -205,7 +206,7 @@ func tooLargeToBeGiven(r *trial) {
 	assert.Zero(r, r.LostSessions())
 	assert.EqualValues(r, 1, r.Consumer.Stats().Unreadable)
 	r.Cancel()
-	r.Stopped(DrainTimeout + CloseTimeout + time.Second)
+	r.Stopped(scenario.DrainTimeout + scenario.CloseTimeout + time.Second)
 	r.NothingLeft()
 	r.StatsAddUp()
 	if r.kind != stream {
@@ -232,7 +233,7 @@ func portOfTheNodes(r *trial) {
 	wrong.Store(true)
 	lost := time.Now()
 	r.Cut()
-	r.told("port 25672 is RabbitMQ's port for other nodes", SetupTimeout+2*time.Second)
+	r.told("port 25672 is RabbitMQ's port for other nodes", scenario.SetupTimeout+2*time.Second)
 	r.Pause(2 * time.Second)
 	assert.False(r, r.consumesSince(lost))
 	wrong.Store(false)
@@ -272,7 +273,7 @@ func stopsAreCounted(r *trial) {
 		r.Cancel()
 		r.Pause(100 * time.Millisecond)
 		close(release)
-		r.Stopped(DrainTimeout + CloseTimeout + time.Second)
+		r.Stopped(scenario.DrainTimeout + scenario.CloseTimeout + time.Second)
 		r.NothingLeft()
 		r.StatsAddUp()
 		assert.EqualValues(r, r.Workers, r.Consumer.Stats().Acked, "stop %d", n+1)
@@ -288,11 +289,4 @@ func stopsAreCounted(r *trial) {
 		assert.Equal(r, 1+stops, attempt)
 	}
 	r.AddRow(0)
-}
-
-// Forget takes a message out of what has to be finished.
-func (l *Ledger) Forget(n int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	delete(l.confirmed, n)
 }

@@ -2,19 +2,14 @@ package steadymq_test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"io"
-	"math/big"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -28,10 +23,11 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 // loginCells are the faults of certificates and tokens.
-func loginCells(a *Authority) []cell {
+func loginCells(a *scenario.Authority) []cell {
 	overTLS := func(test func(*trial)) func(*trial) {
 		return func(r *trial) {
 			r.TLS = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: a.Pool()}
@@ -51,10 +47,10 @@ func loginCells(a *Authority) []cell {
 	return []cell{
 		{fault: "TLS: connection reset", rows: "4, 28", test: overTLS(func(r *trial) { r.suffers(r.Proxy.Reset) })},
 		{fault: "TLS: broker aborts the connection", rows: "4", by: bothWay, test: overTLS(func(r *trial) { r.suffers(r.Abort) })},
-		{fault: "TLS: path swallows both ways", rows: "12", test: overTLS(func(r *trial) { r.silenced(faultproxy.Both, SilentPeer) })},
+		{fault: "TLS: path swallows both ways", rows: "12", test: overTLS(func(r *trial) { r.silenced(faultproxy.Both, scenario.SilentPeer) })},
 		{fault: "TLS: handshake cut after n bytes", rows: "11, 26", test: overTLS(handshakeCut)},
 		{fault: "TLS: certificate of a stranger", rows: "26", by: bothWay, test: overTLS(func(r *trial) {
-			r.deceived(NewAuthority(r).Sign(r), "unknown authority")
+			r.deceived(scenario.NewAuthority(r).Sign(r), "unknown authority")
 		})},
 		{fault: "TLS: certificate that has expired", rows: "26", by: bothWay, test: overTLS(func(r *trial) {
 			r.deceived(a.Sign(r, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), "expired")
@@ -84,57 +80,6 @@ func loginCells(a *Authority) []cell {
 }
 
 // ---- certificates ----
-
-// authority signs certificates for the tests' brokers, and for those who pretend to be one.
-type Authority struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
-
-func NewAuthority(t require.TestingT) *Authority {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	require.NoError(t, err)
-	template := certificate()
-	template.IsCA, template.BasicConstraintsValid, template.KeyUsage = true, true, x509.KeyUsageCertSign
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	require.NoError(t, err)
-	cert, err := x509.ParseCertificate(der)
-	require.NoError(t, err)
-	return &Authority{cert, key}
-}
-
-func certificate() *x509.Certificate {
-	return &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()),
-		NotBefore:    time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-}
-
-func (a *Authority) Pool() *x509.CertPool {
-	pool := x509.NewCertPool()
-	pool.AddCert(a.cert)
-	return pool
-}
-
-// sign makes a certificate for a server on loopback, with changes.
-func (a *Authority) Sign(t require.TestingT, changes ...func(*x509.Certificate)) rabbit.TLS {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	require.NoError(t, err)
-	template := certificate()
-	template.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1)}
-	for _, change := range changes {
-		change(template)
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, key.Public(), a.key)
-	require.NoError(t, err)
-	secret, err := x509.MarshalPKCS8PrivateKey(key)
-	require.NoError(t, err)
-	text := func(kind string, der []byte) []byte { return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}) }
-	return rabbit.TLS{
-		Authority: text("CERTIFICATE", a.cert.Raw), Certificate: text("CERTIFICATE", der), Key: text("PRIVATE KEY", secret),
-	}
-}
 
 // deceived leads the consumer to a server with such a certificate for two seconds after it was refused.
 func (r *trial) deceived(shown rabbit.TLS, reason string) {
@@ -283,7 +228,7 @@ func tokenExpires(r *trial) {
 		at = time.Now()
 		r.Cut()
 	}
-	r.ResumedSince(at, time.Now(), AtOnce)
+	r.ResumedSince(at, time.Now(), scenario.AtOnce)
 	assert.EqualValues(r, 2, asked.Load(), "asked once per dial")
 	r.judge()
 }
@@ -312,7 +257,7 @@ func renewalRefused(r *trial) {
 	var said *amqp.Error
 	require.ErrorAs(r, change.Cause, &said)
 	assert.Equal(r, amqp.NotAllowed, said.Code)
-	r.Resumed(change.Time, AtOnce)
+	r.Resumed(change.Time, scenario.AtOnce)
 	r.Pause(6 * time.Second) // over the next renewal
 	r.judge()
 	assert.EqualValues(r, 1, r.LostSessions())
@@ -338,6 +283,6 @@ func renewedWithLess(r *trial) {
 	r.Pause(2 * time.Second)
 	at := time.Now()
 	less.Store(false)
-	r.Resumed(at, operatorCap+AtOnce)
+	r.Resumed(at, operatorCap+scenario.AtOnce)
 	r.judge()
 }

@@ -19,17 +19,18 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 const (
 	// lockStep bounds the next try while something is locked, and a little of the machine.
-	lockStep = time.Second + AtOnce
+	lockStep = time.Second + scenario.AtOnce
 	// operatorCap is the slowest pace for what an operator has to mend.
 	operatorCap = 30 * time.Second
 	// buried bounds the broker noticing that a client is dead: three heartbeats after the last byte.
-	buried = 3*Heartbeat + time.Second
+	buried = 3*scenario.Heartbeat + time.Second
 	// setupPace bounds resuming once a path is back that swallowed the tries of a few seconds.
-	setupPace = SetupTimeout + 2*time.Second
+	setupPace = scenario.SetupTimeout + 2*time.Second
 )
 
 // nodeCells are the faults of one node that leave others' queues on it in peace.
@@ -39,17 +40,17 @@ func nodeCells() []cell {
 		{fault: "connection reset", rows: "4, 28", test: func(r *trial) { r.suffers(r.Proxy.Reset) }},
 		{fault: "broker aborts the connection", rows: "4", by: bothWay, test: func(r *trial) { r.suffers(r.Abort) }},
 		{fault: "connection ended politely (FIN)", rows: "11, 28", test: func(r *trial) { r.suffers(r.Proxy.FIN) }},
-		{fault: "path swallows both ways", rows: "12", test: func(r *trial) { r.silenced(faultproxy.Both, SilentPeer) }},
-		{fault: "path swallows what the broker sends", rows: "13", test: func(r *trial) { r.silenced(faultproxy.ToClient, SilentPeer) }},
-		{fault: "path swallows what we send", rows: "14", test: func(r *trial) { r.silenced(faultproxy.ToBroker, HalfOpen) }},
+		{fault: "path swallows both ways", rows: "12", test: func(r *trial) { r.silenced(faultproxy.Both, scenario.SilentPeer) }},
+		{fault: "path swallows what the broker sends", rows: "13", test: func(r *trial) { r.silenced(faultproxy.ToClient, scenario.SilentPeer) }},
+		{fault: "path swallows what we send", rows: "14", test: func(r *trial) { r.silenced(faultproxy.ToBroker, scenario.HalfOpen) }},
 		{fault: "50 ms of latency each way, then a reset", rows: "29", test: func(r *trial) {
-			r.weather(func() { r.Proxy.Latency(faultproxy.Both, 50*time.Millisecond) }, time.Second+AtOnce)
+			r.weather(func() { r.Proxy.Latency(faultproxy.Both, 50*time.Millisecond) }, time.Second+scenario.AtOnce)
 		}},
 		{fault: "20 kB/s, then a reset", rows: "29", test: func(r *trial) {
-			r.weather(func() { r.Proxy.Bandwidth(faultproxy.Both, 20_000) }, time.Second+AtOnce)
+			r.weather(func() { r.Proxy.Bandwidth(faultproxy.Both, 20_000) }, time.Second+scenario.AtOnce)
 		}},
 		{fault: "slices of 7 bytes, then a reset", rows: "29", test: func(r *trial) {
-			r.weather(func() { r.Proxy.Slice(faultproxy.Both, 7, 100*time.Microsecond) }, time.Second+AtOnce)
+			r.weather(func() { r.Proxy.Slice(faultproxy.Both, 7, 100*time.Microsecond) }, time.Second+scenario.AtOnce)
 		}},
 		{fault: "stall of one heartbeat that heals", rows: "29", test: stallThatHeals},
 		{fault: "path swallows both ways after open-ok", rows: "15", test: deadFromTheStart},
@@ -143,7 +144,7 @@ func nodeCells() []cell {
 }
 
 // allCells are those of one node, and those that need somebody to sign certificates.
-func allCells(ca *Authority) (all []cell) {
+func allCells(ca *scenario.Authority) (all []cell) {
 	for _, c := range slices.Concat(nodeCells(), loginCells(ca), startCells(), failingCells()) {
 		if c.by != bothWay {
 			all = append(all, c)
@@ -159,7 +160,7 @@ func allCells(ca *Authority) (all []cell) {
 
 // runCells runs them on one node per generation, many at a time.
 func (m *matrix) runCells(t *testing.T, gens []rabbit.Generation) {
-	ca := NewAuthority(t)
+	ca := scenario.NewAuthority(t)
 	shown := ca.Sign(t)
 	var cfgs []rabbit.Config
 	for _, g := range gens {
@@ -213,7 +214,7 @@ func (m *matrix) runCell(t *testing.T, g rabbit.Generation, k kind, b *rabbit.Br
 func (r *trial) suffers(fault func()) {
 	r.begin()
 	lost, done := r.Timed(fault)
-	r.ResumedSince(lost, done, AtOnce)
+	r.ResumedSince(lost, done, scenario.AtOnce)
 	r.judge()
 }
 
@@ -235,7 +236,7 @@ func (r *trial) silenced(d faultproxy.Direction, limit time.Duration) {
 func (r *trial) weather(begin func(), limit time.Duration) {
 	r.begin()
 	begin()
-	r.Pause(2 * Heartbeat)
+	r.Pause(2 * scenario.Heartbeat)
 	assert.Zero(r, r.LostSessions(), "slow is not dead")
 	at := time.Now()
 	r.Proxy.Reset()
@@ -246,7 +247,7 @@ func (r *trial) weather(begin func(), limit time.Duration) {
 func stallThatHeals(r *trial) {
 	r.begin()
 	r.Proxy.Pause(faultproxy.Both)
-	r.Pause(Heartbeat)
+	r.Pause(scenario.Heartbeat)
 	r.Proxy.Heal()
 	r.judge()
 	assert.Zero(r, r.LostSessions(), "bytes were late, none were lost")
@@ -284,7 +285,7 @@ func deadFromTheStart(r *trial) {
 	r.Must(10*time.Second, "open-ok", func() bool { return r.passed(faultproxy.ToClient, classConnection, openOK) > 0 })
 	at := time.Now()
 	r.Proxy.BlackHole(faultproxy.Both)
-	change := r.told("setup limit", SetupTimeout+2*time.Second)
+	change := r.told("setup limit", scenario.SetupTimeout+2*time.Second)
 	r.Note("noticed after %s", inWords(change.Time.Sub(at)))
 	healed := time.Now()
 	r.Proxy.Heal()
@@ -311,9 +312,9 @@ func strayReply(r *trial) {
 	channel := r.Proxy.Log().Deliveries()[0].Channel
 	at := time.Now()
 	require.Equal(r, 1, r.Proxy.Inject(faultproxy.ToClient, faultproxy.MethodFrame(channel, classBasic, qosOK, nil)))
-	change := r.AwaitLost(0, at, DeadReader)
+	change := r.AwaitLost(0, at, scenario.DeadReader)
 	r.Note("noticed after %s", inWords(change.Time.Sub(at)))
-	r.Resumed(change.Time, AtOnce)
+	r.Resumed(change.Time, scenario.AtOnce)
 	r.judge()
 }
 
@@ -322,12 +323,12 @@ func forbiddenFrame(r *trial) {
 	r.begin()
 	at := time.Now()
 	require.Equal(r, 1, r.Proxy.Inject(faultproxy.ToBroker, faultproxy.AckFrame(99, 1, false)))
-	change := r.AwaitLost(0, at, AtOnce)
+	change := r.AwaitLost(0, at, scenario.AtOnce)
 	var said *amqp.Error
 	require.ErrorAs(r, change.Cause, &said)
 	assert.True(r, said.Server)
 	assert.Equal(r, amqp.ChannelError, said.Code)
-	r.Resumed(change.Time, AtOnce)
+	r.Resumed(change.Time, scenario.AtOnce)
 	r.judge()
 }
 
@@ -339,7 +340,7 @@ func dialsRefused(r *trial) {
 	r.Pause(4 * time.Second)
 	at := time.Now()
 	r.Proxy.Heal()
-	r.Resumed(at, AfterRefusals)
+	r.Resumed(at, scenario.AfterRefusals)
 	r.judge()
 }
 
@@ -366,9 +367,9 @@ func operatorClosesIt(r *trial) {
 	n, err := r.Broker.CloseNamed(r.Context(), r.Queue, "an operator's reason")
 	r.ok(err)
 	require.Equal(r, "1", n)
-	change := r.AwaitLost(0, time.Now(), AtOnce)
+	change := r.AwaitLost(0, time.Now(), scenario.AtOnce)
 	assert.ErrorContains(r, change.Cause, "an operator's reason")
-	r.Resumed(change.Time, AtOnce)
+	r.Resumed(change.Time, scenario.AtOnce)
 	r.judge()
 }
 
@@ -377,11 +378,11 @@ func channelCrashes(r *trial) {
 	n, err := r.Broker.CrashChannels(r.Context(), r.Queue)
 	r.ok(err)
 	require.Equal(r, "1", n)
-	change := r.AwaitLost(0, time.Now(), AtOnce)
+	change := r.AwaitLost(0, time.Now(), scenario.AtOnce)
 	var said *amqp.Error
 	require.ErrorAs(r, change.Cause, &said)
 	assert.Equal(r, amqp.InternalError, said.Code)
-	r.Resumed(change.Time, AtOnce)
+	r.Resumed(change.Time, scenario.AtOnce)
 	r.judge()
 }
 
@@ -391,9 +392,9 @@ func ackedBehindOurBack(r *trial) {
 	done := r.Proxy.Log().Settlements()[5]
 	at := time.Now()
 	require.Equal(r, 1, r.Proxy.Inject(faultproxy.ToBroker, faultproxy.AckFrame(done.Channel, done.Tag, false)))
-	change := r.AwaitLost(0, at, AtOnce)
+	change := r.AwaitLost(0, at, scenario.AtOnce)
 	assert.ErrorContains(r, change.Cause, "unknown delivery tag")
-	r.Resumed(at, AtOnce)
+	r.Resumed(at, scenario.AtOnce)
 	r.KeptConnection()
 	r.judge()
 }
@@ -422,7 +423,7 @@ func deletedAndOurs(r *trial) {
 	at := time.Now()
 	r.ok(r.Broker.DeleteQueue(r.Queue))
 	deleted := time.Now()
-	r.ResumedSince(at, deleted, AtOnce+r.declaring())
+	r.ResumedSince(at, deleted, scenario.AtOnce+r.declaring())
 	r.Feed()
 	r.judge()
 }
@@ -441,7 +442,7 @@ func deletedAndTheirs(r *trial) {
 	r.Feeder.Stop()
 	r.SettledAll()
 	r.ok(r.Broker.DeleteQueue(r.Queue))
-	r.AwaitLost(0, time.Now(), AtOnce)
+	r.AwaitLost(0, time.Now(), scenario.AtOnce)
 	r.Pause(2 * time.Second)
 	at := time.Now()
 	r.ok(r.Broker.DeclareQueue(r.Queue, r.declareArgs()))
@@ -459,7 +460,7 @@ func resumesExactly(r *trial) {
 	at := time.Now()
 	r.Proxy.Reset()
 	r.Publish(30)
-	r.Resumed(at, AtOnce)
+	r.Resumed(at, scenario.AtOnce)
 	r.SettledAll()
 	r.judge()
 	assert.Len(r, r.Proxy.Log().Deliveries(), 60, "every message once, none skipped")
@@ -667,14 +668,14 @@ func policyChanged(r *trial) {
 func (r *trial) atNextTry(at, healed time.Time) {
 	r.Helper()
 	slow := r.pulse()
-	r.ResumedSince(at, healed, operatorCap+AtOnce)
+	r.ResumedSince(at, healed, operatorCap+scenario.AtOnce)
 	load := 3 * slow()
 	for _, c := range r.History() {
 		switch {
 		case c.Time.Before(healed):
 		case c.To == steadymq.Connecting:
 			wait := max(c.Time.Sub(healed), 0)
-			r.InTime(r.ResumedAfter-wait, AtOnce+load, "time from the first try to consuming")
+			r.InTime(r.ResumedAfter-wait, scenario.AtOnce+load, "time from the first try to consuming")
 			return
 		case c.To == steadymq.Consuming:
 			return // by a try that was on its way
@@ -793,7 +794,7 @@ func passwordChanged(r *trial) {
 	r.ok(r.Broker.NewPassword(r.Context(), user, "second"))
 	password.Store("second")
 	lost, done := r.Timed(r.Cut)
-	r.ResumedSince(lost, done, AtOnce)
+	r.ResumedSince(lost, done, scenario.AtOnce)
 	r.judge()
 }
 
@@ -812,7 +813,7 @@ func urlRotatesLate(r *trial) {
 	r.Pause(2 * time.Second)
 	at := time.Now()
 	password.Store("second")
-	r.Resumed(at, OperatorPace)
+	r.Resumed(at, scenario.OperatorPace)
 	r.toldOfLogin(lost, time.Second)
 	r.judge()
 }
@@ -845,9 +846,9 @@ func (r *trial) withoutVhost(take func(context.Context, string) error, reason st
 // another is a plain consumer beside ours.
 func (r *trial) another(exclusive bool) *amqp.Connection {
 	r.Helper()
-	conn, err := amqp.DialConfig(r.Broker.URL(), amqp.Config{Heartbeat: Heartbeat})
+	conn, err := amqp.DialConfig(r.Broker.URL(), amqp.Config{Heartbeat: scenario.Heartbeat})
 	r.ok(err)
-	r.Cleanup(func() { CloseWithin(conn, time.Second) })
+	r.Cleanup(func() { scenario.CloseWithin(conn, time.Second) })
 	ch, err := conn.Channel()
 	r.ok(err)
 	r.ok(ch.Qos(100, 0, false))
@@ -867,7 +868,7 @@ func exclusiveConflict(r *trial) {
 	r.told("in exclusive use", 5*time.Second)
 	r.Pause(2 * time.Second)
 	at := time.Now()
-	CloseWithin(other, time.Second)
+	scenario.CloseWithin(other, time.Second)
 	r.Resumed(at, lockStep)
 	r.Feed()
 	r.judge()
@@ -901,7 +902,7 @@ func (r *trial) waitsFor(other *amqp.Connection) {
 	r.Helper()
 	assert.Zero(r, r.LostSessions(), "waiting its turn is no stall")
 	assert.Zero(r, r.Ledger.Counts().Finished)
-	CloseWithin(other, time.Second)
+	scenario.CloseWithin(other, time.Second)
 	r.judge()
 	assert.Zero(r, r.LostSessions())
 }
@@ -928,8 +929,8 @@ func (r *trial) haunted(turn func(), reason string) {
 	at := time.Now()
 	turn()
 	r.Proxy.BlackHole(faultproxy.Both)
-	r.AwaitLost(0, at, SilentPeer)
-	r.told(reason, AtOnce+time.Second)
+	r.AwaitLost(0, at, scenario.SilentPeer)
+	r.told(reason, scenario.AtOnce+time.Second)
 	r.Resumed(at, buried+lockStep)
 	r.Note("from the fault on: the broker buries the old connection after 2 to 3 heartbeats")
 }
@@ -961,7 +962,7 @@ func (r *trial) publishAndFinish() {
 	r.Publish(30)
 	r.SettledAll()
 	r.Cancel()
-	r.Stopped(DrainTimeout + CloseTimeout + time.Second)
+	r.Stopped(scenario.DrainTimeout + scenario.CloseTimeout + time.Second)
 	r.NothingLeft()
 	r.AcksAreRight()
 	r.StatsAddUp()
@@ -982,7 +983,7 @@ func serverNamed(r *trial) {
 	r.Publish(30)
 	r.SettledAll()
 	lost, done := r.Timed(r.Cut)
-	r.ResumedSince(lost, done, AtOnce)
+	r.ResumedSince(lost, done, scenario.AtOnce)
 	r.Feeder.Queue = name.Load().(string)
 	assert.NotEqual(r, first, r.Feeder.Queue, "a new queue has a new name")
 	r.publishAndFinish()
@@ -1002,7 +1003,7 @@ func autoDeleted(r *trial) {
 	r.Must(5*time.Second, "the queue deletes itself", gone)
 	at := time.Now()
 	r.Proxy.Heal()
-	r.Resumed(at, AfterRefusals)
+	r.Resumed(at, scenario.AfterRefusals)
 	r.publishAndFinish()
 	r.Must(5*time.Second, "the queue deletes itself at the end, too", gone)
 }
@@ -1026,7 +1027,7 @@ func consumerTimeoutCancels(r *trial) {
 	r.begin()
 	change := r.AwaitLost(0, time.Now(), 4*time.Second)
 	assert.ErrorContains(r, change.Cause, "cancelled")
-	r.Resumed(change.Time, AtOnce)
+	r.Resumed(change.Time, scenario.AtOnce)
 	r.KeptConnection()
 	r.Pause(time.Second)
 	r.judge()

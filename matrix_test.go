@@ -23,6 +23,7 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 // TestMatrix runs every fault that concerns a consumer and has a command or a path to break, on every generation of RabbitMQ and every kind
@@ -135,11 +136,11 @@ func only(reason string, possible ...kind) func(rabbit.Generation, kind) string 
 
 // trial is the scenario of a cell.
 type trial struct {
-	*Scenario
+	*scenario.Scenario
 	gen     rabbit.Generation
 	kind    kind
 	vhost   string
-	own     Results
+	own     scenario.Results
 	nodes   []*rabbit.Broker
 	proxies []*faultproxy.Proxy // by node, of a cluster
 }
@@ -161,7 +162,7 @@ func (m *matrix) newTrial(t *testing.T, g rabbit.Generation, k kind, b *rabbit.B
 		args = amqp.Table{"x-queue-type": string(k)}
 		maps.Copy(args, c.args)
 	}
-	r.Scenario = NewScenarioOn(t, b, &r.own, args)
+	r.Scenario = scenario.NewOn(t, b, &r.own, args)
 	if c.by == direct {
 		r.Directly()
 	}
@@ -193,7 +194,7 @@ func (r *trial) consuming() {
 	r.Must(20*time.Second, "consuming", func() bool { return r.Consumer.State() == steadymq.Consuming })
 }
 
-// FinishedElsewhere waits until a failure was reported whose text holds reason, and holds the time that takes from now on against the limit.
+// told waits until a failure was reported whose text holds reason, and holds the time that takes from now on against the limit.
 func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
 	r.Helper()
 	var found steadymq.StateChange
@@ -225,7 +226,7 @@ func (r *trial) judge() {
 	r.oneStreamConsumer()
 	r.quiet()
 	r.Cancel()
-	r.Stopped(DrainTimeout + CloseTimeout + time.Second)
+	r.Stopped(scenario.DrainTimeout + scenario.CloseTimeout + time.Second)
 	r.NothingLeft()
 	r.AcksAreRight()
 	r.StatsAddUp()
@@ -235,7 +236,7 @@ func (r *trial) judge() {
 func (r *trial) oneStreamConsumer() {
 	r.Helper()
 	var n int
-	r.Holds(HalfOpen+CloseTimeout+5*time.Second, func() bool {
+	r.Holds(scenario.HalfOpen+scenario.CloseTimeout+5*time.Second, func() bool {
 		n = r.consumersByName()
 		return n == 1 && r.Sockets.Open() == 1
 	})
@@ -261,7 +262,7 @@ func (r *trial) consumersByName() (sum int) {
 func (r *trial) quiet() {
 	r.Helper()
 	last, since := -1, time.Now()
-	r.Must(HalfOpen+10*time.Second, "the broker has delivered everything", func() bool {
+	r.Must(scenario.HalfOpen+10*time.Second, "the broker has delivered everything", func() bool {
 		if n := r.Delivered(); n != last {
 			last, since = n, time.Now()
 		}

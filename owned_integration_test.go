@@ -19,6 +19,7 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 // TestQueuesOfAConnectionOnRealBrokers lets RabbitMQ close channels under consumers of queues that live as long as their connection.
@@ -80,7 +81,7 @@ func newListener(t *testing.T, broker *rabbit.Broker) *listener {
 	l.q = steadymq.Queue{Type: "classic", Exclusive: true, Bindings: []steadymq.Binding{{Exchange: l.exchange}}}
 	t.Cleanup(func() {
 		assert.NoError(t, l.publish.ExchangeDelete(l.exchange, false, false))
-		CloseWithin(conn, time.Second)
+		scenario.CloseWithin(conn, time.Second)
 		assert.NoError(t, proxy.Close())
 	})
 	return l
@@ -157,7 +158,7 @@ func (l *listener) fail() {
 	l.await("another session", func() bool { return len(l.sessions()) == before+1 })
 }
 
-// Stop ends Run, and then no queue of any session may be left.
+// stop ends Run, and then no queue of any session may be left.
 func (l *listener) stop() {
 	l.Helper()
 	l.stopRun()

@@ -17,6 +17,7 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 // TestQuietStreamOfARealBrokerSkipsNothingThatIsPublishedWhileAway loses consumers of every generation before their first delivery, with a
@@ -51,7 +52,7 @@ func lostBeforeTheFirst(t *testing.T, broker *rabbit.Broker, g beginning, old in
 	name := "quiet stream " + strings.NewReplacer(" ", "-").Replace(t.Name())
 	conn, err := amqp.Dial(broker.URL())
 	require.NoError(t, err)
-	defer CloseWithin(conn, time.Second)
+	defer scenario.CloseWithin(conn, time.Second)
 	ch, err := conn.Channel()
 	require.NoError(t, err)
 	require.NoError(t, ch.Confirm(false))

@@ -6,12 +6,13 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 // authority is an Authority under the names that refusal_test.go uses.
-type authority struct{ *Authority }
+type authority struct{ *scenario.Authority }
 
-func newAuthority(t require.TestingT) authority { return authority{NewAuthority(t)} }
+func newAuthority(t require.TestingT) authority { return authority{scenario.NewAuthority(t)} }
 
 func (a authority) sign(t require.TestingT) rabbit.TLS { return a.Sign(t) }
 

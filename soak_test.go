@@ -29,6 +29,7 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 var soakFor = flag.Duration("soak", 0, "how long to soak")
@@ -218,7 +219,7 @@ func (s *soak) kinds() map[string]func(context.Context) error {
 		"all connections ended (FIN)":  all((*faultproxy.Proxy).FIN),
 		"a path swallows both ways":    through(func() { path.BlackHole(faultproxy.Both) }, 5*time.Second, path.Heal),
 		"a path swallows what we send": through(func() { path.BlackHole(faultproxy.ToBroker) }, 8*time.Second, path.Heal),
-		"a path stalls":                through(func() { path.Pause(faultproxy.Both) }, Heartbeat, path.Heal),
+		"a path stalls":                through(func() { path.Pause(faultproxy.Both) }, scenario.Heartbeat, path.Heal),
 		"a path in slices of 7 bytes":  through(func() { path.Slice(faultproxy.Both, 7, 100*time.Microsecond) }, 3*time.Second, path.Heal),
 		"an operator closes connections": func(ctx context.Context) error {
 			_, err := node.CloseNamed(ctx, "steadymq-test", "soak")
@@ -367,7 +368,7 @@ func TestSoakConsumers(t *testing.T) {
 func (one soaker) consumer(t *testing.T) *steadymq.Consumer {
 	opts := []steadymq.Option{
 		steadymq.WithURLs(one.URLs[1:]...), steadymq.WithConcurrency(4), steadymq.WithPrefetch(soakPrefetch), steadymq.WithConnectionName(one.Queue),
-		steadymq.WithHeartbeat(Heartbeat), steadymq.WithSetupTimeout(SetupTimeout), steadymq.WithCloseTimeout(CloseTimeout),
+		steadymq.WithHeartbeat(scenario.Heartbeat), steadymq.WithSetupTimeout(scenario.SetupTimeout), steadymq.WithCloseTimeout(scenario.CloseTimeout),
 		steadymq.WithLogger(slog.New(slog.DiscardHandler)), steadymq.WithStallDetector(5 * time.Second),
 	}
 	if one.Kind == stream {
