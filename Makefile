@@ -39,7 +39,7 @@ bench: ## throughput, CPU and recovery against the plain driver, into bench/RESU
 
 .PHONY: matrix
 matrix: ## every fault on every broker generation and a cluster
-	STEADYMQ_REQUIRE_BROKER=1 STEADYMQ_MATRIX=full $(GO) test -run '^TestMatrix' -timeout 0 -v .
+	STEADYMQ_REQUIRE_BROKER=1 STEADYMQ_MATRIX=full $(GO) test -run '^TestMatrix' -timeout 0 -v ./internal/matrix
 
 .PHONY: router
 router: ## faults of a real router (root on Linux), into docs/ROUTER.md
@@ -47,7 +47,7 @@ router: ## faults of a real router (root on Linux), into docs/ROUTER.md
 
 .PHONY: soak
 soak: ## random faults on a cluster: make soak DURATION=30m
-	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -run '^TestSoak$$' -timeout 0 -v . -soak $(DURATION)
+	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -run '^TestSoak$$' -timeout 0 -v ./internal/matrix -soak $(DURATION)
 
 .PHONY: lint
 lint: ## vet, staticcheck, gofumpt and the team's rules

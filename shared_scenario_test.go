@@ -2,6 +2,7 @@ package steadymq_test
 
 import (
 	"crypto/x509"
+	"slices"
 
 	"github.com/stretchr/testify/require"
 
@@ -17,3 +18,13 @@ func newAuthority(t require.TestingT) authority { return authority{scenario.NewA
 func (a authority) sign(t require.TestingT) rabbit.TLS { return a.Sign(t) }
 
 func (a authority) pool() *x509.CertPool { return a.Pool() }
+
+// firsts leaves of what was handled each message's first time.
+func firsts(handled []string) (all []string) {
+	for _, body := range handled {
+		if !slices.Contains(all, body) {
+			all = append(all, body)
+		}
+	}
+	return all
+}

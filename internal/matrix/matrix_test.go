@@ -1,8 +1,9 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -27,7 +28,7 @@ import (
 )
 
 // TestMatrix runs every fault that concerns a consumer and has a command or a path to break, on every generation of RabbitMQ and every kind
-// of queue: on one node here, on a cluster in matrix_cluster_test.go. STEADYMQ_MATRIX=full runs all of it and writes docs/MATRIX.md; without,
+// of queue: on one node here, on a cluster in cluster_test.go. STEADYMQ_MATRIX=full runs all of it and writes docs/MATRIX.md; without,
 // it is one cell per fault, on the newest generation. To look at a part of it,
 // name the parts: STEADYMQ_MATRIX="node whole cluster herd 3.10 4.0 4.3".
 func TestMatrix(t *testing.T) {
@@ -377,8 +378,8 @@ func (m *matrix) report(t *testing.T) {
 	if !m.full || t.Failed() {
 		return
 	}
-	assert.NoError(t, os.MkdirAll("docs", 0o755)) //nolint:gosec // documentation
-	assert.NoError(t, os.WriteFile("docs/MATRIX.md", []byte(text), 0o644))
+	assert.NoError(t, os.MkdirAll(docs, 0o755)) //nolint:gosec // documentation
+	assert.NoError(t, os.WriteFile(filepath.Join(docs, "MATRIX.md"), []byte(text), 0o644))
 }
 
 func (m *matrix) String() string {
@@ -478,8 +479,12 @@ the broker has its key.
 
 `
 
-// faultTable is the file with the table of faults.
-const faultTable = "docs/FAULTS.md"
+const (
+	module = "../.."          // the module's own folder
+	docs   = module + "/docs" // what the tests write goes there
+	// faultTable is the file with the table of faults.
+	faultTable = docs + "/FAULTS.md"
+)
 
 var (
 	faultLine = regexp.MustCompile(`(?m)^\| (\d+) \| .* \| ([^|]*) \|$`)
@@ -552,17 +557,24 @@ func TestEveryRowOfTheFaultTableIsACellOrSaysWhyNot(t *testing.T) {
 	assert.Empty(t, cells, "rows that %s does not have", faultTable)
 }
 
-// sourceOfTests is that of the packages whose tests the table names.
+// sourceOfTests is that of every test of the module.
 func sourceOfTests(t *testing.T) string {
 	var tests strings.Builder
-	for _, pattern := range []string{"*_test.go", "internal/router/*_test.go", "steadymqtest/*_test.go"} {
-		files, err := filepath.Glob(pattern)
-		require.NoError(t, err)
-		for _, name := range files {
-			text, err := os.ReadFile(name) //nolint:gosec // our own
-			require.NoError(t, err)
-			tests.Write(text)
+	require.NoError(t, filepath.WalkDir(module, func(name string, entry fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case entry.IsDir():
+			if entry.Name() == "testdata" || entry.Name() == ".git" {
+				return filepath.SkipDir
+			}
+			return nil
+		case !strings.HasSuffix(name, "_test.go"):
+			return nil
 		}
-	}
+		text, err := os.ReadFile(name) //nolint:gosec // our own
+		tests.Write(text)
+		return err
+	}))
 	return tests.String()
 }

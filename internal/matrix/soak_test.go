@@ -1,4 +1,4 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"bufio"
@@ -419,9 +419,9 @@ func (s *soak) report(lost, confirmed, twice int) {
 		fmt.Fprintf(&b, "| %s | %d |\n", name, counts[name])
 	}
 	s.Log("\n" + b.String())
-	assert.NoError(s, os.MkdirAll("docs", 0o755)) //nolint:gosec // documentation
-	assert.NoError(s, os.WriteFile(filepath.Join("docs", "SOAK.md"), []byte(b.String()), 0o644))
-	assert.NoError(s, os.WriteFile(filepath.Join("docs", "soak.svg"), []byte(s.chart()), 0o644))
+	assert.NoError(s, os.MkdirAll(docs, 0o755)) //nolint:gosec // documentation
+	assert.NoError(s, os.WriteFile(filepath.Join(docs, "SOAK.md"), []byte(b.String()), 0o644))
+	assert.NoError(s, os.WriteFile(filepath.Join(docs, "soak.svg"), []byte(s.chart()), 0o644))
 }
 
 func mib(n uint64) string { return fmt.Sprintf("%.2f MiB", float64(n)/(1<<20)) }
