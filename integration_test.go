@@ -19,22 +19,25 @@ import (
 	"github.com/steadymq/steadymq/internal/scenario"
 )
 
-// TestOnARealBroker runs every fault that has a command or a network to break. Each scenario has its own queue and its own proxy, so they
-// run side by side; those that stop or change the broker have a broker of their own.
+// TestOnARealBroker runs every fault that a command or a broken network can cause. Each scenario
+// has its own queue and its own proxy, so they run side by side; those that stop or change the
+// broker have a broker of their own. What judges them is package scenario.
 func TestOnARealBroker(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes minutes")
 	}
 	var table scenario.Results
 	t.Cleanup(func() { t.Log(table.String()) })
-	brokers := rabbit.StartAll(t, // first of all, because a broker that starts takes all processors
+	// First of all, because a broker that starts takes all processors.
+	brokers := rabbit.StartAll(t,
 		rabbit.Config{},
 		rabbit.Config{},
 		rabbit.Config{},
 		rabbit.Config{Generation: rabbit.Gen310, ConsumerTimeout: 3 * time.Second, ChannelTick: time.Second},
 	)
 
-	// Subtests from goroutines, not t.Parallel: they wait far more than they work, and that would run only as many as there are processors.
+	// Subtests run in goroutines, not by t.Parallel, which would run only as many as there are
+	// processors: they wait far more than they work.
 	var all sync.WaitGroup
 	run := func(name string, test func(*scenario.Scenario)) {
 		all.Go(func() {
@@ -150,7 +153,8 @@ func queueDeletedTheirs(s *scenario.Scenario) {
 	s.Verify()
 }
 
-// silence makes the path swallow for 32 s, which is long past every heartbeat, while messages are published.
+// silence makes the path swallow for 32 s, which is long past every heartbeat, while messages are
+// published.
 func silence(s *scenario.Scenario, d faultproxy.Direction, detected time.Duration) {
 	s.StartConsuming()
 	s.Feed()
@@ -293,8 +297,9 @@ func gracefulStop(s *scenario.Scenario) {
 	s.AddRow(0)
 }
 
-// plainDriverLateAck documents why steadymq never uses amqp.Config.Recovery: the same late ack, with the driver's own recovery, is answered
-// nil and settles another message, which nobody has handled and nobody will see again.
+// plainDriverLateAck documents why steadymq never uses amqp.Config.Recovery: with the driver's own
+// recovery the same late ack returns nil and settles another message, which nobody has handled and
+// nobody will see again.
 func plainDriverLateAck(s *scenario.Scenario) {
 	conn, err := amqp.DialConfig(s.Proxy.URL(s.Broker.URL()), amqp.Config{
 		Heartbeat: scenario.Heartbeat,

@@ -19,7 +19,7 @@ func (a authority) sign(t require.TestingT) rabbit.TLS { return a.Sign(t) }
 
 func (a authority) pool() *x509.CertPool { return a.Pool() }
 
-// firsts leaves of what was handled each message's first time.
+// firsts are the messages in the order in which each was handled first.
 func firsts(handled []string) (all []string) {
 	for _, body := range handled {
 		if !slices.Contains(all, body) {

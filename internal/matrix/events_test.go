@@ -20,7 +20,7 @@ import (
 	"github.com/steadymq/steadymq/internal/scenario"
 )
 
-// event is a fault of a whole broker: it happens once, to a few trials together.
+// event is a fault of a whole broker: it happens once, to several trials together.
 type event struct {
 	fault, rows string
 	not         func(rabbit.Generation, kind) string
@@ -83,11 +83,11 @@ func (m *matrix) happens(t *testing.T, label string, e event, parties []party) {
 	all.Wait()
 }
 
-// serves bounds what a broker that accepts may need until it serves its queues.
+// serves bounds how long a broker that accepts connections may need until it serves its queues.
 const serves = 20 * time.Second
 
-// back is the check of faults after which a broker accepts again. It accepts before it can serve its queues: as long as it says so itself
-// the limit has not begun.
+// back is the check after faults that end with a broker that accepts again. It accepts before it
+// can serve its queues: the limit begins when it no longer says that it cannot.
 func back(limit time.Duration) func(*trial, times) {
 	return func(r *trial, when times) {
 		r.Must(serves+limit, "consuming again", func() bool { return r.consumesSince(when.at) })
@@ -110,13 +110,14 @@ func (r *trial) consumesSince(at time.Time) bool {
 	return slices.ContainsFunc(r.History(), func(c steadymq.StateChange) bool { return c.To == steadymq.Consuming && c.Time.After(at) })
 }
 
-// unimpressed is the check of faults that are none to a consumer.
+// unimpressed is the check after faults that must not cost a consumer its session.
 func unimpressed(r *trial, _ times) {
 	r.judge()
 	assert.Zero(r, r.LostSessions())
 }
 
-// alarm is an event that stops publishers and must not stop consumers. Handlers wait for it, so that there is something to do.
+// alarm is an event that stops publishers and must not stop consumers. Handlers wait for it, so
+// that messages are left to be handled.
 func alarm(b *rabbit.Broker, resource string, begin, end func(context.Context) error) event {
 	const lasts = 3 * time.Second
 	up := make(chan struct{})
@@ -163,7 +164,8 @@ func during(begin func(context.Context) error, d time.Duration, end func(context
 	}
 }
 
-// freeze is Pause, which an engine on a busy machine sometimes cannot do at once ("unable to freeze").
+// freeze is Pause, tried several times: an engine on a busy machine sometimes cannot do it at once
+// ("unable to freeze").
 func freeze(b *rabbit.Broker) func(context.Context) error {
 	return func(ctx context.Context) (err error) {
 		for range 5 {
@@ -215,7 +217,8 @@ func wholeNode(b *rabbit.Broker) []event {
 			before:  func(ctx context.Context) error { return b.DefaultTimeout(ctx, 2000) },
 			prepare: func(r *trial) { r.dawdler(6 * time.Second) },
 			apply: func(ctx context.Context) (times, error) {
-				return times{at: time.Now()}, b.DefaultTimeout(ctx, 1_800_000) // of channels opened from now on
+				// It holds for channels that are opened from now on.
+				return times{at: time.Now()}, b.DefaultTimeout(ctx, 1_800_000)
 			},
 			check: timedOut,
 		},

@@ -18,7 +18,8 @@ import (
 	"github.com/steadymq/steadymq/internal/scenario"
 )
 
-// failingCells are messages that fail or cannot be read, stops that the broker counts, and a URL with the port of another protocol.
+// failingCells are messages that fail or cannot be read, stops that the broker counts, and a URL
+// with the port of another protocol.
 func failingCells() []cell {
 	return []cell{
 		{fault: "handler fails for long, queue declared by us", rows: "66", by: bothWay, test: failsForLong},
@@ -59,8 +60,8 @@ func (t *tried) least(messages int) int {
 	return least
 }
 
-// failsForLong: a dependency is away for longer than the default delivery limit bears, and a connection is lost meanwhile, so that the queue
-// is declared again.
+// failsForLong: a dependency is away for more tries than the default delivery limit allows. A
+// connection is lost meanwhile, so that the queue is declared again.
 func failsForLong(r *trial) {
 	const failing, beyondTheLimit = 6, 25
 	r.ok(r.Broker.DeleteQueue(r.Queue))
@@ -85,7 +86,7 @@ func failsForLong(r *trial) {
 	r.judge()
 }
 
-// prefetchFullOfFailures: what stands behind them waits, as long as they fail, and somebody is told.
+// prefetchFullOfFailures: as long as they fail, the messages behind them wait, and the log says so.
 func prefetchFullOfFailures(r *trial) {
 	r.Options = append(r.Options, steadymq.WithRequeueDelay(3*time.Second, 3*time.Second))
 	var well atomic.Bool
@@ -100,7 +101,8 @@ func prefetchFullOfFailures(r *trial) {
 	r.Publish(2 * r.Prefetch)
 	r.Must(5*time.Second, "all of them are held", func() bool { return r.Consumer.Stats().Held == r.Prefetch })
 	r.Must(time.Second, "it is told", func() bool { return strings.Contains(r.ConsumerLog.String(), "failed messages are held") })
-	if r.gen != rabbit.Gen310 || r.kind != quorum { // which hands out what was returned after what was not delivered yet
+	// A quorum queue of 3.10 delivers what was returned after what was not delivered yet.
+	if r.gen != rabbit.Gen310 || r.kind != quorum {
 		r.Pause(4 * time.Second) // they come back, once at least
 	}
 	assert.Zero(r, r.Ledger.Counts().Finished, "nothing passes them")
@@ -111,7 +113,8 @@ func prefetchFullOfFailures(r *trial) {
 	assert.Equal(r, 1, strings.Count(r.ConsumerLog.String(), "failed messages are held"))
 }
 
-// strangeHeadersOverAReset: each of them would end the driver's connection, and be the first message of the next one.
+// strangeHeadersOverAReset: each of these messages would end the plain driver's connection, and be
+// the first message of the next one.
 func strangeHeadersOverAReset(r *trial) {
 	many, deep := amqp.Table{}, amqp.Table{}
 	for i := range 9000 {
@@ -121,7 +124,8 @@ func strangeHeadersOverAReset(r *trial) {
 		deep = amqp.Table{"t": deep}
 	}
 	strange := []amqp.Publishing{
-		{Headers: many}, {Headers: deep}, {Headers: amqp.Table{"marker": int64(-2)}}, // type L, see oldIntegers
+		// The last is of type L, see oldIntegers.
+		{Headers: many}, {Headers: deep}, {Headers: amqp.Table{"marker": int64(-2)}},
 	}
 	release := make(chan struct{})
 	var seen tried
@@ -151,7 +155,7 @@ func strangeHeadersOverAReset(r *trial) {
 	lost, done := r.Timed(r.Cut)
 	close(release)
 	r.ResumedSince(lost, done, scenario.AtOnce)
-	if r.kind != stream { // which is resumed behind what was handled well, late or not
+	if r.kind != stream { // which is resumed after what was handled, late or not
 		r.Must(10*time.Second, "each comes again", func() bool { return seen.least(len(strange)) == 2 })
 	}
 	r.judge()
@@ -182,8 +186,9 @@ func (r *trial) send(queue string, m amqp.Publishing) (number int) {
 	return number
 }
 
-// tooLargeToBeGiven: the consumer's own limit stands for all that makes a message unreadable, for a broker sends no header of more than 1 MiB.
-// It is named, held, and in nobody's way; a stream steps over it.
+// tooLargeToBeGiven: the consumer's own limit stands for everything that makes a message
+// unreadable, because no broker sends a header of more than 1 MiB. The message is named and held,
+// and is in no other's way; a stream steps over it.
 func tooLargeToBeGiven(r *trial) {
 	var named atomic.Pointer[steadymq.MessageError]
 	r.Options = append(r.Options, steadymq.WithMaxMessageSize(1000), steadymq.WithHooks(steadymq.Hooks{
@@ -242,13 +247,13 @@ func portOfTheNodes(r *trial) {
 	r.judge()
 }
 
-// stopsAreCounted: up to 4.2 a quorum queue counts a stop as a return of every message that was prefetched, also of those no handler has seen.
-// Since 4.3 it counts failures only.
+// stopsAreCounted: up to 4.2 a quorum queue counts a stop as a return of every message that was
+// prefetched, even of those that no handler has seen. Since 4.3 it counts failures only.
 func stopsAreCounted(r *trial) {
 	const stops = 3
 	var begun atomic.Int64
 	var mu sync.Mutex
-	attempt := 0 // of the messages that are handled last, the highest
+	attempt := 0 // the highest of those of the last round
 	var release chan struct{}
 	r.Handle = func(_ context.Context, d *steadymq.Delivery, _ int) error {
 		begun.Add(1)

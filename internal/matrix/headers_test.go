@@ -23,8 +23,8 @@ import (
 // largeHeaders is nearly as much as a publisher can send: a frame has 131,072 bytes.
 const largeHeaders = 130_900
 
-// TestHeadersOfARealBrokerAreRead publishes headers that the driver cannot read to every generation and type of queue, between good
-// messages.
+// TestHeadersOfARealBrokerAreRead publishes headers that the driver cannot read to every generation
+// and type of queue, between good messages.
 func TestHeadersOfARealBrokerAreRead(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes half a minute")
@@ -77,7 +77,8 @@ func strangeHeaders(t *testing.T, broker *rabbit.Broker, k kind) {
 	publish(name, "40 deep", deep)
 	publish(name, "type L", amqp.Table{"marker": int64(-2)})
 	bodies := []string{"good 1", "9,000 headers", "40 deep", "type L", "good 2"}
-	if k != stream || !strings.HasPrefix(broker.Version(), "3.10") { // there no stream gets dead letters
+	// No stream of 3.10 gets dead letters.
+	if k != stream || !strings.HasPrefix(broker.Version(), "3.10") {
 		publish(before.Name, "over frame_max", amqp.Table{"large": strings.Repeat("x", largeHeaders)})
 		bodies = append(bodies, "over frame_max")
 	}

@@ -81,7 +81,8 @@ func loginCells(a *scenario.Authority) []cell {
 
 // ---- certificates ----
 
-// deceived leads the consumer to a server with such a certificate for two seconds after it was refused.
+// deceived leads the consumer to a server with such a certificate for two seconds after it was
+// refused.
 func (r *trial) deceived(shown rabbit.TLS, reason string) {
 	r.Helper()
 	r.misled(impostor(r.T, shown), r.TLSAddr(), reason)
@@ -109,7 +110,7 @@ func (r *trial) misled(wrong, right, reason string) {
 	r.judge()
 }
 
-// impostor is a server that does nothing but show its certificate. It leaves it to the client to hang up.
+// impostor is a server that only shows its certificate. It lets the client hang up.
 func impostor(t *testing.T, shown rabbit.TLS) (addr string) {
 	t.Helper()
 	pair, err := tls.X509KeyPair(shown.Certificate, shown.Key)
@@ -140,10 +141,11 @@ func impostor(t *testing.T, shown rabbit.TLS) (addr string) {
 
 // ---- tokens ----
 
-// tokenKey signs the tokens of the tests; the brokers are given it as the key of an OAuth 2 provider.
+// tokenKey signs the tokens of the tests; the brokers are given it as the key of an OAuth 2
+// provider.
 const tokenKey = "a key that is not secret, for the tokens of a test"
 
-// withTokens has a broker take tokens, too.
+// withTokens is the config of a broker that takes tokens, too.
 func withTokens(cfg rabbit.Config) rabbit.Config {
 	key := base64.RawURLEncoding.EncodeToString([]byte(tokenKey))
 	cfg.Plugins = append(cfg.Plugins, "rabbitmq_auth_backend_oauth2")
@@ -156,7 +158,8 @@ func withTokens(cfg rabbit.Config) rabbit.Config {
 	return cfg
 }
 
-// token is a signed one (RFC 7519) that is valid for so long and gives the rights, such as "read".
+// token is a signed token (RFC 7519) that is valid for so long and grants the rights, such as
+// "read".
 func token(valid time.Duration, rights ...string) (text string, expires time.Time) {
 	expires = time.Now().Add(valid).Truncate(time.Second)
 	scopes := []string{}
@@ -178,8 +181,9 @@ func token(valid time.Duration, rights ...string) (text string, expires time.Tim
 	return text + "." + base64.RawURLEncoding.EncodeToString(mac.Sum(nil)), expires
 }
 
-// granting are the credentials of a token that is made when they are asked for, and how often they were; without rights it is none. Expires
-// is left out where the consumer is not to know.
+// granting gives the consumer credentials whose token is made when they are asked for, and counts
+// how often that is. Without rights the token is none. If known is false the consumer is not told
+// when the token expires.
 func (r *trial) granting(valid func(asked int64) time.Duration, known bool, rights func(asked int64) []string) *atomic.Int64 {
 	asked := new(atomic.Int64)
 	r.Options = append(r.Options, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
@@ -207,7 +211,8 @@ func (r *trial) secrets() int {
 
 func allRights(int64) []string { return []string{"configure", "write", "read"} }
 
-// tokenExpires: the consumer was not told when. Where the broker does not look either, the token is a matter of the next login.
+// tokenExpires: the consumer was not told when. If the broker does not look either, the token
+// matters only at the next login.
 func tokenExpires(r *trial) {
 	asked := r.granting(func(asked int64) time.Duration {
 		if asked == 1 {
@@ -244,7 +249,8 @@ func tokenRenewed(r *trial) {
 	r.judge()
 }
 
-// renewalRefused: the second token, which is to replace the first, is worth nothing. The broker closes the connection, and the third is good.
+// renewalRefused: the second token, which is to replace the first, is not valid. The broker closes
+// the connection, and the third is good.
 func renewalRefused(r *trial) {
 	r.granting(sixSeconds, true, func(asked int64) []string {
 		if asked == 2 {
@@ -266,7 +272,8 @@ func renewalRefused(r *trial) {
 	}
 }
 
-// renewedWithLess: the broker cancels the consumer that may not read any more, and refuses the next, until a token says otherwise.
+// renewedWithLess: the broker cancels the consumer that may not read any more, and refuses the next
+// one until a token allows it.
 func renewedWithLess(r *trial) {
 	var less atomic.Bool
 	r.granting(sixSeconds, true, func(int64) []string {

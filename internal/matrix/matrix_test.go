@@ -27,10 +27,11 @@ import (
 	"github.com/steadymq/steadymq/internal/scenario"
 )
 
-// TestMatrix runs every fault that concerns a consumer and has a command or a path to break, on every generation of RabbitMQ and every kind
-// of queue: on one node here, on a cluster in cluster_test.go. STEADYMQ_MATRIX=full runs all of it and writes docs/MATRIX.md; without,
-// it is one cell per fault, on the newest generation. To look at a part of it,
-// name the parts: STEADYMQ_MATRIX="node whole cluster herd 3.10 4.0 4.3".
+// TestMatrix runs every fault of a consumer that a command or a broken path can cause, on every
+// generation of RabbitMQ and every kind of queue: on one node in node_test.go, on a cluster in
+// cluster_test.go. STEADYMQ_MATRIX=full runs all of it and writes docs/MATRIX.md; without, it is
+// one cell per fault, on the newest generation. To look at a part of it, name the parts:
+// STEADYMQ_MATRIX="node whole cluster herd 3.10 4.0 4.3".
 func TestMatrix(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes minutes")
@@ -38,7 +39,8 @@ func TestMatrix(t *testing.T) {
 	m := newMatrix(os.Getenv("STEADYMQ_MATRIX"))
 	t.Cleanup(func() { m.report(t) })
 	gens := slices.DeleteFunc(rabbit.Generations(), func(g rabbit.Generation) bool { return !m.wants(string(g), g == rabbit.Gen43) })
-	// The cells that wait for nothing but their own fault come first: starting brokers takes all processors.
+	// The cells that wait for nothing but their own fault come first: starting brokers takes all
+	// processors.
 	if m.wants("node", true) {
 		t.Run("a node", func(t *testing.T) { m.runCells(t, gens) })
 	}
@@ -61,7 +63,8 @@ func TestMatrix(t *testing.T) {
 	}
 }
 
-// runClusters begins the faults on two clusters of each generation that is wanted, on one in the short form.
+// runClusters begins the faults on two clusters of each generation that is wanted, in the short
+// form on one.
 func (m *matrix) runClusters(t *testing.T, all *sync.WaitGroup, gens ...rabbit.Generation) {
 	for _, g := range gens {
 		if !m.wants(string(g), g == rabbit.Gen43) {
@@ -85,14 +88,16 @@ const (
 
 func kinds() []kind { return []kind{classic, quorum, stream} }
 
-// cell is one fault on one kind of queue of one broker. Those of a fault differ in nothing but that.
+// cell is one fault on one kind of queue of one broker. Those of a fault differ in nothing but
+// that.
 type cell struct {
 	fault string
 	rows  string // of docs/FAULTS.md
-	// not says why the fault cannot be had there, "" if it can.
+	// not says why the fault does not exist there, "" if it does.
 	not func(rabbit.Generation, kind) string
 	by  way
-	// vhost asks for a virtual host of its own, args for a queue that is not the default one.
+	// vhost asks for a virtual host of its own, args are those of a queue that is not the default
+	// one.
 	vhost bool
 	args  amqp.Table
 	test  func(*trial)
@@ -114,7 +119,7 @@ func (c cell) impossible(g rabbit.Generation, k kind) string {
 	return c.not(g, k)
 }
 
-// somewhere says whether the fault can be had at all.
+// somewhere says whether the fault exists at all.
 func (c cell) somewhere() bool {
 	for _, g := range rabbit.Generations() {
 		for _, k := range kinds() {
@@ -195,7 +200,8 @@ func (r *trial) consuming() {
 	r.Must(20*time.Second, "consuming", func() bool { return r.Consumer.State() == steadymq.Consuming })
 }
 
-// told waits until a failure was reported whose text holds reason, and holds the time that takes from now on against the limit.
+// told waits until a failure was reported whose text contains reason, and holds the time from now
+// until then against the limit.
 func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
 	r.Helper()
 	var found steadymq.StateChange
@@ -213,7 +219,8 @@ func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
 	return found
 }
 
-// judge ends the trial with the verifier of the scenarios. A stream keeps its messages and a passive declare does not know its consumers.
+// judge ends the trial and verifies it. A stream keeps its messages, and a passive declare does not
+// count its consumers.
 func (r *trial) judge() {
 	r.Helper()
 	r.Feeder.Stop()
@@ -245,7 +252,8 @@ func (r *trial) oneStreamConsumer() {
 	assert.Equal(r, 1, r.Sockets.Open(), "open sockets")
 }
 
-// consumersByName counts on every node, which knows its own clients only; -1 if one does not answer.
+// consumersByName counts on every node, because each knows its own clients only; -1 if one does not
+// answer.
 func (r *trial) consumersByName() (sum int) {
 	for _, node := range r.nodes {
 		text, err := node.ConsumersOf(r.Context(), r.Queue)
@@ -258,8 +266,8 @@ func (r *trial) consumersByName() (sum int) {
 	return sum
 }
 
-// quiet waits until the broker has stopped delivering: what a dead connection held comes back when the broker has buried it, and after the
-// queue has told of one consumer.
+// quiet waits until the broker has stopped delivering: what a dead connection held comes back when
+// the broker has closed it, which may be after the queue has reported one consumer.
 func (r *trial) quiet() {
 	r.Helper()
 	last, since := -1, time.Now()
@@ -289,7 +297,7 @@ type matrix struct {
 	mu      sync.Mutex
 	order   []string // faults as they are told
 	rows    map[string]string
-	results map[string]map[string]map[kind]entry // Fault, broker, kind
+	results map[string]map[string]map[kind]entry // fault, broker, kind
 	brokers []string
 	extra   []string
 }
@@ -310,7 +318,8 @@ func newMatrix(parts string) *matrix {
 	}
 }
 
-// wants says whether a part is to be run: the whole, the short form, or the words of STEADYMQ_MATRIX, such as "node whole cluster 3.10".
+// wants says whether a part is to run: in the whole, in the short form, or because STEADYMQ_MATRIX
+// names it, as in "node whole cluster 3.10".
 func (m *matrix) wants(part string, short bool) bool {
 	switch m.parts {
 	case "full":

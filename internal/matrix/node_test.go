@@ -23,17 +23,18 @@ import (
 )
 
 const (
-	// lockStep bounds the next try while something is locked, and a little of the machine.
+	// lockStep bounds the next try while something is locked.
 	lockStep = time.Second + scenario.AtOnce
-	// operatorCap is the slowest pace for what an operator has to mend.
+	// operatorCap is the longest wait for what an operator has to mend.
 	operatorCap = 30 * time.Second
-	// buried bounds the broker noticing that a client is dead: three heartbeats after the last byte.
+	// buried bounds when the broker notices that a client is dead: three heartbeats after the last
+	// byte.
 	buried = 3*scenario.Heartbeat + time.Second
-	// setupPace bounds resuming once a path is back that swallowed the tries of a few seconds.
+	// setupPace bounds resuming once a path is back that has swallowed tries for a few seconds.
 	setupPace = scenario.SetupTimeout + 2*time.Second
 )
 
-// nodeCells are the faults of one node that leave others' queues on it in peace.
+// nodeCells are the faults on one node that do not disturb other queues on it.
 func nodeCells() []cell {
 	notStream := func(reason string) func(rabbit.Generation, kind) string { return only(reason, classic, quorum) }
 	return []cell{
@@ -185,7 +186,7 @@ func (m *matrix) runCells(t *testing.T, gens []rabbit.Generation) {
 	all.Wait()
 }
 
-// kindsOf are the kinds a cell runs on: all that exist, or one of them when the matrix is not run whole.
+// kindsOf are the kinds that a cell runs on: all that exist, or one of them in the short form.
 func (m *matrix) kindsOf(c cell, g rabbit.Generation, n int) []kind {
 	var possible []kind
 	for _, k := range kinds() {
@@ -232,7 +233,7 @@ func (r *trial) silenced(d faultproxy.Direction, limit time.Duration) {
 	r.judge()
 }
 
-// weather is a slow path that nobody may take for a dead one; a reset must heal over it, too.
+// weather is a slow path, which must not be taken for a dead one. A reset has to heal over it, too.
 func (r *trial) weather(begin func(), limit time.Duration) {
 	r.begin()
 	begin()
@@ -253,8 +254,8 @@ func stallThatHeals(r *trial) {
 	assert.Zero(r, r.LostSessions(), "bytes were late, none were lost")
 }
 
-// handshakeCut cuts the first dials at every stage, from the greeting to consume-ok, which the driver reports as wrong passwords and virtual
-// hosts: Run must not give up.
+// handshakeCut cuts the first dials at every stage, from the greeting to consume-ok. The driver
+// reports that as wrong passwords and virtual hosts; Run must not give up.
 func handshakeCut(r *trial) {
 	r.Proxy.CutAfter(faultproxy.ToClient, 8)
 	r.Start()
@@ -304,7 +305,7 @@ func (r *trial) passed(d faultproxy.Direction, class, method uint16) (n int) {
 	return n
 }
 
-// strayReply is one too many: it parks the driver's reader, for ever.
+// strayReply is a reply too many, which blocks the driver's reader for ever.
 func strayReply(r *trial) {
 	const classBasic, qosOK = 60, 11
 	r.begin()
@@ -344,7 +345,8 @@ func dialsRefused(r *trial) {
 	r.judge()
 }
 
-// handshakeStalls: nothing of ours arrives. With limits that long it is the broker that gives up, after the 10 s of its handshake_timeout.
+// handshakeStalls: nothing of ours arrives. With limits as long as here the broker gives up first,
+// after the 10 s of its handshake_timeout.
 func handshakeStalls(r *trial) {
 	r.Options = append(r.Options, steadymq.WithSetupTimeout(15*time.Second), steadymq.WithHeartbeat(10*time.Second))
 	r.begin()
@@ -428,7 +430,8 @@ func deletedAndOurs(r *trial) {
 	r.judge()
 }
 
-// declaring is twice what the broker needs to make such a queue now: a quorum queue holds an election and writes to its disk.
+// declaring is twice what the broker needs now to make such a queue: a quorum queue holds an
+// election and writes to its disk.
 func (r *trial) declaring() time.Duration {
 	start := time.Now()
 	r.ok(r.Broker.DeclareQueue(r.Queue+"-another", r.declareArgs()))
@@ -566,7 +569,8 @@ func delayedRetry(r *trial) {
 	assert.Zero(r, r.LostSessions())
 }
 
-// deadLetters: what the handler gives up goes where the queue says, also when the connection is lost before its reject.
+// deadLetters: what the handler gives up goes where the queue says, even if the connection is lost
+// before the reject.
 func deadLetters(r *trial) {
 	const dead = "dead"
 	hopeless := func(n int) bool { return n%5 == 0 }
@@ -646,7 +650,8 @@ func inequivalent(r *trial) {
 	r.AddRow(0)
 }
 
-// policyChanged: what a policy changes is no reason to lose a session. Up to 3.13 mirroring is one of the things it changes.
+// policyChanged: a session lives on when a policy of its queue changes. Up to 3.13 mirroring is one
+// of the things a policy changes.
 func policyChanged(r *trial) {
 	r.begin()
 	lower := `{"max-length-bytes": 100000000}`
@@ -663,8 +668,8 @@ func policyChanged(r *trial) {
 
 // ---- who may ----
 
-// atNextTry holds healing against the pace of what an operator has to mend: the first try after healed succeeds, at once, and it comes
-// within the cap of that pace.
+// atNextTry holds healing against the pace for what an operator has to mend: the first try after
+// healed comes within the longest wait of that pace, and succeeds at once.
 func (r *trial) atNextTry(at, healed time.Time) {
 	r.Helper()
 	slow := r.pulse()
@@ -683,8 +688,9 @@ func (r *trial) atNextTry(at, healed time.Time) {
 	}
 }
 
-// pulse has the plain driver set up consumers beside ours until it is asked for the longest time that took: the measure of the machine at
-// that moment, which a look afterwards misses.
+// pulse has the plain driver set up consumers beside ours, until it is asked for the longest time
+// that one of them took. That is how busy the machine was meanwhile, which a measurement afterwards
+// would miss.
 func (r *trial) pulse() (longest func() time.Duration) {
 	var most time.Duration
 	quit, done := make(chan struct{}), make(chan struct{})
@@ -708,7 +714,7 @@ func (r *trial) pulse() (longest func() time.Duration) {
 	}
 }
 
-// longestWait is the longest time the consumer told it would wait.
+// longestWait is the longest time that the consumer said it would wait.
 func (r *trial) longestWait() (longest time.Duration) {
 	for _, c := range r.History() {
 		longest = max(longest, c.RetryIn)
@@ -734,7 +740,8 @@ func (r *trial) asUser(user string, password func() string) {
 
 func firstPassword() string { return "first" }
 
-// refused takes something away, makes the consumer dial again, and gives it back after it was refused for three seconds.
+// refused takes something away, makes the consumer dial again, and gives it back two seconds after
+// the consumer was refused.
 func (r *trial) refused(take, giveBack func() error, reason string) {
 	r.Helper()
 	r.begin()
@@ -798,7 +805,8 @@ func passwordChanged(r *trial) {
 	r.judge()
 }
 
-// urlRotatesLate: the new password reaches the application two seconds after the broker has it, so the first tries are refused.
+// urlRotatesLate: the application learns the new password two seconds after the broker, so the
+// first tries are refused.
 func urlRotatesLate(r *trial) {
 	user := r.userOf()
 	var password atomic.Value
@@ -825,7 +833,7 @@ func vhostDeleted(r *trial) {
 
 func vhostDown(r *trial) { r.withoutVhost(r.Broker.StopVhost, "is down", r.Broker.StartVhost) }
 
-// withoutVhost takes the virtual host away for two seconds after the consumer was told so.
+// withoutVhost takes the virtual host away until two seconds after the consumer was told.
 func (r *trial) withoutVhost(take func(context.Context, string) error, reason string, giveBack func(context.Context, string) error) {
 	r.Helper()
 	r.begin()
@@ -886,7 +894,8 @@ func singleActive(r *trial) {
 	r.waitsFor(other)
 }
 
-// lowerPriority: the broker gives everything to the consumer of a higher priority, as long as its prefetch takes more.
+// lowerPriority: the broker delivers everything to the consumer of a higher priority, as long as
+// its prefetch allows.
 func lowerPriority(r *trial) {
 	r.Options = append(r.Options, steadymq.WithConsumeArgs(amqp.Table{"x-priority": -10}))
 	other := r.another(false)
@@ -907,7 +916,8 @@ func (r *trial) waitsFor(other *amqp.Connection) {
 	assert.Zero(r, r.LostSessions())
 }
 
-// detour sends the next dials past the proxy that holds a dead connection. Both write to one log.
+// detour sends the next dials past the proxy that holds a dead connection. Both proxies write to
+// one log.
 func (r *trial) detour() (turn func()) {
 	r.Helper()
 	other, err := r.Proxy.Beside(r.Broker.Addr())
@@ -923,7 +933,7 @@ func (r *trial) detour() (turn func()) {
 	return func() { turned.Store(true) }
 }
 
-// haunted leaves a connection behind that the broker takes for alive.
+// haunted leaves a dead connection behind that the broker takes for a live one.
 func (r *trial) haunted(turn func(), reason string) {
 	r.Helper()
 	at := time.Now()
@@ -943,7 +953,8 @@ func exclusiveGhost(r *trial) {
 	r.judge()
 }
 
-// exclusiveQueueGhost: the queue, and what is in it, ends with its connection; so does everybody else's view of it.
+// exclusiveQueueGhost: the queue ends with its connection, and so does everything in it. Until then
+// it is locked for everybody else.
 func exclusiveQueueGhost(r *trial) {
 	turn := r.detour()
 	r.ok(r.Broker.DeleteQueue(r.Queue))
@@ -1010,7 +1021,7 @@ func autoDeleted(r *trial) {
 
 // ---- consumer timeouts ----
 
-// dawdler holds message 0 for long the first time, without a look at its context.
+// dawdler holds message 0 for so long the first time, and does not look at its context.
 func (r *trial) dawdler(d time.Duration) {
 	var first atomic.Bool
 	r.Handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {

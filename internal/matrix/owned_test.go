@@ -22,7 +22,8 @@ import (
 	"github.com/steadymq/steadymq/internal/scenario"
 )
 
-// TestQueuesOfAConnectionOnRealBrokers lets RabbitMQ close channels under consumers of queues that live as long as their connection.
+// TestQueuesOfAConnectionOnRealBrokers lets RabbitMQ close channels under consumers of queues that
+// live as long as their connection.
 func TestQueuesOfAConnectionOnRealBrokers(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes half a minute")

@@ -20,8 +20,9 @@ import (
 	"github.com/steadymq/steadymq/internal/scenario"
 )
 
-// TestQuietStreamOfARealBrokerSkipsNothingThatIsPublishedWhileAway loses consumers of every generation before their first delivery, with a
-// user who may not configure the stream and a connection that may have one channel.
+// TestQuietStreamOfARealBrokerSkipsNothingThatIsPublishedWhileAway loses consumers of every
+// generation before their first delivery, with a user who may not configure the stream and a
+// connection that may have one channel.
 func TestQuietStreamOfARealBrokerSkipsNothingThatIsPublishedWhileAway(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes half a minute")
@@ -158,10 +159,10 @@ func lostBeforeTheFirst(t *testing.T, broker *rabbit.Broker, g beginning, old in
 	}
 	want = append(want, publish("after", 3)...)
 	require.Eventually(t, func() bool { return slices.Contains(got(), "after 2") }, 20*time.Second, 10*time.Millisecond)
-	assert.Equal(t, want, firsts(got())) // what an ack was not sent for comes again
+	assert.Equal(t, want, firsts(got())) // what was not acked comes again
 }
 
-// firsts leaves of what was handled each message's first time.
+// firsts are the messages in the order in which each was handled first.
 func firsts(handled []string) (all []string) {
 	for _, body := range handled {
 		if !slices.Contains(all, body) {

@@ -38,7 +38,8 @@ const (
 	soakEnv      = "STEADYMQ_SOAK_CONSUMERS"
 	soakPrefetch = 16
 	soakSample   = 2 * time.Second
-	// soakFlat is what the heap after a collection may have grown by between the first and the last fifth after the warm-up.
+	// soakFlat is how much the heap after a collection may have grown from the first fifth after
+	// the warm-up to the last one.
 	soakFlat = 2 << 20
 )
 
@@ -49,8 +50,9 @@ type soaker struct {
 	Kind  kind
 }
 
-// TestSoak runs several consumers on a cluster for long, with a random fault every few seconds. The consumers live in a process of their own,
-// so that its memory, goroutines and descriptors are the library's and nothing of the verifier's.
+// TestSoak runs several consumers on a cluster for a long time, with a random fault every few
+// seconds. The consumers live in a process of their own, so that its memory, goroutines and
+// descriptors are the library's and not the verifier's.
 func TestSoak(t *testing.T) {
 	if *soakFor == 0 {
 		t.Skip("runs for as long as it is told: -soak 30m")
@@ -136,7 +138,8 @@ func (s *soak) begin() {
 	s.flows(time.Now(), time.Minute)
 }
 
-// listen takes what the process tells: a line per finished message before the library can ack it, and samples.
+// listen reads what the process tells: a line for each finished message before the library can ack
+// it, and samples.
 func (s *soak) listen(out io.Reader) {
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
@@ -288,7 +291,8 @@ func (s *soak) resources() {
 	assert.LessOrEqual(s, twice, soakPrefetch*sessions, "duplicates: prefetch per lost session at most")
 }
 
-// fifths are the median heaps of the first and of the last fifth after the warm-up, which is the first fifth of all.
+// fifths are the median heaps of the first and of the last fifth after the warm-up, which is the
+// first fifth of all.
 func (s *soak) fifths() (first, last uint64) {
 	n := len(s.samples) / 5
 	if n == 0 {
@@ -318,7 +322,8 @@ func TestSoakConsumers(t *testing.T) {
 		defer mu.Unlock()
 		fmt.Printf(format+"\n", args...)
 	}
-	if lis, err := net.Listen("tcp", "127.0.0.1:0"); err == nil { // the runtime opens descriptors of its own for the first socket
+	// The runtime opens descriptors of its own for the first socket.
+	if lis, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		_ = lis.Close()
 	}
 	goroutines, files := runtime.NumGoroutine(), openFiles()
@@ -350,7 +355,8 @@ func TestSoakConsumers(t *testing.T) {
 	}
 	stop()
 	all.Wait()
-	rest(context.Background(), 200*time.Millisecond) // a goroutine that has returned ends a moment later
+	// A goroutine that has returned ends a moment later.
+	rest(context.Background(), 200*time.Millisecond)
 	total := takeSample(consumers)
 	var abandoned uint64
 	for _, c := range consumers {

@@ -26,7 +26,8 @@ func startCells() []cell {
 // patient is a set-up limit beyond the 3 s after which RabbitMQ ends a refused login in silence.
 const patient = 8 * time.Second
 
-// refusedAtOnce holds Run against the figure for a consumer that cannot work: it says so by its error, at once, with what the broker said.
+// refusedAtOnce holds Run to what a consumer that cannot work has to do: return an error at once
+// that says what the broker said.
 func (r *trial) refusedAtOnce(reason string) {
 	r.Helper()
 	r.refusedWithin(scenario.AtOnce, reason)
@@ -54,8 +55,8 @@ func (r *trial) refusedWithin(limit time.Duration, reason string) {
 	r.AddRow(0)
 }
 
-// wrongPassword: one that a function gives may be about to change, so it is asked for three times, 1 s and up to 2 s apart. That of a URL is
-// refused once, see TestRefusedByARealBroker.
+// wrongPassword: a password that a function returns may be about to change, so it is asked for
+// three times, 1 s and up to 2 s apart. That of a URL is tried once, see TestRefusedByARealBroker.
 func wrongPassword(r *trial) {
 	asked := 0
 	r.asUser(r.userOf(), func() string { asked++; return "wrong" })
@@ -84,7 +85,8 @@ func readForbiddenAtStart(r *trial) {
 	r.refusedAtOnce("refused for user")
 }
 
-// userDeleted: credentials of a store that makes users anew. The broker ends the connections of the old one.
+// userDeleted: the credentials come from a store that replaces users. The broker ends the
+// connections of the old one.
 func userDeleted(r *trial) {
 	user := r.userOf()
 	r.asUser(user, firstPassword)
@@ -98,7 +100,8 @@ func userDeleted(r *trial) {
 	healed := time.Now()
 	r.ok(r.Broker.NewUser(r.Context(), user, firstPassword()))
 	r.ok(r.Broker.Permit(r.Context(), user, r.vhost, ".*", ".*", ".*"))
-	r.ResumedSince(healed, time.Now(), 4*time.Second+scenario.OperatorPace) // a refusal may take 3 s, and the next try is the third
+	// A refusal may take 3 s, and the next try is the third.
+	r.ResumedSince(healed, time.Now(), 4*time.Second+scenario.OperatorPace)
 	r.judge()
 }
 

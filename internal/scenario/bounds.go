@@ -15,14 +15,14 @@ const (
 	AtOnce = time.Second
 	// SilentPeer bounds noticing that nothing arrives any more, DeadReader that the driver reads
 	// nothing any more, not even heartbeats, and HalfOpen that nothing of ours arrives. The last is
-	// the broker's to notice, in 2 to 3 heartbeats, because a proxy in this process acknowledges our
-	// bytes to the kernel.
+	// the broker's to notice, in 2 to 3 heartbeats, because a proxy in this process acknowledges
+	// our bytes to the kernel.
 	SilentPeer = 3*Heartbeat/2 + 500*time.Millisecond
 	DeadReader = 5*Heartbeat/2 + 500*time.Millisecond
 	HalfOpen   = 3*Heartbeat + time.Second
 	// AfterRefusals bounds resuming once a broker that refused accepts, AfterSilence once one that
-	// swallowed everything answers.
-	AfterRefusals = 1200*time.Millisecond + 300*time.Millisecond // the proxy needs a moment to see it, too
+	// swallowed everything answers. The proxy, too, needs a moment to see that the broker accepts.
+	AfterRefusals = 1200*time.Millisecond + 300*time.Millisecond
 	AfterSilence  = SetupTimeout + 10*time.Second + time.Second
 	// OperatorPace bounds the next try after two seconds of a missing queue.
 	OperatorPace = 5 * time.Second

@@ -13,11 +13,11 @@ import (
 	"github.com/steadymq/steadymq/internal/rabbit"
 )
 
-// The way from the consumer to its broker. What the broker itself does to a connection, it also does
-// to one that has nothing in between: a proxy, and a port that a container engine publishes, turn a
-// RST into a FIN and answer for a broker that is not there. So whoever logs in, is refused or is
-// ended by the broker does so twice: behind the proxy, which reads every ack, and directly at the
-// broker's own socket.
+// The way from the consumer to its broker. What the broker itself does to a connection, it also
+// does to one that has nothing in between: a proxy, and a port that a container engine publishes,
+// turn a RST into a FIN and answer for a broker that is not there. So whoever logs in, is refused
+// or is ended by the broker does so twice: behind the proxy, which reads every ack, and directly at
+// the broker's own socket.
 
 // Directly takes the proxy away. Nobody reads the wire then: the consumer's own account of its acks
 // is held against the handlers'.
@@ -30,8 +30,8 @@ func (s *Scenario) Directly() {
 	s.Proxy = nil
 }
 
-// BothWays are two scenarios that suffer the same: one behind a proxy, and one that dials the broker
-// itself, if that is possible.
+// BothWays are two scenarios that suffer the same: one behind a proxy, and one that dials the
+// broker itself, if that is possible.
 func BothWays(t *testing.T, b *rabbit.Broker, table *Results) []*Scenario {
 	t.Helper()
 	both := []*Scenario{New(t, b, table)}
@@ -53,8 +53,8 @@ func (s *Scenario) address() string {
 	return address
 }
 
-// By is a URL of the broker by the way of the scenario. What a direct consumer dials does not depend
-// on it.
+// By is a URL of the broker by the way of the scenario. What a direct consumer dials does not
+// depend on it.
 func (s *Scenario) By(url string) string {
 	if s.Proxy == nil {
 		return url

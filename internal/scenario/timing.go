@@ -28,8 +28,8 @@ func (s *Scenario) Resumed(at time.Time, limit time.Duration) {
 	s.ResumedSince(at, at, limit)
 }
 
-// ResumedSince waits until a session that began after lost consumes, and holds the time since healed
-// against the limit: a broker accepts before we hear that it does.
+// ResumedSince waits until a session that began after lost consumes, and holds the time since
+// healed against the limit: a broker accepts before we hear that it does.
 func (s *Scenario) ResumedSince(lost, healed time.Time, limit time.Duration) {
 	s.Helper()
 	var took time.Duration
@@ -46,8 +46,8 @@ func (s *Scenario) ResumedSince(lost, healed time.Time, limit time.Duration) {
 	s.ResumedAfter = max(took, time.Nanosecond) // zero is "did not have to"
 }
 
-// InTime holds a time against its limit. The limit is for a machine that is idle. On a busy one it is
-// extended by what the plain driver takes to set up a consumer, on the same path and at the same
+// InTime holds a time against its limit. The limit is for a machine that is idle. On a busy one it
+// is extended by what the plain driver takes to set up a consumer, on the same path and at the same
 // moment.
 func (s *Scenario) InTime(took, limit time.Duration, what string) {
 	s.Helper()
@@ -68,8 +68,8 @@ func (s *Scenario) Timed(fault func()) (lost, done time.Time) {
 }
 
 // PlainSetup is how long the driver alone needs now from dial to consume-ok, 0 if it does not get
-// there. If the scenario's path is broken, or so slow that it seems to be, the published port of the
-// broker shows what the machine is like.
+// there. If the scenario's path is broken, or so slow that it seems to be, the published port of
+// the broker shows what the machine is like.
 func (s *Scenario) PlainSetup() time.Duration {
 	if took := setUpPlain(s.address(), amqp.Config{TLSClientConfig: s.TLS.Clone(), Dial: s.plainDial}); took > 0 {
 		return took

@@ -19,8 +19,8 @@ import (
 	"github.com/steadymq/steadymq/internal/rabbit"
 )
 
-// What a scenario is held to at its end. Verify is the whole of it; a test that ends otherwise, such
-// as one whose queue is gone by then, calls the parts that apply.
+// What a scenario is held to at its end. Verify is the whole of it; a test that ends otherwise,
+// such as one whose queue is gone by then, calls the parts that apply.
 
 // Verify ends the scenario and judges it.
 func (s *Scenario) Verify() {
@@ -37,8 +37,8 @@ func (s *Scenario) Verify() {
 	s.AddRow(s.Duplicates())
 }
 
-// OneConsumer waits until the broker holds one consumer, which it may have to learn by noticing that
-// another is dead, and this process one socket.
+// OneConsumer waits until the broker holds one consumer, which it may have to learn by noticing
+// that another is dead, and this process one socket.
 func (s *Scenario) OneConsumer() {
 	s.Helper()
 	var q rabbit.Queue
@@ -64,8 +64,8 @@ func (s *Scenario) Stopped(limit time.Duration) {
 	assert.Equal(s, steadymq.Stopped, s.Consumer.State())
 }
 
-// NothingLeft looks for what Run left behind. The runtime needs a moment to end a goroutine that has
-// returned.
+// NothingLeft looks for what Run left behind. The runtime needs a moment to end a goroutine that
+// has returned.
 func (s *Scenario) NothingLeft() {
 	s.Helper()
 	var left string
@@ -102,8 +102,8 @@ func (s *Scenario) QueueEmpty() {
 	assert.Equal(s, rabbit.Queue{}, q, "the queue is empty and free")
 }
 
-// AcksAreRight holds what the wire shows against what the handlers did: an ack settles one delivery,
-// once, after the handler of the same session has finished it.
+// AcksAreRight holds what the wire shows against what the handlers did: an ack settles one
+// delivery, once, after the handler of the same session has finished it.
 func (s *Scenario) AcksAreRight() {
 	s.Helper()
 	if !s.ReadsTheWire() {
@@ -150,8 +150,8 @@ func (s *Scenario) AckedMessages() []int {
 	return slices.Sorted(maps.Keys(acked))
 }
 
-// messagesToldAcked are the finished messages, as soon as the consumer's statistics have as many acks
-// as there were handlings that could be acked.
+// messagesToldAcked are the finished messages, as soon as the consumer's statistics have as many
+// acks as there were handlings that could be acked.
 func (s *Scenario) messagesToldAcked() []int {
 	stats := s.Consumer.Stats()
 	if stats.Acked+stats.Stale < uint64(s.Ledger.Handlings()) {
@@ -160,8 +160,8 @@ func (s *Scenario) messagesToldAcked() []int {
 	return s.Ledger.Finished()
 }
 
-// Duplicates counts second handlings, and holds them and the broker's redeliveries against the number
-// of lost sessions.
+// Duplicates counts second handlings, and holds them and the broker's redeliveries against the
+// number of lost sessions.
 func (s *Scenario) Duplicates() int {
 	s.Helper()
 	requeued := 0
@@ -195,8 +195,8 @@ func (s *Scenario) StatsAddUp() {
 	assert.Zero(s, stats.EventsDropped)
 }
 
-// OverdueIsStale holds a consumer whose channel a consumer timeout has closed to this: the ack of the
-// overdue handler was not sent, nor were those of messages that other workers had at hand then.
+// OverdueIsStale holds a consumer whose channel a consumer timeout has closed to this: the ack of
+// the overdue handler was not sent, nor were those of messages that other workers had at hand then.
 func (s *Scenario) OverdueIsStale() {
 	s.Helper()
 	stale := s.Consumer.Stats().Stale
@@ -222,7 +222,7 @@ func (s *Scenario) TakeAll(queue string) []int {
 	ch, err := conn.Channel()
 	require.NoError(s, err)
 	var numbers []int
-	for empty := 0; empty < 5; { // what was put back a moment ago may take another moment to be ready
+	for empty := 0; empty < 5; { // what was put back a moment ago may not be ready yet
 		d, ok, err := ch.Get(queue, true)
 		require.NoError(s, err)
 		if !ok {
