@@ -26,27 +26,30 @@ import (
 // This file has its life: it is made, started, fed and waited for.
 type Scenario struct {
 	*testing.T
-	Broker       *rabbit.Broker
-	Proxy        *faultproxy.Proxy // nil where the consumer dials the broker itself, see Directly
-	Queue        string
-	table        *Results
-	notes        []string
+	Broker *rabbit.Broker
+	Proxy  *faultproxy.Proxy // nil where the consumer dials the broker itself, see Directly
+	Queue  string
+
+	// For a test to change before Start.
+	Workers, Prefetch int
+	Handle            func(ctx context.Context, d *steadymq.Delivery, n int) error // nil takes 2 ms
+	Options           []steadymq.Option
+	TLS               *tls.Config // nil for plain amqp
+
+	// What Start makes, and what judges it.
+	Consumer     *steadymq.Consumer
+	Cancel       context.CancelFunc
+	Result       chan error // of Run
+	Sockets      Sockets
+	ConsumerLog  *Log
+	Ledger       *Ledger
+	Feeder       *Feeder
 	ResumedAfter time.Duration // zero if the consumer did not have to resume
 
-	Workers, Prefetch int
-	Handle            func(ctx context.Context, d *steadymq.Delivery, n int) error
-	Options           []steadymq.Option
-	TLS               *tls.Config  // nil for plain amqp
-	elsewhere         atomic.Value // the address that Lead sends a direct consumer to
-
-	Consumer    *steadymq.Consumer
-	Cancel      context.CancelFunc
-	Result      chan error
-	label       string
-	Sockets     Sockets
-	ConsumerLog *Log
-	Ledger      *Ledger
-	Feeder      *Feeder
+	table     *Results
+	notes     []string
+	label     string       // of the goroutines
+	elsewhere atomic.Value // the address that Lead sends a direct consumer to
 
 	mu      sync.Mutex
 	changes []steadymq.StateChange
