@@ -1,4 +1,4 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"context"
@@ -19,37 +19,39 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 const (
-	// lockStep bounds the next try while something is locked, and a little of the machine.
-	lockStep = time.Second + atOnce
-	// operatorCap is the slowest pace for what an operator has to mend.
+	// lockStep bounds the next try while something is locked.
+	lockStep = time.Second + scenario.AtOnce
+	// operatorCap is the longest wait for what an operator has to mend.
 	operatorCap = 30 * time.Second
-	// buried bounds the broker noticing that a client is dead: three heartbeats after the last byte.
-	buried = 3*realHeartbeat + time.Second
-	// setupPace bounds resuming once a path is back that swallowed the tries of a few seconds.
-	setupPace = realSetup + 2*time.Second
+	// buried bounds when the broker notices that a client is dead: three heartbeats after the last
+	// byte.
+	buried = 3*scenario.Heartbeat + time.Second
+	// setupPace bounds resuming once a path is back that has swallowed tries for a few seconds.
+	setupPace = scenario.SetupTimeout + 2*time.Second
 )
 
-// nodeCells are the faults of one node that leave others' queues on it in peace.
+// nodeCells are the faults on one node that do not disturb other queues on it.
 func nodeCells() []cell {
 	notStream := func(reason string) func(rabbit.Generation, kind) string { return only(reason, classic, quorum) }
 	return []cell{
-		{fault: "connection reset", rows: "4, 28", test: func(r *trial) { r.suffers(r.proxy.Reset) }},
-		{fault: "broker aborts the connection", rows: "4", by: bothWay, test: func(r *trial) { r.suffers(r.abort) }},
-		{fault: "connection ended politely (FIN)", rows: "11, 28", test: func(r *trial) { r.suffers(r.proxy.FIN) }},
-		{fault: "path swallows both ways", rows: "12", test: func(r *trial) { r.silenced(faultproxy.Both, silentPeer) }},
-		{fault: "path swallows what the broker sends", rows: "13", test: func(r *trial) { r.silenced(faultproxy.ToClient, silentPeer) }},
-		{fault: "path swallows what we send", rows: "14", test: func(r *trial) { r.silenced(faultproxy.ToBroker, halfOpen) }},
+		{fault: "connection reset", rows: "4, 28", test: func(r *trial) { r.suffers(r.Proxy.Reset) }},
+		{fault: "broker aborts the connection", rows: "4", by: bothWay, test: func(r *trial) { r.suffers(r.Abort) }},
+		{fault: "connection ended politely (FIN)", rows: "11, 28", test: func(r *trial) { r.suffers(r.Proxy.FIN) }},
+		{fault: "path swallows both ways", rows: "12", test: func(r *trial) { r.silenced(faultproxy.Both, scenario.SilentPeer) }},
+		{fault: "path swallows what the broker sends", rows: "13", test: func(r *trial) { r.silenced(faultproxy.ToClient, scenario.SilentPeer) }},
+		{fault: "path swallows what we send", rows: "14", test: func(r *trial) { r.silenced(faultproxy.ToBroker, scenario.HalfOpen) }},
 		{fault: "50 ms of latency each way, then a reset", rows: "29", test: func(r *trial) {
-			r.weather(func() { r.proxy.Latency(faultproxy.Both, 50*time.Millisecond) }, time.Second+atOnce)
+			r.weather(func() { r.Proxy.Latency(faultproxy.Both, 50*time.Millisecond) }, time.Second+scenario.AtOnce)
 		}},
 		{fault: "20 kB/s, then a reset", rows: "29", test: func(r *trial) {
-			r.weather(func() { r.proxy.Bandwidth(faultproxy.Both, 20_000) }, time.Second+atOnce)
+			r.weather(func() { r.Proxy.Bandwidth(faultproxy.Both, 20_000) }, time.Second+scenario.AtOnce)
 		}},
 		{fault: "slices of 7 bytes, then a reset", rows: "29", test: func(r *trial) {
-			r.weather(func() { r.proxy.Slice(faultproxy.Both, 7, 100*time.Microsecond) }, time.Second+atOnce)
+			r.weather(func() { r.Proxy.Slice(faultproxy.Both, 7, 100*time.Microsecond) }, time.Second+scenario.AtOnce)
 		}},
 		{fault: "stall of one heartbeat that heals", rows: "29", test: stallThatHeals},
 		{fault: "path swallows both ways after open-ok", rows: "15", test: deadFromTheStart},
@@ -143,7 +145,7 @@ func nodeCells() []cell {
 }
 
 // allCells are those of one node, and those that need somebody to sign certificates.
-func allCells(ca *authority) (all []cell) {
+func allCells(ca *scenario.Authority) (all []cell) {
 	for _, c := range slices.Concat(nodeCells(), loginCells(ca), startCells(), failingCells()) {
 		if c.by != bothWay {
 			all = append(all, c)
@@ -159,8 +161,8 @@ func allCells(ca *authority) (all []cell) {
 
 // runCells runs them on one node per generation, many at a time.
 func (m *matrix) runCells(t *testing.T, gens []rabbit.Generation) {
-	ca := newAuthority(t)
-	shown := ca.sign(t)
+	ca := scenario.NewAuthority(t)
+	shown := ca.Sign(t)
 	var cfgs []rabbit.Config
 	for _, g := range gens {
 		cfgs = append(cfgs, withTokens(rabbit.Config{Generation: g, ChannelTick: time.Second, TLS: &shown}))
@@ -184,7 +186,7 @@ func (m *matrix) runCells(t *testing.T, gens []rabbit.Generation) {
 	all.Wait()
 }
 
-// kindsOf are the kinds a cell runs on: all that exist, or one of them when the matrix is not run whole.
+// kindsOf are the kinds that a cell runs on: all that exist, or one of them in the short form.
 func (m *matrix) kindsOf(c cell, g rabbit.Generation, n int) []kind {
 	var possible []kind
 	for _, k := range kinds() {
@@ -212,8 +214,8 @@ func (m *matrix) runCell(t *testing.T, g rabbit.Generation, k kind, b *rabbit.Br
 // suffers is a fault that both sides hear of at once.
 func (r *trial) suffers(fault func()) {
 	r.begin()
-	lost, done := r.timed(fault)
-	r.resumedSince(lost, done, atOnce)
+	lost, done := r.Timed(fault)
+	r.ResumedSince(lost, done, scenario.AtOnce)
 	r.judge()
 }
 
@@ -221,81 +223,81 @@ func (r *trial) suffers(fault func()) {
 func (r *trial) silenced(d faultproxy.Direction, limit time.Duration) {
 	r.begin()
 	at := time.Now()
-	r.proxy.BlackHole(d)
-	change := r.awaitLost(0, at, limit)
-	r.note("noticed after %s", inWords(change.Time.Sub(at)))
-	r.pause(2 * time.Second)
+	r.Proxy.BlackHole(d)
+	change := r.AwaitLost(0, at, limit)
+	r.Note("noticed after %s", inWords(change.Time.Sub(at)))
+	r.Pause(2 * time.Second)
 	healed := time.Now()
-	r.proxy.Heal()
-	r.resumed(healed, setupPace)
+	r.Proxy.Heal()
+	r.Resumed(healed, setupPace)
 	r.judge()
 }
 
-// weather is a slow path that nobody may take for a dead one; a reset must heal over it, too.
+// weather is a slow path, which must not be taken for a dead one. A reset has to heal over it, too.
 func (r *trial) weather(begin func(), limit time.Duration) {
 	r.begin()
 	begin()
-	r.pause(2 * realHeartbeat)
-	assert.Zero(r, r.lostSessions(), "slow is not dead")
+	r.Pause(2 * scenario.Heartbeat)
+	assert.Zero(r, r.LostSessions(), "slow is not dead")
 	at := time.Now()
-	r.proxy.Reset()
-	r.resumed(at, limit)
+	r.Proxy.Reset()
+	r.Resumed(at, limit)
 	r.judge()
 }
 
 func stallThatHeals(r *trial) {
 	r.begin()
-	r.proxy.Pause(faultproxy.Both)
-	r.pause(realHeartbeat)
-	r.proxy.Heal()
+	r.Proxy.Pause(faultproxy.Both)
+	r.Pause(scenario.Heartbeat)
+	r.Proxy.Heal()
 	r.judge()
-	assert.Zero(r, r.lostSessions(), "bytes were late, none were lost")
+	assert.Zero(r, r.LostSessions(), "bytes were late, none were lost")
 }
 
-// handshakeCut cuts the first dials at every stage, from the greeting to consume-ok, which the driver reports as wrong passwords and virtual
-// hosts: Run must not give up.
+// handshakeCut cuts the first dials at every stage, from the greeting to consume-ok. The driver
+// reports that as wrong passwords and virtual hosts; Run must not give up.
 func handshakeCut(r *trial) {
-	r.proxy.CutAfter(faultproxy.ToClient, 8)
-	r.start()
+	r.Proxy.CutAfter(faultproxy.ToClient, 8)
+	r.Start()
 	cuts := []int64{200, 480, 510, 530, 545, 560}
-	if r.tls != nil {
+	if r.TLS != nil {
 		cuts = append(cuts, 800, 1100, 1400) // its handshake comes first
 	}
 	for _, n := range cuts {
-		r.pause(300 * time.Millisecond)
-		r.proxy.Heal()
-		r.proxy.CutAfter(faultproxy.ToClient, n)
-		r.proxy.Reset()
+		r.Pause(300 * time.Millisecond)
+		r.Proxy.Heal()
+		r.Proxy.CutAfter(faultproxy.ToClient, n)
+		r.Proxy.Reset()
 	}
-	r.pause(300 * time.Millisecond)
+	r.Pause(300 * time.Millisecond)
 	at := time.Now()
-	r.proxy.Heal()
-	r.resumed(at, 11*time.Second) // the cap of the backoff and a second
-	assert.Greater(r, r.consumer.Stats().Dials, uint64(3), "dials that were cut")
-	r.feed()
+	r.Proxy.Heal()
+	r.Resumed(at, 11*time.Second) // the cap of the backoff and a second
+	assert.Greater(r, r.Consumer.Stats().Dials, uint64(3), "dials that were cut")
+	r.Feed()
 	r.judge()
 }
 
 // deadFromTheStart: the peer says nothing after open-ok. The driver by itself would wait for ever.
 func deadFromTheStart(r *trial) {
 	const classConnection, openOK = 10, 41
-	r.proxy.Latency(faultproxy.Both, 200*time.Millisecond) // between open-ok and what follows
-	r.start()
-	r.must(10*time.Second, "open-ok", func() bool { return r.passed(faultproxy.ToClient, classConnection, openOK) > 0 })
+	r.Proxy.Latency(faultproxy.Both, 200*time.Millisecond) // between open-ok and what follows
+	r.Start()
+	r.Must(10*time.Second, "open-ok", func() bool { return r.passed(faultproxy.ToClient, classConnection, openOK) > 0 })
 	at := time.Now()
-	r.proxy.BlackHole(faultproxy.Both)
-	change := r.told("setup limit", realSetup+2*time.Second)
-	r.note("noticed after %s", inWords(change.Time.Sub(at)))
+	r.Proxy.BlackHole(faultproxy.Both)
+	change := r.told("setup limit", scenario.SetupTimeout+2*time.Second)
+	r.Note("noticed after %s", inWords(change.Time.Sub(at)))
 	healed := time.Now()
-	r.proxy.Heal()
-	r.resumed(healed, setupPace)
-	r.feed()
+	r.Proxy.Heal()
+	r.Resumed(healed, setupPace)
+	r.Feed()
 	r.judge()
 }
 
 // passed counts methods on the wire.
 func (r *trial) passed(d faultproxy.Direction, class, method uint16) (n int) {
-	for _, m := range r.proxy.Log().Methods() {
+	for _, m := range r.Proxy.Log().Methods() {
 		if m.Dir == d && m.Class == class && m.Method == method {
 			n++
 		}
@@ -303,17 +305,17 @@ func (r *trial) passed(d faultproxy.Direction, class, method uint16) (n int) {
 	return n
 }
 
-// strayReply is one too many: it parks the driver's reader, for ever.
+// strayReply is a reply too many, which blocks the driver's reader for ever.
 func strayReply(r *trial) {
 	const classBasic, qosOK = 60, 11
 	r.begin()
-	r.must(5*time.Second, "a delivery", func() bool { return len(r.proxy.Log().Deliveries()) > 0 })
-	channel := r.proxy.Log().Deliveries()[0].Channel
+	r.Must(5*time.Second, "a delivery", func() bool { return len(r.Proxy.Log().Deliveries()) > 0 })
+	channel := r.Proxy.Log().Deliveries()[0].Channel
 	at := time.Now()
-	require.Equal(r, 1, r.proxy.Inject(faultproxy.ToClient, faultproxy.MethodFrame(channel, classBasic, qosOK, nil)))
-	change := r.awaitLost(0, at, deadReader)
-	r.note("noticed after %s", inWords(change.Time.Sub(at)))
-	r.resumed(change.Time, atOnce)
+	require.Equal(r, 1, r.Proxy.Inject(faultproxy.ToClient, faultproxy.MethodFrame(channel, classBasic, qosOK, nil)))
+	change := r.AwaitLost(0, at, scenario.DeadReader)
+	r.Note("noticed after %s", inWords(change.Time.Sub(at)))
+	r.Resumed(change.Time, scenario.AtOnce)
 	r.judge()
 }
 
@@ -321,41 +323,42 @@ func strayReply(r *trial) {
 func forbiddenFrame(r *trial) {
 	r.begin()
 	at := time.Now()
-	require.Equal(r, 1, r.proxy.Inject(faultproxy.ToBroker, faultproxy.AckFrame(99, 1, false)))
-	change := r.awaitLost(0, at, atOnce)
+	require.Equal(r, 1, r.Proxy.Inject(faultproxy.ToBroker, faultproxy.AckFrame(99, 1, false)))
+	change := r.AwaitLost(0, at, scenario.AtOnce)
 	var said *amqp.Error
 	require.ErrorAs(r, change.Cause, &said)
 	assert.True(r, said.Server)
 	assert.Equal(r, amqp.ChannelError, said.Code)
-	r.resumed(change.Time, atOnce)
+	r.Resumed(change.Time, scenario.AtOnce)
 	r.judge()
 }
 
 func dialsRefused(r *trial) {
 	r.begin()
-	r.proxy.Refuse()
-	r.proxy.Reset()
+	r.Proxy.Refuse()
+	r.Proxy.Reset()
 	r.told("refused", 2*time.Second)
-	r.pause(4 * time.Second)
+	r.Pause(4 * time.Second)
 	at := time.Now()
-	r.proxy.Heal()
-	r.resumed(at, afterRefusals)
+	r.Proxy.Heal()
+	r.Resumed(at, scenario.AfterRefusals)
 	r.judge()
 }
 
-// handshakeStalls: nothing of ours arrives. With limits that long it is the broker that gives up, after the 10 s of its handshake_timeout.
+// handshakeStalls: nothing of ours arrives. With limits as long as here the broker gives up first,
+// after the 10 s of its handshake_timeout.
 func handshakeStalls(r *trial) {
-	r.opts = append(r.opts, steadymq.WithSetupTimeout(15*time.Second), steadymq.WithHeartbeat(10*time.Second))
+	r.Options = append(r.Options, steadymq.WithSetupTimeout(15*time.Second), steadymq.WithHeartbeat(10*time.Second))
 	r.begin()
-	r.proxy.Pause(faultproxy.ToBroker)
-	r.proxy.Reset()
+	r.Proxy.Pause(faultproxy.ToBroker)
+	r.Proxy.Reset()
 	at := time.Now()
-	r.must(14*time.Second, "the broker hangs up", func() bool { return r.consumer.Stats().Dials > 2 })
+	r.Must(14*time.Second, "the broker hangs up", func() bool { return r.Consumer.Stats().Dials > 2 })
 	assert.Greater(r, time.Since(at), 8*time.Second, "it was not us")
-	r.note("the broker hung up after %s", inWords(time.Since(at)))
+	r.Note("the broker hung up after %s", inWords(time.Since(at)))
 	healed := time.Now()
-	r.proxy.Heal()
-	r.resumed(healed, setupPace)
+	r.Proxy.Heal()
+	r.Resumed(healed, setupPace)
 	r.judge()
 }
 
@@ -363,38 +366,38 @@ func handshakeStalls(r *trial) {
 
 func operatorClosesIt(r *trial) {
 	r.begin()
-	n, err := r.broker.CloseNamed(r.Context(), r.queue, "an operator's reason")
+	n, err := r.Broker.CloseNamed(r.Context(), r.Queue, "an operator's reason")
 	r.ok(err)
 	require.Equal(r, "1", n)
-	change := r.awaitLost(0, time.Now(), atOnce)
+	change := r.AwaitLost(0, time.Now(), scenario.AtOnce)
 	assert.ErrorContains(r, change.Cause, "an operator's reason")
-	r.resumed(change.Time, atOnce)
+	r.Resumed(change.Time, scenario.AtOnce)
 	r.judge()
 }
 
 func channelCrashes(r *trial) {
 	r.begin()
-	n, err := r.broker.CrashChannels(r.Context(), r.queue)
+	n, err := r.Broker.CrashChannels(r.Context(), r.Queue)
 	r.ok(err)
 	require.Equal(r, "1", n)
-	change := r.awaitLost(0, time.Now(), atOnce)
+	change := r.AwaitLost(0, time.Now(), scenario.AtOnce)
 	var said *amqp.Error
 	require.ErrorAs(r, change.Cause, &said)
 	assert.Equal(r, amqp.InternalError, said.Code)
-	r.resumed(change.Time, atOnce)
+	r.Resumed(change.Time, scenario.AtOnce)
 	r.judge()
 }
 
 func ackedBehindOurBack(r *trial) {
 	r.begin()
-	r.must(10*time.Second, "ten acks", func() bool { return len(r.proxy.Log().Settlements()) > 10 })
-	done := r.proxy.Log().Settlements()[5]
+	r.Must(10*time.Second, "ten acks", func() bool { return len(r.Proxy.Log().Settlements()) > 10 })
+	done := r.Proxy.Log().Settlements()[5]
 	at := time.Now()
-	require.Equal(r, 1, r.proxy.Inject(faultproxy.ToBroker, faultproxy.AckFrame(done.Channel, done.Tag, false)))
-	change := r.awaitLost(0, at, atOnce)
+	require.Equal(r, 1, r.Proxy.Inject(faultproxy.ToBroker, faultproxy.AckFrame(done.Channel, done.Tag, false)))
+	change := r.AwaitLost(0, at, scenario.AtOnce)
 	assert.ErrorContains(r, change.Cause, "unknown delivery tag")
-	r.resumed(at, atOnce)
-	r.keptConnection()
+	r.Resumed(at, scenario.AtOnce)
+	r.KeptConnection()
 	r.judge()
 }
 
@@ -403,81 +406,82 @@ func ackedBehindOurBack(r *trial) {
 func (r *trial) declareArgs() amqp.Table { return amqp.Table{"x-queue-type": string(r.kind)} }
 
 func absentAtStart(r *trial) {
-	r.ok(r.broker.DeleteQueue(r.queue))
-	r.start()
+	r.ok(r.Broker.DeleteQueue(r.Queue))
+	r.Start()
 	r.told("no queue", 5*time.Second)
-	r.pause(2 * time.Second)
+	r.Pause(2 * time.Second)
 	at := time.Now()
-	r.ok(r.broker.DeclareQueue(r.queue, r.declareArgs()))
+	r.ok(r.Broker.DeclareQueue(r.Queue, r.declareArgs()))
 	r.atNextTry(at, time.Now())
-	r.feed()
+	r.Feed()
 	r.judge()
 }
 
 func deletedAndOurs(r *trial) {
-	r.opts = append(r.opts, steadymq.WithQueue(steadymq.Queue{Type: string(r.kind)}))
+	r.Options = append(r.Options, steadymq.WithQueue(steadymq.Queue{Type: string(r.kind)}))
 	r.begin()
-	r.feeder.stop()
-	r.settledAll()
+	r.Feeder.Stop()
+	r.SettledAll()
 	at := time.Now()
-	r.ok(r.broker.DeleteQueue(r.queue))
+	r.ok(r.Broker.DeleteQueue(r.Queue))
 	deleted := time.Now()
-	r.resumedSince(at, deleted, atOnce+r.declaring())
-	r.feed()
+	r.ResumedSince(at, deleted, scenario.AtOnce+r.declaring())
+	r.Feed()
 	r.judge()
 }
 
-// declaring is twice what the broker needs to make such a queue now: a quorum queue holds an election and writes to its disk.
+// declaring is twice what the broker needs now to make such a queue: a quorum queue holds an
+// election and writes to its disk.
 func (r *trial) declaring() time.Duration {
 	start := time.Now()
-	r.ok(r.broker.DeclareQueue(r.queue+"-another", r.declareArgs()))
+	r.ok(r.Broker.DeclareQueue(r.Queue+"-another", r.declareArgs()))
 	took := time.Since(start)
-	r.ok(r.broker.DeleteQueue(r.queue + "-another"))
+	r.ok(r.Broker.DeleteQueue(r.Queue + "-another"))
 	return 2 * took
 }
 
 func deletedAndTheirs(r *trial) {
 	r.begin()
-	r.feeder.stop()
-	r.settledAll()
-	r.ok(r.broker.DeleteQueue(r.queue))
-	r.awaitLost(0, time.Now(), atOnce)
-	r.pause(2 * time.Second)
+	r.Feeder.Stop()
+	r.SettledAll()
+	r.ok(r.Broker.DeleteQueue(r.Queue))
+	r.AwaitLost(0, time.Now(), scenario.AtOnce)
+	r.Pause(2 * time.Second)
 	at := time.Now()
-	r.ok(r.broker.DeclareQueue(r.queue, r.declareArgs()))
+	r.ok(r.Broker.DeclareQueue(r.Queue, r.declareArgs()))
 	r.atNextTry(at, time.Now())
-	r.feed()
+	r.Feed()
 	r.judge()
 }
 
 func resumesExactly(r *trial) {
-	r.start()
+	r.Start()
 	r.consuming()
-	r.publish(30)
-	r.settledAll()
-	r.pause(100 * time.Millisecond) // the broker has them, too
+	r.Publish(30)
+	r.SettledAll()
+	r.Pause(100 * time.Millisecond) // the broker has them, too
 	at := time.Now()
-	r.proxy.Reset()
-	r.publish(30)
-	r.resumed(at, atOnce)
-	r.settledAll()
+	r.Proxy.Reset()
+	r.Publish(30)
+	r.Resumed(at, scenario.AtOnce)
+	r.SettledAll()
 	r.judge()
-	assert.Len(r, r.proxy.Log().Deliveries(), 60, "every message once, none skipped")
+	assert.Len(r, r.Proxy.Log().Deliveries(), 60, "every message once, none skipped")
 }
 
 func streamPutBack(r *trial) {
 	var failed atomic.Bool
-	r.opts = append(r.opts, steadymq.WithRequeueDelay(50*time.Millisecond, time.Second))
-	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+	r.Options = append(r.Options, steadymq.WithRequeueDelay(50*time.Millisecond, time.Second))
+	r.Handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
 		if n == 15 && failed.CompareAndSwap(false, true) {
 			return errors.New("not now")
 		}
 		return nil
 	}
 	r.begin()
-	r.pause(time.Second)
+	r.Pause(time.Second)
 	assert.True(r, failed.Load())
-	assert.Zero(r, r.lostSessions(), "it is tried again in place")
+	assert.Zero(r, r.LostSessions(), "it is tried again in place")
 	r.judge()
 }
 
@@ -485,7 +489,7 @@ func requeuePace(r *trial) {
 	var mu sync.Mutex
 	var tries []time.Time
 	var well atomic.Bool
-	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+	r.Handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
 		if n == 0 && !well.Load() {
 			mu.Lock()
 			defer mu.Unlock()
@@ -495,9 +499,9 @@ func requeuePace(r *trial) {
 		return nil
 	}
 	r.begin()
-	r.pause(5 * time.Second)
+	r.Pause(5 * time.Second)
 	well.Store(true)
-	assert.Zero(r, r.lostSessions())
+	assert.Zero(r, r.LostSessions())
 	mu.Lock()
 	assert.GreaterOrEqual(r, len(tries), 3, "it is tried again")
 	for i := 1; i < len(tries); i++ {
@@ -510,8 +514,8 @@ func requeuePace(r *trial) {
 func deliveryLimit(r *trial) {
 	var mu sync.Mutex
 	var attempts, dropped []int
-	r.opts = append(r.opts, steadymq.WithRequeueDelay(20*time.Millisecond, 20*time.Millisecond))
-	r.handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
+	r.Options = append(r.Options, steadymq.WithRequeueDelay(20*time.Millisecond, 20*time.Millisecond))
+	r.Handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
 		mu.Lock()
 		defer mu.Unlock()
 		switch n {
@@ -527,12 +531,12 @@ func deliveryLimit(r *trial) {
 		return nil
 	}
 	r.begin()
-	r.pause(2 * time.Second)
+	r.Pause(2 * time.Second)
 	mu.Lock()
 	assert.Equal(r, []int{1, 2, 3, 4}, attempts)
 	assert.Equal(r, []int{1, 2, 3, 4}, dropped, "and then the broker drops it")
 	mu.Unlock()
-	r.ledger.forget(1) // it was the broker's to drop
+	r.Ledger.Forget(1) // it was the broker's to drop
 	r.judge()
 }
 
@@ -540,8 +544,8 @@ func deliveryLimit(r *trial) {
 func delayedRetry(r *trial) {
 	var mu sync.Mutex
 	var tries []time.Time
-	r.opts = append(r.opts, steadymq.WithRequeueDelay(20*time.Millisecond, 20*time.Millisecond))
-	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+	r.Options = append(r.Options, steadymq.WithRequeueDelay(20*time.Millisecond, 20*time.Millisecond))
+	r.Handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
 		mu.Lock()
 		defer mu.Unlock()
 		if n != 0 {
@@ -553,8 +557,8 @@ func delayedRetry(r *trial) {
 		return nil
 	}
 	r.begin()
-	r.feeder.stop()
-	r.settledAll()
+	r.Feeder.Stop()
+	r.SettledAll()
 	mu.Lock()
 	assert.Len(r, tries, 3)
 	for i := 1; i < len(tries); i++ {
@@ -562,23 +566,24 @@ func delayedRetry(r *trial) {
 	}
 	mu.Unlock()
 	r.judge()
-	assert.Zero(r, r.lostSessions())
+	assert.Zero(r, r.LostSessions())
 }
 
-// deadLetters: what the handler gives up goes where the queue says, also when the connection is lost before its reject.
+// deadLetters: what the handler gives up goes where the queue says, even if the connection is lost
+// before the reject.
 func deadLetters(r *trial) {
 	const dead = "dead"
 	hopeless := func(n int) bool { return n%5 == 0 }
-	r.ok(r.broker.DeclareQueue(dead, nil))
-	r.ok(r.broker.Bind(dead, "amq.fanout"))
+	r.ok(r.Broker.DeclareQueue(dead, nil))
+	r.ok(r.Broker.Bind(dead, "amq.fanout"))
 	var mu sync.Mutex
 	tries, again := map[int]int{}, false
-	r.handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
+	r.Handle = func(_ context.Context, d *steadymq.Delivery, n int) error {
 		if !hopeless(n) {
 			return nil
 		}
-		r.pause(50 * time.Millisecond)
-		r.ledger.finish(n, d)
+		r.Pause(50 * time.Millisecond)
+		r.Ledger.Finish(n, d)
 		mu.Lock()
 		defer mu.Unlock()
 		tries[n]++
@@ -586,22 +591,22 @@ func deadLetters(r *trial) {
 		return steadymq.Discard(errors.New("cannot be handled"))
 	}
 	r.begin()
-	r.must(20*time.Second, "one was given up twice", func() bool {
-		lost := r.lostSessions()
-		r.proxy.Reset()
-		r.must(5*time.Second, "consuming again", func() bool { return r.lostSessions() > lost && r.consumer.State() == steadymq.Consuming })
-		r.pause(200 * time.Millisecond)
+	r.Must(20*time.Second, "one was given up twice", func() bool {
+		lost := r.LostSessions()
+		r.Proxy.Reset()
+		r.Must(5*time.Second, "consuming again", func() bool { return r.LostSessions() > lost && r.Consumer.State() == steadymq.Consuming })
+		r.Pause(200 * time.Millisecond)
 		mu.Lock()
 		defer mu.Unlock()
 		return again
 	})
 	r.judge()
 	left := map[int]bool{}
-	for _, n := range r.takeAll(dead) {
+	for _, n := range r.TakeAll(dead) {
 		assert.True(r, hopeless(n), "message %d was handled well", n)
 		left[n] = true
 	}
-	for n := range r.ledger.confirmed {
+	for _, n := range r.Ledger.Confirmed() {
 		assert.Equal(r, hopeless(n), left[n], "message %d among the dead letters", n)
 	}
 }
@@ -609,9 +614,9 @@ func deadLetters(r *trial) {
 // stuckHandlers fill the prefetch until their limit; then everything goes on.
 func stuckHandlers(r *trial) {
 	var stuck, told atomic.Int64
-	r.opts = append(r.opts, steadymq.WithHandlerTimeout(2*time.Second))
-	r.handle = func(ctx context.Context, _ *steadymq.Delivery, _ int) error {
-		if stuck.Add(1) <= int64(r.workers) {
+	r.Options = append(r.Options, steadymq.WithHandlerTimeout(2*time.Second))
+	r.Handle = func(ctx context.Context, _ *steadymq.Delivery, _ int) error {
+		if stuck.Add(1) <= int64(r.Workers) {
 			<-ctx.Done()
 			if errors.Is(context.Cause(ctx), steadymq.ErrHandlerTimeout) {
 				told.Add(1)
@@ -620,9 +625,9 @@ func stuckHandlers(r *trial) {
 		return nil
 	}
 	r.begin()
-	r.must(5*time.Second, "the limit", func() bool { return told.Load() == int64(r.workers) })
+	r.Must(5*time.Second, "the limit", func() bool { return told.Load() == int64(r.Workers) })
 	r.judge()
-	assert.Zero(r, r.lostSessions())
+	assert.Zero(r, r.LostSessions())
 }
 
 func inequivalent(r *trial) {
@@ -630,51 +635,52 @@ func inequivalent(r *trial) {
 	if r.kind == quorum {
 		other = classic
 	}
-	r.opts = append([]steadymq.Option{steadymq.WithQueue(steadymq.Queue{Type: string(other)})}, r.opts...)
-	r.start()
+	r.Options = append([]steadymq.Option{steadymq.WithQueue(steadymq.Queue{Type: string(other)})}, r.Options...)
+	r.Start()
 	select {
-	case err := <-r.result:
+	case err := <-r.Result:
 		var said *amqp.Error
 		require.ErrorAs(r, err, &said)
 		assert.Equal(r, amqp.PreconditionFailed, said.Code)
 	case <-time.After(5 * time.Second):
 		require.FailNow(r, "Run does not give up")
 	}
-	r.nothingLeft()
-	r.note("Run returns the broker's 406")
-	r.row(0)
+	r.NothingLeft()
+	r.Note("Run returns the broker's 406")
+	r.AddRow(0)
 }
 
-// policyChanged: what a policy changes is no reason to lose a session. Up to 3.13 mirroring is one of the things it changes.
+// policyChanged: a session lives on when a policy of its queue changes. Up to 3.13 mirroring is one
+// of the things a policy changes.
 func policyChanged(r *trial) {
 	r.begin()
 	lower := `{"max-length-bytes": 100000000}`
 	if r.gen == rabbit.Gen310 && r.kind == classic {
 		lower = `{"ha-mode": "all"}`
 	}
-	r.ok(r.broker.PolicyOn(r.Context(), r.vhost, "test", ".*", lower))
-	r.pause(time.Second)
-	r.ok(r.broker.PolicyOff(r.Context(), r.vhost, "test"))
-	r.pause(time.Second)
+	r.ok(r.Broker.PolicyOn(r.Context(), r.vhost, "test", ".*", lower))
+	r.Pause(time.Second)
+	r.ok(r.Broker.PolicyOff(r.Context(), r.vhost, "test"))
+	r.Pause(time.Second)
 	r.judge()
-	assert.Zero(r, r.lostSessions())
+	assert.Zero(r, r.LostSessions())
 }
 
 // ---- who may ----
 
-// atNextTry holds healing against the pace of what an operator has to mend: the first try after healed succeeds, at once, and it comes
-// within the cap of that pace.
+// atNextTry holds healing against the pace for what an operator has to mend: the first try after
+// healed comes within the longest wait of that pace, and succeeds at once.
 func (r *trial) atNextTry(at, healed time.Time) {
 	r.Helper()
 	slow := r.pulse()
-	r.resumedSince(at, healed, operatorCap+atOnce)
+	r.ResumedSince(at, healed, operatorCap+scenario.AtOnce)
 	load := 3 * slow()
-	for _, c := range r.history() {
+	for _, c := range r.History() {
 		switch {
 		case c.Time.Before(healed):
 		case c.To == steadymq.Connecting:
 			wait := max(c.Time.Sub(healed), 0)
-			r.inTime(r.resume-wait, atOnce+load, "time from the first try to consuming")
+			r.InTime(r.ResumedAfter-wait, scenario.AtOnce+load, "time from the first try to consuming")
 			return
 		case c.To == steadymq.Consuming:
 			return // by a try that was on its way
@@ -682,8 +688,9 @@ func (r *trial) atNextTry(at, healed time.Time) {
 	}
 }
 
-// pulse has the plain driver set up consumers beside ours until it is asked for the longest time that took: the measure of the machine at
-// that moment, which a look afterwards misses.
+// pulse has the plain driver set up consumers beside ours, until it is asked for the longest time
+// that one of them took. That is how busy the machine was meanwhile, which a measurement afterwards
+// would miss.
 func (r *trial) pulse() (longest func() time.Duration) {
 	var most time.Duration
 	quit, done := make(chan struct{}), make(chan struct{})
@@ -692,7 +699,7 @@ func (r *trial) pulse() (longest func() time.Duration) {
 	go func() {
 		defer close(done)
 		for {
-			most = max(most, r.plainSetup())
+			most = max(most, r.PlainSetup())
 			select {
 			case <-quit:
 				return
@@ -707,9 +714,9 @@ func (r *trial) pulse() (longest func() time.Duration) {
 	}
 }
 
-// longestWait is the longest time the consumer told it would wait.
+// longestWait is the longest time that the consumer said it would wait.
 func (r *trial) longestWait() (longest time.Duration) {
-	for _, c := range r.history() {
+	for _, c := range r.History() {
 		longest = max(longest, c.RetryIn)
 	}
 	return longest
@@ -718,30 +725,31 @@ func (r *trial) longestWait() (longest time.Duration) {
 // userOf makes a user for the consumer; the publisher stays guest.
 func (r *trial) userOf() (user string) {
 	r.Helper()
-	user = "user-of-" + r.queue
-	r.ok(r.broker.NewUser(r.Context(), user, "first"))
-	r.Cleanup(func() { _ = r.broker.DropUser(context.Background(), user) })
-	r.ok(r.broker.Permit(r.Context(), user, r.vhost, ".*", ".*", ".*"))
+	user = "user-of-" + r.Queue
+	r.ok(r.Broker.NewUser(r.Context(), user, "first"))
+	r.Cleanup(func() { _ = r.Broker.DropUser(context.Background(), user) })
+	r.ok(r.Broker.Permit(r.Context(), user, r.vhost, ".*", ".*", ".*"))
 	return user
 }
 
 func (r *trial) asUser(user string, password func() string) {
-	r.opts = append(r.opts, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+	r.Options = append(r.Options, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
 		return steadymq.Credentials{Username: user, Password: password()}, nil
 	}))
 }
 
 func firstPassword() string { return "first" }
 
-// refused takes something away, makes the consumer dial again, and gives it back after it was refused for three seconds.
+// refused takes something away, makes the consumer dial again, and gives it back two seconds after
+// the consumer was refused.
 func (r *trial) refused(take, giveBack func() error, reason string) {
 	r.Helper()
 	r.begin()
 	r.ok(take())
-	r.cut()
+	r.Cut()
 	r.told(reason, 5*time.Second)
-	r.pause(2 * time.Second)
-	assert.NotEqual(r, steadymq.Consuming, r.consumer.State())
+	r.Pause(2 * time.Second)
+	assert.NotEqual(r, steadymq.Consuming, r.Consumer.State())
 	at := time.Now()
 	r.ok(giveBack())
 	r.atNextTry(at, time.Now())
@@ -752,8 +760,8 @@ func readForbidden(r *trial) {
 	user := r.userOf()
 	r.asUser(user, firstPassword)
 	r.refused(
-		func() error { return r.broker.Permit(r.Context(), user, r.vhost, ".*", ".*", "^$") },
-		func() error { return r.broker.Permit(r.Context(), user, r.vhost, ".*", ".*", ".*") },
+		func() error { return r.Broker.Permit(r.Context(), user, r.vhost, ".*", ".*", "^$") },
+		func() error { return r.Broker.Permit(r.Context(), user, r.vhost, ".*", ".*", ".*") },
 		"refused for user")
 }
 
@@ -761,8 +769,8 @@ func vhostForbidden(r *trial) {
 	user := r.userOf()
 	r.asUser(user, firstPassword)
 	r.refused(
-		func() error { return r.broker.Forbid(r.Context(), user, r.vhost) },
-		func() error { return r.broker.Permit(r.Context(), user, r.vhost, ".*", ".*", ".*") },
+		func() error { return r.Broker.Forbid(r.Context(), user, r.vhost) },
+		func() error { return r.Broker.Permit(r.Context(), user, r.vhost, ".*", ".*", ".*") },
 		"access to vhost")
 }
 
@@ -770,16 +778,16 @@ func userLimited(r *trial) {
 	user := r.userOf()
 	r.asUser(user, firstPassword)
 	r.refused(
-		func() error { return r.broker.LimitUser(r.Context(), user, 0) },
-		func() error { return r.broker.LimitUser(r.Context(), user, -1) },
+		func() error { return r.Broker.LimitUser(r.Context(), user, 0) },
+		func() error { return r.Broker.LimitUser(r.Context(), user, -1) },
 		"limit")
 	assert.LessOrEqual(r, r.longestWait(), time.Second, "a limit may be our own dead connection's: asked again every second")
 }
 
 func vhostLimited(r *trial) {
 	r.refused(
-		func() error { return r.broker.LimitVhost(r.Context(), r.vhost, 0) },
-		func() error { return r.broker.LimitVhost(r.Context(), r.vhost, -1) },
+		func() error { return r.Broker.LimitVhost(r.Context(), r.vhost, 0) },
+		func() error { return r.Broker.LimitVhost(r.Context(), r.vhost, -1) },
 		"limit")
 	assert.LessOrEqual(r, r.longestWait(), time.Second, "a limit may be our own dead connection's: asked again every second")
 }
@@ -790,53 +798,54 @@ func passwordChanged(r *trial) {
 	password.Store("first")
 	r.asUser(user, func() string { return password.Load().(string) })
 	r.begin()
-	r.ok(r.broker.NewPassword(r.Context(), user, "second"))
+	r.ok(r.Broker.NewPassword(r.Context(), user, "second"))
 	password.Store("second")
-	lost, done := r.timed(r.cut)
-	r.resumedSince(lost, done, atOnce)
+	lost, done := r.Timed(r.Cut)
+	r.ResumedSince(lost, done, scenario.AtOnce)
 	r.judge()
 }
 
-// urlRotatesLate: the new password reaches the application two seconds after the broker has it, so the first tries are refused.
+// urlRotatesLate: the application learns the new password two seconds after the broker, so the
+// first tries are refused.
 func urlRotatesLate(r *trial) {
 	user := r.userOf()
 	var password atomic.Value
 	password.Store("first")
-	r.opts = append(r.opts, steadymq.WithURLFunc(func(context.Context) (string, error) {
-		return r.by(r.broker.URLFor(user, password.Load().(string), strings.TrimPrefix(r.vhost, "/"))), nil
+	r.Options = append(r.Options, steadymq.WithURLFunc(func(context.Context) (string, error) {
+		return r.By(r.Broker.URLFor(user, password.Load().(string), strings.TrimPrefix(r.vhost, "/"))), nil
 	}))
 	r.begin()
-	r.ok(r.broker.NewPassword(r.Context(), user, "second"))
+	r.ok(r.Broker.NewPassword(r.Context(), user, "second"))
 	lost := time.Now()
-	r.cut()
-	r.pause(2 * time.Second)
+	r.Cut()
+	r.Pause(2 * time.Second)
 	at := time.Now()
 	password.Store("second")
-	r.resumed(at, operatorPace)
+	r.Resumed(at, scenario.OperatorPace)
 	r.toldOfLogin(lost, time.Second)
 	r.judge()
 }
 
 func vhostDeleted(r *trial) {
-	r.opts = append(r.opts, steadymq.WithQueue(steadymq.Queue{Type: string(r.kind)}))
-	r.withoutVhost(r.broker.DropVhost, "not found", r.broker.NewVhost)
+	r.Options = append(r.Options, steadymq.WithQueue(steadymq.Queue{Type: string(r.kind)}))
+	r.withoutVhost(r.Broker.DropVhost, "not found", r.Broker.NewVhost)
 }
 
-func vhostDown(r *trial) { r.withoutVhost(r.broker.StopVhost, "is down", r.broker.StartVhost) }
+func vhostDown(r *trial) { r.withoutVhost(r.Broker.StopVhost, "is down", r.Broker.StartVhost) }
 
-// withoutVhost takes the virtual host away for two seconds after the consumer was told so.
+// withoutVhost takes the virtual host away until two seconds after the consumer was told.
 func (r *trial) withoutVhost(take func(context.Context, string) error, reason string, giveBack func(context.Context, string) error) {
 	r.Helper()
 	r.begin()
-	r.feeder.stop()
-	r.settledAll()
+	r.Feeder.Stop()
+	r.SettledAll()
 	lost := time.Now()
 	r.ok(take(r.Context(), r.vhost))
 	r.told(reason, 10*time.Second)
-	r.pause(2 * time.Second)
+	r.Pause(2 * time.Second)
 	r.ok(giveBack(r.Context(), r.vhost))
 	r.atNextTry(lost, time.Now())
-	r.feed()
+	r.Feed()
 	r.judge()
 }
 
@@ -845,13 +854,13 @@ func (r *trial) withoutVhost(take func(context.Context, string) error, reason st
 // another is a plain consumer beside ours.
 func (r *trial) another(exclusive bool) *amqp.Connection {
 	r.Helper()
-	conn, err := amqp.DialConfig(r.broker.URL(), amqp.Config{Heartbeat: realHeartbeat})
+	conn, err := amqp.DialConfig(r.Broker.URL(), amqp.Config{Heartbeat: scenario.Heartbeat})
 	r.ok(err)
-	r.Cleanup(func() { closeWithin(conn, time.Second) })
+	r.Cleanup(func() { scenario.CloseWithin(conn, time.Second) })
 	ch, err := conn.Channel()
 	r.ok(err)
 	r.ok(ch.Qos(100, 0, false))
-	deliveries, err := ch.Consume(r.queue, "another", false, exclusive, false, false, nil)
+	deliveries, err := ch.Consume(r.Queue, "another", false, exclusive, false, false, nil)
 	r.ok(err)
 	go func() {
 		for range deliveries { // never settled: it goes back when the connection ends
@@ -861,96 +870,99 @@ func (r *trial) another(exclusive bool) *amqp.Connection {
 }
 
 func exclusiveConflict(r *trial) {
-	r.opts = append(r.opts, steadymq.WithExclusive())
+	r.Options = append(r.Options, steadymq.WithExclusive())
 	other := r.another(true)
-	r.start()
+	r.Start()
 	r.told("in exclusive use", 5*time.Second)
-	r.pause(2 * time.Second)
+	r.Pause(2 * time.Second)
 	at := time.Now()
-	closeWithin(other, time.Second)
-	r.resumed(at, lockStep)
-	r.feed()
+	scenario.CloseWithin(other, time.Second)
+	r.Resumed(at, lockStep)
+	r.Feed()
 	r.judge()
 }
 
 func singleActive(r *trial) {
-	r.opts = append(r.opts, steadymq.WithStallDetector(time.Second), steadymq.WithQueue(steadymq.Queue{
+	r.Options = append(r.Options, steadymq.WithStallDetector(time.Second), steadymq.WithQueue(steadymq.Queue{
 		Type: string(r.kind), Args: amqp.Table{"x-single-active-consumer": true},
 	}))
 	other := r.another(false)
-	r.start()
+	r.Start()
 	r.consuming()
-	r.feed()
-	r.pause(4 * time.Second)
+	r.Feed()
+	r.Pause(4 * time.Second)
 	r.waitsFor(other)
 }
 
-// lowerPriority: the broker gives everything to the consumer of a higher priority, as long as its prefetch takes more.
+// lowerPriority: the broker delivers everything to the consumer of a higher priority, as long as
+// its prefetch allows.
 func lowerPriority(r *trial) {
-	r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-priority": -10}))
+	r.Options = append(r.Options, steadymq.WithConsumeArgs(amqp.Table{"x-priority": -10}))
 	other := r.another(false)
-	r.start()
+	r.Start()
 	r.consuming()
-	r.publish(30)
-	r.pause(4 * time.Second)
+	r.Publish(30)
+	r.Pause(4 * time.Second)
 	r.waitsFor(other)
 }
 
 // waitsFor is the end of a consumer that had nothing to do while another had everything.
 func (r *trial) waitsFor(other *amqp.Connection) {
 	r.Helper()
-	assert.Zero(r, r.lostSessions(), "waiting its turn is no stall")
-	assert.Zero(r, r.ledger.counts().finished)
-	closeWithin(other, time.Second)
+	assert.Zero(r, r.LostSessions(), "waiting its turn is no stall")
+	assert.Zero(r, r.Ledger.Counts().Finished)
+	scenario.CloseWithin(other, time.Second)
 	r.judge()
-	assert.Zero(r, r.lostSessions())
+	assert.Zero(r, r.LostSessions())
 }
 
-// detour sends the next dials past the proxy that holds a dead connection. Both write to one log.
+// detour sends the next dials past the proxy that holds a dead connection. Both proxies write to
+// one log.
 func (r *trial) detour() (turn func()) {
 	r.Helper()
-	other, err := r.proxy.Beside(r.broker.Addr())
+	other, err := r.Proxy.Beside(r.Broker.Addr())
 	r.ok(err)
 	r.Cleanup(func() { assert.NoError(r, other.Close()) })
 	var turned atomic.Bool
-	r.opts = append(r.opts, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+	r.Options = append(r.Options, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
 		if turned.Load() {
 			address = other.Addr()
 		}
-		return r.sockets.dial(ctx, network, address)
+		return r.Sockets.Dial(ctx, network, address)
 	}))
 	return func() { turned.Store(true) }
 }
 
-// haunted leaves a connection behind that the broker takes for alive.
+// haunted leaves a dead connection behind that the broker takes for a live one.
 func (r *trial) haunted(turn func(), reason string) {
 	r.Helper()
 	at := time.Now()
 	turn()
-	r.proxy.BlackHole(faultproxy.Both)
-	r.awaitLost(0, at, silentPeer)
-	r.told(reason, atOnce+time.Second)
-	r.resumed(at, buried+lockStep)
-	r.note("from the fault on: the broker buries the old connection after 2 to 3 heartbeats")
+	r.Proxy.BlackHole(faultproxy.Both)
+	r.AwaitLost(0, at, scenario.SilentPeer)
+	r.told(reason, scenario.AtOnce+time.Second)
+	r.Resumed(at, buried+lockStep)
+	r.Note("from the fault on: the broker buries the old connection after 2 to 3 heartbeats")
 }
 
 func exclusiveGhost(r *trial) {
 	turn := r.detour()
-	r.opts = append(r.opts, steadymq.WithExclusive())
+	r.Options = append(r.Options, steadymq.WithExclusive())
 	r.begin()
 	r.haunted(turn, "in exclusive use")
 	r.judge()
 }
 
-// exclusiveQueueGhost: the queue, and what is in it, ends with its connection; so does everybody else's view of it.
+// exclusiveQueueGhost: the queue ends with its connection, and so does everything in it. Until then
+// it is locked for everybody else.
 func exclusiveQueueGhost(r *trial) {
 	turn := r.detour()
-	r.ok(r.broker.DeleteQueue(r.queue))
-	r.opts = append(r.opts, steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true}))
-	r.start()
+	r.ok(r.Broker.DeleteQueue(r.Queue))
+	r.Options = append(r.Options, steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true}))
+	r.Start()
 	r.consuming()
-	r.publish(30)
-	r.settledAll()
+	r.Publish(30)
+	r.SettledAll()
 	r.haunted(turn, "RESOURCE_LOCKED")
 	r.publishAndFinish()
 }
@@ -958,76 +970,76 @@ func exclusiveQueueGhost(r *trial) {
 // publishAndFinish judges a consumer whose queue ends with it.
 func (r *trial) publishAndFinish() {
 	r.Helper()
-	r.publish(30)
-	r.settledAll()
-	r.cancel()
-	r.stopped(realDrain + realClose + time.Second)
-	r.nothingLeft()
-	r.acksAreRight()
-	r.statsAddUp()
-	r.row(r.duplicates())
+	r.Publish(30)
+	r.SettledAll()
+	r.Cancel()
+	r.Stopped(scenario.DrainTimeout + scenario.CloseTimeout + time.Second)
+	r.NothingLeft()
+	r.AcksAreRight()
+	r.StatsAddUp()
+	r.AddRow(r.Duplicates())
 }
 
 func serverNamed(r *trial) {
 	var name atomic.Value
-	r.opts = append(r.opts, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+	r.Options = append(r.Options, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
 		q, err := ch.QueueDeclare("", false, true, true, false, nil)
 		name.Store(q.Name)
 		return q.Name, err
 	}))
-	r.start()
+	r.Start()
 	r.consuming()
 	first := name.Load().(string)
-	r.feeder.queue = first
-	r.publish(30)
-	r.settledAll()
-	lost, done := r.timed(r.cut)
-	r.resumedSince(lost, done, atOnce)
-	r.feeder.queue = name.Load().(string)
-	assert.NotEqual(r, first, r.feeder.queue, "a new queue has a new name")
+	r.Feeder.Queue = first
+	r.Publish(30)
+	r.SettledAll()
+	lost, done := r.Timed(r.Cut)
+	r.ResumedSince(lost, done, scenario.AtOnce)
+	r.Feeder.Queue = name.Load().(string)
+	assert.NotEqual(r, first, r.Feeder.Queue, "a new queue has a new name")
 	r.publishAndFinish()
 }
 
 // autoDeleted: the queue ends with its consumer, and the next session makes it anew.
 func autoDeleted(r *trial) {
-	r.ok(r.broker.DeleteQueue(r.queue))
-	r.opts = append(r.opts, steadymq.WithQueue(steadymq.Queue{Type: "classic", AutoDelete: true}))
-	r.start()
+	r.ok(r.Broker.DeleteQueue(r.Queue))
+	r.Options = append(r.Options, steadymq.WithQueue(steadymq.Queue{Type: "classic", AutoDelete: true}))
+	r.Start()
 	r.consuming()
-	r.publish(30)
-	r.settledAll()
-	r.proxy.Refuse()
-	r.proxy.Reset()
-	gone := func() bool { _, err := r.broker.Queue(r.queue); return err != nil }
-	r.must(5*time.Second, "the queue deletes itself", gone)
+	r.Publish(30)
+	r.SettledAll()
+	r.Proxy.Refuse()
+	r.Proxy.Reset()
+	gone := func() bool { _, err := r.Broker.Queue(r.Queue); return err != nil }
+	r.Must(5*time.Second, "the queue deletes itself", gone)
 	at := time.Now()
-	r.proxy.Heal()
-	r.resumed(at, afterRefusals)
+	r.Proxy.Heal()
+	r.Resumed(at, scenario.AfterRefusals)
 	r.publishAndFinish()
-	r.must(5*time.Second, "the queue deletes itself at the end, too", gone)
+	r.Must(5*time.Second, "the queue deletes itself at the end, too", gone)
 }
 
 // ---- consumer timeouts ----
 
-// dawdler holds message 0 for long the first time, without a look at its context.
+// dawdler holds message 0 for so long the first time, and does not look at its context.
 func (r *trial) dawdler(d time.Duration) {
 	var first atomic.Bool
-	r.handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
+	r.Handle = func(_ context.Context, _ *steadymq.Delivery, n int) error {
 		if n == 0 && first.CompareAndSwap(false, true) {
-			r.pause(d)
+			r.Pause(d)
 		}
 		return nil
 	}
 }
 
 func consumerTimeoutCancels(r *trial) {
-	r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-consumer-timeout": 2000}))
+	r.Options = append(r.Options, steadymq.WithConsumeArgs(amqp.Table{"x-consumer-timeout": 2000}))
 	r.dawdler(6 * time.Second)
 	r.begin()
-	change := r.awaitLost(0, time.Now(), 4*time.Second)
+	change := r.AwaitLost(0, time.Now(), 4*time.Second)
 	assert.ErrorContains(r, change.Cause, "cancelled")
-	r.resumed(change.Time, atOnce)
-	r.keptConnection()
-	r.pause(time.Second)
+	r.Resumed(change.Time, scenario.AtOnce)
+	r.KeptConnection()
+	r.Pause(time.Second)
 	r.judge()
 }

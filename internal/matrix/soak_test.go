@@ -1,4 +1,4 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"bufio"
@@ -29,6 +29,7 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 var soakFor = flag.Duration("soak", 0, "how long to soak")
@@ -37,7 +38,8 @@ const (
 	soakEnv      = "STEADYMQ_SOAK_CONSUMERS"
 	soakPrefetch = 16
 	soakSample   = 2 * time.Second
-	// soakFlat is what the heap after a collection may have grown by between the first and the last fifth after the warm-up.
+	// soakFlat is how much the heap after a collection may have grown from the first fifth after
+	// the warm-up to the last one.
 	soakFlat = 2 << 20
 )
 
@@ -48,8 +50,9 @@ type soaker struct {
 	Kind  kind
 }
 
-// TestSoak runs several consumers on a cluster for long, with a random fault every few seconds. The consumers live in a process of their own,
-// so that its memory, goroutines and descriptors are the library's and nothing of the verifier's.
+// TestSoak runs several consumers on a cluster for a long time, with a random fault every few
+// seconds. The consumers live in a process of their own, so that its memory, goroutines and
+// descriptors are the library's and not the verifier's.
 func TestSoak(t *testing.T) {
 	if *soakFor == 0 {
 		t.Skip("runs for as long as it is told: -soak 30m")
@@ -108,7 +111,7 @@ func (s *soak) begin() {
 		for i, p := range r.proxies {
 			urls = append(urls, p.URL(s.cluster.Nodes[i].URL()))
 		}
-		spec = append(spec, soaker{Queue: r.queue, URLs: urls, Kind: r.kind})
+		spec = append(spec, soaker{Queue: r.Queue, URLs: urls, Kind: r.kind})
 	}
 	text, err := json.Marshal(spec)
 	require.NoError(s, err)
@@ -128,14 +131,15 @@ func (s *soak) begin() {
 	}()
 	s.Cleanup(func() { _ = s.stdin.Close() })
 	for _, r := range s.trials {
-		r.feeder.start()
-		s.Cleanup(r.feeder.stop)
+		r.Feeder.Start()
+		s.Cleanup(r.Feeder.Stop)
 	}
 	s.begun = time.Now()
 	s.flows(time.Now(), time.Minute)
 }
 
-// listen takes what the process tells: a line per finished message before the library can ack it, and samples.
+// listen reads what the process tells: a line for each finished message before the library can ack
+// it, and samples.
 func (s *soak) listen(out io.Reader) {
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
@@ -164,18 +168,14 @@ func (s *soak) finished(f []string) {
 	tag, _ := strconv.ParseUint(f[2], 10, 64)
 	n, _ := strconv.Atoi(f[3])
 	at, _ := strconv.ParseInt(f[4], 10, 64)
-	l := s.trials[i].ledger
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.work[piece{session, tag, n}] = time.Unix(0, at)
-	l.finished[n]++
+	s.trials[i].Ledger.FinishedElsewhere(session, tag, n, time.Unix(0, at))
 }
 
 // flows waits until every consumer has handled a message since.
 func (s *soak) flows(since time.Time, limit time.Duration) {
 	s.Helper()
 	for _, r := range s.trials {
-		assert.True(s, r.holds(limit, func() bool { return !r.ledger.firstAfter(since).IsZero() }), "%s %s hears nothing", r.kind, r.queue)
+		assert.True(s, r.Holds(limit, func() bool { return !r.Ledger.FirstAfter(since).IsZero() }), "%s %s hears nothing", r.kind, r.Queue)
 	}
 }
 
@@ -222,7 +222,7 @@ func (s *soak) kinds() map[string]func(context.Context) error {
 		"all connections ended (FIN)":  all((*faultproxy.Proxy).FIN),
 		"a path swallows both ways":    through(func() { path.BlackHole(faultproxy.Both) }, 5*time.Second, path.Heal),
 		"a path swallows what we send": through(func() { path.BlackHole(faultproxy.ToBroker) }, 8*time.Second, path.Heal),
-		"a path stalls":                through(func() { path.Pause(faultproxy.Both) }, realHeartbeat, path.Heal),
+		"a path stalls":                through(func() { path.Pause(faultproxy.Both) }, scenario.Heartbeat, path.Heal),
 		"a path in slices of 7 bytes":  through(func() { path.Slice(faultproxy.Both, 7, 100*time.Microsecond) }, 3*time.Second, path.Heal),
 		"an operator closes connections": func(ctx context.Context) error {
 			_, err := node.CloseNamed(ctx, "steadymq-test", "soak")
@@ -247,11 +247,11 @@ func (s *soak) judge() {
 	s.flows(time.Now(), time.Minute)
 	lost, confirmed, twice := 0, 0, 0
 	for _, r := range s.trials {
-		r.feeder.stop()
-		r.holds(2*time.Minute, func() bool { return len(r.ledger.missing()) == 0 })
-		counts := r.ledger.counts()
-		lost, confirmed, twice = lost+len(r.ledger.missing()), confirmed+counts.confirmed, twice+counts.twice
-		assert.Empty(s, r.ledger.missing(), "%s: confirmed messages that no handler finished", r.kind)
+		r.Feeder.Stop()
+		r.Holds(2*time.Minute, func() bool { return len(r.Ledger.Missing()) == 0 })
+		counts := r.Ledger.Counts()
+		lost, confirmed, twice = lost+len(r.Ledger.Missing()), confirmed+counts.Confirmed, twice+counts.Twice
+		assert.Empty(s, r.Ledger.Missing(), "%s: confirmed messages that no handler finished", r.kind)
 		r.quiet()
 	}
 	rest(s.Context(), 2*soakSample) // the last samples are of consumers at rest
@@ -264,9 +264,9 @@ func (s *soak) judge() {
 		assert.Fail(s, "the consumers do not stop")
 	}
 	for _, r := range s.trials {
-		r.acksAreRight()
+		r.AcksAreRight()
 		if r.kind != stream {
-			r.queueEmpty()
+			r.QueueEmpty()
 		}
 	}
 	s.mu.Lock()
@@ -286,12 +286,13 @@ func (s *soak) resources() {
 	sessions, _ := strconv.Atoi(s.final["sessions"])
 	twice := 0
 	for _, r := range s.trials {
-		twice += r.ledger.counts().twice
+		twice += r.Ledger.Counts().Twice
 	}
 	assert.LessOrEqual(s, twice, soakPrefetch*sessions, "duplicates: prefetch per lost session at most")
 }
 
-// fifths are the median heaps of the first and of the last fifth after the warm-up, which is the first fifth of all.
+// fifths are the median heaps of the first and of the last fifth after the warm-up, which is the
+// first fifth of all.
 func (s *soak) fifths() (first, last uint64) {
 	n := len(s.samples) / 5
 	if n == 0 {
@@ -321,7 +322,8 @@ func TestSoakConsumers(t *testing.T) {
 		defer mu.Unlock()
 		fmt.Printf(format+"\n", args...)
 	}
-	if lis, err := net.Listen("tcp", "127.0.0.1:0"); err == nil { // the runtime opens descriptors of its own for the first socket
+	// The runtime opens descriptors of its own for the first socket.
+	if lis, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		_ = lis.Close()
 	}
 	goroutines, files := runtime.NumGoroutine(), openFiles()
@@ -353,7 +355,8 @@ func TestSoakConsumers(t *testing.T) {
 	}
 	stop()
 	all.Wait()
-	rest(context.Background(), 200*time.Millisecond) // a goroutine that has returned ends a moment later
+	// A goroutine that has returned ends a moment later.
+	rest(context.Background(), 200*time.Millisecond)
 	total := takeSample(consumers)
 	var abandoned uint64
 	for _, c := range consumers {
@@ -371,7 +374,7 @@ func TestSoakConsumers(t *testing.T) {
 func (one soaker) consumer(t *testing.T) *steadymq.Consumer {
 	opts := []steadymq.Option{
 		steadymq.WithURLs(one.URLs[1:]...), steadymq.WithConcurrency(4), steadymq.WithPrefetch(soakPrefetch), steadymq.WithConnectionName(one.Queue),
-		steadymq.WithHeartbeat(realHeartbeat), steadymq.WithSetupTimeout(realSetup), steadymq.WithCloseTimeout(realClose),
+		steadymq.WithHeartbeat(scenario.Heartbeat), steadymq.WithSetupTimeout(scenario.SetupTimeout), steadymq.WithCloseTimeout(scenario.CloseTimeout),
 		steadymq.WithLogger(slog.New(slog.DiscardHandler)), steadymq.WithStallDetector(5 * time.Second),
 	}
 	if one.Kind == stream {
@@ -422,9 +425,9 @@ func (s *soak) report(lost, confirmed, twice int) {
 		fmt.Fprintf(&b, "| %s | %d |\n", name, counts[name])
 	}
 	s.Log("\n" + b.String())
-	assert.NoError(s, os.MkdirAll("docs", 0o755))
-	assert.NoError(s, os.WriteFile(filepath.Join("docs", "SOAK.md"), []byte(b.String()), 0o644))
-	assert.NoError(s, os.WriteFile(filepath.Join("docs", "soak.svg"), []byte(s.chart()), 0o644))
+	assert.NoError(s, os.MkdirAll(docs, 0o755))
+	assert.NoError(s, os.WriteFile(filepath.Join(docs, "SOAK.md"), []byte(b.String()), 0o644))
+	assert.NoError(s, os.WriteFile(filepath.Join(docs, "soak.svg"), []byte(s.chart()), 0o644))
 }
 
 func mib(n uint64) string { return fmt.Sprintf("%.2f MiB", float64(n)/(1<<20)) }

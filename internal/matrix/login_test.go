@@ -1,20 +1,15 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"io"
-	"math/big"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -28,18 +23,19 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 // loginCells are the faults of certificates and tokens.
-func loginCells(a *authority) []cell {
+func loginCells(a *scenario.Authority) []cell {
 	overTLS := func(test func(*trial)) func(*trial) {
 		return func(r *trial) {
-			r.tls = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: a.pool()}
-			if r.proxy != nil {
-				r.proxy.SetTarget(r.broker.TLSAddr())
+			r.TLS = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: a.Pool()}
+			if r.Proxy != nil {
+				r.Proxy.SetTarget(r.Broker.TLSAddr())
 			}
-			r.must(20*time.Second, "the listener for TLS, which comes up last", func() bool {
-				conn, err := tls.Dial("tcp", r.broker.TLSAddr(), r.tls.Clone())
+			r.Must(20*time.Second, "the listener for TLS, which comes up last", func() bool {
+				conn, err := tls.Dial("tcp", r.Broker.TLSAddr(), r.TLS.Clone())
 				if err == nil {
 					_ = conn.Close()
 				}
@@ -49,24 +45,24 @@ func loginCells(a *authority) []cell {
 		}
 	}
 	return []cell{
-		{fault: "TLS: connection reset", rows: "4, 28", test: overTLS(func(r *trial) { r.suffers(r.proxy.Reset) })},
-		{fault: "TLS: broker aborts the connection", rows: "4", by: bothWay, test: overTLS(func(r *trial) { r.suffers(r.abort) })},
-		{fault: "TLS: path swallows both ways", rows: "12", test: overTLS(func(r *trial) { r.silenced(faultproxy.Both, silentPeer) })},
+		{fault: "TLS: connection reset", rows: "4, 28", test: overTLS(func(r *trial) { r.suffers(r.Proxy.Reset) })},
+		{fault: "TLS: broker aborts the connection", rows: "4", by: bothWay, test: overTLS(func(r *trial) { r.suffers(r.Abort) })},
+		{fault: "TLS: path swallows both ways", rows: "12", test: overTLS(func(r *trial) { r.silenced(faultproxy.Both, scenario.SilentPeer) })},
 		{fault: "TLS: handshake cut after n bytes", rows: "11, 26", test: overTLS(handshakeCut)},
 		{fault: "TLS: certificate of a stranger", rows: "26", by: bothWay, test: overTLS(func(r *trial) {
-			r.deceived(newAuthority(r).sign(r), "unknown authority")
+			r.deceived(scenario.NewAuthority(r).Sign(r), "unknown authority")
 		})},
 		{fault: "TLS: certificate that has expired", rows: "26", by: bothWay, test: overTLS(func(r *trial) {
-			r.deceived(a.sign(r, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), "expired")
+			r.deceived(a.Sign(r, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), "expired")
 		})},
 		{fault: "TLS: certificate of another host", rows: "26", by: bothWay, test: overTLS(func(r *trial) {
-			r.deceived(a.sign(r, func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.IPv4(192, 0, 2, 1)} }), "not 127.0.0.1")
+			r.deceived(a.Sign(r, func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.IPv4(192, 0, 2, 1)} }), "not 127.0.0.1")
 		})},
 		{fault: "TLS spoken to a port without", rows: "27", by: bothWay, test: overTLS(func(r *trial) {
-			r.misled(r.plainAddr(), r.tlsAddr(), "AMQP without TLS")
+			r.misled(r.PlainAddr(), r.TLSAddr(), "AMQP without TLS")
 		})},
 		{fault: "plain AMQP spoken to a TLS port", rows: "27", by: bothWay, test: func(r *trial) {
-			r.misled(r.tlsAddr(), r.plainAddr(), "use an amqps URL")
+			r.misled(r.TLSAddr(), r.PlainAddr(), "use an amqps URL")
 		}},
 		{fault: "token expires, a new one per dial", rows: "24", by: bothWay, test: tokenExpires},
 		{fault: "token renewed before it expires", rows: "24", by: bothWay, test: tokenRenewed},
@@ -85,86 +81,36 @@ func loginCells(a *authority) []cell {
 
 // ---- certificates ----
 
-// authority signs certificates for the tests' brokers, and for those who pretend to be one.
-type authority struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
-
-func newAuthority(t require.TestingT) *authority {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	require.NoError(t, err)
-	template := certificate()
-	template.IsCA, template.BasicConstraintsValid, template.KeyUsage = true, true, x509.KeyUsageCertSign
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	require.NoError(t, err)
-	cert, err := x509.ParseCertificate(der)
-	require.NoError(t, err)
-	return &authority{cert, key}
-}
-
-func certificate() *x509.Certificate {
-	return &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()),
-		NotBefore:    time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-}
-
-func (a *authority) pool() *x509.CertPool {
-	pool := x509.NewCertPool()
-	pool.AddCert(a.cert)
-	return pool
-}
-
-// sign makes a certificate for a server on loopback, with changes.
-func (a *authority) sign(t require.TestingT, changes ...func(*x509.Certificate)) rabbit.TLS {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	require.NoError(t, err)
-	template := certificate()
-	template.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1)}
-	for _, change := range changes {
-		change(template)
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, key.Public(), a.key)
-	require.NoError(t, err)
-	secret, err := x509.MarshalPKCS8PrivateKey(key)
-	require.NoError(t, err)
-	text := func(kind string, der []byte) []byte { return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}) }
-	return rabbit.TLS{
-		Authority: text("CERTIFICATE", a.cert.Raw), Certificate: text("CERTIFICATE", der), Key: text("PRIVATE KEY", secret),
-	}
-}
-
-// deceived leads the consumer to a server with such a certificate for two seconds after it was refused.
+// deceived leads the consumer to a server with such a certificate for two seconds after it was
+// refused.
 func (r *trial) deceived(shown rabbit.TLS, reason string) {
 	r.Helper()
-	r.misled(impostor(r.T, shown), r.tlsAddr(), reason)
+	r.misled(impostor(r.T, shown), r.TLSAddr(), reason)
 }
 
 // misled leads the consumer to a wrong address for two seconds after that was noticed.
 func (r *trial) misled(wrong, right, reason string) {
 	r.Helper()
 	r.begin()
-	r.lead(wrong)
+	r.Lead(wrong)
 	lost := time.Now()
-	r.cut()
+	r.Cut()
 	r.told(reason, 5*time.Second)
-	r.pause(2 * time.Second)
+	r.Pause(2 * time.Second)
 	assert.False(r, r.consumesSince(lost), "a session with the wrong peer")
-	for _, c := range r.history() {
+	for _, c := range r.History() {
 		var failed *steadymq.SessionError
 		if c.Time.After(lost) && errors.As(c.Cause, &failed) && failed.Op == "open" {
 			assert.GreaterOrEqual(r, c.RetryIn, time.Second, "it is asked slowly")
 		}
 	}
 	at := time.Now()
-	r.lead(right)
+	r.Lead(right)
 	r.atNextTry(at, time.Now())
 	r.judge()
 }
 
-// impostor is a server that does nothing but show its certificate. It leaves it to the client to hang up.
+// impostor is a server that only shows its certificate. It lets the client hang up.
 func impostor(t *testing.T, shown rabbit.TLS) (addr string) {
 	t.Helper()
 	pair, err := tls.X509KeyPair(shown.Certificate, shown.Key)
@@ -195,10 +141,11 @@ func impostor(t *testing.T, shown rabbit.TLS) (addr string) {
 
 // ---- tokens ----
 
-// tokenKey signs the tokens of the tests; the brokers are given it as the key of an OAuth 2 provider.
+// tokenKey signs the tokens of the tests; the brokers are given it as the key of an OAuth 2
+// provider.
 const tokenKey = "a key that is not secret, for the tokens of a test"
 
-// withTokens has a broker take tokens, too.
+// withTokens is the config of a broker that takes tokens, too.
 func withTokens(cfg rabbit.Config) rabbit.Config {
 	key := base64.RawURLEncoding.EncodeToString([]byte(tokenKey))
 	cfg.Plugins = append(cfg.Plugins, "rabbitmq_auth_backend_oauth2")
@@ -211,7 +158,8 @@ func withTokens(cfg rabbit.Config) rabbit.Config {
 	return cfg
 }
 
-// token is a signed one (RFC 7519) that is valid for so long and gives the rights, such as "read".
+// token is a signed token (RFC 7519) that is valid for so long and grants the rights, such as
+// "read".
 func token(valid time.Duration, rights ...string) (text string, expires time.Time) {
 	expires = time.Now().Add(valid).Truncate(time.Second)
 	scopes := []string{}
@@ -233,11 +181,12 @@ func token(valid time.Duration, rights ...string) (text string, expires time.Tim
 	return text + "." + base64.RawURLEncoding.EncodeToString(mac.Sum(nil)), expires
 }
 
-// granting are the credentials of a token that is made when they are asked for, and how often they were; without rights it is none. Expires
-// is left out where the consumer is not to know.
+// granting gives the consumer credentials whose token is made when they are asked for, and counts
+// how often that is. Without rights the token is none. If known is false the consumer is not told
+// when the token expires.
 func (r *trial) granting(valid func(asked int64) time.Duration, known bool, rights func(asked int64) []string) *atomic.Int64 {
 	asked := new(atomic.Int64)
-	r.opts = append(r.opts, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
+	r.Options = append(r.Options, steadymq.WithCredentials(func(context.Context) (steadymq.Credentials, error) {
 		n := asked.Add(1)
 		granted := rights(n)
 		text, expires := token(valid(n), granted...)
@@ -262,7 +211,8 @@ func (r *trial) secrets() int {
 
 func allRights(int64) []string { return []string{"configure", "write", "read"} }
 
-// tokenExpires: the consumer was not told when. Where the broker does not look either, the token is a matter of the next login.
+// tokenExpires: the consumer was not told when. If the broker does not look either, the token
+// matters only at the next login.
 func tokenExpires(r *trial) {
 	asked := r.granting(func(asked int64) time.Duration {
 		if asked == 1 {
@@ -273,17 +223,17 @@ func tokenExpires(r *trial) {
 	r.begin()
 	at := time.Now()
 	if r.gen == rabbit.Gen43 {
-		change := r.awaitLost(0, at, 7*time.Second)
+		change := r.AwaitLost(0, at, 7*time.Second)
 		assert.ErrorContains(r, change.Cause, "credential expired")
 		at = change.Time
 	} else {
-		r.pause(8 * time.Second)
-		assert.Zero(r, r.lostSessions())
-		r.note("the broker keeps a connection whose token has expired")
+		r.Pause(8 * time.Second)
+		assert.Zero(r, r.LostSessions())
+		r.Note("the broker keeps a connection whose token has expired")
 		at = time.Now()
-		r.cut()
+		r.Cut()
 	}
-	r.resumedSince(at, time.Now(), atOnce)
+	r.ResumedSince(at, time.Now(), scenario.AtOnce)
 	assert.EqualValues(r, 2, asked.Load(), "asked once per dial")
 	r.judge()
 }
@@ -291,15 +241,16 @@ func tokenExpires(r *trial) {
 func tokenRenewed(r *trial) {
 	r.granting(sixSeconds, true, allRights)
 	r.begin()
-	r.pause(13 * time.Second)
-	assert.Zero(r, r.lostSessions(), "the session lives longer than its token")
-	if r.readsTheWire() {
+	r.Pause(13 * time.Second)
+	assert.Zero(r, r.LostSessions(), "the session lives longer than its token")
+	if r.ReadsTheWire() {
 		assert.GreaterOrEqual(r, r.secrets(), 2, "renewed")
 	}
 	r.judge()
 }
 
-// renewalRefused: the second token, which is to replace the first, is worth nothing. The broker closes the connection, and the third is good.
+// renewalRefused: the second token, which is to replace the first, is not valid. The broker closes
+// the connection, and the third is good.
 func renewalRefused(r *trial) {
 	r.granting(sixSeconds, true, func(asked int64) []string {
 		if asked == 2 {
@@ -308,20 +259,21 @@ func renewalRefused(r *trial) {
 		return allRights(asked)
 	})
 	r.begin()
-	change := r.awaitLost(0, time.Now(), 6*time.Second)
+	change := r.AwaitLost(0, time.Now(), 6*time.Second)
 	var said *amqp.Error
 	require.ErrorAs(r, change.Cause, &said)
 	assert.Equal(r, amqp.NotAllowed, said.Code)
-	r.resumed(change.Time, atOnce)
-	r.pause(6 * time.Second) // over the next renewal
+	r.Resumed(change.Time, scenario.AtOnce)
+	r.Pause(6 * time.Second) // over the next renewal
 	r.judge()
-	assert.EqualValues(r, 1, r.lostSessions())
-	if r.readsTheWire() {
+	assert.EqualValues(r, 1, r.LostSessions())
+	if r.ReadsTheWire() {
 		assert.GreaterOrEqual(r, r.secrets(), 2, "the good token is renewed, too")
 	}
 }
 
-// renewedWithLess: the broker cancels the consumer that may not read any more, and refuses the next, until a token says otherwise.
+// renewedWithLess: the broker cancels the consumer that may not read any more, and refuses the next
+// one until a token allows it.
 func renewedWithLess(r *trial) {
 	var less atomic.Bool
 	r.granting(sixSeconds, true, func(int64) []string {
@@ -332,12 +284,12 @@ func renewedWithLess(r *trial) {
 	})
 	r.begin()
 	less.Store(true)
-	change := r.awaitLost(0, time.Now(), 6*time.Second)
+	change := r.AwaitLost(0, time.Now(), 6*time.Second)
 	assert.ErrorContains(r, change.Cause, "cancelled")
 	r.told("refused for user", 5*time.Second)
-	r.pause(2 * time.Second)
+	r.Pause(2 * time.Second)
 	at := time.Now()
 	less.Store(false)
-	r.resumed(at, operatorCap+atOnce)
+	r.Resumed(at, operatorCap+scenario.AtOnce)
 	r.judge()
 }

@@ -1,4 +1,4 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"bytes"
@@ -17,13 +17,14 @@ import (
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 // largeHeaders is nearly as much as a publisher can send: a frame has 131,072 bytes.
 const largeHeaders = 130_900
 
-// TestHeadersOfARealBrokerAreRead publishes headers that the driver cannot read to every generation and type of queue, between good
-// messages.
+// TestHeadersOfARealBrokerAreRead publishes headers that the driver cannot read to every generation
+// and type of queue, between good messages.
 func TestHeadersOfARealBrokerAreRead(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes half a minute")
@@ -33,13 +34,13 @@ func TestHeadersOfARealBrokerAreRead(t *testing.T) {
 		configs = append(configs, rabbit.Config{Generation: g})
 	}
 	for _, broker := range rabbit.StartAll(t, configs...) {
-		for _, queueType := range queueTypes {
-			t.Run(broker.Version()+", "+queueType, func(t *testing.T) { strangeHeaders(t, broker, queueType) })
+		for _, k := range kinds() {
+			t.Run(broker.Version()+", "+string(k), func(t *testing.T) { strangeHeaders(t, broker, k) })
 		}
 	}
 }
 
-func strangeHeaders(t *testing.T, broker *rabbit.Broker, queueType string) {
+func strangeHeaders(t *testing.T, broker *rabbit.Broker, k kind) {
 	many := amqp.Table{}
 	for i := range 9000 {
 		many[fmt.Sprint(i)] = true
@@ -48,17 +49,17 @@ func strangeHeaders(t *testing.T, broker *rabbit.Broker, queueType string) {
 	for range 40 {
 		deep = amqp.Table{"t": deep}
 	}
-	name := "strange headers " + queueType
+	name := "strange headers " + string(k)
 	conn, err := amqp.DialConfig(broker.URL(), amqp.Config{Dial: func(network, address string) (net.Conn, error) {
 		c, err := net.DialTimeout(network, address, 5*time.Second)
 		return oldIntegers{c}, err
 	}})
 	require.NoError(t, err)
-	defer closeWithin(conn, time.Second)
+	defer scenario.CloseWithin(conn, time.Second)
 	ch, err := conn.Channel()
 	require.NoError(t, err)
 	require.NoError(t, ch.Confirm(false))
-	_, err = ch.QueueDeclare(name, true, false, false, false, amqp.Table{"x-queue-type": queueType})
+	_, err = ch.QueueDeclare(name, true, false, false, false, amqp.Table{"x-queue-type": string(k)})
 	require.NoError(t, err)
 	before, err := ch.QueueDeclare(name+" before", true, false, false, false, amqp.Table{
 		"x-dead-letter-exchange": "", "x-dead-letter-routing-key": name, "x-message-ttl": int32(1),
@@ -76,7 +77,8 @@ func strangeHeaders(t *testing.T, broker *rabbit.Broker, queueType string) {
 	publish(name, "40 deep", deep)
 	publish(name, "type L", amqp.Table{"marker": int64(-2)})
 	bodies := []string{"good 1", "9,000 headers", "40 deep", "type L", "good 2"}
-	if queueType != "stream" || !strings.HasPrefix(broker.Version(), "3.10") { // there no stream gets dead letters
+	// No stream of 3.10 gets dead letters.
+	if k != stream || !strings.HasPrefix(broker.Version(), "3.10") {
 		publish(before.Name, "over frame_max", amqp.Table{"large": strings.Repeat("x", largeHeaders)})
 		bodies = append(bodies, "over frame_max")
 	}
@@ -86,7 +88,11 @@ func strangeHeaders(t *testing.T, broker *rabbit.Broker, queueType string) {
 	got := map[string][]amqp.Table{}
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	c, err := steadymq.New(broker.URL(), name, append(ofType(queueType), steadymq.WithLogger(slog.New(slog.DiscardHandler)))...)
+	options := []steadymq.Option{steadymq.WithLogger(slog.New(slog.DiscardHandler))}
+	if k == stream {
+		options = append(options, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
+	}
+	c, err := steadymq.New(broker.URL(), name, options...)
 	require.NoError(t, err)
 	require.NoError(t, c.Run(ctx, func(_ context.Context, d *steadymq.Delivery) error {
 		mu.Lock()
@@ -111,7 +117,7 @@ func strangeHeaders(t *testing.T, broker *rabbit.Broker, queueType string) {
 	for in, ok := got["40 deep"][0], true; ok; depth++ {
 		in, ok = in["t"].(amqp.Table)
 	}
-	if queueType != "stream" { // which keeps messages as AMQP 1.0, without tables in tables since 4.0
+	if k != stream { // which keeps messages as AMQP 1.0, without tables in tables since 4.0
 		assert.Equal(t, 41, depth)
 	}
 	assert.EqualValues(t, 1, c.Stats().Sessions)

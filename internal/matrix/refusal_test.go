@@ -1,4 +1,4 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"bytes"
@@ -23,6 +23,8 @@ import (
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/rig"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 // toldWithin bounds what is between the broker's answer to a login and Run's error.
@@ -34,8 +36,8 @@ func TestRefusedByARealBroker(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes a minute")
 	}
-	ca := newAuthority(t)
-	shown := ca.sign(t)
+	ca := scenario.NewAuthority(t)
+	shown := ca.Sign(t)
 	var cfgs []rabbit.Config
 	for _, g := range rabbit.Generations() {
 		cfgs = append(cfgs, rabbit.Config{
@@ -49,14 +51,14 @@ func TestRefusedByARealBroker(t *testing.T) {
 	}
 	var all sync.WaitGroup
 	for _, b := range brokers {
-		all.Go(func() { t.Run(b.Version(), func(t *testing.T) { refusals(t, b, ca.pool()) }) })
+		all.Go(func() { t.Run(b.Version(), func(t *testing.T) { refusals(t, b, ca.Pool()) }) })
 	}
 	all.Wait()
 }
 
 func refusals(t *testing.T, b *rabbit.Broker, roots *x509.CertPool) {
 	direct := directly(t, b, 5672)
-	wrong := url.UserPassword("guest", "wrong-"+password)
+	wrong := url.UserPassword("guest", "wrong-"+rig.Password)
 	overTLS := steadymq.WithTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots, ServerName: "127.0.0.1"})
 	for name, c := range map[string]struct {
 		address string
@@ -75,7 +77,7 @@ func refusals(t *testing.T, b *rabbit.Broker, roots *x509.CertPool) {
 			require.ErrorAs(t, r.err, &said)
 			assert.True(t, said.Server)
 			assert.ErrorContains(t, r.err, "own host only")
-			assert.NotContains(t, r.err.Error(), password)
+			assert.NotContains(t, r.err.Error(), rig.Password)
 			assert.Less(t, r.told, toldWithin)
 		})
 	}
@@ -143,7 +145,7 @@ func (s *loginSocket) logIn(t *testing.T, address string, opts ...steadymq.Optio
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	began := time.Now()
-	err := steadymq.Consume(ctx, address, "steadymq-nowhere", ack, opts...)
+	err := steadymq.Consume(ctx, address, "steadymq-nowhere", rig.Ack, opts...)
 	r := refused{
 		err: err, total: time.Since(began), told: time.Since(time.Unix(0, s.last.Load())),
 		reset: s.reset.Load(), dials: s.dials.Load(),

@@ -1,4 +1,4 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"context"
@@ -19,9 +19,11 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
-// TestQueuesOfAConnectionOnRealBrokers lets RabbitMQ close channels under consumers of queues that live as long as their connection.
+// TestQueuesOfAConnectionOnRealBrokers lets RabbitMQ close channels under consumers of queues that
+// live as long as their connection.
 func TestQueuesOfAConnectionOnRealBrokers(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes half a minute")
@@ -80,7 +82,7 @@ func newListener(t *testing.T, broker *rabbit.Broker) *listener {
 	l.q = steadymq.Queue{Type: "classic", Exclusive: true, Bindings: []steadymq.Binding{{Exchange: l.exchange}}}
 	t.Cleanup(func() {
 		assert.NoError(t, l.publish.ExchangeDelete(l.exchange, false, false))
-		closeWithin(conn, time.Second)
+		scenario.CloseWithin(conn, time.Second)
 		assert.NoError(t, proxy.Close())
 	})
 	return l

@@ -1,4 +1,4 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"cmp"
@@ -17,9 +17,10 @@ import (
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
-// event is a fault of a whole broker: it happens once, to a few trials together.
+// event is a fault of a whole broker: it happens once, to several trials together.
 type event struct {
 	fault, rows string
 	not         func(rabbit.Generation, kind) string
@@ -82,48 +83,49 @@ func (m *matrix) happens(t *testing.T, label string, e event, parties []party) {
 	all.Wait()
 }
 
-// serves bounds what a broker that accepts may need until it serves its queues.
+// serves bounds how long a broker that accepts connections may need until it serves its queues.
 const serves = 20 * time.Second
 
-// back is the check of faults after which a broker accepts again. It accepts before it can serve its queues: as long as it says so itself
-// the limit has not begun.
+// back is the check after faults that end with a broker that accepts again. It accepts before it
+// can serve its queues: the limit begins when it no longer says that it cannot.
 func back(limit time.Duration) func(*trial, times) {
 	return func(r *trial, when times) {
-		r.must(serves+limit, "consuming again", func() bool { return r.consumesSince(when.at) })
+		r.Must(serves+limit, "consuming again", func() bool { return r.consumesSince(when.at) })
 		ready := when.healed
-		for _, c := range r.history() {
+		for _, c := range r.History() {
 			var said *amqp.Error
 			if c.Time.After(ready) && errors.As(c.Cause, &said) && said.Server {
 				ready = c.Time
 			}
 		}
-		r.resumedSince(when.at, ready, limit)
+		r.ResumedSince(when.at, ready, limit)
 		if late := ready.Sub(when.healed); late > 0 {
-			r.note("the broker needed %s more for the queue", inWords(late))
+			r.Note("the broker needed %s more for the queue", inWords(late))
 		}
 		r.judge()
 	}
 }
 
 func (r *trial) consumesSince(at time.Time) bool {
-	return slices.ContainsFunc(r.history(), func(c steadymq.StateChange) bool { return c.To == steadymq.Consuming && c.Time.After(at) })
+	return slices.ContainsFunc(r.History(), func(c steadymq.StateChange) bool { return c.To == steadymq.Consuming && c.Time.After(at) })
 }
 
-// unimpressed is the check of faults that are none to a consumer.
+// unimpressed is the check after faults that must not cost a consumer its session.
 func unimpressed(r *trial, _ times) {
 	r.judge()
-	assert.Zero(r, r.lostSessions())
+	assert.Zero(r, r.LostSessions())
 }
 
-// alarm is an event that stops publishers and must not stop consumers. Handlers wait for it, so that there is something to do.
+// alarm is an event that stops publishers and must not stop consumers. Handlers wait for it, so
+// that messages are left to be handled.
 func alarm(b *rabbit.Broker, resource string, begin, end func(context.Context) error) event {
 	const lasts = 3 * time.Second
 	up := make(chan struct{})
 	return event{
 		fault: "alarm about " + resource, rows: "19",
 		prepare: func(r *trial) {
-			r.handle = func(context.Context, *steadymq.Delivery, int) error { <-up; r.pause(20 * time.Millisecond); return nil }
-			r.publish(100)
+			r.Handle = func(context.Context, *steadymq.Delivery, int) error { <-up; r.Pause(20 * time.Millisecond); return nil }
+			r.Publish(100)
 		},
 		apply: during(func(ctx context.Context) error {
 			defer close(up)
@@ -162,7 +164,8 @@ func during(begin func(context.Context) error, d time.Duration, end func(context
 	}
 }
 
-// freeze is Pause, which an engine on a busy machine sometimes cannot do at once ("unable to freeze").
+// freeze is Pause, tried several times: an engine on a busy machine sometimes cannot do it at once
+// ("unable to freeze").
 func freeze(b *rabbit.Broker) func(context.Context) error {
 	return func(ctx context.Context) (err error) {
 		for range 5 {
@@ -188,11 +191,11 @@ func wholeNode(b *rabbit.Broker) []event {
 	return []event{
 		{
 			fault: "rabbitmqctl stop_app, start_app", rows: "1",
-			apply: during(b.StopApp, 2*time.Second, b.StartApp), check: back(afterRefusals),
+			apply: during(b.StopApp, 2*time.Second, b.StartApp), check: back(scenario.AfterRefusals),
 		},
 		{
 			fault: "rabbitmq-upgrade drain, revive", rows: "3",
-			apply: during(b.Drain, 2*time.Second, b.Revive), check: back(afterRefusals),
+			apply: during(b.Drain, 2*time.Second, b.Revive), check: back(scenario.AfterRefusals),
 		},
 		{
 			fault: "rabbitmqctl close_all_connections", rows: "2",
@@ -201,9 +204,9 @@ func wholeNode(b *rabbit.Broker) []event {
 				return times{at: time.Now()}, err
 			},
 			check: func(r *trial, when times) {
-				change := r.awaitLost(0, when.at, atOnce)
+				change := r.AwaitLost(0, when.at, scenario.AtOnce)
 				assert.ErrorContains(r, change.Cause, "maintenance")
-				r.resumed(change.Time, atOnce)
+				r.Resumed(change.Time, scenario.AtOnce)
 				r.judge()
 			},
 		},
@@ -214,7 +217,8 @@ func wholeNode(b *rabbit.Broker) []event {
 			before:  func(ctx context.Context) error { return b.DefaultTimeout(ctx, 2000) },
 			prepare: func(r *trial) { r.dawdler(6 * time.Second) },
 			apply: func(ctx context.Context) (times, error) {
-				return times{at: time.Now()}, b.DefaultTimeout(ctx, 1_800_000) // of channels opened from now on
+				// It holds for channels that are opened from now on.
+				return times{at: time.Now()}, b.DefaultTimeout(ctx, 1_800_000)
 			},
 			check: timedOut,
 		},
@@ -224,11 +228,11 @@ func wholeNode(b *rabbit.Broker) []event {
 		},
 		{
 			fault: "killed (SIGKILL) and started", rows: "4",
-			apply: during(b.Kill, time.Second, b.Start), check: back(afterRefusals),
+			apply: during(b.Kill, time.Second, b.Start), check: back(scenario.AfterRefusals),
 		},
 		{
 			fault: "stopped (SIGTERM) and started", rows: "1",
-			apply: during(b.Stop, time.Second, b.Start), check: back(afterRefusals),
+			apply: during(b.Stop, time.Second, b.Start), check: back(scenario.AfterRefusals),
 		},
 	}
 }
@@ -241,52 +245,15 @@ func timeoutClosesNothing(g rabbit.Generation, _ kind) string {
 }
 
 func timedOut(r *trial, when times) {
-	change := r.awaitLost(0, when.at, 5*time.Second)
+	change := r.AwaitLost(0, when.at, 5*time.Second)
 	var said *amqp.Error
 	require.ErrorAs(r, change.Cause, &said)
 	assert.Equal(r, amqp.PreconditionFailed, said.Code)
-	r.resumed(change.Time, atOnce)
-	r.keptConnection()
-	r.pause(time.Second) // the late handler's ack is not sent
+	r.Resumed(change.Time, scenario.AtOnce)
+	r.KeptConnection()
+	r.Pause(time.Second) // the late handler's ack is not sent
 	r.judge()
-	r.overdueIsStale()
-}
-
-// keptConnection: a channel's failure does not cost the connection, not even where RabbitMQ 3.10 delivers on a channel it has closed, or
-// closes it twice.
-func (r *scenario) keptConnection() {
-	r.Helper()
-	if !assert.EqualValues(r, 1, r.consumer.Stats().Connections, "a channel's failure does not cost the connection") {
-		r.Log(r.wire())
-	}
-}
-
-// wire is what passed besides publishing, in order.
-func (r *scenario) wire() string {
-	if r.proxy == nil {
-		return ""
-	}
-	type line struct {
-		at   time.Time
-		text string
-	}
-	var lines []line
-	log := r.proxy.Log()
-	for _, m := range log.Methods() {
-		lines = append(lines, line{m.At, fmt.Sprintf("%v %d/%d method %d.%d", m.Dir, m.Conn, m.Channel, m.Class, m.Method)})
-	}
-	for _, d := range log.Deliveries() {
-		lines = append(lines, line{d.At, fmt.Sprintf("to client %d/%d delivery %d of %s", d.Conn, d.Channel, d.Tag, d.MessageID)})
-	}
-	for _, x := range log.Settlements() {
-		lines = append(lines, line{x.At, fmt.Sprintf("to broker %d/%d %s %d", x.Conn, x.Channel, x.Verb, x.Tag)})
-	}
-	slices.SortStableFunc(lines, func(a, b line) int { return a.at.Compare(b.at) })
-	var b strings.Builder
-	for _, l := range lines {
-		fmt.Fprintf(&b, "%s %s\n", l.at.Format("05.000000"), l.text)
-	}
-	return b.String()
+	r.OverdueIsStale()
 }
 
 func (m *matrix) runEvents(t *testing.T, g rabbit.Generation) {

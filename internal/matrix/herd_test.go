@@ -1,4 +1,4 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"context"
@@ -17,6 +17,7 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 const (
@@ -25,8 +26,9 @@ const (
 	herdLimit  = 25 * time.Second
 )
 
-// TestHerd restarts a broker under a thousand consumers: all of them lose their connection in the same moment, and all dial the moment it is
-// back. It is part of the full matrix, because it needs the machine for itself.
+// TestHerd restarts a broker under a thousand consumers: all of them lose their connection at the
+// same moment, and all dial again as soon as they can. It is part of the full matrix only, because
+// it needs the machine for itself.
 func TestHerd(t *testing.T) {
 	if os.Getenv("STEADYMQ_MATRIX") != "full" && os.Getenv("STEADYMQ_MATRIX") != "herd" {
 		t.Skip("needs the machine for itself: STEADYMQ_MATRIX=herd")
@@ -48,7 +50,7 @@ func (m *member) changed(c steadymq.StateChange) {
 	}
 }
 
-// since is when it first consumed after at, zero if it has not.
+// since is when it first consumed after at, zero if it has not yet.
 func (m *member) since(at time.Time) time.Time {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -60,11 +62,13 @@ func (m *member) since(at time.Time) time.Time {
 	return time.Time{}
 }
 
-// herd returns what it has seen, in a sentence. The options are the defaults: the pace of retries is what is on trial.
+// herd returns what it has seen, in a sentence. The options are the defaults: what is on trial is
+// the pace of retries.
 func herd(t *testing.T) string {
 	b := rabbit.Start(t, rabbit.Config{Generation: rabbit.Gen43})
 	rabbit.NeedCommands(t, b)
-	proxy, err := faultproxy.New(b.Addr()) // refuses while the broker is down, which a container engine does not
+	// A proxy refuses while the broker is down; a port that a container engine publishes does not.
+	proxy, err := faultproxy.New(b.Addr())
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, proxy.Close()) })
 	for i := range herdQueues {
@@ -101,8 +105,8 @@ func herd(t *testing.T) string {
 	assert.LessOrEqual(t, last, herdLimit, "until all are consuming")
 
 	for i := range herdQueues {
-		f := newFeeder(b.URL(), herdQueue(i), newLedger())
-		require.NoError(t, f.publish(ctx, 20, 0))
+		f := scenario.NewFeeder(b.URL(), herdQueue(i), scenario.NewLedger())
+		require.NoError(t, f.Publish(ctx, 20, 0))
 	}
 	assert.Eventually(t, func() bool { return handled.Load() >= 20*herdQueues }, 20*time.Second, 50*time.Millisecond, "messages are handled")
 	stopping := time.Now()

@@ -1,4 +1,4 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"context"
@@ -13,6 +13,7 @@ import (
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/rig"
 )
 
 // TestDeliveryLimitOnRealBrokers lets a message come back 25 times, to a queue that the consumer declares, and to one that exists with
@@ -47,7 +48,7 @@ func TestDeliveryLimitOnRealBrokers(t *testing.T) {
 					rabbit.NeedCommands(t, b)
 					require.NoError(t, b.PolicyOn(t.Context(), "/", "unlimited", "^"+queue+"$", `{"delivery-limit": -1}`))
 				}
-				log := new(logBuffer)
+				log := new(rig.LogBuffer)
 				assert.Equal(t, test.kept, comesBack(t, b, queue, 25, log))
 				assert.Equal(t, test.exists && !old, strings.Contains(log.String(), "which stays"))
 				require.NoError(t, b.DeleteQueue(queue))
@@ -57,7 +58,7 @@ func TestDeliveryLimitOnRealBrokers(t *testing.T) {
 }
 
 // comesBack tells whether a message is delivered again after n returns.
-func comesBack(t *testing.T, b *rabbit.Broker, queue string, n int, log *logBuffer) bool {
+func comesBack(t *testing.T, b *rabbit.Broker, queue string, n int, log *rig.LogBuffer) bool {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	returned := make(chan int, n+1)

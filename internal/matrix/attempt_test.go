@@ -1,4 +1,4 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"context"

@@ -1,4 +1,4 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"context"
@@ -16,20 +16,25 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
 const (
-	// elected bounds finding a quorum queue's or a stream's new leader, which is the broker's to do and takes up to 10 s.
+	// elected bounds the election of a new leader of a quorum queue or a stream, which the broker
+	// needs up to 10 s for.
 	elected = 10 * time.Second
-	// homeless bounds the next try for a classic queue whose node was away for half a minute: the pace of what an operator has to mend.
+	// homeless bounds the next try for a classic queue whose node was away for half a minute: the
+	// pace of what an operator has to mend.
 	homeless = 31 * time.Second
-	// stallAfter is the detector's. stallBound bounds leaving a host that is alive on paper once the others can tell: three looks, an answer
-	// that does not come, and a setup.
+	// stallAfter is the time of the detector. stallBound bounds leaving a host that seems to be
+	// alive, counted from when the others can tell that it is not: three looks, an answer that does
+	// not come, and a setup.
 	stallAfter = 2 * time.Second
-	stallBound = 3*stallAfter + 2*realSetup + elected
+	stallBound = 3*stallAfter + 2*scenario.SetupTimeout + elected
 	// streamStallBound is that of a stream, which takes one look more.
 	streamStallBound = stallBound + stallAfter
-	// partitioned is how long a node is cut off from the others, who take the tick of the net to notice and elect, and then the bound.
+	// partitioned is how long a node is cut off from the others: as long as they take to notice and
+	// to elect, and then the bound.
 	netTick     = 8 * time.Second
 	partitioned = netTick*5/4 + elected + streamStallBound
 )
@@ -51,7 +56,8 @@ type onCluster struct {
 	places []place
 }
 
-// runCluster runs one half of the faults on a cluster of its own: they need a whole cluster each, one after the other.
+// runCluster runs one half of the faults on a cluster of its own, one after the other: each needs
+// the whole cluster.
 func (m *matrix) runCluster(t *testing.T, g rabbit.Generation, half int) {
 	cfg := rabbit.Config{Generation: g, ChannelTick: time.Second, NetTick: tick(g)}
 	if pauses(g) {
@@ -75,11 +81,12 @@ func (m *matrix) runCluster(t *testing.T, g rabbit.Generation, half int) {
 	}
 }
 
-// pauses says whether a node without majority stops serving clients. Up to 4.2 there is a choice, and this is the one that keeps a cluster
-// whole; since 4.3 there is none, and the node goes on.
+// pauses says whether a node without a majority stops serving clients. Up to 4.2 that is
+// configured, here so that the cluster stays whole; since 4.3 it is not, and the node goes on.
 func pauses(g rabbit.Generation) bool { return g != rabbit.Gen43 }
 
-// tick is the nodes' own heartbeat. It is slower where a node that comes back after it has a split cluster.
+// tick is the heartbeat between the nodes. It is slower where a node that comes back after it would
+// find the cluster split.
 func tick(g rabbit.Generation) time.Duration {
 	if pauses(g) {
 		return 2 * netTick
@@ -98,33 +105,34 @@ func (p place) label(g rabbit.Generation) string {
 	return text + "the consumer's node"
 }
 
-// newClusterTrial gives the consumer three hosts, each behind its own proxy. Which of the addresses leads to which node is decided by the
-// first dial, so that the consumer's first host is the one asked for, whatever it chooses.
+// newClusterTrial gives the consumer three hosts, each behind its own proxy. The first dial decides
+// which address leads to which node, so that the consumer's first host is the one the place asks
+// for, whichever address it chooses.
 func (m *matrix) newClusterTrial(t *testing.T, g rabbit.Generation, c *rabbit.Cluster, p place) *trial {
 	t.Helper()
 	r := m.newTrial(t, g, p.kind, c.Nodes[p.home], cell{args: p.args})
 	r.nodes = c.Nodes
-	r.feeder.url = c.Nodes[p.feed].URL()
+	r.Feeder.URL = c.Nodes[p.feed].URL()
 	r.proxies = make([]*faultproxy.Proxy, len(c.Nodes))
 	var others []string
 	for i, node := range c.Nodes {
 		if i == p.home {
-			r.proxies[i] = r.proxy
+			r.proxies[i] = r.Proxy
 			continue
 		}
-		other, err := r.proxy.Beside(node.Addr())
+		other, err := r.Proxy.Beside(node.Addr())
 		require.NoError(t, err)
 		t.Cleanup(func() { assert.NoError(t, other.Close()) })
 		r.proxies[i] = other
 		others = append(others, other.URL(node.URL()))
 	}
-	r.opts = append(r.opts, steadymq.WithURLs(others...), steadymq.WithDialer(r.firstTo(p.at)))
+	r.Options = append(r.Options, steadymq.WithURLs(others...), steadymq.WithDialer(r.firstTo(p.at)))
 	if p.stall {
-		r.opts = append(r.opts, steadymq.WithStallDetector(stallAfter))
+		r.Options = append(r.Options, steadymq.WithStallDetector(stallAfter))
 	}
 	if p.backlog {
-		r.handle = func(context.Context, *steadymq.Delivery, int) error { r.pause(80 * time.Millisecond); return nil }
-		r.publish(1000)
+		r.Handle = func(context.Context, *steadymq.Delivery, int) error { r.Pause(80 * time.Millisecond); return nil }
+		r.Publish(1000)
 	}
 	return r
 }
@@ -142,25 +150,27 @@ func (r *trial) firstTo(at int) func(ctx context.Context, network, address strin
 			address = to
 		}
 		mu.Unlock()
-		return r.sockets.dial(ctx, network, address)
+		return r.Sockets.Dial(ctx, network, address)
 	}
 }
 
 // ---- checks ----
 
-// movesOn is the check of a host that says it goes, or is gone: the consumer is consuming on another.
+// movesOn is the check after a host that says that it goes, or is gone: the consumer consumes on
+// another one.
 func movesOn(limit time.Duration) func(*trial, times) {
 	return func(r *trial, when times) {
-		change := r.awaitLost(0, when.healed, 0) // it was over long ago
-		r.resumed(change.Time, limit)
+		change := r.AwaitLost(0, when.healed, 0) // it happened long ago
+		r.Resumed(change.Time, limit)
 		r.judge()
 	}
 }
 
-// settles is the check of a time of troubles: at its end, or within limit, the consumer is consuming for good.
+// settles is the check after a time of faults: at its end, or within the limit, the consumer
+// consumes for good.
 func settles(limit time.Duration) func(*trial, times) {
 	return func(r *trial, when times) {
-		r.must(limit+5*time.Second, "consuming", func() bool { return r.consumer.State() == steadymq.Consuming })
+		r.Must(limit+5*time.Second, "consuming", func() bool { return r.Consumer.State() == steadymq.Consuming })
 		r.flows(when.healed, limit)
 		r.judge()
 	}
@@ -170,24 +180,12 @@ func settles(limit time.Duration) func(*trial, times) {
 func (r *trial) flows(since time.Time, limit time.Duration) {
 	r.Helper()
 	var first time.Time
-	r.must(limit+5*time.Second, "messages are handled", func() bool {
-		first = r.ledger.firstAfter(since)
+	r.Must(limit+5*time.Second, "messages are handled", func() bool {
+		first = r.Ledger.FirstAfter(since)
 		return !first.IsZero()
 	})
-	r.inTime(first.Sub(since), limit, "time to the first message")
-	r.resume = max(first.Sub(since), time.Nanosecond)
-}
-
-func (l *ledger) firstAfter(since time.Time) time.Time {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	var first time.Time
-	for _, at := range l.work {
-		if at.After(since) && (first.IsZero() || at.Before(first)) {
-			first = at
-		}
-	}
-	return first
+	r.InTime(first.Sub(since), limit, "time to the first message")
+	r.ResumedAfter = max(first.Sub(since), time.Nanosecond)
 }
 
 // ---- the faults ----
@@ -252,7 +250,8 @@ func clusterEvents(c *rabbit.Cluster, g rabbit.Generation) []onCluster {
 	return events
 }
 
-// mirrored is a fault of queues that are mirrored, which they can be up to 3.13: a mirror takes over, and who asked for it is told.
+// mirrored is a fault of mirrored queues, which exist up to 3.13: a mirror takes over, and a
+// consumer that asked for it is told.
 func mirrored(n []*rabbit.Broker) onCluster {
 	const policy = "mirrored"
 	unmirror := func(ctx context.Context) error {
@@ -263,21 +262,22 @@ func mirrored(n []*rabbit.Broker) onCluster {
 			fault: "mirrored queue's leader stopped and started", rows: "38",
 			before: func(ctx context.Context) error { return n[0].PolicyOn(ctx, "/", policy, ".*", `{"ha-mode": "all"}`) },
 			prepare: func(r *trial) {
-				r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-cancel-on-ha-failover": true}))
+				r.Options = append(r.Options, steadymq.WithConsumeArgs(amqp.Table{"x-cancel-on-ha-failover": true}))
 			},
 			apply: during(n[0].Stop, 2*time.Second, unmirror),
 		},
 		places: []place{{kind: classic, at: 1, feed: 2, elsewhere: true, check: func(r *trial, when times) {
-			change := r.awaitLost(0, when.at, elected)
+			change := r.AwaitLost(0, when.at, elected)
 			assert.ErrorContains(r, change.Cause, "cancelled")
-			r.resumed(change.Time, elected)
-			r.keptConnection()
+			r.Resumed(change.Time, elected)
+			r.KeptConnection()
 			r.judge()
 		}}},
 	}
 }
 
-// bystander is a consumer on another node than the one that suffers, though that leads its queue.
+// bystander is a consumer on another node than the one that suffers, though that one leads its
+// queue.
 func bystander() place {
 	return place{kind: quorum, at: 1, feed: 2, elsewhere: true, check: unimpressed}
 }
@@ -298,8 +298,9 @@ func cutOff(g rabbit.Generation) []place {
 	}
 }
 
-// frozenFor is long enough for the consumer to leave. Up to 4.2 it is also too short for the others to call the node down: it would come back
-// to a cluster that is split, for good, without ever having been the minority.
+// frozenFor is long enough for the consumer to leave. Up to 4.2 it is also too short for the others
+// to call the node down: it would come back to a cluster that is split for good, without having
+// been in the minority.
 func frozenFor(g rabbit.Generation) time.Duration {
 	if pauses(g) {
 		return tick(g) / 3
@@ -307,7 +308,8 @@ func frozenFor(g rabbit.Generation) time.Duration {
 	return tick(g) * 3 / 2
 }
 
-// removed is the place of a stream whose replica is taken away. RabbitMQ 3.10 does not tell the consumer.
+// removed is the place of a stream whose replica is taken away. RabbitMQ 3.10 does not tell the
+// consumer.
 func removed(g rabbit.Generation) []place {
 	if g == rabbit.Gen310 {
 		return []place{{kind: stream, at: 2, stall: true, check: replicaVanished}}
@@ -355,68 +357,73 @@ func rolling(nodes []*rabbit.Broker) func(context.Context) (times, error) {
 	}
 }
 
-// cutFromClients: the host is there, but nothing comes of it and dials hang. The consumer goes to another.
+// cutFromClients: the host is there, but nothing comes of it and dials hang. The consumer goes to
+// another.
 func cutFromClients(r *trial, _ times) {
 	at := time.Now()
 	r.proxies[0].BlackHole(faultproxy.Both)
-	r.awaitLost(0, at, silentPeer)
-	r.resumed(at, silentPeer+atOnce)
-	r.pause(2 * time.Second)
+	r.AwaitLost(0, at, scenario.SilentPeer)
+	r.Resumed(at, scenario.SilentPeer+scenario.AtOnce)
+	r.Pause(2 * time.Second)
 	r.proxies[0].Heal()
 	r.judge()
 }
 
 // paused: the node stops serving when it finds that it has no majority, and the others serve.
 func paused(r *trial, when times) {
-	change := r.awaitLost(0, when.at, tick(r.gen)*5/4+elected)
-	r.note("the node stopped serving %s after the cut", inWords(change.Time.Sub(when.at)))
-	r.resumed(change.Time, elected)
+	change := r.AwaitLost(0, when.at, tick(r.gen)*5/4+elected)
+	r.Note("the node stopped serving %s after the cut", inWords(change.Time.Sub(when.at)))
+	r.Resumed(change.Time, elected)
 	require.True(r, r.handledDuring(change.Time, when.healed), "while the node is cut off")
 	r.judge()
 }
 
-// minority: the node lives, answers, and leads a quorum queue without a majority. Without a detector the messages, which the others have by
-// now, wait until the nodes see each other again.
+// minority: the node lives, answers, and leads a quorum queue without a majority. Without a
+// detector the consumer waits for the messages, which the others have by now, until the nodes see
+// each other again.
 func minority(r *trial, when times) {
 	assert.False(r, r.handledDuring(when.at.Add(netTick+elected), when.healed), "a node without majority delivers")
 	settles(elected)(r, when)
-	r.note("without a detector it is healed with the cluster")
+	r.Note("without a detector it is healed with the cluster")
 }
 
-// leaves: the detector finds out while the node is cut off, and the consumer goes to where the messages are.
+// leaves: the detector finds out while the node is cut off, and the consumer goes to where the
+// messages are.
 func leaves(r *trial, when times) {
 	change := r.told("stalled", time.Second)
 	require.True(r, change.Time.Before(when.healed), "noticed while the node is cut off")
 	require.True(r, r.handledDuring(change.Time, when.healed), "another host has a majority")
 	r.flows(change.Time, elected)
-	r.note("noticed %s after the cut: %v", inWords(change.Time.Sub(when.at)), errors.Unwrap(change.Cause))
+	r.Note("noticed %s after the cut: %v", inWords(change.Time.Sub(when.at)), errors.Unwrap(change.Cause))
 	r.judge()
 }
 
-// told: the backlog is there and does not move. No host has a majority: what is left to do is to tell, and to be there when it is back.
+// told: the backlog is there and does not move. No host has a majority: all the consumer can do is
+// to tell, and to be there when there is one again.
 func told(r *trial, when times) {
 	change := r.told("though the queue has", time.Second)
 	require.True(r, change.Time.Before(when.healed), "noticed while there is no majority")
-	r.note("noticed %s after the stop", inWords(change.Time.Sub(when.at)))
+	r.Note("noticed %s after the stop", inWords(change.Time.Sub(when.at)))
 	settles(stallBound+elected)(r, when)
 }
 
 func (r *trial) handledDuring(from, to time.Time) bool {
-	first := r.ledger.firstAfter(from)
+	first := r.Ledger.FirstAfter(from)
 	return !first.IsZero() && first.Before(to)
 }
 
-// forgotten: after a partition RabbitMQ leaves a consumer of a stream behind that hears nothing any more, and no sign of it on the wire. Its
-// place in the stream is kept: nothing is lost once anybody closes the connection.
+// forgotten: after a partition RabbitMQ may leave a consumer of a stream that it delivers nothing
+// to any more, without a sign of it on the wire. The consumer knows its place in the stream:
+// nothing is lost once anybody closes the connection.
 func forgotten(r *trial, when times) {
-	if !r.holds(homeless, func() bool { return !r.ledger.firstAfter(when.healed).IsZero() }) {
-		r.note("RabbitMQ leaves the consumer silent; from an operator's closing the connection on")
+	if !r.Holds(homeless, func() bool { return !r.Ledger.FirstAfter(when.healed).IsZero() }) {
+		r.Note("RabbitMQ leaves the consumer silent; from an operator's closing the connection on")
 		at := time.Now()
 		for _, node := range r.nodes {
-			_, err := node.CloseNamed(r.Context(), r.queue, "silent")
+			_, err := node.CloseNamed(r.Context(), r.Queue, "silent")
 			r.ok(err)
 		}
-		r.resumed(at, elected)
+		r.Resumed(at, elected)
 		when.healed = at
 	}
 	r.flows(when.healed, homeless)
@@ -426,24 +433,24 @@ func forgotten(r *trial, when times) {
 // noReplica: the first host cannot serve the stream and says so; the next one asked can.
 func noReplica(r *trial, _ times) {
 	change := r.told("replica on the local node", time.Second)
-	r.resumed(change.Time, elected)
+	r.Resumed(change.Time, elected)
 	r.judge()
 }
 
 func replicaRemoved(r *trial, _ times) {
 	at := time.Now()
-	r.ok(r.broker.DeleteReplica(r.Context(), r.queue, 2))
-	change := r.awaitLost(0, at, elected)
+	r.ok(r.Broker.DeleteReplica(r.Context(), r.Queue, 2))
+	change := r.AwaitLost(0, at, elected)
 	assert.ErrorContains(r, change.Cause, "cancelled")
-	r.resumed(change.Time, elected)
+	r.Resumed(change.Time, elected)
 	r.judge()
 }
 
 func replicaVanished(r *trial, _ times) {
 	at := time.Now()
-	r.ok(r.broker.DeleteReplica(r.Context(), r.queue, 2))
+	r.ok(r.Broker.DeleteReplica(r.Context(), r.Queue, 2))
 	change := r.told("the stream has grown", streamStallBound)
-	r.note("RabbitMQ does not tell; noticed %s after the removal", inWords(change.Time.Sub(at)))
-	r.resumed(change.Time, elected)
+	r.Note("RabbitMQ does not tell; noticed %s after the removal", inWords(change.Time.Sub(at)))
+	r.Resumed(change.Time, elected)
 	r.judge()
 }

@@ -1,8 +1,9 @@
-package steadymq_test
+package matrix_test
 
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -23,12 +24,14 @@ import (
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/faultproxy"
 	"github.com/steadymq/steadymq/internal/rabbit"
+	"github.com/steadymq/steadymq/internal/scenario"
 )
 
-// TestMatrix runs every fault that concerns a consumer and has a command or a path to break, on every generation of RabbitMQ and every kind
-// of queue: on one node here, on a cluster in matrix_cluster_test.go. STEADYMQ_MATRIX=full runs all of it and writes docs/MATRIX.md; without,
-// it is one cell per fault, on the newest generation. To look at a part of it,
-// name the parts: STEADYMQ_MATRIX="node whole cluster herd 3.10 4.0 4.3".
+// TestMatrix runs every fault of a consumer that a command or a broken path can cause, on every
+// generation of RabbitMQ and every kind of queue: on one node in node_test.go, on a cluster in
+// cluster_test.go. STEADYMQ_MATRIX=full runs all of it and writes docs/MATRIX.md; without, it is
+// one cell per fault, on the newest generation. To look at a part of it, name the parts:
+// STEADYMQ_MATRIX="node whole cluster herd 3.10 4.0 4.3".
 func TestMatrix(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes minutes")
@@ -36,7 +39,8 @@ func TestMatrix(t *testing.T) {
 	m := newMatrix(os.Getenv("STEADYMQ_MATRIX"))
 	t.Cleanup(func() { m.report(t) })
 	gens := slices.DeleteFunc(rabbit.Generations(), func(g rabbit.Generation) bool { return !m.wants(string(g), g == rabbit.Gen43) })
-	// The cells that wait for nothing but their own fault come first: starting brokers takes all processors.
+	// The cells that wait for nothing but their own fault come first: starting brokers takes all
+	// processors.
 	if m.wants("node", true) {
 		t.Run("a node", func(t *testing.T) { m.runCells(t, gens) })
 	}
@@ -59,7 +63,8 @@ func TestMatrix(t *testing.T) {
 	}
 }
 
-// runClusters begins the faults on two clusters of each generation that is wanted, on one in the short form.
+// runClusters begins the faults on two clusters of each generation that is wanted, in the short
+// form on one.
 func (m *matrix) runClusters(t *testing.T, all *sync.WaitGroup, gens ...rabbit.Generation) {
 	for _, g := range gens {
 		if !m.wants(string(g), g == rabbit.Gen43) {
@@ -83,14 +88,16 @@ const (
 
 func kinds() []kind { return []kind{classic, quorum, stream} }
 
-// cell is one fault on one kind of queue of one broker. Those of a fault differ in nothing but that.
+// cell is one fault on one kind of queue of one broker. Those of a fault differ in nothing but
+// that.
 type cell struct {
 	fault string
 	rows  string // of docs/FAULTS.md
-	// not says why the fault cannot be had there, "" if it can.
+	// not says why the fault does not exist there, "" if it does.
 	not func(rabbit.Generation, kind) string
 	by  way
-	// vhost asks for a virtual host of its own, args for a queue that is not the default one.
+	// vhost asks for a virtual host of its own, args are those of a queue that is not the default
+	// one.
 	vhost bool
 	args  amqp.Table
 	test  func(*trial)
@@ -112,7 +119,7 @@ func (c cell) impossible(g rabbit.Generation, k kind) string {
 	return c.not(g, k)
 }
 
-// somewhere says whether the fault can be had at all.
+// somewhere says whether the fault exists at all.
 func (c cell) somewhere() bool {
 	for _, g := range rabbit.Generations() {
 		for _, k := range kinds() {
@@ -135,11 +142,11 @@ func only(reason string, possible ...kind) func(rabbit.Generation, kind) string 
 
 // trial is the scenario of a cell.
 type trial struct {
-	*scenario
+	*scenario.Scenario
 	gen     rabbit.Generation
 	kind    kind
 	vhost   string
-	own     results
+	own     scenario.Results
 	nodes   []*rabbit.Broker
 	proxies []*faultproxy.Proxy // by node, of a cluster
 }
@@ -161,12 +168,12 @@ func (m *matrix) newTrial(t *testing.T, g rabbit.Generation, k kind, b *rabbit.B
 		args = amqp.Table{"x-queue-type": string(k)}
 		maps.Copy(args, c.args)
 	}
-	r.scenario = newScenarioOn(t, b, &r.own, args)
+	r.Scenario = scenario.NewOn(t, b, &r.own, args)
 	if c.by == direct {
-		r.directly()
+		r.Directly()
 	}
 	if k == stream {
-		r.opts = append(r.opts, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
+		r.Options = append(r.Options, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
 	}
 	return r
 }
@@ -183,23 +190,24 @@ func rest(ctx context.Context, d time.Duration) {
 // begin is a consumer at work, and messages on their way.
 func (r *trial) begin() {
 	r.Helper()
-	r.start()
+	r.Start()
 	r.consuming()
-	r.feed()
+	r.Feed()
 }
 
 func (r *trial) consuming() {
 	r.Helper()
-	r.must(20*time.Second, "consuming", func() bool { return r.consumer.State() == steadymq.Consuming })
+	r.Must(20*time.Second, "consuming", func() bool { return r.Consumer.State() == steadymq.Consuming })
 }
 
-// told waits until a failure was reported whose text holds reason, and holds the time that takes from now on against the limit.
+// told waits until a failure was reported whose text contains reason, and holds the time from now
+// until then against the limit.
 func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
 	r.Helper()
 	var found steadymq.StateChange
 	since := time.Now()
-	r.must(limit+10*time.Second, fmt.Sprintf("a failure that says %q", reason), func() bool {
-		for _, c := range r.history() {
+	r.Must(limit+10*time.Second, fmt.Sprintf("a failure that says %q", reason), func() bool {
+		for _, c := range r.History() {
 			if c.Cause != nil && strings.Contains(c.Cause.Error(), reason) {
 				found = c
 				return true
@@ -207,46 +215,48 @@ func (r *trial) told(reason string, limit time.Duration) steadymq.StateChange {
 		}
 		return false
 	})
-	r.inTime(found.Time.Sub(since), limit, fmt.Sprintf("time until it is told of %q", reason))
+	r.InTime(found.Time.Sub(since), limit, fmt.Sprintf("time until it is told of %q", reason))
 	return found
 }
 
-// judge ends the trial with the verifier of the scenarios. A stream keeps its messages and a passive declare does not know its consumers.
+// judge ends the trial and verifies it. A stream keeps its messages, and a passive declare does not
+// count its consumers.
 func (r *trial) judge() {
 	r.Helper()
-	r.feeder.stop()
-	r.awaitFinished()
+	r.Feeder.Stop()
+	r.AwaitFinished()
 	if r.kind != stream {
-		r.oneConsumer()
+		r.OneConsumer()
 		r.quiet()
-		r.verify()
+		r.Verify()
 		return
 	}
 	r.oneStreamConsumer()
 	r.quiet()
-	r.cancel()
-	r.stopped(realDrain + realClose + time.Second)
-	r.nothingLeft()
-	r.acksAreRight()
-	r.statsAddUp()
-	r.row(r.duplicates())
+	r.Cancel()
+	r.Stopped(scenario.DrainTimeout + scenario.CloseTimeout + time.Second)
+	r.NothingLeft()
+	r.AcksAreRight()
+	r.StatsAddUp()
+	r.AddRow(r.Duplicates())
 }
 
 func (r *trial) oneStreamConsumer() {
 	r.Helper()
 	var n int
-	r.holds(halfOpen+realClose+5*time.Second, func() bool {
+	r.Holds(scenario.HalfOpen+scenario.CloseTimeout+5*time.Second, func() bool {
 		n = r.consumersByName()
-		return n == 1 && r.sockets.open() == 1
+		return n == 1 && r.Sockets.Open() == 1
 	})
 	assert.Equal(r, 1, n, "consumers on the stream")
-	assert.Equal(r, 1, r.sockets.open(), "open sockets")
+	assert.Equal(r, 1, r.Sockets.Open(), "open sockets")
 }
 
-// consumersByName counts on every node, which knows its own clients only; -1 if one does not answer.
+// consumersByName counts on every node, because each knows its own clients only; -1 if one does not
+// answer.
 func (r *trial) consumersByName() (sum int) {
 	for _, node := range r.nodes {
-		text, err := node.ConsumersOf(r.Context(), r.queue)
+		text, err := node.ConsumersOf(r.Context(), r.Queue)
 		n, errText := strconv.Atoi(text)
 		if err != nil || errText != nil {
 			return -1
@@ -256,13 +266,13 @@ func (r *trial) consumersByName() (sum int) {
 	return sum
 }
 
-// quiet waits until the broker has stopped delivering: what a dead connection held comes back when the broker has buried it, and after the
-// queue has told of one consumer.
+// quiet waits until the broker has stopped delivering: what a dead connection held comes back when
+// the broker has closed it, which may be after the queue has reported one consumer.
 func (r *trial) quiet() {
 	r.Helper()
 	last, since := -1, time.Now()
-	r.must(halfOpen+10*time.Second, "the broker has delivered everything", func() bool {
-		if n := r.delivered(); n != last {
+	r.Must(scenario.HalfOpen+10*time.Second, "the broker has delivered everything", func() bool {
+		if n := r.Delivered(); n != last {
 			last, since = n, time.Now()
 		}
 		return time.Since(since) > time.Second
@@ -308,7 +318,8 @@ func newMatrix(parts string) *matrix {
 	}
 }
 
-// wants says whether a part is to be run: the whole, the short form, or the words of STEADYMQ_MATRIX, such as "node whole cluster 3.10".
+// wants says whether a part is to run: in the whole, in the short form, or because STEADYMQ_MATRIX
+// names it, as in "node whole cluster 3.10".
 func (m *matrix) wants(part string, short bool) bool {
 	switch m.parts {
 	case "full":
@@ -339,12 +350,12 @@ func (m *matrix) set(fault, rows, broker string, k kind, e entry) {
 // record notes how a trial went; it runs after the trial, failed or not.
 func (m *matrix) record(r *trial, t *testing.T, fault, rows, broker string, k kind) {
 	e := entry{bad: t.Failed()}
-	if r != nil && len(r.own.rows) > 0 {
-		row := r.own.rows[0]
-		e.note = row.note
+	if r != nil && len(r.own.Rows()) > 0 {
+		row := r.own.Rows()[0]
+		e.note = row.Note
 		e.text = "nothing to heal"
-		if row.resumed > 0 || row.lost > 0 {
-			e.text = fmt.Sprintf("%s, %d", inWords(row.resumed), row.duplicates)
+		if row.Resumed > 0 || row.Lost > 0 {
+			e.text = fmt.Sprintf("%s, %d", inWords(row.Resumed), row.Duplicates)
 		}
 	}
 	if e.bad {
@@ -376,8 +387,8 @@ func (m *matrix) report(t *testing.T) {
 	if !m.full || t.Failed() {
 		return
 	}
-	assert.NoError(t, os.MkdirAll("docs", 0o755))
-	assert.NoError(t, os.WriteFile("docs/MATRIX.md", []byte(text), 0o644))
+	assert.NoError(t, os.MkdirAll(docs, 0o755))
+	assert.NoError(t, os.WriteFile(filepath.Join(docs, "MATRIX.md"), []byte(text), 0o644))
 }
 
 func (m *matrix) String() string {
@@ -477,8 +488,12 @@ the broker has its key.
 
 `
 
-// faultTable is the file with the table of faults.
-const faultTable = "docs/FAULTS.md"
+const (
+	module = "../.."          // the module's own folder
+	docs   = module + "/docs" // what the tests write goes there
+	// faultTable is the file with the table of faults.
+	faultTable = docs + "/FAULTS.md"
+)
 
 var (
 	faultLine = regexp.MustCompile(`(?m)^\| (\d+) \| .* \| ([^|]*) \|$`)
@@ -544,24 +559,31 @@ func TestEveryRowOfTheFaultTableIsACellOrSaysWhyNot(t *testing.T) {
 		assert.ElementsMatch(t, cells[row], named, "row %s: the matrix has the one, %s names the other", row, faultTable)
 		assert.Equal(t, len(cells[row]) == 0, strings.HasPrefix(judged, "no cell: "), "row %s: a cell or the reason why there is none", row)
 		for _, name := range testName.FindAllString(judged, -1) {
-			assert.Contains(t, tests, "\nfunc "+name+"(", "row %s", row)
+			assert.True(t, strings.Contains(tests, "\nfunc "+name+"("), "row %s: there is no %s", row, name)
 		}
 		delete(cells, row)
 	}
 	assert.Empty(t, cells, "rows that %s does not have", faultTable)
 }
 
-// sourceOfTests is that of the packages whose tests the table names.
+// sourceOfTests is that of every test of the module.
 func sourceOfTests(t *testing.T) string {
 	var tests strings.Builder
-	for _, pattern := range []string{"*_test.go", "internal/sim/*_test.go", "internal/behaviour/*_test.go", "internal/router/*_test.go", "internal/wire/*_test.go", "steadymqtest/*_test.go"} {
-		files, err := filepath.Glob(pattern)
-		require.NoError(t, err)
-		for _, name := range files {
-			text, err := os.ReadFile(name)
-			require.NoError(t, err)
-			tests.Write(text)
+	require.NoError(t, filepath.WalkDir(module, func(name string, entry fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case entry.IsDir():
+			if entry.Name() == "testdata" || entry.Name() == ".git" {
+				return filepath.SkipDir
+			}
+			return nil
+		case !strings.HasSuffix(name, "_test.go"):
+			return nil
 		}
-	}
+		text, err := os.ReadFile(name)
+		tests.Write(text)
+		return err
+	}))
 	return tests.String()
 }
