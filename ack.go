@@ -129,7 +129,7 @@ func (d *Delivery) again() *Delivery {
 func NewDelivery(m amqp.Delivery) *Delivery {
 	d := newDelivery()
 	d.Delivery = m
-	d.init(loose{m.Acknowledger})
+	d.init(detached{m.Acknowledger})
 	return d
 }
 
@@ -264,14 +264,14 @@ func rejected(requeue bool) Outcome {
 	return Discarded
 }
 
-// loose settles the deliveries of NewDelivery.
-type loose struct{ to amqp.Acknowledger }
+// detached settles the deliveries of NewDelivery.
+type detached struct{ to amqp.Acknowledger }
 
-func (l loose) number() uint64 { return 0 }
+func (l detached) number() uint64 { return 0 }
 
-func (l loose) source() (queue, host string) { return "", "" }
+func (l detached) source() (queue, host string) { return "", "" }
 
-func (l loose) settle(d *Delivery, o Outcome) error {
+func (l detached) settle(d *Delivery, o Outcome) error {
 	if l.to == nil {
 		return nil
 	}
@@ -281,21 +281,21 @@ func (l loose) settle(d *Delivery, o Outcome) error {
 	return l.to.Reject(d.fence.tag, o == Requeued)
 }
 
-// verdict is an outcome that travels in a handler's error.
-type verdict struct {
+// outcomeError is an outcome that travels in a handler's error.
+type outcomeError struct {
 	outcome Outcome
 	delay   time.Duration
 	err     error
 }
 
-func (v *verdict) Error() string {
+func (v *outcomeError) Error() string {
 	if v.err == nil {
 		return "steadymq: message " + v.outcome.String()
 	}
 	return v.err.Error()
 }
 
-func (v *verdict) Unwrap() error { return v.err }
+func (v *outcomeError) Unwrap() error { return v.err }
 
 // Requeue returns an error that makes a handler put its message back at once,
 // without the hold of WithRequeueDelay. The message may come straight back, to
@@ -304,7 +304,7 @@ func (v *verdict) Unwrap() error { return v.err }
 // take milliseconds, and then the broker drops the message. A message of a stream
 // is tried again in place after 10 ms. err may be nil; errors.Is and errors.As see
 // through to it.
-func Requeue(err error) error { return &verdict{outcome: Requeued, err: err} }
+func Requeue(err error) error { return &outcomeError{outcome: Requeued, err: err} }
 
 // RequeueAfter returns an error that makes a handler put its message back, or try
 // it again in place if it is one of a stream, after d. It counts towards a delivery
@@ -313,12 +313,12 @@ func Requeue(err error) error { return &verdict{outcome: Requeued, err: err} }
 // stops it goes back at once. Keep d well below the broker's consumer timeout (30
 // minutes by default). A d of zero or less means at once. err may be nil.
 func RequeueAfter(err error, d time.Duration) error {
-	return &verdict{outcome: Requeued, delay: max(d, 0), err: err}
+	return &outcomeError{outcome: Requeued, delay: max(d, 0), err: err}
 }
 
 // Discard returns an error that makes a handler drop its message, or
 // dead-letter it if the queue has a dead-letter exchange. err may be nil.
-func Discard(err error) error { return &verdict{outcome: Discarded, err: err} }
+func Discard(err error) error { return &outcomeError{outcome: Discarded, err: err} }
 
 // OutcomeOf returns the outcome that a handler's error asks for, and whether it does
 // so explicitly: true for nil, which acks, and for what Discard, Requeue and
@@ -329,7 +329,7 @@ func OutcomeOf(err error) (o Outcome, explicit bool) {
 	if err == nil {
 		return Acked, true
 	}
-	if v := (*verdict)(nil); errors.As(err, &v) {
+	if v := (*outcomeError)(nil); errors.As(err, &v) {
 		return v.outcome, true
 	}
 	return Requeued, false

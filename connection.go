@@ -26,15 +26,15 @@ type connection struct {
 
 	closed  chan *amqp.Error // the driver's NotifyClose
 	end     *notifier        // the first cause of its end
-	tenants tenants          // the sessions on it
-	leave   chan departure   // asks for an orderly close
-	left    bool             // leave was asked; its owner's
-	gone    chan struct{}    // closed when nothing of it is left
+	leases leases          // the sessions on it
+	stop   chan closeRequest   // asks for an orderly close
+	stopped    bool             // leave was asked; its owner's
+	done    chan struct{}    // closed when nothing of it is left
 
 	channelFailures []time.Time  // recent ones, for the escalation; the supervisor's
 	served          bool         // it has had a session; the supervisor's
 	queue           string       // of its sessions, once it has a name; of the try on it
-	litter          atomic.Int32 // how often a TopologyFunc has failed on it
+	failedTopologies          atomic.Int32 // how often a TopologyFunc has failed on it
 
 	stopRefresh context.CancelFunc
 	refreshed   chan struct{} // closed when the credentials are no longer refreshed
@@ -91,8 +91,8 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 		closeTimeout: c.closeTimeout,
 		closed:       conn.NotifyClose(make(chan *amqp.Error, 1)),
 		end:          newNotifier(),
-		leave:        make(chan departure, 1),
-		gone:         make(chan struct{}),
+		stop:        make(chan closeRequest, 1),
+		done:         make(chan struct{}),
 		refreshed:    make(chan struct{}),
 	}
 	// The refresh lives as long as the connection, not as this try.
@@ -103,7 +103,7 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 	return opened, nil
 }
 
-// login returns the mechanisms for this dial and, if they expire, when.
+// mechanisms returns the mechanisms for this dial and, if they expire, when.
 func mechanisms(ctx context.Context, c *config, e endpoint, abandoned func()) ([]amqp.Authentication, time.Time, error) {
 	if c.credentials == nil {
 		return e.login(c.sasl), time.Time{}, nil
@@ -203,9 +203,9 @@ func handshakeCause(err error, s *wire.Socket, l *login, e endpoint) error {
 	if refused := l.refusal(err, s); refused != nil {
 		return refused
 	}
-	var said *amqp.Error
-	if errors.As(err, &said) && said.Server {
-		return said
+	var brokerErr *amqp.Error
+	if errors.As(err, &brokerErr) && brokerErr.Server {
+		return brokerErr
 	}
 	lost := s.Cause()
 	switch {
@@ -222,8 +222,8 @@ func handshakeCause(err error, s *wire.Socket, l *login, e endpoint) error {
 // explain prefers what the broker said, and to what, then what the socket saw, to
 // the driver's catch-all "501".
 func (c *connection) explain(err error) error {
-	var said *amqp.Error
-	if errors.As(err, &said) && said.Server {
+	var brokerErr *amqp.Error
+	if errors.As(err, &brokerErr) && brokerErr.Server {
 		return err
 	}
 	if cause := c.socket.Cause(); cause != nil {
@@ -238,32 +238,32 @@ func (c *connection) explain(err error) error {
 // watch waits for the end of the connection and then sees to it that nothing of
 // it stays: driver, socket and goroutines.
 func (c *connection) watch() {
-	defer close(c.gone)
+	defer close(c.done)
 	limit := c.closeTimeout
 	select {
 	case err := <-c.closed:
 		c.end.notify(c.explain(errorOrNil(err)))
 	case <-c.socket.Done():
 		c.end.notify(c.endOfSocket())
-	case asked := <-c.leave:
-		limit = c.awaitTenants(asked)
+	case asked := <-c.stop:
+		limit = c.awaitLeases(asked)
 	}
 	c.teardown(limit)
 	c.end.notify(errStopped)
 }
 
-// awaitTenants lets the sessions that still live on the connection go first. It returns the limit
+// awaitLeases lets the sessions that the connection is still lent to go first. It returns the limit
 // of the close that follows.
-func (c *connection) awaitTenants(asked departure) time.Duration {
-	vacated := c.tenants.vacated()
-	over := time.NewTimer(asked.stay)
+func (c *connection) awaitLeases(asked closeRequest) time.Duration {
+	returned := c.leases.allReturned()
+	over := time.NewTimer(asked.grace)
 	defer over.Stop()
 	for {
 		select {
-		case asked = <-c.leave:
-			over.Reset(asked.stay)
+		case asked = <-c.stop:
+			over.Reset(asked.grace)
 			continue
-		case <-vacated:
+		case <-returned:
 		case err := <-c.closed:
 			c.end.notify(c.explain(errorOrNil(err)))
 		case <-c.socket.Done():
@@ -315,38 +315,38 @@ func (c *connection) teardown(limit time.Duration) {
 	c.socket.Wait()
 }
 
-// departure is how a connection is asked to close.
-type departure struct {
-	stay  time.Duration // how long sessions may stay on it
+// closeRequest is how a connection is asked to close.
+type closeRequest struct {
+	grace  time.Duration // how long sessions may stay on it
 	limit time.Duration // how long the close may take after that
 }
 
 // close asks for an orderly close and returns at once; gone tells the end. Only the owner of
 // the connection calls it.
-func (c *connection) close(d departure) {
-	if !c.left {
-		c.left = true
-		c.leave <- d
+func (c *connection) close(d closeRequest) {
+	if !c.stopped {
+		c.stopped = true
+		c.stop <- d
 	}
 }
 
 // hurry shortens a departure that has been asked for, unless it is the first one still.
-func (c *connection) hurry(d departure) {
+func (c *connection) hurry(d closeRequest) {
 	select {
-	case <-c.leave: // the first one, which watch has not seen yet
+	case <-c.stop: // the first one, which watch has not seen yet
 	default:
 	}
-	c.leave <- d
+	c.stop <- d
 }
 
 // alive tells whether a new session may be opened on it.
 func (c *connection) alive() bool {
-	return !c.left && c.end.cause() == nil && !c.amqp.IsClosed() && !c.tenants.wornOut()
+	return !c.stopped && c.end.Cause() == nil && !c.amqp.IsClosed() && !c.leases.isRetired()
 }
 
-// escalates notes a channel-level failure on c and tells whether the connection
+// tooManyChannelFailures notes a channel-level failure on c and tells whether the connection
 // is to be replaced too.
-func (c *connection) escalates(now time.Time) bool {
+func (c *connection) tooManyChannelFailures(now time.Time) bool {
 	recent := c.channelFailures[:0]
 	for _, t := range c.channelFailures {
 		if now.Sub(t) < escalateWithin {
@@ -381,7 +381,7 @@ func (c *connection) owned(of *config) string {
 func (c *connection) sameQueue(queue string) error {
 	left := c.queue != queue
 	if c.queue == "" {
-		left = c.litter.Load() > 0 && strings.HasPrefix(queue, "amq.") // which only a broker names
+		left = c.failedTopologies.Load() > 0 && strings.HasPrefix(queue, "amq.") // which only a broker names
 	}
 	if left {
 		return &leftBehindError{was: c.queue, is: queue}
@@ -390,9 +390,9 @@ func (c *connection) sameQueue(queue string) error {
 	return nil
 }
 
-// littered tells whether a TopologyFunc has failed so often on the connection that the queues it
+// topologyFails tells whether a TopologyFunc has failed so often on the connection that the queues it
 // may have left behind, one each time, have to go with it.
-func (c *connection) littered() bool { return c.litter.Load() >= escalateAfter }
+func (c *connection) topologyFails() bool { return c.failedTopologies.Load() >= escalateAfter }
 
 // leftBehindError is a TopologyFunc that has left a queue behind on the connection.
 type leftBehindError struct{ was, is string }

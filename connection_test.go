@@ -44,12 +44,12 @@ func TestBrokersCloseIsAnsweredHoweverSlowlyItReads(t *testing.T) {
 		_, err = far.Write(methodOf(0, 10, 50, 1, 0x40, 3, 'b', 'y', 'e', 0, 0, 0, 0))
 		require.NoError(t, err)
 		time.Sleep(time.Second)
-		said, err := io.ReadAll(far)
+		brokerErr, err := io.ReadAll(far)
 		require.NoError(t, err)
-		<-conn.gone
+		<-conn.done
 
-		assert.Equal(t, methodOf(0, 10, 51), said)
-		assert.ErrorContains(t, conn.end.cause(), "bye")
+		assert.Equal(t, methodOf(0, 10, 51), brokerErr)
+		assert.ErrorContains(t, conn.end.Cause(), "bye")
 	})
 }
 

@@ -2,103 +2,104 @@ package steadymq
 
 import "sync"
 
-// tenants are the sessions that live on a connection. After a basic.cancel there are two for a
-// while: the old one, whose handlers may still settle, and its successor. What one of them does
-// to the connection has to wait until the other has moved out.
-type tenants struct {
-	mu    sync.Mutex
-	count int
-	worn  error         // why the connection is to end with its last tenant; nil if it is not
-	empty chan struct{} // closed when the last one has moved out; nil until somebody waits
+// leases are the sessions to which a connection is lent. After a basic.cancel there are two for a
+// while: the old one, whose handlers may still settle, and its successor. What one of them does to
+// the connection waits until the other has given it back. A connection is retired when it must take
+// no more sessions; it then ends with its last lease.
+type leases struct {
+	mu       sync.Mutex
+	lent     int
+	retired  error         // why the connection takes no more sessions; nil as long as it does
+	returned chan struct{} // closed when the last lease has ended; nil until somebody waits for that
 }
 
-// wear notes that c does not answer a call that is nobody's stay. It takes no more sessions, and
-// ends now unless one lives there.
-func (c *connection) wear(cause error) {
-	if end := c.tenants.wear(cause); end != nil {
+// retire is called for a call that no answer came to and that belongs to no lease. The connection
+// takes no more sessions, and ends now if it is lent to none.
+func (c *connection) retire(cause error) {
+	if end := c.leases.retire(cause); end != nil {
 		c.socket.Kill(end)
 	}
 }
 
-func (t *tenants) wear(cause error) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.spend(cause)
+func (l *leases) retire(cause error) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.due(cause)
 }
 
-// spend is called with mu held.
-func (t *tenants) spend(cause error) error {
-	if t.worn == nil {
-		t.worn = cause
+// due retires the connection if there is a cause, and returns why it has to end now, nil if it has
+// not. It is called with mu held.
+func (l *leases) due(cause error) error {
+	if l.retired == nil {
+		l.retired = cause
 	}
-	if t.count > 0 {
+	if l.lent > 0 {
 		return nil
 	}
-	return t.worn
+	return l.retired
 }
 
-// tenancy is the stay of one session, or of the try for one. Its methods are safe for
-// concurrent use.
-type tenancy struct {
-	conn *connection
-	left bool // under the mutex of the connection's tenants
+// lease is the use of a connection by one session, or by the try for one. Its methods are safe for
+// concurrent use, and the first one called ends it.
+type lease struct {
+	conn  *connection
+	ended bool // guarded by the mutex of the connection's leases
 }
 
-// moveIn notes that somebody lives on c from now on.
-func (c *connection) moveIn() *tenancy {
-	c.tenants.mu.Lock()
-	defer c.tenants.mu.Unlock()
-	c.tenants.count++
-	return &tenancy{conn: c}
+// lend lends the connection to one more session.
+func (c *connection) lend() *lease {
+	c.leases.mu.Lock()
+	defer c.leases.mu.Unlock()
+	c.leases.lent++
+	return &lease{conn: c}
 }
 
-// moveOut ends the stay. A connection that is worn ends with its last tenant.
-func (t *tenancy) moveOut() { t.leave(nil) }
+// giveBack ends the lease. A retired connection ends with its last one.
+func (l *lease) giveBack() { l.end(nil) }
 
-// giveUp ends the stay of a tenant one of whose calls has outlasted its limit. The driver's
-// calls take no context, and only the end of the connection ends them; so it takes no more
-// sessions, and ends now unless somebody else lives there.
-func (t *tenancy) giveUp(cause error) { t.leave(cause) }
+// giveUp ends the lease of a session one of whose calls has outlasted its limit, and retires the
+// connection: the driver's calls take no context, so only the end of the connection ends them.
+func (l *lease) giveUp(cause error) { l.end(cause) }
 
-func (t *tenancy) leave(cause error) {
-	if end := t.conn.tenants.remove(t, cause); end != nil {
-		go t.conn.socket.Kill(end) // a user's connection may hang in its Close
+func (l *lease) end(cause error) {
+	if end := l.conn.leases.take(l, cause); end != nil {
+		go l.conn.socket.Kill(end) // a user's connection may hang in its Close
 	}
 }
 
-// remove takes a tenant away, once. It returns why the connection has to end now, nil if it has
-// not.
-func (t *tenants) remove(one *tenancy, cause error) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if one.left {
+// take takes a lease back, once. It returns why the connection has to end now, nil if it has not.
+func (l *leases) take(one *lease, cause error) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if one.ended {
 		return nil
 	}
-	one.left = true
-	t.count--
-	if t.count == 0 && t.empty != nil {
-		close(t.empty)
-		t.empty = nil
+	one.ended = true
+	l.lent--
+	if l.lent == 0 && l.returned != nil {
+		close(l.returned)
+		l.returned = nil
 	}
-	return t.spend(cause)
+	return l.due(cause)
 }
 
-// vacated closes when nobody lives on the connection any more. Only its owner asks, once, after
-// the last has moved in.
-func (t *tenants) vacated() <-chan struct{} {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	empty := make(chan struct{})
-	if t.count == 0 {
-		close(empty)
-		return empty
+// allReturned closes when the connection is lent to nobody any more. Only its owner asks, once,
+// after it has been lent for the last time.
+func (l *leases) allReturned() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	returned := make(chan struct{})
+	if l.lent == 0 {
+		close(returned)
+		return returned
 	}
-	t.empty = empty
-	return empty
+	l.returned = returned
+	return returned
 }
 
-func (t *tenants) wornOut() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.worn != nil
+// isRetired tells whether the connection takes no more sessions.
+func (l *leases) isRetired() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.retired != nil
 }

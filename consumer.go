@@ -22,7 +22,7 @@ type Consumer struct {
 	running atomic.Bool
 	state   atomic.Int32
 	stats   *counters
-	broken  atomic.Pointer[brokenError]
+	fault  atomic.Pointer[faultError]
 }
 
 // New checks url, queue and options and returns a Consumer. It dials nothing.
@@ -88,8 +88,8 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if ctx == nil {
 		return &OptionError{"Run", "the context must not be nil"}
 	}
-	if broken := c.broken.Load(); broken != nil {
-		return broken
+	if fault := c.fault.Load(); fault != nil {
+		return fault
 	}
 	if !c.running.CompareAndSwap(false, true) {
 		return ErrRunning
@@ -153,7 +153,7 @@ type supervisor struct {
 	host    string
 	next    endpoint // of the next dial, once it is known
 
-	leaving []leaver
+	closing []closer
 	cause   error // of the last failure
 	retryIn time.Duration
 	err     error // what Run returns
@@ -203,7 +203,7 @@ func (s *supervisor) run() error {
 	s.ctx = ctx
 	go func() { // ends with ctx, which ends with Run
 		select {
-		case <-s.reporter.broken.ended:
+		case <-s.reporter.fault.Done():
 			stop(errStopped)
 		case <-ctx.Done():
 		}
@@ -219,10 +219,10 @@ func (s *supervisor) run() error {
 
 // result puts the panic of a hook or of the log handler before everything else.
 func (s *supervisor) result() error {
-	var broken *brokenError
-	if errors.As(s.reporter.broken.cause(), &broken) {
-		s.consumer.broken.Store(broken)
-		return errtext.Join(broken, s.err)
+	var fault *faultError
+	if errors.As(s.reporter.fault.Cause(), &fault) {
+		s.consumer.fault.Store(fault)
+		return errtext.Join(fault, s.err)
 	}
 	return s.err
 }
@@ -234,7 +234,7 @@ func (s *supervisor) connecting() stateFunc {
 		return s.draining
 	}
 	if s.conn != nil && !s.conn.alive() { // ended while it waited for the next try
-		s.hosts.failed(s.conn.host, s.conn.end.cause(), time.Now())
+		s.hosts.failed(s.conn.host, s.conn.end.Cause(), time.Now())
 		s.dropConnection()
 	}
 	if s.conn == nil && s.next.address == "" {
@@ -253,7 +253,7 @@ func (s *supervisor) connecting() stateFunc {
 	step := newStep("dial")
 	defer s.scope.waiting(s.host, step)()
 	try := s.scope.begin()
-	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, try, step) }, step)
+	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, e, number, try, step) }, step)
 	if a.conn != nil {
 		s.conn, s.host = a.conn, a.conn.host
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
@@ -330,15 +330,15 @@ func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
 	s.conn.served = true
 	s.retry.consuming()
-	s.hosts.worked(s.host)
+	s.hosts.connected(s.host)
 	s.pool.serve(s.session)
 	s.enter(Consuming, nil)
 	select {
-	case <-s.session.ended.ended:
+	case <-s.session.end.Done():
 		session := s.session
 		s.release()
 		s.proved(session)
-		return s.failed(session.ended.cause())
+		return s.failed(session.end.Cause())
 	case <-s.ctx.Done():
 		s.proved(s.session)
 		return s.draining
@@ -351,15 +351,15 @@ func (s *supervisor) proved(session *session) {
 	if session.healthy(now) {
 		s.retry.healthy()
 	}
-	if now.Sub(session.since) >= hostLasts {
-		s.hosts.lasted()
+	if now.Sub(session.since) >= provenAfter {
+		s.hosts.outlived()
 	}
 }
 
 // release lets the session go its way out, and with it its connection if that is
 // not worth keeping.
 func (s *supervisor) release() {
-	s.leaving = append(s.leaving, leaver{gone: s.session.gone, session: s.session}, leaver{gone: s.probed})
+	s.closing = append(s.closing, closer{done: s.session.done, session: s.session}, closer{done: s.probed})
 	s.pool.serve(nil)
 	s.session = nil
 }
@@ -373,8 +373,8 @@ func (s *supervisor) failed(err error) stateFunc {
 	}
 	s.hosts.failed(s.host, err, now)
 	s.keepOrReplace(err, now)
-	if gives, broken := s.givesUp(err); gives || broken != nil {
-		s.note(broken)
+	if gives, fault := s.givesUp(err); gives || fault != nil {
+		s.note(fault)
 		s.note(err)
 		return s.draining
 	}
@@ -408,8 +408,8 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	if s.conn == nil {
 		return
 	}
-	keep := s.conn.alive() && !s.conn.littered() && !leavesNode(err)
-	if keep && (s.owns() || s.blameless(classify(err)) || !s.conn.escalates(now)) {
+	keep := s.conn.alive() && !s.conn.topologyFails() && !leavesNode(err)
+	if keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)) {
 		return
 	}
 	s.dropConnection()
@@ -429,29 +429,29 @@ func (s *supervisor) blameless(kind class) bool {
 // dropConnection gives the connection up. It closes when the handlers of a session that the
 // broker has cancelled have settled there, at the latest after the drain limit.
 func (s *supervisor) dropConnection() {
-	s.closeConnection(departure{stay: s.config.drainTimeout + s.config.closeTimeout, limit: s.config.closeTimeout})
+	s.closeConnection(closeRequest{grace: s.config.drainTimeout + s.config.closeTimeout, limit: s.config.closeTimeout})
 	s.sweep()
 }
 
-func (s *supervisor) closeConnection(d departure) {
+func (s *supervisor) closeConnection(d closeRequest) {
 	if s.conn == nil {
 		return
 	}
 	s.conn.close(d)
-	s.leaving = append(s.leaving, leaver{gone: s.conn.gone, conn: s.conn})
+	s.closing = append(s.closing, closer{done: s.conn.done, conn: s.conn})
 	s.conn = nil
 }
 
-// leaver is an old session or connection on its way out.
-type leaver struct {
-	gone    <-chan struct{}
+// closer is an old session or connection on its way out.
+type closer struct {
+	done    <-chan struct{}
 	session *session    // nil if it is something else
 	conn    *connection // the same
 }
 
-func (l leaver) left() bool {
+func (l closer) isDone() bool {
 	select {
-	case <-l.gone:
+	case <-l.done:
 		return true
 	default:
 		return false
@@ -459,7 +459,7 @@ func (l leaver) left() bool {
 }
 
 // sweep forgets what has gone.
-func (s *supervisor) sweep() { s.leaving = slices.DeleteFunc(s.leaving, leaver.left) }
+func (s *supervisor) sweep() { s.closing = slices.DeleteFunc(s.closing, closer.isDone) }
 
 // backoff waits for the next try.
 func (s *supervisor) backoff() stateFunc {
@@ -492,25 +492,25 @@ func (s *supervisor) draining() stateFunc {
 	left := s.config.closeTimeout
 	if s.session != nil {
 		close(s.session.stop)
-		<-s.session.gone // bounded by the drain limit and the close limit
-		s.leaving = append(s.leaving, leaver{gone: s.probed})
+		<-s.session.done // bounded by the drain limit and the close limit
+		s.closing = append(s.closing, closer{done: s.probed})
 		s.note(s.session.drained)
-		left -= s.session.closing
+		left -= s.session.closeTook
 	}
 	if !s.handlersDone(limit.C) && !errors.Is(s.err, ErrDrainTimeout) {
 		s.note(s.scope.drainError())
 	}
 	left = max(left, time.Millisecond)
-	s.closeConnection(departure{stay: left / 2, limit: left / 2})
+	s.closeConnection(closeRequest{grace: left / 2, limit: left / 2})
 	s.awaitLeaving()
 	return nil
 }
 
 // hurryLeaving holds connections on their way out to the limits of the stop.
 func (s *supervisor) hurryLeaving() {
-	for _, l := range s.leaving {
+	for _, l := range s.closing {
 		if l.conn != nil {
-			l.conn.hurry(departure{stay: s.config.drainTimeout, limit: s.config.closeTimeout})
+			l.conn.hurry(closeRequest{grace: s.config.drainTimeout, limit: s.config.closeTimeout})
 		}
 	}
 }
@@ -552,14 +552,14 @@ func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 func (s *supervisor) awaitLeaving() {
 	limit := time.NewTimer(s.config.closeTimeout + teardownGrace)
 	defer limit.Stop()
-	for i, l := range s.leaving {
+	for i, l := range s.closing {
 		select {
-		case <-l.gone:
+		case <-l.done:
 			if l.session != nil {
 				s.note(l.session.drained)
 			}
 		case <-limit.C:
-			s.stats.abandoned.Add(uint64(len(s.leaving) - i))
+			s.stats.abandoned.Add(uint64(len(s.closing) - i))
 			return
 		}
 	}

@@ -221,12 +221,12 @@ const loginSilence = 2500 * time.Millisecond
 // The driver calls every loss of the socket at this step a wrong password, without having
 // heard that from the broker.
 func (l *login) refusal(err error, s *wire.Socket) error {
-	var said *amqp.Error
-	if errors.As(err, &said) && said.Server {
-		if said.Code != amqp.AccessRefused {
+	var brokerErr *amqp.Error
+	if errors.As(err, &brokerErr) && brokerErr.Server {
+		if brokerErr.Code != amqp.AccessRefused {
 			return nil
 		}
-		return fmt.Errorf("%w: %w: check user name, password and mechanism%s", ErrLoginRefused, said, l.hint())
+		return fmt.Errorf("%w: %w: check user name, password and mechanism%s", ErrLoginRefused, brokerErr, l.hint())
 	}
 	if errors.Is(err, amqp.ErrSASL) {
 		return fmt.Errorf("%w: the broker offers the login mechanisms %q and none of %q (WithSASL, or auth_mechanism in the URL)",

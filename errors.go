@@ -220,22 +220,22 @@ func (e *DrainError) Unwrap() error { return ErrDrainTimeout }
 // advice says what to do about a refusal of the broker, whose own text says only what it refuses.
 // Code and step decide, never the text: it repeats names of queues and users.
 func advice(op string, err error) string {
-	var said *amqp.Error
-	if !errors.As(err, &said) || !said.Server {
+	var brokerErr *amqp.Error
+	if !errors.As(err, &brokerErr) || !brokerErr.Server {
 		return adviceTLS(err)
 	}
-	switch kind := classifySaid(said); {
+	switch kind := classifySaid(brokerErr); {
 	case kind == classAbsent:
 		return "; it is asked for again until someone has declared it, which WithQueue or WithTopology can do"
 	case kind != classOperator:
 		return ""
-	case op == "open" && said.Code == amqp.NotAllowed:
+	case op == "open" && brokerErr.Code == amqp.NotAllowed:
 		return "; the path of the URL names the virtual host: it must exist, and the user needs permissions on it"
 	case op == "open":
 		return ""
-	case said.Code == amqp.AccessRefused:
+	case brokerErr.Code == amqp.AccessRefused:
 		return "; give the user the permission (rabbitmqctl set_permissions)"
-	case op == "topology" && said.Code == amqp.PreconditionFailed:
+	case op == "topology" && brokerErr.Code == amqp.PreconditionFailed:
 		return "; what exists was declared otherwise: declare it alike, or delete it (its messages go with it)"
 	}
 	return ""

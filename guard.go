@@ -69,7 +69,7 @@ func (c userCall[T]) answer(ctx context.Context, done chan<- answer[T]) {
 		done <- a
 	}()
 	a.value, a.err = c.f(ctx)
-	a.err = sound(a.err)
+	a.err = safeError(a.err)
 	returned = true
 }
 
@@ -99,23 +99,23 @@ func isNil(value any) bool {
 // transfer calls Read or Write of a connection that may be the user's, or run callbacks of the
 // user's TLS configuration. What panics there, or ends the goroutine, ends the socket: broken is
 // told why, and it is the error of a panic.
-func transfer(f func([]byte) (int, error), p []byte, broken func(error)) (n int, err error) {
+func transfer(f func([]byte) (int, error), p []byte, fault func(error)) (n int, err error) {
 	returned := false
 	defer func() {
 		if !returned {
 			n, err = 0, fmt.Errorf("a function of the connection or of its TLS configuration: %w", panicked(recover()))
-			broken(err)
+			fault(err)
 		}
 	}()
 	n, err = f(p)
-	err = sound(err)
+	err = safeError(err)
 	returned = true
 	return n, err
 }
 
-// sound returns an error of the user as it is if it can be read, else a *PanicError in its place.
+// safeError returns an error of the user as it is if it can be read, else a *PanicError in its place.
 // What Discard, Requeue and RequeueAfter ask for stays.
-func sound(err error) error {
+func safeError(err error) error {
 	if err == nil {
 		return nil
 	}
@@ -128,18 +128,18 @@ func readable(err error) error {
 	if stack == nil {
 		return err
 	}
-	broken := &PanicError{
+	fault := &PanicError{
 		Value: fmt.Sprintf("the error %T panics when it is read; is it a nil pointer, which is an error that is not nil?", r.at),
 		Stack: stack,
 	}
 	if v := r.verdict; v != nil {
-		return &verdict{outcome: v.outcome, delay: v.delay, err: broken}
+		return &outcomeError{outcome: v.outcome, delay: v.delay, err: fault}
 	}
-	return broken
+	return fault
 }
 
 // causeOf is context.Cause: the context may be Run's, and its cause the user's.
-func causeOf(ctx context.Context) error { return sound(context.Cause(ctx)) }
+func causeOf(ctx context.Context) error { return safeError(context.Cause(ctx)) }
 
 // panicked makes the error of a panic out of what recover returned.
 func panicked(value any) *PanicError {
@@ -153,7 +153,7 @@ func panicked(value any) *PanicError {
 // reading goes over an error and all that it wraps.
 type reading struct {
 	at      error    // the one it has come to
-	verdict *verdict // the first one on the way
+	verdict *outcomeError // the first one on the way
 }
 
 // all reads err, and returns the stack of the panic if that panics.
@@ -176,7 +176,7 @@ func (r *reading) read(err error, depth int) {
 		return
 	}
 	r.at = err
-	if v, ok := err.(*verdict); ok && r.verdict == nil { //nolint:errorlint // every error of the tree is looked at
+	if v, ok := err.(*outcomeError); ok && r.verdict == nil { //nolint:errorlint // every error of the tree is looked at
 		r.verdict = v
 	}
 	if depth > maxChain {

@@ -204,7 +204,7 @@ func firstTerm(c *connection, q *Queue) limitTerm {
 	if q == nil || q.Type != "quorum" || c.major() < 4 || q.deadLetters() {
 		return limitTheirs
 	}
-	if _, said := q.Args[limitArg]; said {
+	if _, brokerErr := q.Args[limitArg]; brokerErr {
 		return limitTheirs
 	}
 	return limitOff
@@ -221,7 +221,7 @@ func (s *session) deliveryLimit() (limit int, known bool) {
 		return 0, true
 	}
 	if q != nil {
-		if n, said := headerInt(q.Args[limitArg]); said {
+		if n, brokerErr := headerInt(q.Args[limitArg]); brokerErr {
 			return int(min(max(n, 0), maxCount)), true
 		}
 	}
@@ -309,7 +309,7 @@ type passed struct{ *session }
 
 func (p passed) settle(d *Delivery, _ Outcome) error {
 	switch {
-	case p.over.Load():
+	case p.closed.Load():
 		return ErrStale
 	case p.stream != nil:
 		return p.send(d, Acked)
@@ -317,12 +317,12 @@ func (p passed) settle(d *Delivery, _ Outcome) error {
 	return p.wire.Requeue(d.fence.tag)
 }
 
-// judge turns a handler's error into an outcome and how long to hold d before it.
-func judge(err error, d *Delivery, c *config) (Outcome, time.Duration) {
+// decide turns a handler's error into an outcome and how long to hold d before it.
+func decide(err error, d *Delivery, c *config) (Outcome, time.Duration) {
 	if err == nil {
 		return Acked, 0
 	}
-	var v *verdict
+	var v *outcomeError
 	if errors.As(err, &v) {
 		return v.outcome, v.delay
 	}

@@ -12,9 +12,9 @@ type inbox struct {
 	next chan *Delivery
 
 	mu   sync.Mutex
-	shut bool
+	closed bool
 	rest []*Delivery // more than the prefetch, or after the inbox was shut
-	done bool        // it was cleared
+	cleared bool        // it was cleared
 	more atomic.Bool // rest is not empty
 }
 
@@ -52,7 +52,7 @@ func newInbox(size int) *inbox {
 func (i *inbox) put(d *Delivery) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if !i.shut && len(i.rest) == 0 {
+	if !i.closed && len(i.rest) == 0 {
 		select {
 		case i.next <- d:
 			return
@@ -77,7 +77,7 @@ func (i *inbox) take() (*Delivery, bool) {
 
 // refill is called with mu held.
 func (i *inbox) refill() {
-	for len(i.rest) > 0 && !i.shut {
+	for len(i.rest) > 0 && !i.closed {
 		select {
 		case i.next <- i.rest[0]:
 			i.rest[0] = nil // the array outlives it
@@ -97,7 +97,7 @@ func (i *inbox) refill() {
 func (i *inbox) takeBack(d *Delivery) bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.done {
+	if i.cleared {
 		return false
 	}
 	i.rest = append(i.rest, d)
@@ -116,8 +116,8 @@ func (i *inbox) waiting() int {
 func (i *inbox) close() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if !i.shut {
-		i.shut = true
+	if !i.closed {
+		i.closed = true
 		close(i.next)
 	}
 }
@@ -130,7 +130,7 @@ func (i *inbox) clear() []*Delivery {
 	for d := range i.next {
 		all = append(all, d)
 	}
-	all, i.rest, i.done = append(all, i.rest...), nil, true
+	all, i.rest, i.cleared = append(all, i.rest...), nil, true
 	return all
 }
 

@@ -124,13 +124,13 @@ func TestTryThatComesBackTooLateIsClosed(t *testing.T) {
 				reason := errors.New("set-up limit")
 				ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, reason)
 				defer cancel()
-				late := &session{stop: make(chan struct{}), gone: make(chan struct{})}
-				conn := &connection{leave: make(chan departure, 1), closeTimeout: time.Second}
+				late := &session{stop: make(chan struct{}), done: make(chan struct{})}
+				conn := &connection{stop: make(chan closeRequest, 1), closeTimeout: time.Second}
 				began := time.Now()
 				step := newStep("dial")
 				step.at("consume")
 
-				a := within(ctx, func() attempt {
+				a := runBounded(ctx, func() attempt {
 					time.Sleep(time.Minute)
 					return attempt{conn: conn, own: own, session: late}
 				}, step)
@@ -142,10 +142,10 @@ func TestTryThatComesBackTooLateIsClosed(t *testing.T) {
 				time.Sleep(time.Minute)
 				synctest.Wait()
 				<-late.stop
-				assert.Empty(t, conn.leave, "not before its session has gone")
-				close(late.gone)
+				assert.Empty(t, conn.stop, "not before its session has gone")
+				close(late.done)
 				synctest.Wait()
-				assert.Len(t, conn.leave, map[bool]int{true: 1, false: 0}[own])
+				assert.Len(t, conn.stop, map[bool]int{true: 1, false: 0}[own])
 			})
 		})
 	}
@@ -153,7 +153,7 @@ func TestTryThatComesBackTooLateIsClosed(t *testing.T) {
 
 func TestTryThatExitsIsAnError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := within(t.Context(), func() attempt {
+		a := runBounded(t.Context(), func() attempt {
 			runtime.Goexit()
 			return attempt{}
 		}, newStep("dial"))

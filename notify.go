@@ -13,26 +13,29 @@ import (
 // hide it.
 type notifier struct {
 	once  sync.Once
-	ended chan struct{} // closed once there is a cause
+	done chan struct{} // closed once there is a cause
 	err   error         // written before ended is closed
 }
 
 func newNotifier() *notifier {
-	return &notifier{ended: make(chan struct{})}
+	return &notifier{done: make(chan struct{})}
 }
 
 // notify ends it with cause, unless it has ended already. It never blocks.
 func (n *notifier) notify(cause error) {
 	n.once.Do(func() {
 		n.err = cause
-		close(n.ended)
+		close(n.done)
 	})
 }
 
-// cause returns the first cause, nil while there is none.
-func (n *notifier) cause() error {
+// Done returns what is closed once there is a cause.
+func (n *notifier) Done() <-chan struct{} { return n.done }
+
+// Cause returns the first cause, nil while there is none.
+func (n *notifier) Cause() error {
 	select {
-	case <-n.ended:
+	case <-n.done:
 		return n.err
 	default:
 		return nil
@@ -59,11 +62,11 @@ type reporter struct {
 	journal *journal
 
 	events  chan func() // what to tell, in order
-	quit    chan struct{}
+	stopping    chan struct{}
 	done    chan struct{}
 	muted   atomic.Bool
 	dropped *atomic.Uint64
-	broken  *notifier // ended by the first panic of a hook or of the log handler
+	fault  *notifier // ended by the first panic of a hook or of the log handler
 }
 
 func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *reporter {
@@ -71,10 +74,10 @@ func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *report
 		hooks:   c.hooks,
 		journal: newJournal(ctx, c.logger),
 		events:  make(chan func(), reportBacklog),
-		quit:    make(chan struct{}),
+		stopping:    make(chan struct{}),
 		done:    make(chan struct{}),
 		dropped: dropped,
-		broken:  newNotifier(),
+		fault:  newNotifier(),
 	}
 	go r.run()
 	return r
@@ -165,7 +168,7 @@ func (r *reporter) run() {
 			r.log(func() { r.journal.settled(now) })
 		case <-r.journal.quiet.C:
 			r.log(r.journal.sum)
-		case <-r.quit:
+		case <-r.stopping:
 			for len(r.events) > 0 {
 				(<-r.events)()
 			}
@@ -178,7 +181,7 @@ func (r *reporter) run() {
 // stop delivers what is queued and returns, at the latest after the grace a
 // hook that never returns is given; nothing is told after that.
 func (r *reporter) stop() {
-	close(r.quit)
+	close(r.stopping)
 	select {
 	case <-r.done:
 	case <-time.After(reportGrace):
@@ -189,7 +192,7 @@ func (r *reporter) stop() {
 
 // hook calls a hook, unless one has panicked before.
 func (r *reporter) hook(f func()) {
-	if r.broken.cause() == nil {
+	if r.fault.Cause() == nil {
 		r.call(f, "WithHooks", "a hook")
 	}
 }
@@ -206,25 +209,25 @@ func (r *reporter) call(f func(), option, what string) {
 	returned := false
 	defer func() {
 		if !returned {
-			r.broken.notify(&brokenError{option, what, panicked(recover())})
+			r.fault.notify(&faultError{option, what, panicked(recover())})
 		}
 	}()
 	f()
 	returned = true
 }
 
-// brokenError is the OptionError of a hook or a log handler that panicked.
-type brokenError struct {
+// faultError is the OptionError of a hook or a log handler that panicked.
+type faultError struct {
 	option, what string
 	panicked     *PanicError
 }
 
-func (e *brokenError) Error() string {
+func (e *faultError) Error() string {
 	return e.refused(": " + e.panicked.Error()).Error()
 }
 
-func (e *brokenError) Unwrap() []error { return []error{e.refused(""), e.panicked} }
+func (e *faultError) Unwrap() []error { return []error{e.refused(""), e.panicked} }
 
-func (e *brokenError) refused(why string) *OptionError {
+func (e *faultError) refused(why string) *OptionError {
 	return &OptionError{e.option, e.what + " panicked, mend it and make a new Consumer" + why}
 }

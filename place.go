@@ -107,9 +107,9 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 	case <-s.cancels:
 		s.place().doubt()
 		return nil, errCancelled
-	case <-s.channelEnd.ended:
+	case <-s.channelEnd.Done():
 		return nil, amqp.ErrClosed
-	case <-s.conn.end.ended:
+	case <-s.conn.end.Done():
 		return nil, amqp.ErrClosed
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
@@ -183,21 +183,21 @@ func (s *session) checkStream(ctx context.Context) error {
 		_, err := s.channel.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{})
 		switch {
 		case err != nil:
-			if noQueue(s.said(err), queue) {
+			if noQueue(s.saidByBroker(err), queue) {
 				s.place().startOver()
 			}
-			return &again{looked: true}
+			return &freshChannelError{looked: true}
 		case !doubted, time.Since(since) >= min(streamDoubt, s.config.setupTimeout/2):
 			return nil
 		}
-		if err := pause(ctx, streamLook); err != nil {
+		if err := sleep(ctx, streamLook); err != nil {
 			return err
 		}
 	}
 }
 
-// pause waits, or returns why ctx has ended.
-func pause(ctx context.Context, d time.Duration) error {
+// sleep waits, or returns why ctx has ended.
+func sleep(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {

@@ -61,12 +61,12 @@ func (p *prober) run() {
 	for {
 		select {
 		case <-look.C:
-		case <-s.ended.ended:
+		case <-s.end.Done():
 			return
 		}
 		err := p.look()
 		if err != nil && p.suspected {
-			s.broken.notify(err)
+			s.stall.notify(err)
 			return
 		}
 		p.suspected = err != nil
@@ -161,7 +161,7 @@ func (p *prober) elsewhere(here amqp.Queue) error {
 	rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
 	need := len(hosts)/2 + 1
 	for left := len(others); need > 0; left-- {
-		if left < need || s.ended.cause() != nil {
+		if left < need || s.end.Cause() != nil {
 			return nil
 		}
 		if there, err := p.inspectAt(others[left-1]); err == nil && p.contradicts(here, there) {
@@ -186,7 +186,7 @@ func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
 	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 	defer cancel()
 	step := newStep("dial")
-	a := within(ctx, func() attempt {
+	a := runBounded(ctx, func() attempt {
 		c, err := openConnection(ctx, s.config, e, step, s.abandoned)
 		return attempt{conn: c, own: true, err: err}
 	}, step)
@@ -195,8 +195,8 @@ func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
 	}
 	unguard := context.AfterFunc(ctx, func() { a.conn.socket.Kill(causeOf(ctx)) })
 	defer func() {
-		a.conn.close(departure{limit: s.config.closeTimeout})
-		<-a.conn.gone
+		a.conn.close(closeRequest{limit: s.config.closeTimeout})
+		<-a.conn.done
 		unguard()
 	}()
 	return inspect(a.conn, s.queue)
@@ -232,7 +232,7 @@ func ask(s *session) *question {
 	limit := s.config.setupTimeout
 	answered := s.conn.socket.AfterSilence(limit, wire.MostSilences*limit, func() {
 		close(q.overdue)
-		s.conn.wear(errUnanswered)
+		s.conn.retire(errUnanswered)
 	})
 	go func() {
 		defer close(q.done)
@@ -252,7 +252,7 @@ func (p *prober) inspect() (amqp.Queue, error) {
 	select {
 	case <-q.done:
 	case <-q.overdue:
-	case <-p.s.ended.ended:
+	case <-p.s.end.Done():
 	}
 	select {
 	case <-q.done:
@@ -274,17 +274,17 @@ func (p *prober) finish() {
 // like health. A broker that refuses is not asked again by this session, for its log has
 // a line of every refusal. That the queue is gone is told by basic.cancel.
 func (p *prober) cannotAsk(err error) {
-	var said *amqp.Error
+	var brokerErr *amqp.Error
 	why := ""
 	switch {
 	case errors.Is(err, amqp.ErrChannelMax):
 		why = "the connection has no channel left for it: raise channel_max"
-	case !errors.As(err, &said) || !said.Server || !said.Recover || said.Code == amqp.NotFound:
+	case !errors.As(err, &brokerErr) || !brokerErr.Server || !brokerErr.Recover || brokerErr.Code == amqp.NotFound:
 		return
-	case said.Code == amqp.AccessRefused:
+	case brokerErr.Code == amqp.AccessRefused:
 		why = "the user needs the configure permission for a passive declare"
 	}
-	p.refused = said != nil && said.Server
+	p.refused = brokerErr != nil && brokerErr.Server
 	if p.s.told.blind.CompareAndSwap(false, true) {
 		p.s.warn("the stall detector cannot ask for the queue, so it notices no stall",
 			slog.String("advice", why), slog.String("error", errtext.Brief(err)))

@@ -18,9 +18,9 @@ import (
 // said itself counts first; the driver's own codes say nothing: it has 501 for every failure of
 // I/O, and 403 for a socket lost in the handshake.
 func classify(err error) class {
-	var said *amqp.Error
-	if errors.As(err, &said) && said.Server {
-		return classifySaid(said)
+	var brokerErr *amqp.Error
+	if errors.As(err, &brokerErr) && brokerErr.Server {
+		return classifySaid(brokerErr)
 	}
 	switch {
 	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded):
@@ -52,14 +52,14 @@ func wrongPeer(err error) bool {
 		errors.As(err, &port)
 }
 
-// stated tells whether the broker stated plainly, before the first session, that
+// permanent tells whether the broker stated plainly, before the first session, that
 // the configuration cannot work.
-func stated(err error) bool {
-	var said *amqp.Error
-	if !errors.As(err, &said) || !said.Server || classifySaid(said) != classOperator {
+func permanent(err error) bool {
+	var brokerErr *amqp.Error
+	if !errors.As(err, &brokerErr) || !brokerErr.Server || classifySaid(brokerErr) != classOperator {
 		return false
 	}
-	switch said.Code {
+	switch brokerErr.Code {
 	case amqp.NotAllowed, amqp.AccessRefused, amqp.PreconditionFailed, amqp.NotImplemented:
 		return true
 	}
@@ -67,7 +67,7 @@ func stated(err error) bool {
 }
 
 const (
-	atOnce      = 20 * time.Millisecond // the first retry of a healthy session; another host
+	firstRetry      = 20 * time.Millisecond // the first retry of a healthy session; another host
 	operatorCap = 30 * time.Second
 	lockedExtra = 5 * time.Second
 
@@ -89,7 +89,7 @@ type retry struct {
 	locked   time.Time // since when the resource has been locked
 	lockSeen time.Time // when it was found locked, the last time
 	refusals int       // logins refused in a row
-	proven   bool      // there has been a session
+	hadSession   bool      // there has been a session
 
 	heartbeat time.Duration // the longest of the connections so far, 0 before the first
 }
@@ -127,7 +127,7 @@ func newRetry(c *config) *retry {
 // another owner has to do, for that is done: consume-ok proves neither a queue's
 // leader nor a path.
 func (r *retry) consuming() {
-	r.proven = true
+	r.hadSession = true
 	r.refusals = 0
 	r.locked, r.lockSeen = time.Time{}, time.Time{}
 	r.rules[classAbsent].failures = 0
@@ -150,13 +150,13 @@ func (r *retry) givesUp(err error) bool {
 	} else {
 		r.refusals = 0
 	}
-	if r.proven {
+	if r.hadSession {
 		return false
 	}
 	if refused && (errors.Is(err, errSilentRefusal) || r.config.asksForLogin()) {
 		return r.refusals >= givenUpLogins // a cut path looks like silence, and what is asked for may be stale
 	}
-	return refused || stated(err)
+	return refused || permanent(err)
 }
 
 // wait returns how long to wait after err. fresh tells that the next try goes to a
@@ -170,17 +170,17 @@ func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	if errors.As(err, &at) && at.Op == "lost" {
 		kind = classNetwork // whatever ended it, it had been set up
 		if r.failures == 1 {
-			return r.atOnce()
+			return r.retryNow()
 		}
 	}
-	if kind == classLocked && !r.patient(now) {
+	if kind == classLocked && !r.lockIsFresh(now) {
 		kind = classOperator
 	}
 	rule := r.rules[kind]
 	rule.failures++
 	if fresh && rule.another {
 		r.pass(rule.pace)
-		return r.atOnce()
+		return r.retryNow()
 	}
 	wait := rule.draw()
 	for _, p := range r.passed {
@@ -198,11 +198,11 @@ func (r *retry) pass(p *pace) {
 	}
 }
 
-func (r *retry) atOnce() time.Duration { return rand.N(min(atOnce, r.limit)) }
+func (r *retry) retryNow() time.Duration { return rand.N(min(firstRetry, r.limit)) }
 
-// patient tells whether a lock is young enough to be that of a connection the broker
+// lockIsFresh tells whether a lock is young enough to be that of a connection the broker
 // has yet to bury. What else fails meanwhile makes it no younger.
-func (r *retry) patient(now time.Time) bool {
+func (r *retry) lockIsFresh(now time.Time) bool {
 	buried := 3*cmp.Or(r.heartbeat, r.config.heartbeat) + lockedExtra
 	if now.Sub(r.lockSeen) > buried+operatorCap {
 		r.locked = now // another one
@@ -234,8 +234,8 @@ func (p *pace) draw() time.Duration {
 }
 
 const (
-	lastFor   = time.Minute
-	hostLasts = 10 * time.Second // a session this long makes all hosts untried
+	avoidFor   = time.Minute
+	provenAfter = 10 * time.Second // a session this long makes all hosts untried
 )
 
 // hosts is the order in which hosts are tried: the last good one, then the others
@@ -312,23 +312,23 @@ func (h *hosts) rank(address string) int {
 	return 1
 }
 
-// worked notes that a session was set up on address. It does not make the hosts
+// connected notes that a session was set up on address. It does not make the hosts
 // untried again: an untried one is dialled at once, so sessions that are lost
 // right after their consume-ok would go round in a hot loop.
-func (h *hosts) worked(address string) {
+func (h *hosts) connected(address string) {
 	h.good = address
 	delete(h.avoid, address)
 }
 
-// lasted notes that the session that just ended was up for a while.
-func (h *hosts) lasted() {
+// outlived notes that the session that just ended was up for a while.
+func (h *hosts) outlived() {
 	clear(h.tries)
 }
 
 // failed notes a failure of address.
 func (h *hosts) failed(address string, err error, now time.Time) {
 	if goesLast(err) {
-		h.avoid[address] = now.Add(lastFor)
+		h.avoid[address] = now.Add(avoidFor)
 	}
 }
 

@@ -175,7 +175,7 @@ func TestOnlyAHealthySessionResetsTheBackoff(t *testing.T) {
 	}
 	assert.Equal(t, 20, r.failures, "consume-ok proves nothing")
 	r.healthy()
-	assert.LessOrEqual(t, r.wait(lost, time.Now(), false), atOnce)
+	assert.LessOrEqual(t, r.wait(lost, time.Now(), false), firstRetry)
 
 	s := &session{since: time.Now()}
 	assert.False(t, s.healthy(s.since.Add(69*time.Second)))
@@ -213,21 +213,21 @@ func TestARefusingHostDoesNotQuickenThePaceOfOneThatFlaps(t *testing.T) {
 func TestAnUntriedHostIsTriedAtOnceButNotWhenTheBrokerRefuses(t *testing.T) {
 	r := newTestRetry()
 	for range 100 {
-		assert.LessOrEqual(t, r.wait(at("dial", syscall.ECONNREFUSED), time.Now(), true), atOnce)
+		assert.LessOrEqual(t, r.wait(at("dial", syscall.ECONNREFUSED), time.Now(), true), firstRetry)
 	}
 	assert.GreaterOrEqual(t, r.wait(at("open", said(530, "vhost")), time.Now(), true), time.Second)
 
 	wrong := at("open", &wire.NotAMQPError{First: 'H'})
-	assert.LessOrEqual(t, r.wait(wrong, time.Now(), true), atOnce, "the next host may be the right one")
+	assert.LessOrEqual(t, r.wait(wrong, time.Now(), true), firstRetry, "the next host may be the right one")
 	assert.GreaterOrEqual(t, r.wait(wrong, time.Now(), false), time.Second)
 }
 
 func TestEscalationCountsChannelFailuresOfHalfAMinute(t *testing.T) {
 	c, now := new(connection), time.Now()
-	assert.False(t, c.escalates(now))
-	assert.False(t, c.escalates(now.Add(29*time.Second)))
-	assert.False(t, c.escalates(now.Add(31*time.Second)))
-	assert.True(t, c.escalates(now.Add(32*time.Second)))
+	assert.False(t, c.tooManyChannelFailures(now))
+	assert.False(t, c.tooManyChannelFailures(now.Add(29*time.Second)))
+	assert.False(t, c.tooManyChannelFailures(now.Add(31*time.Second)))
+	assert.True(t, c.tooManyChannelFailures(now.Add(32*time.Second)))
 }
 
 func FuzzHeaderIntTakesAnyHeader(f *testing.F) {
@@ -263,7 +263,7 @@ func TestHostsAreTriedLastGoodFirstThenShuffled(t *testing.T) {
 	second := make(map[string]bool)
 	for range 200 {
 		h := threeHosts()
-		h.worked("b:5672")
+		h.connected("b:5672")
 		first, _ := h.turns(1, now)
 		assert.Equal(t, []string{"b:5672"}, first)
 		h.failed("b:5672", at("lost", wire.ErrPeerReset), now)
@@ -293,7 +293,7 @@ func TestHostThatSaidItClosesRefusedOrFellSilentGoesLastForAMinute(t *testing.T)
 		t.Run(reason, func(t *testing.T) {
 			now := time.Now()
 			h := threeHosts()
-			h.worked("b:5672")
+			h.connected("b:5672")
 			h.failed("b:5672", err, now)
 			others, _ := h.turns(4, now)
 			assert.NotContains(t, others, "b:5672", "those tried before it have another turn")
@@ -302,9 +302,9 @@ func TestHostThatSaidItClosesRefusedOrFellSilentGoesLastForAMinute(t *testing.T)
 			assert.Equal(t, 1, fresh)
 
 			h = threeHosts()
-			h.worked("b:5672")
+			h.connected("b:5672")
 			h.failed("b:5672", err, now)
-			first, _ := h.turns(1, now.Add(lastFor))
+			first, _ := h.turns(1, now.Add(avoidFor))
 			assert.Equal(t, []string{"b:5672"}, first, "after the minute it is as good as any")
 		})
 	}
@@ -318,7 +318,7 @@ func TestLastGoodHostIsTriedAgainBeforeOneThatFellSilentBeforeIt(t *testing.T) {
 		h := newHosts(c)
 		h.failed("a:5672", at("lost", wire.ErrWatchdog), now)
 		h.turns(1, now)
-		h.worked("b:5672")
+		h.connected("b:5672")
 		h.failed("b:5672", at("lost", wire.ErrPeerReset), now)
 		order, fresh := h.turns(2, now)
 		assert.Equal(t, []string{"b:5672", "a:5672"}, order)
@@ -329,7 +329,7 @@ func TestLastGoodHostIsTriedAgainBeforeOneThatFellSilentBeforeIt(t *testing.T) {
 func TestOfHostsThatGoLastTheOneThatFailedFirstHasItsTurnFirst(t *testing.T) {
 	now := time.Now()
 	h := threeHosts()
-	h.worked("b:5672")
+	h.connected("b:5672")
 	for i, address := range []string{"c:5672", "a:5672", "b:5672"} {
 		h.failed(address, at("lost", said(320, "CONNECTION_FORCED")), now.Add(time.Duration(i)*time.Second))
 	}

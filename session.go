@@ -38,7 +38,7 @@ type session struct {
 	tag        string
 	cancels    chan string // the driver's NotifyCancel
 	channelEnd *notifier   // what its NotifyClose said, errChannelEnded if that was nothing
-	tenancy    *tenancy    // of the connection
+	lease    *lease    // of the connection
 	terms      terms       // of its declaration
 	limit      int         // delivery limit of its queue, 0 for none that takes messages away
 	limitKnown bool        // it was declared by us
@@ -49,12 +49,12 @@ type session struct {
 	gate    *gate         // handlers of this session at work
 	holds   holds         // deliveries that failed and wait
 	backlog backlog       // whether handlers keep up with the prefetch
-	broken  *notifier     // we ourselves want another session, and why
+	stall  *notifier     // we ourselves want another session, and why
 	stop    chan struct{} // closed to ask for the drain
-	ended   *notifier     // no more deliveries, and why
-	over    atomic.Bool   // no more settlements
+	end   *notifier     // no more deliveries, and why
+	closed    atomic.Bool   // no more settlements
 	settled atomic.Bool   // one settlement at least: the session proved itself
-	gone    chan struct{} // closed when nothing of it is left
+	done    chan struct{} // closed when nothing of it is left
 	since   time.Time     // consume-ok
 
 	settler  settler       // itself, or what tells Hooks.Settled as well
@@ -62,7 +62,7 @@ type session struct {
 
 	givenUp bool          // a call on the channel was not answered in time
 	drained error         // why acks may not have arrived, or handlers were left; read after gone
-	closing time.Duration // what the close took of the close limit; read after gone
+	closeTook time.Duration // what the close took of the close limit; read after gone
 }
 
 // scope is what the sessions of one Run share.
@@ -100,22 +100,22 @@ func (s *scope) drainError() error {
 // the driver's calls take no context, so the end of ctx ends the connection under them, or the
 // stay there if another session lives on it.
 func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, step *step) (*session, error) {
-	tenancy := c.moveIn()
-	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(causeOf(ctx)) })
+	lease := c.lend()
+	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
 
 	t := terms{limit: firstTerm(c, of.config.declare), owned: c.owned(of.config)}
 	for {
-		s, err := trySession(ctx, c, of, id, try, tag, t, tenancy, step)
+		s, err := trySession(ctx, c, of, id, try, tag, t, lease, step)
 		if err != nil && t.concede(err) {
 			continue
 		}
-		if inTime := unguard(); err == nil && !inTime { // its stay is over
+		if inTime := unguard(); err == nil && !inTime { // its lease has ended
 			close(s.stop)
-			<-s.gone
+			<-s.done
 			err = s.failure(step.String(), context.Cause(ctx))
 		}
 		if err != nil {
-			tenancy.moveOut()
+			lease.giveBack()
 			return nil, err
 		}
 		return s, nil
@@ -123,7 +123,7 @@ func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, 
 }
 
 // trySession is openSession on these terms.
-func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, t terms, tenancy *tenancy, step *step) (*session, error) {
+func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, t terms, lease *lease, step *step) (*session, error) {
 	step.at("channel")
 	channel, err := c.amqp.Channel()
 	if err != nil {
@@ -137,14 +137,14 @@ func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, t
 		channel:    channel,
 		tag:        tag,
 		terms:      t,
-		tenancy:    tenancy,
+		lease:    lease,
 		channelEnd: newNotifier(),
 		cancels:    channel.NotifyCancel(make(chan string, 2)), // two consumers while a place is looked for
 		gate:       newGate(),
-		broken:     newNotifier(),
+		stall:     newNotifier(),
 		stop:       make(chan struct{}),
-		ended:      newNotifier(),
-		gone:       make(chan struct{}),
+		end:      newNotifier(),
+		done:       make(chan struct{}),
 	}
 	s.holds.session = s
 	go s.watchChannel(channel.NotifyClose(make(chan *amqp.Error, 1)))
@@ -156,7 +156,7 @@ func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, t
 	if op, err := s.subscribe(ctx, step); err != nil {
 		_ = channel.Close() // also bounded by ctx, through the socket
 		s.forget()
-		err = s.said(err)
+		err = s.saidByBroker(err)
 		s.place().gone(err)
 		return nil, s.failure(op, c.explain(err))
 	}
@@ -203,7 +203,7 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 		if err := s.locate(ctx, offset); err != nil {
 			return "consume", err
 		}
-		return "consume", &again{queue: s.queue}
+		return "consume", &freshChannelError{queue: s.queue}
 	}
 	// Per consumer (global=false): RabbitMQ refuses or ignores the other form.
 	step.at("qos")
@@ -222,15 +222,15 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	return "consume", err
 }
 
-// said replaces the driver's ErrClosed by what the broker said when it closed
+// saidByBroker replaces the driver's ErrClosed by what the broker said when it closed
 // the channel, if that has arrived.
-func (s *session) said(err error) error {
+func (s *session) saidByBroker(err error) error {
 	if !errors.Is(err, amqp.ErrClosed) {
 		return err
 	}
-	<-s.channelEnd.ended // ErrClosed says that it is on its way
-	if said := s.channelEnd.cause(); !errors.Is(said, errChannelEnded) {
-		return said
+	<-s.channelEnd.Done() // ErrClosed says that it is on its way
+	if brokerErr := s.channelEnd.Cause(); !errors.Is(brokerErr, errChannelEnded) {
+		return brokerErr
 	}
 	return err
 }
@@ -246,7 +246,7 @@ func (s *session) watchChannel(closes <-chan *amqp.Error) {
 
 // run is the session's life after consume-ok.
 func (s *session) run() {
-	defer close(s.gone)
+	defer close(s.done)
 	cause := s.consume()
 	hardLimit := s.config.drainTimeout
 	switch {
@@ -263,7 +263,7 @@ func (s *session) run() {
 	s.lose(cmp.Or(cause, error(errStopped)))
 	s.clear()
 	s.wire.LeaveTombstone()
-	s.tenancy.moveOut()
+	s.lease.giveBack()
 }
 
 // consume waits for the first sign of the session's end. The driver promises no
@@ -275,14 +275,14 @@ func (s *session) consume() error {
 		case <-s.aside.more:
 			s.setAside()
 			continue
-		case <-s.channelEnd.ended:
+		case <-s.channelEnd.Done():
 		case _, cancelled := <-s.cancels:
 			if cancelled {
 				return s.lost(errCancelled)
 			}
-		case <-s.conn.end.ended:
-		case <-s.broken.ended:
-			return s.lost(s.broken.cause())
+		case <-s.conn.end.Done():
+		case <-s.stall.Done():
+			return s.lost(s.stall.Cause())
 		case <-s.stop:
 			return nil
 		}
@@ -316,23 +316,23 @@ func (s *session) warn(message string, attrs ...slog.Attr) {
 
 // diagnose finds the one cause.
 func (s *session) diagnose() error {
-	if s.conn.amqp.IsClosed() || s.conn.end.cause() != nil {
-		<-s.conn.end.ended // bounded: the connection is on its way down
-		return s.conn.end.cause()
+	if s.conn.amqp.IsClosed() || s.conn.end.Cause() != nil {
+		<-s.conn.end.Done() // bounded: the connection is on its way down
+		return s.conn.end.Cause()
 	}
 	// A NotifyCancel that ended without a value: a close is right behind it, or we see a
 	// connection on its way down.
 	select {
-	case <-s.channelEnd.ended:
-	case <-s.conn.end.ended:
+	case <-s.channelEnd.Done():
+	case <-s.conn.end.Done():
 	case <-time.After(s.config.closeTimeout):
 	}
-	return cmp.Or(s.conn.end.cause(), s.channelEnd.cause(), error(errChannelEnded))
+	return cmp.Or(s.conn.end.Cause(), s.channelEnd.Cause(), error(errChannelEnded))
 }
 
-// shut lets no more handlers start.
-func (s *session) shut() {
-	s.gate.shut()
+// takeNoMore lets no more handlers start.
+func (s *session) takeNoMore() {
+	s.gate.close()
 	s.backlog.stop()
 	s.inbox.close()
 }
@@ -340,10 +340,10 @@ func (s *session) shut() {
 // lose ends a session whose channel is gone: running handlers are told, and
 // nothing they settle from now on reaches the wire.
 func (s *session) lose(cause error) {
-	s.over.Store(true)
-	s.shut()
+	s.closed.Store(true)
+	s.takeNoMore()
 	s.cancel(cause)
-	s.ended.notify(cause)
+	s.end.notify(cause)
 	s.releaseHeld()
 }
 
@@ -351,8 +351,8 @@ func (s *session) lose(cause error) {
 // handlers may settle, which saves needless duplicates; the successor consumes
 // meanwhile. What no handler has started goes back at once.
 func (s *session) retire(cause error) {
-	s.shut()
-	s.ended.notify(cause)
+	s.takeNoMore()
+	s.end.notify(cause)
 	// RabbitMQ 4.3 would serve the cancelled consumer again once its overdue
 	// deliveries are settled, and the driver has forgotten it: those messages
 	// would be stuck until the channel closes. Other versions ignore an unknown tag.
@@ -362,12 +362,12 @@ func (s *session) retire(cause error) {
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	select {
-	case <-s.gate.empty: // closeChannel proves what they have settled
+	case <-s.gate.done: // closeChannel proves what they have settled
 		return
-	case <-s.channelEnd.ended:
+	case <-s.channelEnd.Done():
 		s.drained = s.acksLost(s.diagnose())
-	case <-s.conn.end.ended:
-		s.drained = s.acksLost(s.conn.end.cause())
+	case <-s.conn.end.Done():
+		s.drained = s.acksLost(s.conn.end.Cause())
 	case <-limit.C:
 	}
 	s.lose(cause)
@@ -378,8 +378,8 @@ func (s *session) retire(cause error) {
 func (s *session) drain() {
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
-	s.shut()
-	s.ended.notify(errStopped)
+	s.takeNoMore()
+	s.end.notify(errStopped)
 	s.drained = s.unsubscribe(limit.C)
 	s.releaseHeld() // behind basic.cancel, or they would come back
 	if s.drained == nil {
@@ -410,12 +410,12 @@ func (s *session) unsubscribe(limit <-chan time.Time) error {
 
 func (s *session) awaitHandlers(limit <-chan time.Time) error {
 	select {
-	case <-s.gate.empty:
+	case <-s.gate.done:
 		return nil
-	case <-s.channelEnd.ended:
+	case <-s.channelEnd.Done():
 		return s.acksLost(s.diagnose())
-	case <-s.conn.end.ended:
-		return s.acksLost(s.conn.end.cause())
+	case <-s.conn.end.Done():
+		return s.acksLost(s.conn.end.Cause())
 	case <-limit:
 		return s.drainError()
 	}
@@ -444,7 +444,7 @@ func (s *session) call(limit <-chan time.Time, f func() error) error {
 // giveUp leaves the channel behind, which ends with its connection.
 func (s *session) giveUp(cause error) {
 	s.givenUp = true
-	s.tenancy.giveUp(cause)
+	s.lease.giveUp(cause)
 }
 
 // handBackRest returns to the queue what was delivered and no worker took.
@@ -467,7 +467,7 @@ func (s *session) unstarted(d *Delivery) {
 // handBack returns a delivery that no handler saw. Of a session that is over the
 // broker has taken back everything itself.
 func (s *session) handBack(tag uint64) {
-	if s.over.Load() || s.stream != nil {
+	if s.closed.Load() || s.stream != nil {
 		return
 	}
 	_ = s.wire.Requeue(tag)
@@ -485,18 +485,18 @@ func (s *session) closeChannel(hardLimit time.Duration) {
 	if !s.givenUp {
 		err = s.call(over.C, s.channel.Close)
 	}
-	s.closing = time.Since(since)
+	s.closeTook = time.Since(since)
 	if s.givenUp { // its goroutines end with the connection
 		err = errCloseTimeout
 		go drain(s.cancels)
 	} else {
-		<-s.channelEnd.ended
+		<-s.channelEnd.Done()
 		drain(s.cancels)
-		if cause := s.channelEnd.cause(); !errors.Is(cause, errChannelEnded) {
+		if cause := s.channelEnd.Cause(); !errors.Is(cause, errChannelEnded) {
 			err = s.diagnose()
 		}
 	}
-	if err != nil && !s.over.Load() {
+	if err != nil && !s.closed.Load() {
 		s.drained = s.acksLost(err)
 	}
 }
@@ -522,7 +522,7 @@ func (s *session) source() (queue, host string) { return s.queue, s.conn.host }
 // session's channel, or none. A failed handler is a reject, which counts towards
 // a quorum queue's delivery limit.
 func (s *session) settle(d *Delivery, o Outcome) error {
-	if s.over.Load() {
+	if s.closed.Load() {
 		s.stats.stale.Add(1)
 		return ErrStale
 	}
@@ -583,7 +583,7 @@ func (s *session) send(d *Delivery, o Outcome) error {
 		if err := s.wire.Ack(done.tag); err != nil {
 			return err
 		}
-		s.stream.told(s.try, done)
+		s.stream.toldAcked(s.try, done)
 	}
 	return nil
 }
@@ -605,7 +605,7 @@ func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
 	if d.Outcome() != Unsettled {
 		return 0
 	}
-	o, delay := judge(err, d, s.config)
+	o, delay := decide(err, d, s.config)
 	if delay > 0 {
 		if !s.holds.add(d, delay) {
 			return 0
@@ -628,12 +628,12 @@ func (s *session) healthy(now time.Time) bool {
 // closes when the last one has left.
 type gate struct {
 	count atomic.Int64 // twice the number inside, plus one when shut
-	empty chan struct{}
+	done chan struct{}
 	once  sync.Once
 }
 
 func newGate() *gate {
-	return &gate{empty: make(chan struct{})}
+	return &gate{done: make(chan struct{})}
 }
 
 func (g *gate) enter() bool {
@@ -646,20 +646,20 @@ func (g *gate) enter() bool {
 
 func (g *gate) leave() {
 	if g.count.Add(-2) == 1 {
-		g.once.Do(func() { close(g.empty) })
+		g.once.Do(func() { close(g.done) })
 	}
 }
 
 // busy tells whether a handler is inside.
 func (g *gate) busy() bool { return g.count.Load() > 1 }
 
-// shut may be called more than once, by the session's own goroutine only.
-func (g *gate) shut() {
+// close may be called more than once, by the session's own goroutine only.
+func (g *gate) close() {
 	if g.count.Load()&1 == 1 {
 		return
 	}
 	if g.count.Add(1) == 1 {
-		g.once.Do(func() { close(g.empty) })
+		g.once.Do(func() { close(g.done) })
 	}
 }
 

@@ -40,21 +40,21 @@ type position struct {
 	next    int64  // offset of the first message not settled for good
 	doubted bool   // the broker has cancelled the consumer, so the stream may be on its way out
 	session uint64 // the try of the session that the rows are about
-	settled row    // what handlers are done with
-	acked   row    // of that, what the broker was told
+	settled watermark    // what handlers are done with
+	acked   watermark    // of that, what the broker was told
 }
 
-// row is delivery tags and their offsets: all up to low, and some above it.
-type row struct {
+// watermark is delivery tags and their offsets: all up to low, and some above it.
+type watermark struct {
 	low   uint64
 	above map[uint64]int64
 }
 
-func newRow() row { return row{above: make(map[uint64]int64)} }
+func newWatermark() watermark { return watermark{above: make(map[uint64]int64)} }
 
 // add notes a tag, and returns those that now follow low without a gap, which low
 // has moved over.
-func (r *row) add(d settledAt) (unbroken []settledAt) {
+func (r *watermark) add(d settledAt) (unbroken []settledAt) {
 	r.above[d.tag] = d.offset
 	for {
 		offset, ok := r.above[r.low+1]
@@ -77,7 +77,7 @@ func newPosition(c *config) *position {
 	if !c.stream() {
 		return nil
 	}
-	return &position{settled: newRow(), acked: newRow()}
+	return &position{settled: newWatermark(), acked: newWatermark()}
 }
 
 // maxLooks is how often a look that is cut off is tried again: what the stream holds may be more
@@ -114,7 +114,7 @@ func (p *position) resume(session uint64, args amqp.Table, asked bool) amqp.Tabl
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.session, p.settled, p.acked, p.doubted = session, newRow(), newRow(), false
+	p.session, p.settled, p.acked, p.doubted = session, newWatermark(), newWatermark(), false
 	p.guessed = false
 	if !p.known && (asked || p.from == nil) {
 		return args
@@ -162,8 +162,8 @@ func (p *position) assume(since time.Time) (answered func(error) error) {
 	}
 	p.from = since
 	return func(err error) error {
-		var said *amqp.Error
-		if errors.As(err, &said) && said.Server {
+		var brokerErr *amqp.Error
+		if errors.As(err, &brokerErr) && brokerErr.Server {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			if !p.begun && p.looks == mine { // nobody has subscribed or looked since
@@ -238,11 +238,11 @@ func (p *position) gone(err error) {
 
 // noQueue tells that there is no queue of that name, from one whose node is down.
 func noQueue(err error, name string) bool {
-	var said *amqp.Error
-	if !errors.As(err, &said) || !said.Server || said.Code != amqp.NotFound {
+	var brokerErr *amqp.Error
+	if !errors.As(err, &brokerErr) || !brokerErr.Server || brokerErr.Code != amqp.NotFound {
 		return false
 	}
-	text, cut := wording(said)
+	text, cut := wording(brokerErr)
 	want := "no queue '" + name + "' in vhost '"
 	if cut {
 		text = strings.TrimSuffix(text, "...")
@@ -288,8 +288,8 @@ func (p *position) ready(session uint64, d *Delivery) []settledAt {
 	return p.settled.add(settledAt{d.fence.tag, d.fence.stream.offset})
 }
 
-// told notes that the broker was told, which moves the place to resume at.
-func (p *position) told(session uint64, d settledAt) {
+// toldAcked notes that the broker was told, which moves the place to resume at.
+func (p *position) toldAcked(session uint64, d settledAt) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if session != p.session {

@@ -64,7 +64,7 @@ func streamAt(tag uint64, offset int64) *Delivery {
 
 // With x-stream-filter the offsets of what comes have gaps. Workers begin in any order.
 func TestPlaceIsThatOfTheFirstMessageThoughAFilterLeavesGaps(t *testing.T) {
-	p := &position{settled: newRow(), acked: newRow()}
+	p := &position{settled: newWatermark(), acked: newWatermark()}
 	p.resume(1, amqp.Table{offsetKey: "first"}, false)
 	p.subscribed("first")
 	p.began(1, streamAt(2, 100))
@@ -74,7 +74,7 @@ func TestPlaceIsThatOfTheFirstMessageThoughAFilterLeavesGaps(t *testing.T) {
 
 // An answer to the look of a try that was left behind may come when its successor has subscribed.
 func TestLateRefusalOfALookLeavesThePlaceOfALaterSession(t *testing.T) {
-	p := &position{settled: newRow(), acked: newRow()}
+	p := &position{settled: newWatermark(), acked: newWatermark()}
 	p.about("s", "next")
 	answered := p.assume(time.Now())
 	p.about("s", "next")

@@ -20,11 +20,11 @@ var errNoResult = errors.New("the try ended without a result: did a function of 
 // function in it may.
 const tryGrace = abandonGrace + 100*time.Millisecond
 
-// within runs try and returns its result, or an error once ctx has ended and try does not
+// runBounded runs try and returns its result, or an error once ctx has ended and try does not
 // come back: a call of the driver that hangs returns with the end of its connection, which
 // waits until no other session lives there. A result that comes too late is closed. step
 // tells how far the try has come.
-func within(ctx context.Context, try func() attempt, step *step) attempt {
+func runBounded(ctx context.Context, try func() attempt, step *step) attempt {
 	result := make(chan attempt)
 	give := make(chan struct{})
 	go func() {
@@ -58,9 +58,9 @@ func within(ctx context.Context, try func() attempt, step *step) attempt {
 func (a attempt) discard() {
 	if a.session != nil {
 		close(a.session.stop)
-		<-a.session.gone
+		<-a.session.done
 	}
 	if a.own && a.conn != nil {
-		a.conn.close(departure{limit: a.conn.closeTimeout})
+		a.conn.close(closeRequest{limit: a.conn.closeTimeout})
 	}
 }

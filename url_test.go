@@ -204,9 +204,9 @@ func TestEachURLHasItsOwnHeartbeatAndDialTimeout(t *testing.T) {
 func TestALockIsWaitedForAsLongAsItsConnectionsHeartbeatsTake(t *testing.T) {
 	r, now := newTestRetry(), time.Now()
 	r.heartbeat = time.Minute
-	assert.True(t, r.patient(now))
-	assert.True(t, r.patient(now.Add(3*time.Minute)))
-	assert.False(t, r.patient(now.Add(3*time.Minute+lockedExtra)))
+	assert.True(t, r.lockIsFresh(now))
+	assert.True(t, r.lockIsFresh(now.Add(3*time.Minute)))
+	assert.False(t, r.lockIsFresh(now.Add(3*time.Minute+lockedExtra)))
 }
 
 func TestURLAndOptionsThatContradictAreRefused(t *testing.T) {

@@ -143,7 +143,7 @@ func (p *pool) invoke(s *session, d *Delivery, goexit *error) (err error) {
 		err = panicked(recover())
 		*goexit = err
 	}()
-	err = sound(p.handler(ctx, d))
+	err = safeError(p.handler(ctx, d))
 	returned = true
 	return err
 }
@@ -203,7 +203,7 @@ func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) 
 		}
 		o = d.Outcome()
 	}()
-	err = sound(h(ctx, d))
+	err = safeError(h(ctx, d))
 	returned = true
 	return o, err
 }

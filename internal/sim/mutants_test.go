@@ -27,6 +27,7 @@ var (
 	mutantsRun   = flag.Bool("mutants", false, "plant each bug and see whether the simulation catches it")
 	mutantsSeeds = flag.Int("mutantseeds", 200, "how many seeds may be needed to catch a planted bug")
 	mutantsJudge = flag.String("mutantjudge", "", "plant only the bugs that sim or a test has to catch")
+	mutantsBuild = flag.Bool("mutantbuild", false, "only build each planted bug, to see that its text still compiles")
 	mutantsOnly  = flag.String("mutant", "", "plant only the bugs whose name contains this")
 )
 
@@ -72,12 +73,12 @@ var mutants = []mutant{
 	{name: "late acks go to the newest session", edits: []edit{
 		{
 			"session.go", "func (s *session) settle(d *Delivery, o Outcome) error {",
-			"var newest sync.Map\n\nfunc (s *session) settle(d *Delivery, o Outcome) error {\n\tif n, ok := newest.Load(s.config); ok && s.over.Load() {\n\t\treturn n.(*session).send(d, o)\n\t}",
+			"var newest sync.Map\n\nfunc (s *session) settle(d *Delivery, o Outcome) error {\n\tif n, ok := newest.Load(s.config); ok && s.closed.Load() {\n\t\treturn n.(*session).send(d, o)\n\t}",
 		},
 		{"session.go", "\ts.since = time.Now()\n", "\ts.since = time.Now()\n\tnewest.Store(s.config, s)\n"},
 	}},
 	{name: "late acks are sent", edits: []edit{
-		{"session.go", "\tif s.over.Load() {\n\t\ts.stats.stale.Add(1)\n\t\treturn ErrStale", "\tif false {\n\t\treturn ErrStale"},
+		{"session.go", "\tif s.closed.Load() {\n\t\ts.stats.stale.Add(1)\n\t\treturn ErrStale", "\tif false {\n\t\treturn ErrStale"},
 		{"internal/wire/subscription.go", "if l.closed || s.closing", "if s.closing"},
 	}},
 	change("settlements go to channel 1", "internal/wire/subscription.go",
@@ -89,7 +90,7 @@ var mutants = []mutant{
 	change("a failed message goes back at once", "hold.go",
 		"return Requeued, c.hold(d.Attempt())", "return Requeued, 0"),
 	change("discard requeues", "ack.go",
-		"func Discard(err error) error { return &verdict{outcome: Discarded,", "func Discard(err error) error { return &verdict{outcome: Requeued,"),
+		"func Discard(err error) error { return &outcomeError{outcome: Discarded,", "func Discard(err error) error { return &outcomeError{outcome: Requeued,"),
 	change("forgets to settle after a panic", "worker.go",
 		"\t\theld = s.conclude(d, err)\n", "\t\tif !errors.As(err, new(*PanicError)) {\n\t\t\theld = s.conclude(d, err)\n\t\t}\n"),
 	{name: "handlers start for sessions that are over", edits: []edit{
@@ -101,7 +102,7 @@ var mutants = []mutant{
 		"\t\t\tgo p.work()\n\t\t\treturn\n", "\t\t\treturn\n"),
 	change("one worker too many", "worker.go", "for range n {", "for range n + 1 {"),
 	change("handlers never learn of a lost session", "session.go",
-		"\ts.shut()\n\ts.cancel(cause)\n", "\ts.shut()\n"),
+		"\ts.takeNoMore()\n\ts.cancel(cause)\n", "\ts.takeNoMore()\n"),
 	change("a stop cancels running handlers", "consumer.go",
 		"handlers: context.WithoutCancel(ctx)", "handlers: ctx"),
 	change("no handler timeout", "worker.go",
@@ -109,11 +110,11 @@ var mutants = []mutant{
 
 	// Sessions.
 	change("ignores basic.cancel", "session.go",
-		"\t\t\tif cancelled {\n\t\t\t\treturn s.lost(errCancelled)\n\t\t\t}\n\t\tcase <-s.conn.end.ended:\n",
-		"\t\tif cancelled {\n\t\t\tselect {\n\t\t\tcase <-s.channelEnd.ended:\n\t\t\t\treturn s.lost(s.diagnose())\n\t\t\tcase <-s.conn.end.ended:\n\t\t\t\treturn s.lost(s.diagnose())\n\t\t\tcase <-s.stop:\n\t\t\t\treturn nil\n\t\t\t}\n\t\t}\n\tcase <-s.conn.end.ended:\n"),
+		"\t\t\tif cancelled {\n\t\t\t\treturn s.lost(errCancelled)\n\t\t\t}\n\t\tcase <-s.conn.end.Done():\n",
+		"\t\tif cancelled {\n\t\t\tselect {\n\t\t\tcase <-s.channelEnd.Done():\n\t\t\t\treturn s.lost(s.diagnose())\n\t\t\tcase <-s.conn.end.Done():\n\t\t\t\treturn s.lost(s.diagnose())\n\t\t\tcase <-s.stop:\n\t\t\t\treturn nil\n\t\t\t}\n\t\t}\n\tcase <-s.conn.end.Done():\n"),
 	change("ignores the end of its channel", "session.go",
-		"\t\tcase <-s.channelEnd.ended:\n\t\tcase _, cancelled := <-s.cancels:\n\t\t\tif cancelled {\n\t\t\t\treturn s.lost(errCancelled)\n\t\t\t}\n\t\tcase <-s.conn.end.ended:\n",
-		"\tcase <-s.conn.end.ended:\n"),
+		"\t\tcase <-s.channelEnd.Done():\n\t\tcase _, cancelled := <-s.cancels:\n\t\t\tif cancelled {\n\t\t\t\treturn s.lost(errCancelled)\n\t\t\t}\n\t\tcase <-s.conn.end.Done():\n",
+		"\tcase <-s.conn.end.Done():\n"),
 	change("a cancelled session gives its handlers no time", "session.go",
 		"\t\ts.retire(cause)\n", "\t\ts.lose(cause)\n"),
 	change("no prefetch", "session.go", "s.channel.Qos(s.config.prefetch, 0, false)", "s.channel.Qos(0, 0, false)"),
@@ -124,11 +125,11 @@ var mutants = []mutant{
 	change("no setup limit", "consumer.go",
 		"context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())", "context.WithCancel(s.ctx)"),
 	change("the setup limit does not close the socket", "session.go",
-		"unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(causeOf(ctx)) })", "unguard := context.AfterFunc(ctx, func() {})"),
+		"unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })", "unguard := context.AfterFunc(ctx, func() {})"),
 	change("gives up on a refusal after the first session", "reconnect.go",
-		"if r.proven {", "if r.proven && false {"),
+		"if r.hadSession {", "if r.hadSession && false {"),
 	change("gives up on 404", "reconnect.go",
-		"return refused || stated(err)", "return refused || stated(err) || classify(err) == classAbsent"),
+		"return refused || permanent(err)", "return refused || permanent(err) || classify(err) == classAbsent"),
 	change("retries in a hot loop", "reconnect.go",
 		"\tr.failures++\n", "\tif r.failures++; r.failures > 0 {\n\t\treturn time.Millisecond\n\t}\n"),
 	change("the backoff has no cap", "reconnect.go",
@@ -164,7 +165,7 @@ var mutants = []mutant{
 	inTest("TestPlaceThatIsCutOffAgainAndAgainIsTakenFromTheClock", change("a place is looked up until it is found", "stream.go",
 		" && p.looks < maxLooks", "")),
 	inTest("TestStreamSetUpMayBeCutAnywhere", change("a place that was cut off is forgotten", "stream.go",
-		"if errors.As(err, &said) && said.Server {\n\t\t\tp.mu", "if errors.As(err, &said) {\n\t\t\tp.mu")),
+		"if errors.As(err, &brokerErr) && brokerErr.Server {\n\t\t\tp.mu", "if errors.As(err, &brokerErr) {\n\t\t\tp.mu")),
 	inTest("TestLastMessageOfAStreamIsGivenAlsoIfTheSetUpWasCut", change("the last message is skipped where the look for it was cut off", "stream.go",
 		`given == "last" && !p.known && !p.begun && p.looks < maxLooks`, "false")),
 	inTest("TestEmptyStreamMayCancelTheConsumerThatLooksForItsEnd", change("a consumer cancelled while its place is looked for has asked", "place.go",
@@ -201,7 +202,7 @@ var mutants = []mutant{
 	inTest("TestLastGoodHostIsTriedAgainBeforeOneThatFellSilent", change("a host that fell silent is tried before the last good one", "reconnect.go",
 		"return round + 1, until", "return round, until")),
 	inTest("TestHostThatFellSilentBetweenSessionsGoesLast", change("a connection that dies in backoff leaves its host good", "consumer.go",
-		"\t\ts.hosts.failed(s.conn.host, s.conn.end.cause(), time.Now())\n", "")),
+		"\t\ts.hosts.failed(s.conn.host, s.conn.end.Cause(), time.Now())\n", "")),
 	inTest("TestEveryHostHasItsTurnHoweverTheOthersFail", change("a host that goes last has no turn", "reconnect.go",
 		"return round + 1, until", "return round + 1000, until")),
 	inTest("TestMissingQueueIsAskedForOnOneConnection", change("a missing queue replaces its connection", "consumer.go",
@@ -219,7 +220,7 @@ var mutants = []mutant{
 	inTest("TestTimesThatAMQPCannotCarryAreRefused", change("times before 1970 become those of the far future", "arguments.go",
 		"if v.Unix() < 0 {", "if false {")),
 	change("consume-ok resets the backoff", "reconnect.go",
-		"\tr.proven = true\n", "\tr.proven, r.failures = true, 0\n"),
+		"\tr.hadSession = true\n", "\tr.proven, r.failures = true, 0\n"),
 	change("consume-ok makes all hosts untried", "reconnect.go",
 		"\tdelete(h.avoid, address)\n}", "\tdelete(h.avoid, address)\n\tclear(h.tries)\n}"),
 	change("hosts are not rotated", "reconnect.go",
@@ -229,7 +230,7 @@ var mutants = []mutant{
 	change("no inbound watchdog", "connection.go", "IdleTimeout:  2 * interval,", "IdleTimeout:  0,"),
 	change("the driver does not hear of deliveries", "internal/wire/inbound.go", "if in.took && in.pass == 0 &&", "if false && in.pass == 0 &&"),
 	change("a channel closed by the broker still delivers", "internal/wire/subscription.go", "\tif l.refused {\n\t\treturn\n\t}\n", ""),
-	change("the old connection is not closed", "connection.go", "\t\tc.leave <- d\n", ""),
+	change("the old connection is not closed", "connection.go", "\t\tc.stop <- d\n", ""),
 	change("the password is in an error", "connection.go",
 		"return nil, &SessionError{Host: e.address, Op: op, Err: err}", `return nil, &SessionError{Op: op, Err: fmt.Errorf("%s: %w", e.uri, err)}`),
 
@@ -305,13 +306,13 @@ var mutants = []mutant{
 	inTest("TestTopologyThatNamesAnotherQueueGetsAnotherConnection", change("another connection for the same try is told as a change", "consumer.go",
 		"if s.consumer.State() != Connecting {", "if true {")),
 	inTest("TestTopologyThatNamesAnotherQueueLeavesHandlersOfACancelledSessionAlone", change("another name of a topology cuts handlers off", "consumer.go",
-		"\ts.dropConnection()\n\treturn true\n", "\ts.closeConnection(departure{limit: s.config.closeTimeout})\n\treturn true\n")),
+		"\ts.dropConnection()\n\treturn true\n", "\ts.closeConnection(closeRequest{limit: s.config.closeTimeout})\n\treturn true\n")),
 	inTest("TestTopologyThatNamesTheSameQueueStaysOnItsConnection", change("a topology that names none has named another", "topology.go",
 		"s.conn.sameQueue(cmp.Or(queue, s.config.queue))", "s.conn.sameQueue(cmp.Or(queue, queue))")),
 	inTest("TestTopologyThatFailsLeavesFewQueuesBehind", change("what failed topologies leave behind piles up", "connection.go",
-		"return c.litter.Load() >= escalateAfter", "return false")),
+		"return c.failedTopologies.Load() >= escalateAfter", "return false")),
 	inTest("TestTopologyThatFailedFirstLeavesNoQueueBehind", change("what a failed topology has left behind stays", "connection.go",
-		"left = c.litter.Load() > 0 &&", "left = false &&")),
+		"left = c.failedTopologies.Load() > 0 &&", "left = false &&")),
 	// Logging in.
 	change("the watchdog is never let loose", "connection.go", "\tsocket.WatchPeer()\n", ""),
 	inTest("TestSilentRefusalIsRecognisedHoweverTheSocketEnds", change("the watchdog bites in the handshake", "internal/wire/socket.go",
@@ -323,9 +324,9 @@ var mutants = []mutant{
 	inTest("TestRefusedLoginIsToldAtOnce", change("does not ask to be told of a refused login", "dial.go",
 		"capabilities[toldOfRefusals] = true", "capabilities[toldOfRefusals] = false")),
 	inTest("TestRefusedLoginIsToldAtOnce", change("a refused login is not told from other refusals", "dial.go",
-		"if said.Code != amqp.AccessRefused {", "if true {")),
+		"if brokerErr.Code != amqp.AccessRefused {", "if true {")),
 	inTest("TestMechanismTheBrokerDoesNotOfferIsARefusedLogin", change("a mechanism that is not offered is retried", "reconnect.go",
-		"return refused || stated(err)", "return stated(err)")),
+		"return refused || permanent(err)", "return permanent(err)")),
 	inTest("TestRefusedLoginIsToldAtOnce", change("credentials of a function get one try", "reconnect.go",
 		" || r.config.asksForLogin()) {", ") {")),
 	inTest("TestMechanismTheBrokerDoesNotOfferIsARefusedLogin", change("the broker's offer is not read", "internal/wire/inbound.go",
@@ -355,9 +356,9 @@ var mutants = []mutant{
 	change("held messages are not released by the drain", "session.go",
 		"\ts.releaseHeld() // behind basic.cancel, or they would come back\n", ""),
 	inTest("TestHeldMessageComesBackOnceWhenTheConsumerStops", change("held messages go back before the basic.cancel", "session.go",
-		"\ts.ended.notify(errStopped)\n\ts.drained = ", "\ts.ended.notify(errStopped)\n\ts.releaseHeld()\n\ts.drained = ")),
+		"\ts.end.notify(errStopped)\n\ts.drained = ", "\ts.ended.notify(errStopped)\n\ts.releaseHeld()\n\ts.drained = ")),
 	inTest("TestStopKeepsItsLimitsThoughACloseOfTheUsersConnectionHangs", change("a session waits for the close of a user's connection", "connections.go",
-		"go t.conn.socket.Kill(end)", "t.conn.socket.Kill(end)")),
+		"go l.conn.socket.Kill(end)", "t.conn.socket.Kill(end)")),
 	inTest("TestStreamGoesOnThoughAHandlerTakesTheOffsetOutOfTheHeaders", change("a try in place reads its place anew", "stream.go",
 		"if d.fence.tries == 0 {", "if true {")),
 	inTest("TestPlaceIsThatOfTheFirstMessageThoughAFilterLeavesGaps", change("a gap of a filter moves the place", "stream.go",
@@ -445,12 +446,12 @@ var mutants = []mutant{
 
 	// Sessions that share a connection, and functions of the user.
 	inTest("TestHandlersOfACancelledSessionFinishWhateverBecomesOfItsSuccessor", change("a set-up that ends ends the others on its connection", "connections.go",
-		"\tif t.count > 0 {\n", "\tif false {\n")),
+		"\tif l.lent > 0 {\n", "\tif false {\n")),
 	inTest("TestHandlersOfACancelledSessionFinishWhenItsConnectionIsReplaced", change("a connection that is replaced does not wait for its sessions", "connection.go",
-		"\t\tlimit = c.awaitTenants(asked)\n", "\t\tlimit = asked.limit\n")),
+		"\t\tlimit = c.awaitLeases(asked)\n", "\t\tlimit = asked.limit\n")),
 	inTest("TestRefusedTriesLeaveNothingInMemory", change("a refused try keeps its inbox", "session.go", "\t\ts.forget()\n", "")),
 	inTest("TestHandlerThatHangsKeepsNoLaterSessionsInMemory", change("all connections are kept", "consumer.go",
-		"func (s *supervisor) sweep() { s.leaving = slices.DeleteFunc(s.leaving, leaver.left) }", "func (s *supervisor) sweep() { slices.IndexFunc(s.leaving, leaver.left) }")),
+		"func (s *supervisor) sweep() { s.closing = slices.DeleteFunc(s.closing, closer.isDone) }", "func (s *supervisor) sweep() { slices.IndexFunc(s.closing, closer.isDone) }")),
 	inTest("TestStopOnABusyPathLetsRunningHandlersFinish", change("the close limit counts while deliveries come", "session.go",
 		"\tdefer s.conn.socket.AfterSilence(s.config.closeTimeout, maxDuration, func() { close(silent) })()\n",
 		"\tdefer time.AfterFunc(s.config.closeTimeout, func() { close(silent) }).Stop()\n")),
@@ -459,7 +460,7 @@ var mutants = []mutant{
 	inTest("TestStopHurriesAConnectionThatIsOnItsWayOut", change("a stop waits for a connection that takes its time", "consumer.go",
 		"\ts.hurryLeaving()\n", "")),
 	inTest("TestRunTellsOfAcksThatWereLostWhileDraining", change("a channel that has ended counts as closed in order", "session.go",
-		"if cause := s.channelEnd.cause(); !errors.Is(cause, errChannelEnded) {", "if cause := s.channelEnd.cause(); cause == nil {")),
+		"if cause := s.channelEnd.Cause(); !errors.Is(cause, errChannelEnded) {", "if cause := s.channelEnd.Cause(); cause == nil {")),
 	inTest("TestRunTellsOfAcksThatACancelledSessionLostWhileDraining", change("what a cancelled session loses is read by nobody", "consumer.go",
 		"\t\t\t\ts.note(l.session.drained)\n", "\t\t\t\t_ = l.session.drained\n")),
 	inTest("TestTopologyThatCallsGoexitLeaksNoConnection", change("a function of the user that ends its goroutine is waited for", "guard.go",
@@ -486,7 +487,7 @@ var mutants = []mutant{
 	inTest("TestQueueWithALimitIsTakenAsItIs", change("a limit that stays is told in every session", "hold.go",
 		"s.told.limitKept.Swap(true)", "s.told.limitKept.Load()")),
 	inTest("TestOtherInequivalenceIsTheOperators", change("a queue is taken as it is whatever it is", "topology.go",
-		" || !strings.HasPrefix(said.Reason, inequivalentLimit):", ":")),
+		" || !strings.HasPrefix(brokerErr.Reason, inequivalentLimit):", ":")),
 	inTest("TestDeadLetterQueueOfAnotherKindIsTakenAsItIs", change("a dead-letter queue of another kind is refused", "topology.go",
 		"\t\tt.deadKept = true\n", "\t\treturn false\n")),
 	inTest("TestMessageNearTheLimitOfOthersIsTold", change("messages near the limit flood the log", "hold.go",
@@ -532,15 +533,15 @@ var mutants = []mutant{
 	inTest("TestNodeThatDoesNotAnswerTheDetectorIsLeft", change("a queue that does not answer is no stall", "probe.go",
 		"\t\treturn p.stall(\"and the queue does not answer\")\n", "\t\treturn nil\n")),
 	inTest("TestQuestionThatIsNotAnsweredLeavesTheOtherSessionsAlone", change("a question that is not answered kills the connection", "probe.go",
-		"\t\ts.conn.wear(errUnanswered)\n", "\t\ts.conn.socket.Kill(errUnanswered)\n")),
+		"\t\ts.conn.retire(errUnanswered)\n", "\t\ts.conn.socket.Kill(errUnanswered)\n")),
 	inTest("TestConnectionWithAQuestionThatIsNotAnsweredTakesNoMoreSessions", change("a question that is not answered stays behind", "probe.go",
-		"\t\ts.conn.wear(errUnanswered)\n", "")),
+		"\t\ts.conn.retire(errUnanswered)\n", "")),
 	inTest("TestDetectorThatMayNotAskSaysSoOnce", change("a detector that may not ask is silent", "probe.go",
-		"\tcase said.Code == amqp.AccessRefused:\n", "\tcase said.Code == amqp.AccessRefused:\n\t\treturn\n")),
+		"\tcase brokerErr.Code == amqp.AccessRefused:\n", "\tcase brokerErr.Code == amqp.AccessRefused:\n\t\treturn\n")),
 	inTest("TestDetectorThatMayNotAskSaysSoOnce", change("a detector that may not ask says so for every session", "probe.go",
 		"p.s.told.blind.CompareAndSwap(false, true)", "true")),
 	inTest("TestDetectorThatMayNotAskIsRefusedOncePerSession", change("a detector that may not ask goes on asking", "probe.go",
-		"p.refused = said != nil && said.Server", "p.refused = false")),
+		"p.refused = brokerErr != nil && brokerErr.Server", "p.refused = false")),
 	inTest("TestDetectorWithoutAChannelSaysSoOnce", change("a detector without a channel is silent", "probe.go",
 		"case errors.Is(err, amqp.ErrChannelMax):", "case false:")),
 
@@ -596,7 +597,7 @@ var mutants = []mutant{
 		"slog.String(\"name\", c.Queue)}")),
 	inTest("TestHourOfCausesThatAreAllDifferentIsAtMost100Lines", change("every cause is counted apart", "log.go",
 		" || j.news.spend(c.Time, lines)) {",
-		" || j.news.spend(c.Time, 0*lines)) {")),
+		" || j.news.due(c.Time, 0*lines)) {")),
 	inTest("TestFailureOnTwoHostsIsOneCause", change("each host is a cause of its own", "log.go",
 		"j.cause(causeKey(c), c.Time)",
 		"j.cause(c.Host, c.Time)")),
@@ -732,19 +733,19 @@ var mutants = []mutant{
 		"Headers:         d.Headers,")),
 	// Values and functions of the user.
 	inTest("TestErrorOfAHandlerThatCannotBeReadIsAFailure", change("a handler's error is read unseen", "worker.go",
-		"err = sound(p.handler(ctx, d))", "err = p.handler(ctx, d)")),
+		"err = safeError(p.handler(ctx, d))", "err = p.handler(ctx, d)")),
 	inTest("TestErrorOfAHandlerThatCannotBeReadIsAFailure", change("what a handler panics with is read unseen", "guard.go",
 		"if new(reading).all(e) != nil {", "if false {")),
 	inTest("TestErrorOfAHandlerThatCannotBeReadIsAFailure", change("Invoke reads an error unseen", "worker.go",
-		"err = sound(h(ctx, d))", "err = h(ctx, d)")),
+		"err = safeError(h(ctx, d))", "err = h(ctx, d)")),
 	inTest("TestErrorThatCannotBeReadIsAFailureThatSaysSo", change("an error of a user's function is read unseen", "guard.go",
-		"\ta.err = sound(a.err)\n", "")),
+		"\ta.err = safeError(a.err)\n", "")),
 	inTest("TestErrorThatCannotBeReadIsAFailureThatSaysSo", change("of errors side by side none is looked at", "guard.go",
 		"for _, inner := range e.Unwrap() {", "for _, inner := range e.Unwrap()[:0] {")),
 	inTest("TestOutcomeStaysThoughTheErrorInItCannotBeRead", change("a discard around a nil pointer is a failure", "guard.go",
 		"if v := r.verdict; v != nil {", "if v := r.verdict; false {")),
 	inTest("TestCauseOfRunsContextThatCannotBeReadEndsNoProcess", change("the cause of Run's context is read unseen", "guard.go",
-		"return sound(context.Cause(ctx))", "return context.Cause(ctx)")),
+		"return safeError(context.Cause(ctx))", "return context.Cause(ctx)")),
 	inTest("TestDialerThatReturnsNoConnectionIsAFailureThatSaysSo", change("a dialer's nil pointer is a connection", "guard.go",
 		" || v.Kind() == reflect.Pointer && v.IsNil()", "")),
 	inTest("TestConnectionThatComesWithAnErrorIsClosed", change("a connection that comes with an error stays open", "dial.go",
@@ -752,7 +753,7 @@ var mutants = []mutant{
 	inTest("TestNewRefusesANilPointerForALoginMechanism", change("a nil pointer is a login mechanism", "options.go",
 		"if isNil(m) {", "if m == nil {")),
 	inTest("TestConnectionThatPanicsIsReplaced", change("a Read that ends its goroutine leaves the socket", "guard.go",
-		"\t\t\tbroken(err)\n", "")),
+		"\t\t\tfault(err)\n", "")),
 	inTest("TestConnectionThatPanicsIsReplaced", change("a Close that panics ends the process", "internal/wire/socket.go",
 		"\tdefer func() { _ = recover() }()\n\t_ = conn.Close()\n", "\t_ = conn.Close()\n")),
 	inTest("TestTLSCallbackThatFailsLeavesNoSocket", change("what panics while the driver reads ends the process", "internal/wire/inbound.go",
@@ -776,7 +777,7 @@ var mutants = []mutant{
 	inTest("TestLogHandlerThatPanicsForAFailedHandlerEndsRun", change("workers ask the log handler", "log.go",
 		"\tif !due { // whether", "\tif !due || !j.logger.Enabled(j.ctx, level) { // whether")),
 	inTest("TestNoHookIsCalledAfterOneHasPanicked", change("hooks are called after one has panicked", "notify.go",
-		"\tif r.broken.cause() == nil {\n", "\tif true {\n")),
+		"\tif r.fault.Cause() == nil {\n", "\tif true {\n")),
 
 	// What was told wrongly.
 	inTest("TestNewCauseThatDiffersByAShortNumberIsToldAtOnce", change("a status makes no cause", "log.go",
@@ -798,7 +799,7 @@ var mutants = []mutant{
 	inTest("TestLongConsumerTimeoutIsNotTakenForTheDefault", change("a long consumer timeout is the default", "config.go",
 		"ok && ms > 0 {", "ok && ms > 0 && ms <= maxDuration.Milliseconds() {")),
 	inTest("TestQueueNamedLikeARefusalIsNotTakenAsItIs", change("the name of a queue decides", "topology.go",
-		"!strings.HasPrefix(said.Reason, inequivalentLimit):", "!strings.Contains(said.Reason, inequivalentLimit):")),
+		"!strings.HasPrefix(brokerErr.Reason, inequivalentLimit):", "!strings.Contains(brokerErr.Reason, inequivalentLimit):")),
 	inTest("TestDeepHeadersAreShownDownToALevel", change("headers are shown as deep as they are", "delivery.go",
 		"const shownDepth = 100", "const shownDepth = 1 << 30")),
 	inTest("TestInvokeDecidesAsAConsumerDoes", change("Invoke lets a panic pass", "guard.go",
@@ -862,7 +863,7 @@ var mutants = []mutant{
 	inTest("TestTryThatComesBackTooLateIsClosed", change("a late try closes the supervisor's connection", "try.go",
 		"if a.own && a.conn != nil {", "if a.conn != nil {")),
 	inTest("TestLostSessionsLeaveNothingInMemory", change("what has left is remembered", "consumer.go",
-		"func (s *supervisor) sweep() { s.leaving = slices.DeleteFunc(s.leaving, leaver.left) }", "func (s *supervisor) sweep() { s.leaving = slices.Clip(s.leaving) }")),
+		"func (s *supervisor) sweep() { s.closing = slices.DeleteFunc(s.closing, closer.isDone) }", "func (s *supervisor) sweep() { s.closing = slices.Clip(s.closing) }")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
@@ -905,6 +906,12 @@ func foldersOfTests(t *testing.T) map[string]string {
 // TestMutants prints a table: which invariant caught which planted bug, and how many seeds that
 // took.
 func TestMutants(t *testing.T) {
+	if *mutantsBuild {
+		for _, m := range mutants {
+			m.build(t)
+		}
+		return
+	}
 	if !*mutantsRun {
 		t.Skip("takes minutes; ask for it by -mutants")
 	}
@@ -964,6 +971,14 @@ func (m *mutant) try(t *testing.T) mutantResult {
 		r.by = invariantOf(out.String())
 	}
 	return r
+}
+
+// build only builds the library with the bug in it.
+func (m *mutant) build(t *testing.T) {
+	build := exec.Command("go", "build", "-overlay", m.overlay(t, t.TempDir()), ".", "./internal/wire")
+	build.Dir = inRoot(".")
+	out, err := build.CombinedOutput()
+	assert.NoError(t, err, "planted bug %q does not compile, change the table:\n%s", m.name, out)
 }
 
 // overlay writes the changed files and the list of them for the compiler.
