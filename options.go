@@ -13,7 +13,7 @@ import (
 )
 
 // Option configures a [Consumer]. [New] checks all options and returns every problem at once, also
-// that of an option which a later one overrides. A later option overrides an earlier one of the same
+// one of an option that a later one overrides. A later option overrides an earlier one of the same
 // name; only [WithMiddleware] adds up. The package comment lists the options by concern.
 type Option func(*config)
 
