@@ -46,8 +46,8 @@ func (o Outcome) String() string {
 }
 
 // Delivery is one message as one session delivered it. Its embedded [amqp.Delivery] has the body,
-// headers and properties, which belong to the handler. Only on a stream do not write into the bytes
-// of Body or the entries of Headers: the next try in place is given the same ones.
+// headers and properties, which belong to the handler. On a stream, do not write into the bytes of
+// Body or the entries of Headers: the next try in place is given the same ones.
 //
 // A delivery is settled at most once, with multiple=false, on the channel that delivered it and no
 // other. All methods are safe for concurrent use. A copy of a Delivery, made by value, is the same
@@ -55,9 +55,9 @@ func (o Outcome) String() string {
 // safe, and refuse multiple=true with [ErrMultiple].
 //
 // Inside a [Handler] there is usually nothing to settle by hand: the handler's error decides. A
-// handler that has settled its delivery is respected. If a settlement by hand was refused, the
-// delivery is still unsettled and the handler returns nil, then the handler has failed with that
-// refusal: its message is put back, not acked.
+// handler that has settled its delivery is respected, whatever it returns. If a settlement by hand
+// was refused, the delivery is still unsettled and the handler returns nil, then the handler has
+// failed with that refusal: its message is put back, not acked.
 type Delivery struct {
 	amqp.Delivery
 

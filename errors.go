@@ -29,7 +29,8 @@ var (
 	ErrMultiple = errors.New("steadymq: multiple=true is refused, it would settle deliveries that other handlers still work on; settle each delivery on its own")
 )
 
-// Errors of [Consumer.Run], of its sessions and of the contexts of handlers. Match them by [errors.Is].
+// Errors of [Consumer.Run], of its sessions and of the contexts of handlers. Match them by
+// [errors.Is].
 var (
 	// ErrRunning is returned by [Consumer.Run] of a [Consumer] that is running already. Make
 	// another Consumer for a second subscription.
@@ -159,7 +160,7 @@ func (e *MessageError) Unwrap() error { return e.Err }
 // OptionError is one refused argument of [New], of an option or of [Consumer.Run]. New joins all of
 // them ([errors.Join]), so that one call shows every problem; [errors.As] finds the first.
 type OptionError struct {
-	// Option is the name of the option, "New" or "Run".
+	// Option is the name of the option, or "New" or "Run" for one of their own arguments.
 	Option string
 	// Reason says what was wrong and what is allowed.
 	Reason string

@@ -38,11 +38,11 @@ func WithURLs(urls ...string) Option {
 // WithURLFunc asks f for the URL before every dial: for credentials that rotate or hosts that move.
 // It takes the place of the URL given to [New], which is then not looked at and may be "".
 //
-// ctx ends with the limit of [WithSetupTimeout]. An error of f is retried like a failed dial; it
-// must not hold a secret, for it is logged. A URL that [New] would refuse, or that contradicts an
-// option (amqp beside [WithTLSConfig]), is not dialled: f is asked again after 1 s, then up to 30
-// s. f is called by one goroutine at a time, unless a call that ignored the end of its ctx was left
-// behind.
+// ctx ends with the limit of [WithSetupTimeout]. An error of f is retried like a refused dial, see
+// [WithBackoff]; it must not hold a secret, for it is logged. A URL that [New] would refuse, or
+// that contradicts an option (amqp beside [WithTLSConfig]), is not dialled: f is asked again after
+// 1 s, then up to 30 s. f is called by one goroutine at a time, unless a call that ignored the end
+// of its ctx was left behind.
 //
 // Default: none. New refuses nil, and [WithURLs] beside it.
 func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
@@ -63,9 +63,10 @@ func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
 // dial. Where that fails it is tried again in 70 % of what is left of their life, then after 1 s
 // and up to 30 s.
 //
-// ctx ends with the limit of [WithSetupTimeout]. An error of f is retried like a failed login; it
-// must not hold a secret, for it is logged. Each connection calls f from one goroutine at a time;
-// several connections, as for a moment after a reconnect, may call it at once.
+// ctx ends with the limit of [WithSetupTimeout]. An error of f is retried at the pace of
+// [WithBackoff], with the next host if there is one; it must not hold a secret, for it is logged.
+// Each connection calls f from one goroutine at a time; several connections, as for a moment after
+// a reconnect, may call it at once.
 //
 // Default: none. New refuses nil, [WithSASL] beside it, and a URL with auth_mechanism.
 func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
@@ -446,8 +447,7 @@ func WithFatal(fatal func(error) bool) Option {
 // It cannot see a stall in these cases:
 //
 //   - The queue has other consumers, for then silence is normal (single active consumer,
-//     priorities). A quorum queue counts only its active consumer, so declare
-//     x-single-active-consumer by [WithQueue], or leave the detector out.
+//     priorities).
 //   - It is a stream that the consumer does not know to be one, see [WithConsumeArgs], or whose
 //     x-stream-offset is a number ahead of it.
 //   - The broker does not let it ask (RabbitMQ 4.3 wants the configure permission), or the
@@ -456,6 +456,10 @@ func WithFatal(fatal func(error) bool) Option {
 //     before the majority is back (seen on RabbitMQ 4.0 and 4.3: "0 messages, 1 consumer").
 //   - There are only one or two hosts, or one URL of a load balancer, or [WithURLFunc], and the
 //     node is on the wrong side of a partition: there is nobody else to ask.
+//
+// It may take a consumer that waits for its turn for a stalled one if x-single-active-consumer is
+// set, since a quorum queue counts only the active consumer. Declare such a queue by [WithQueue],
+// so that this is known, or leave the detector out.
 //
 // No session gets messages from a queue without majority. Replacing it helps where another host has
 // one.
@@ -474,9 +478,9 @@ func WithStallDetector(after time.Duration) Option {
 // Limits: how long setting up and ending may take.
 
 // WithSetupTimeout bounds a whole try, from the dial to the broker's consume-ok, [WithQueue] and
-// [WithTopology] included. When it has passed the socket is closed, or once no other session lives
-// on it. Default 15 s, which leaves a broker its own 10 s of handshake (handshake_timeout) and 3 s
-// of silence after a wrong password. Range 1 ms to 24 h.
+// [WithTopology] included. When it has passed, the socket is closed, as soon as no other session
+// lives on it. Default 15 s, which leaves a broker its own 10 s of handshake (handshake_timeout)
+// and 3 s of silence after a wrong password. Range 1 ms to 24 h.
 //
 // On a connection that stands already, deliveries may be in the way of the broker's answers, on a
 // slow path for minutes. There the limit counts the silence after the last bytes of a delivery, and
@@ -507,10 +511,10 @@ func WithDrainTimeout(d time.Duration) Option {
 // Observation: log and hooks.
 
 // WithLogger sets the logger. Default: [slog.Default], as it is when Run begins. For silence give
-// slog.New(slog.DiscardHandler). New refuses nil. Its handler is called on a goroutine of its own,
-// one line at a time, so that a slow one delays no recovery; what it cannot keep up with is dropped
-// and counted in [Stats].EventsDropped. Messages that are handled without an error leave no line. A
-// panic of the handler ends Run, see [Hooks].
+// slog.New(slog.DiscardHandler). New refuses nil. Its [slog.Handler] is called on a goroutine of
+// its own, one line at a time, so that a slow one delays no recovery; what it cannot keep up with
+// is dropped and counted in [Stats].EventsDropped. There is no line for each message. A panic of
+// the [slog.Handler] ends Run, see [Hooks].
 //
 // A change of state is one line, with queue and consumer tag: WARN for a failure, ERROR when Run
 // gives up, else INFO; tries, and what is left out, are DEBUG. An hour of any outage is at most 100
@@ -519,10 +523,10 @@ func WithDrainTimeout(d time.Duration) Option {
 //   - A failure whose cause repeats is told at its 1st, 2nd, 4th, 8th ... time and at least every
 //     minute, with the count (repeated); where it ends sessions that have just begun to consume, at
 //     least every 90 s. Counting starts anew once a session has lasted 10 minutes.
-//   - A new cause is told at once. Where causes change all the time, 12 of them are told and then
+//   - A new cause is told at once. Where causes change all the time, at most 12 are told and then
 //     one every 5 minutes, beside the one a minute. Causes that differ only in the host, an IP
 //     address or a number of more than three digits are the same.
-//   - After a failure that was told "consuming" is told too, with how long the consumer was away
+//   - After a failure that was told, "consuming" is told too, with how long the consumer was away
 //     (down): at once, or after 2 s (up) where the session before had not lasted that long.
 //
 // What handlers return is told at WARN, a panic with its stack at ERROR: at most one line a second,
