@@ -17,115 +17,116 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// TopologyFunc declares what a session needs on the session's own channel and
-// returns the queue to consume from; "" means the queue given to New. It runs
-// for every session, on its fresh channel, so everything in it must be
-// idempotent. ctx ends with the setup limit, which also ends what the function waits for
-// on the channel, by closing the socket; while a cancelled session still lives on that
-// connection, it closes with the last of its handlers. An error is retried like any failure of the setup; wrap the
-// *amqp.Error of the channel with %w so that it can be classified.
+// TopologyFunc declares what a session needs, on the session's own channel, and returns the queue
+// to consume from; "" means the queue given to [New]. See [WithTopology]. It runs for every
+// session, on its fresh channel, so everything in it must be idempotent. It is called by one
+// goroutine at a time, unless a call that ignored the end of its ctx was left behind.
 //
-// The channel is the session's: it must not be used after the function has returned, nor be
-// consumed from, for nobody settles what is delivered there. A function that makes it
-// transactional (Tx), which would keep every ack from taking effect, is refused, and so is the
-// name of a queue that AMQP cannot carry. Confirm mode does no harm. Publish on a connection of
-// your own: RabbitMQ stops reading one that has published while memory or disk run low, acks
+// ctx ends with the limit of [WithSetupTimeout]. So does what the function waits for on the
+// channel, since the socket is closed then; while a cancelled session still lives on that
+// connection, it closes with the last handler of that session. An error is retried like any failure
+// of the set-up. Wrap the *amqp.Error of the channel with %w so that it can be classified.
+//
+// The channel is the session's. It must not be used after the function has returned, nor be
+// consumed from: nobody settles what is delivered there. A function that makes the channel
+// transactional (Tx), which would keep every ack from taking effect, is refused, and so is a queue
+// name that AMQP cannot carry. Confirm mode does no harm. Publish on a connection of your own:
+// RabbitMQ stops reading a connection that has published while memory or disk run low, acks
 // included.
 //
-// A queue that is exclusive, or that the broker names, lives as long as the
-// connection, and a connection has many sessions: the next one is on the same
-// connection unless that was lost. Let the function return the same name again, which
-// a declare of an exclusive queue by name does. If it returns another name than before
-// on the same connection, as one does that lets the broker name the queue, then the
-// connection is replaced and the function called once more, on the new one: the queue
-// from before would stay behind, bound and unread. What was in it is lost. Nor can it
-// be known what a function has declared: a connection on which it has failed three
-// times is replaced, for each time it may have left a queue behind, and so is one whose
-// sessions fail three times within 30 s. [WithQueue] keeps an exclusive queue over all
-// that, whoever names it.
+// A queue that is exclusive, or that the broker names, lives as long as its connection, and a
+// connection has many sessions: the next session is on the same connection unless that was lost. So
+// return the same name again, as a declare of an exclusive queue by name does. If the function
+// returns another name than before on the same connection, as it does when the broker names the
+// queue, then the connection is replaced and the function is called once more, on the new one: the
+// earlier queue would stay behind, bound and unread. What was in it is lost. The library does not
+// know what a function has declared, so a connection on which the function has failed three times
+// is replaced, since each failure may have left a queue behind; and so is a connection whose
+// sessions fail three times within 30 s. [WithQueue] keeps an exclusive queue over all that,
+// whoever names it.
 type TopologyFunc func(ctx context.Context, ch *amqp.Channel) (queue string, err error)
 
-// Queue is the common declare, for WithQueue. The zero value is a durable quorum
-// queue, RabbitMQ's default for messages that must not get lost.
+// Queue is the common declare, for [WithQueue] (queue.declare,
+// https://www.rabbitmq.com/docs/queues). The zero value is a durable quorum queue, RabbitMQ's
+// choice for messages that must not get lost.
 type Queue struct {
-	// Type is "quorum" (default), "classic" or "stream".
+	// Type is "quorum" (default), "classic" or "stream" (x-queue-type).
 	Type string
-	// Transient makes the queue not survive a broker restart. Only for
+	// Transient makes the queue not survive a restart of the broker. New refuses it but for
 	// exclusive classic queues: RabbitMQ 4.3 refuses shared transient queues.
 	Transient bool
-	// Exclusive limits the queue to this connection. It is gone with it, and what
-	// is in it is lost. Only for classic queues. If New was given no name, the
-	// broker names it.
+	// Exclusive limits the queue to this connection. It is gone with the connection, and what is in
+	// it is lost. Only for classic queues. If New was given no name, the broker names it.
 	//
-	// As long as the connection lives the next session consumes from the same
-	// queue, under the same name, and misses nothing; if it is gone it is declared
-	// anew at once. Failures of sessions do not replace the connection then. What
-	// does is that it ends, that a set-up on it outlasts its limit, or a stall on it
-	// (WithStallDetector): a queue that delivers nothing is given up, messages and all.
+	// As long as the connection lives, the next session consumes from the same queue, under the
+	// same name, and misses nothing; a queue that is gone is declared anew at once. Failures of
+	// sessions do not replace the connection then. It is replaced when it ends, when a set-up on it
+	// outlasts its limit, or when [WithStallDetector] finds a stall: a queue that delivers nothing
+	// is given up, messages and all.
 	Exclusive bool
-	// AutoDelete deletes the queue when its last consumer leaves, and a session
-	// that is lost is one: what is in it is lost then. Only for classic queues.
+	// AutoDelete deletes the queue when its last consumer leaves. A session that is lost is such a
+	// consumer: what is in the queue is lost then. Only for classic queues.
 	AutoDelete bool
-	// Exchange is declared before the queue, for Bindings that name no other.
-	// nil: they name exchanges that exist already.
+	// Exchange is declared before the queue, for those Bindings that name no other. New refuses one
+	// that none of them uses. nil: they name exchanges that exist already.
 	Exchange *Exchange
-	// Bindings are made after the declare.
+	// Bindings are made after the queue is declared (queue.bind). A binding that is taken out here
+	// stays at the broker.
 	Bindings []Binding
-	// DeadLetter is where messages go that the queue gives up: discarded ones,
-	// those that expire or overflow, and those that the delivery limit takes.
-	// nil: Args says so, or nowhere: they are gone. Not for streams.
+	// DeadLetter is where the queue sends the messages that it gives up: discarded ones, those that
+	// expire or overflow, and those that the delivery limit takes. nil: Args says so, or they are
+	// gone. Not for streams.
 	DeadLetter *DeadLetter
-	// Args are further arguments of the declare, such as "x-delivery-limit"
-	// or "x-message-ttl".
+	// Args are further arguments of the declare, such as "x-delivery-limit" or "x-message-ttl". New
+	// refuses what AMQP cannot carry.
 	//
-	// Since 4.0 RabbitMQ drops a message of a quorum queue that has come back
-	// more than 20 times. So a quorum queue that has no dead-letter exchange,
-	// and no x-delivery-limit here, is declared with x-delivery-limit=-1 there:
-	// no limit. Everybody else who declares that queue has to say the same, or
-	// gets 406. A queue that was declared before with a limit is taken as it
-	// is, with one warning per Run. Before 4.0 nothing is said, for there is no
-	// limit, and -1 would drop a message at its first return.
+	// Since 4.0 RabbitMQ drops a message of a quorum queue that has come back more than 20 times.
+	// So from 4.0 on a quorum queue that has no dead-letter exchange, and no x-delivery-limit here,
+	// is declared with x-delivery-limit=-1: no limit. Everybody else who declares that queue has to
+	// say the same, or gets 406. A queue that was declared before with a limit is taken as it is,
+	// with one warning per Run. Before 4.0 nothing is said, since there is no limit, and -1 would
+	// drop a message at its first return.
 	Args amqp.Table
 }
 
-// Exchange is the common declare of an exchange, for Queue.Exchange.
+// Exchange is the common declare of an exchange, for [Queue].Exchange (exchange.declare,
+// https://www.rabbitmq.com/docs/exchanges).
 type Exchange struct {
-	// Name of the exchange, 1 to 255 bytes.
+	// Name is the name of the exchange, 1 to 255 bytes.
 	Name string
-	// Kind is "direct" (default), "fanout", "topic", "headers" or that of a
-	// plugin, which begins with "x-".
+	// Kind is "direct" (default), "fanout", "topic", "headers", or that of a plugin, which begins
+	// with "x-".
 	Kind string
-	// Transient makes the exchange not survive a broker restart.
+	// Transient makes the exchange not survive a restart of the broker.
 	Transient bool
 	// Args are further arguments of the declare, such as "alternate-exchange".
 	Args amqp.Table
 }
 
-// DeadLetter is where a queue sends what it gives up: to a queue, or to an exchange.
+// DeadLetter is where a [Queue] sends what it gives up: to a queue, or to an exchange
+// (https://www.rabbitmq.com/docs/dlx). New refuses one that leads back into the queue itself.
 type DeadLetter struct {
-	// Queue is the name of a queue, reached through the default exchange. It is
-	// declared before the queue itself: durable, a quorum queue without a
-	// delivery limit where the queue is a quorum queue, else a classic one. If
-	// it exists in another form it is taken as it is. Nothing consumes it
-	// unless you do.
+	// Queue is the name of a queue, reached through the default exchange. It is declared before the
+	// queue itself and durable: a quorum queue without a delivery limit for a quorum queue, else a
+	// classic one. If it exists in another form it is taken as it is. Nothing consumes it unless
+	// you do.
 	//
-	// A quorum queue that you declare yourself for dead letters should have
-	// x-delivery-limit=-1 from RabbitMQ 4.0 on: since 4.3 a message arrives there
-	// with the count of its old life, and beyond the limit its first return
-	// drops it.
+	// A quorum queue for dead letters that you declare yourself should have x-delivery-limit=-1
+	// from RabbitMQ 4.0 on: since 4.3 a message arrives there with the count of its old life, and
+	// beyond the limit its first return drops it.
 	Queue string
-	// Exchange, in place of Queue, is an exchange that exists. "" is the default
-	// exchange, which leads to the queue that Key names.
+	// Exchange, in place of Queue, is an exchange that exists. "" is the default exchange, which
+	// leads to the queue that Key names.
 	Exchange string
 	// Key is the routing key to it, in place of the message's own.
 	Key string
 }
 
-// Binding binds the queue to an exchange.
+// Binding binds a [Queue] to an exchange.
 type Binding struct {
-	// Exchange is the name of an exchange that exists; "" is Queue.Exchange.
+	// Exchange is the name of an exchange that exists; "" is [Queue].Exchange.
 	Exchange string
-	// Key is the routing key, or pattern on a topic exchange.
+	// Key is the routing key, or the pattern on a topic exchange.
 	Key string
 	// Args are the arguments of the binding, for headers exchanges.
 	Args amqp.Table
@@ -436,18 +437,17 @@ func (c *config) stream() bool {
 	return offset || c.declare != nil && c.declare.Type == "stream"
 }
 
-// Credentials log in to the broker; see WithCredentials. They print without the
-// password.
+// Credentials log in to the broker, see [WithCredentials]. They print without the password.
 type Credentials struct {
-	// Username and Password are for the mechanism PLAIN. For OAuth 2 the
-	// password is the token and the user name is not looked at.
+	// Username and Password are for the login mechanism PLAIN. For OAuth 2 the password is the
+	// token, and the broker does not look at the user name.
 	Username, Password string
-	// Expires is when the password stops being valid; zero for never. One that
-	// has passed is used all the same: the broker decides, by its own clock.
+	// Expires is when the password stops being valid; zero for never. A password whose time has
+	// passed is used all the same: the broker decides, by its own clock.
 	Expires time.Time
 }
 
-// String tells the user name and the expiry.
+// String returns the user name and the expiry.
 func (c Credentials) String() string {
 	expires := "never"
 	if !c.Expires.IsZero() {
@@ -456,11 +456,11 @@ func (c Credentials) String() string {
 	return fmt.Sprintf("%s (password not shown, expires %s)", c.Username, expires)
 }
 
-// Format implements fmt.Formatter: no verb prints the password.
+// Format implements [fmt.Formatter]: no verb prints the password.
 func (c Credentials) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
 
-// MarshalText implements encoding.TextMarshaler, for encoding/json, log/slog and
-// others: none of them shows the password.
+// MarshalText implements [encoding.TextMarshaler], for encoding/json, log/slog and others: none of
+// them shows the password.
 func (c Credentials) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
 
 // setupPassed is errSetupTimeout with its value and what to do.

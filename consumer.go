@@ -15,8 +15,8 @@ import (
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
-// Consumer keeps one subscription to one queue alive. Make it with New. All
-// methods are safe for concurrent use.
+// Consumer keeps one subscription to one queue alive. Make it with [New], run it with
+// [Consumer.Run]. All methods are safe for concurrent use.
 type Consumer struct {
 	config  *config
 	running atomic.Bool
@@ -25,21 +25,24 @@ type Consumer struct {
 	fault  atomic.Pointer[faultError]
 }
 
-// New checks url, queue and options and returns a Consumer. It dials nothing.
+// New checks url, queue and options and returns a [Consumer]. It dials nothing. The error joins one
+// [*OptionError] per problem; it never holds the URL.
 //
-// url is amqp://user:password@host:port/vhost, or amqps for TLS; see
-// https://www.rabbitmq.com/docs/uri-spec. Special characters in user, password and
-// vhost are percent-encoded (net/url.UserPassword does it); a URL that one of them
-// may have cut wrongly is refused. Without a port it is 5672, or 5671 for TLS. Of the parameters
-// (https://www.rabbitmq.com/docs/uri-query-parameters) these count: heartbeat (1 to
-// 600 s), connection_timeout (ms), channel_max, auth_mechanism (plain, amqplain,
-// external; several times, best first) and, for TLS, cacertfile, certfile with
-// keyfile, server_name_indication, verify=verify_peer. Others are refused.
+// url is amqp://user:password@host:port/vhost, or amqps for TLS, see
+// https://www.rabbitmq.com/docs/uri-spec. Without a port it is 5672, or 5671 for TLS. Special
+// characters in user, password and vhost are percent-encoded ([net/url.UserPassword] does it); a
+// URL that one of them may have cut wrongly is refused. These parameters count
+// (https://www.rabbitmq.com/docs/uri-query-parameters), others are refused:
 //
-// queue must exist when the consumer subscribes (until then it keeps asking), unless
-// WithQueue or WithTopology declares it.
+//   - heartbeat (1 to 600 s) and connection_timeout (ms), see [WithHeartbeat] and
+//     [WithDialTimeout];
+//   - channel_max (0 to 65535);
+//   - auth_mechanism (plain, amqplain, external; several times, best first);
+//   - with amqps cacertfile, certfile with keyfile, server_name_indication, verify=verify_peer.
 //
-// The error joins one *OptionError per problem; it never holds the URL.
+// queue must exist when the consumer subscribes (until then it is asked for again), unless
+// [WithQueue] or [WithTopology] declares it. It may be "" if a [TopologyFunc] names it, or the
+// broker does: that is an exclusive classic [Queue].
 func New(url, queue string, opts ...Option) (*Consumer, error) {
 	c, err := build(url, queue, opts)
 	if err != nil {
@@ -48,7 +51,7 @@ func New(url, queue string, opts ...Option) (*Consumer, error) {
 	return &Consumer{config: c, stats: new(counters)}, nil
 }
 
-// Consume is New and Run in one call.
+// Consume is [New] and [Consumer.Run] in one call. Its error is that of either.
 func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) error {
 	c, err := New(url, queue, opts...)
 	if err != nil {
@@ -57,30 +60,32 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 	return c.Run(ctx, h)
 }
 
-// Run consumes until ctx ends, and heals from everything on the way. It blocks.
+// Run consumes until ctx ends, and heals from everything on the way. It blocks. A Consumer may be
+// run again after Run has returned.
 //
-// When ctx ends, Run takes no new work (basic.cancel), puts back what no handler
-// has started, waits for running handlers within the drain limit, has their acks
-// confirmed by the broker's close-ok, closes the connection and returns nil.
+// h is called by up to [WithConcurrency] goroutines at once; its contexts carry the values of ctx
+// but do not end with it, see [Handler]. When ctx ends, Run takes no new work (basic.cancel), puts
+// back what no handler has started, waits for running handlers within the limit of
+// [WithDrainTimeout], has their acks confirmed by the broker's close-ok, closes the connection and
+// returns nil.
 //
-// It returns an error that matches
-//   - ErrDrainTimeout if handlers were still running at the drain limit (errors.As
-//     with *DrainError tells how many); the broker delivers their messages again;
-//   - *SessionError with Op "lost" if the connection was lost while draining:
-//     the last acks may not have arrived and their messages come again;
-//   - *SessionError before the first session only, when the broker says plainly
-//     that the configuration cannot work (refused login, no such virtual host, no
-//     permission, inequivalent queue, refused combination) or refuses the login
-//     three times in a row where it does so without a word or WithURLFunc or
-//     WithCredentials give the login, see ErrLoginRefused. Once there has
-//     been a session Run never gives up. WithFatal replaces this rule;
-//   - *OptionError if h or the handler of a middleware is nil, or if a hook or the log handler
-//     has panicked (with the *PanicError);
-//   - *PanicError if the making of a middleware, or WithFatal, has panicked; an error that names
-//     it if it does not return within the set-up limit;
-//   - ErrRunning if the Consumer is running already.
+// Any other end is an error. It may join several; use [errors.Is] and [errors.As]:
 //
-// A Consumer may be run again after Run has returned.
+//   - [ErrDrainTimeout] if handlers were still running at the drain limit ([*DrainError] tells how
+//     many); the broker delivers their messages again.
+//   - [*SessionError] with Op "lost" if the connection was lost while draining: the last acks may
+//     not have arrived, and their messages come again.
+//   - [*SessionError] before the first session, if the broker says plainly that the configuration
+//     cannot work (refused login, no such virtual host, no permission, inequivalent queue, refused
+//     combination), or refuses the login three times in a row if it does so without a word, or if
+//     [WithURLFunc] or [WithCredentials] give the login, see [ErrLoginRefused]. Once there has been
+//     a session Run never gives up. [WithFatal] replaces this rule.
+//   - [*OptionError] if ctx or h is nil or a [Middleware] returns a nil handler, or if a hook or
+//     the log handler has panicked (with the [*PanicError]).
+//   - [*PanicError] if the making of a middleware, or the function of WithFatal, has panicked; an
+//     error that names the option if one of them does not return within the limit of
+//     [WithSetupTimeout].
+//   - [ErrRunning] if the Consumer is running already.
 func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if h == nil {
 		return &OptionError{"Run", "the handler must not be nil"}
@@ -102,13 +107,13 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	return newSupervisor(ctx, c, h).run()
 }
 
-// Queue returns the queue given to New, "" if a TopologyFunc or the broker names it.
+// Queue returns the queue given to [New], "" if a [TopologyFunc] or the broker names it.
 func (c *Consumer) Queue() string { return c.config.queue }
 
-// State returns what the Consumer is doing.
+// State returns what the Consumer is doing. A Consumer whose Run has returned is [Stopped].
 func (c *Consumer) State() State { return State(c.state.Load()) }
 
-// Stats returns the counters. They are read one after the other, not at one instant.
+// Stats returns the counters, over all Runs. They are read one after the other, not at one instant.
 func (c *Consumer) Stats() Stats {
 	n := c.stats
 	return Stats{

@@ -19,29 +19,27 @@ const (
 	lastDeath     = "x-last-death-queue" // since 3.13
 )
 
-// Attempt returns the number of this try, 1 for the first, as far as the broker
-// tells:
+// Attempt returns the number of this try, 1 for the first, as far as the broker tells. It is the
+// highest of these, and one more for each try in place (on a stream):
 //
-//   - On a quorum queue, 1 + what it has counted (x-delivery-count).
-//   - Where a dead-letter exchange leads back to the queue, by way of a queue that
-//     waits: 1 + how often it has been rejected from this queue (x-death), on queues
-//     of all kinds.
-//   - Else 2 for a redelivered message: a classic queue counts nothing.
+//   - On a quorum queue, 1 + what the queue has counted (x-delivery-count).
+//   - Where a dead-letter exchange leads back to the queue, by way of a queue that waits: 1 + how
+//     often the message was rejected from this queue (x-death), on queues of all kinds.
+//   - Else 2 for a redelivered message: a classic queue does not count.
 //
-// Of these the highest, and one more for each try in place (on a stream).
+// What the broker counts is not always a handler that has failed: up to RabbitMQ 4.2 a quorum queue
+// counts every return, so one for each lost session, also for messages that were prefetched and
+// that no handler has seen.
 //
-// It counts what the broker counts, which is not always a handler that has failed:
-// up to RabbitMQ 4.2 a quorum queue counts every return, so one for each lost
-// session, also for messages that were prefetched and that no handler has seen.
+// A message that another queue has dead-lettered, or that was published again with its old headers,
+// begins at 1, but for what no header tells. Since 4.3 a message that arrives on a classic queue
+// after a handler had it elsewhere is marked as redelivered from the start, and counts 2. From 3.13
+// to 4.2 the second delivery on a quorum queue still counts 1 if the message was rejected elsewhere
+// once. A message that expired elsewhere, after it had been returned there, brings that count
+// along.
 //
-// A message that another queue has dead-lettered, or that was published again with
-// the headers of its old life, begins at 1, but for what no header tells. Since 4.3
-// one that arrives on a classic queue after a handler had it elsewhere is marked as
-// redelivered from the start, and counts 2. From 3.13 to 4.2 the second delivery on a
-// quorum queue still counts 1 if the message was rejected elsewhere once. One that
-// expired elsewhere, after it had been returned there, brings that count along.
-// Publishers can forge the headers, and on classic queues nothing takes them out: use
-// the number for policy, not for security.
+// Publishers can forge the headers, and on classic queues nothing takes them out: use the number
+// for policy, not for security.
 func (d *Delivery) Attempt() int {
 	n := d.returns()
 	if n == 0 && d.Redelivered {
@@ -175,10 +173,10 @@ type deliveryJSON struct {
 	BodyBase64      []byte         `json:"body_base64,omitempty"`
 }
 
-// MarshalJSON implements json.Marshaler: the message, where it came from and what
-// became of it. A body that is UTF-8 is in "body", any other in "body_base64". It
-// takes whatever a publisher may have put into headers and properties. Of headers that nest
-// deeper than 100 levels the rest is left out: "..." stands in its place.
+// MarshalJSON implements [json.Marshaler]: the message, where it came from and what became of it. A
+// body that is UTF-8 is in "body", any other in "body_base64". It takes whatever a publisher may
+// have put into headers and properties. Where headers nest deeper than 100 levels "..." stands in
+// place of the rest.
 func (d Delivery) MarshalJSON() ([]byte, error) {
 	j := deliveryJSON{
 		Queue:           d.Queue(),
@@ -213,8 +211,7 @@ func (d Delivery) MarshalJSON() ([]byte, error) {
 	return json.Marshal(j)
 }
 
-// LogValue implements slog.LogValuer: what tells the message from others, without
-// its content.
+// LogValue implements [slog.LogValuer]: what tells the message from others, without its content.
 func (d Delivery) LogValue() slog.Value {
 	return slog.GroupValue(
 		slog.String("queue", d.Queue()),
@@ -228,7 +225,7 @@ func (d Delivery) LogValue() slog.Value {
 	)
 }
 
-// String tells in one line what LogValue does.
+// String returns in one line what [Delivery.LogValue] tells.
 func (d Delivery) String() string { return errtext.OneLine(d.LogValue().String()) }
 
 // shownDepth is how deep headers are shown. encoding/json refuses what is deeper than 10,000

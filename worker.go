@@ -180,11 +180,12 @@ func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, erro
 	return h, nil
 }
 
-// Invoke runs h on d as a Consumer does, without its holds, so that a test of a
-// handler can assert what becomes of the message: a panic is an error
-// (*PanicError), and the error settles d unless h has settled it by itself. It
-// returns the outcome and the error. Make d with NewDelivery: any other is refused, without a
-// call of h. Middleware wraps h before: Invoke(ctx, policy(handle), d).
+// Invoke runs h on d as a [Consumer] does, but without its holds, so that a test of a handler can
+// assert what becomes of the message: a panic is an error ([*PanicError]), and the error settles d
+// unless h has settled it by itself. It returns the outcome and the error. h gets ctx as it is.
+//
+// Make d with [NewDelivery]: any other is refused, without a call of h. [Middleware] wraps h
+// before: Invoke(ctx, policy(handle), d).
 func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) {
 	if d == nil || d.fence == nil {
 		return Unsettled, errUndelivered
