@@ -24,17 +24,17 @@ type connection struct {
 	amqp         *amqp.Connection
 	closeTimeout time.Duration
 
-	closed  chan *amqp.Error // the driver's NotifyClose
-	end     *notifier        // the first cause of its end
-	leases leases          // the sessions on it
-	stop   chan closeRequest   // asks for an orderly close
-	stopped    bool             // leave was asked; its owner's
-	done    chan struct{}    // closed when nothing of it is left
+	closed  chan *amqp.Error  // the driver's NotifyClose
+	end     *notifier         // the first cause of its end
+	leases  leases            // the sessions on it
+	stop    chan closeRequest // asks for an orderly close
+	stopped bool              // leave was asked; its owner's
+	done    chan struct{}     // closed when nothing of it is left
 
-	channelFailures []time.Time  // recent ones, for the escalation; the supervisor's
-	served          bool         // it has had a session; the supervisor's
-	queue           string       // of its sessions, once it has a name; of the try on it
-	failedTopologies          atomic.Int32 // how often a TopologyFunc has failed on it
+	channelFailures  []time.Time  // recent ones, for the escalation; the supervisor's
+	served           bool         // it has had a session; the supervisor's
+	queue            string       // of its sessions, once it has a name; of the try on it
+	failedTopologies atomic.Int32 // how often a TopologyFunc has failed on it
 
 	stopRefresh context.CancelFunc
 	refreshed   chan struct{} // closed when the credentials are no longer refreshed
@@ -91,7 +91,7 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 		closeTimeout: c.closeTimeout,
 		closed:       conn.NotifyClose(make(chan *amqp.Error, 1)),
 		end:          newNotifier(),
-		stop:        make(chan closeRequest, 1),
+		stop:         make(chan closeRequest, 1),
 		done:         make(chan struct{}),
 		refreshed:    make(chan struct{}),
 	}
@@ -317,7 +317,7 @@ func (c *connection) teardown(limit time.Duration) {
 
 // closeRequest is how a connection is asked to close.
 type closeRequest struct {
-	grace  time.Duration // how long sessions may stay on it
+	grace time.Duration // how long sessions may stay on it
 	limit time.Duration // how long the close may take after that
 }
 

@@ -22,7 +22,7 @@ type Consumer struct {
 	running atomic.Bool
 	state   atomic.Int32
 	stats   *counters
-	fault  atomic.Pointer[faultError]
+	fault   atomic.Pointer[faultError]
 }
 
 // New checks url, queue and options and returns a [Consumer]. It dials nothing. The error joins one

@@ -152,7 +152,7 @@ func panicked(value any) *PanicError {
 
 // reading goes over an error and all that it wraps.
 type reading struct {
-	at      error    // the one it has come to
+	at      error         // the one it has come to
 	verdict *outcomeError // the first one on the way
 }
 

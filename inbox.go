@@ -11,11 +11,11 @@ import (
 type inbox struct {
 	next chan *Delivery
 
-	mu   sync.Mutex
-	closed bool
-	rest []*Delivery // more than the prefetch, or after the inbox was shut
+	mu      sync.Mutex
+	closed  bool
+	rest    []*Delivery // more than the prefetch, or after the inbox was shut
 	cleared bool        // it was cleared
-	more atomic.Bool // rest is not empty
+	more    atomic.Bool // rest is not empty
 }
 
 // receiver is what the wire gives the messages of one subscription to. Only the goroutine that

@@ -12,9 +12,9 @@ import (
 // reports later about the same end, or what the teardown itself causes, does not
 // hide it.
 type notifier struct {
-	once  sync.Once
+	once sync.Once
 	done chan struct{} // closed once there is a cause
-	err   error         // written before ended is closed
+	err  error         // written before ended is closed
 }
 
 func newNotifier() *notifier {
@@ -61,23 +61,23 @@ type reporter struct {
 	hooks   Hooks
 	journal *journal
 
-	events  chan func() // what to tell, in order
-	stopping    chan struct{}
-	done    chan struct{}
-	muted   atomic.Bool
-	dropped *atomic.Uint64
-	fault  *notifier // ended by the first panic of a hook or of the log handler
+	events   chan func() // what to tell, in order
+	stopping chan struct{}
+	done     chan struct{}
+	muted    atomic.Bool
+	dropped  *atomic.Uint64
+	fault    *notifier // ended by the first panic of a hook or of the log handler
 }
 
 func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *reporter {
 	r := &reporter{
-		hooks:   c.hooks,
-		journal: newJournal(ctx, c.logger),
-		events:  make(chan func(), reportBacklog),
-		stopping:    make(chan struct{}),
-		done:    make(chan struct{}),
-		dropped: dropped,
-		fault:  newNotifier(),
+		hooks:    c.hooks,
+		journal:  newJournal(ctx, c.logger),
+		events:   make(chan func(), reportBacklog),
+		stopping: make(chan struct{}),
+		done:     make(chan struct{}),
+		dropped:  dropped,
+		fault:    newNotifier(),
 	}
 	go r.run()
 	return r

@@ -67,7 +67,7 @@ func permanent(err error) bool {
 }
 
 const (
-	firstRetry      = 20 * time.Millisecond // the first retry of a healthy session; another host
+	firstRetry  = 20 * time.Millisecond // the first retry of a healthy session; another host
 	operatorCap = 30 * time.Second
 	lockedExtra = 5 * time.Second
 
@@ -84,12 +84,12 @@ type retry struct {
 	rules  map[class]rule
 	limit  time.Duration // given by WithBackoff: no wait is longer; else none
 
-	failures int       // in a row, since the last healthy session
-	passed   []*pace   // of hosts that failed in this round and are not waited for yet
-	locked   time.Time // since when the resource has been locked
-	lockSeen time.Time // when it was found locked, the last time
-	refusals int       // logins refused in a row
-	hadSession   bool      // there has been a session
+	failures   int       // in a row, since the last healthy session
+	passed     []*pace   // of hosts that failed in this round and are not waited for yet
+	locked     time.Time // since when the resource has been locked
+	lockSeen   time.Time // when it was found locked, the last time
+	refusals   int       // logins refused in a row
+	hadSession bool      // there has been a session
 
 	heartbeat time.Duration // the longest of the connections so far, 0 before the first
 }
@@ -234,7 +234,7 @@ func (p *pace) draw() time.Duration {
 }
 
 const (
-	avoidFor   = time.Minute
+	avoidFor    = time.Minute
 	provenAfter = 10 * time.Second // a session this long makes all hosts untried
 )
 

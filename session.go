@@ -38,7 +38,7 @@ type session struct {
 	tag        string
 	cancels    chan string // the driver's NotifyCancel
 	channelEnd *notifier   // what its NotifyClose said, errChannelEnded if that was nothing
-	lease    *lease    // of the connection
+	lease      *lease      // of the connection
 	terms      terms       // of its declaration
 	limit      int         // delivery limit of its queue, 0 for none that takes messages away
 	limitKnown bool        // it was declared by us
@@ -49,10 +49,10 @@ type session struct {
 	gate    *gate         // handlers of this session at work
 	holds   holds         // deliveries that failed and wait
 	backlog backlog       // whether handlers keep up with the prefetch
-	stall  *notifier     // we ourselves want another session, and why
+	stall   *notifier     // we ourselves want another session, and why
 	stop    chan struct{} // closed to ask for the drain
-	end   *notifier     // no more deliveries, and why
-	closed    atomic.Bool   // no more settlements
+	end     *notifier     // no more deliveries, and why
+	closed  atomic.Bool   // no more settlements
 	settled atomic.Bool   // one settlement at least: the session proved itself
 	done    chan struct{} // closed when nothing of it is left
 	since   time.Time     // consume-ok
@@ -60,8 +60,8 @@ type session struct {
 	settler  settler       // itself, or what tells Hooks.Settled as well
 	received atomic.Uint64 // deliveries given to handlers, for the stall detector
 
-	givenUp bool          // a call on the channel was not answered in time
-	drained error         // why acks may not have arrived, or handlers were left; read after gone
+	givenUp   bool          // a call on the channel was not answered in time
+	drained   error         // why acks may not have arrived, or handlers were left; read after gone
 	closeTook time.Duration // what the close took of the close limit; read after gone
 }
 
@@ -137,13 +137,13 @@ func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, t
 		channel:    channel,
 		tag:        tag,
 		terms:      t,
-		lease:    lease,
+		lease:      lease,
 		channelEnd: newNotifier(),
 		cancels:    channel.NotifyCancel(make(chan string, 2)), // two consumers while a place is looked for
 		gate:       newGate(),
-		stall:     newNotifier(),
+		stall:      newNotifier(),
 		stop:       make(chan struct{}),
-		end:      newNotifier(),
+		end:        newNotifier(),
 		done:       make(chan struct{}),
 	}
 	s.holds.session = s
@@ -628,7 +628,7 @@ func (s *session) healthy(now time.Time) bool {
 // closes when the last one has left.
 type gate struct {
 	count atomic.Int64 // twice the number inside, plus one when shut
-	done chan struct{}
+	done  chan struct{}
 	once  sync.Once
 }
 

@@ -31,17 +31,17 @@ func placed(d *Delivery) {
 // meanwhile. A nil position is that of a queue: it does nothing.
 type position struct {
 	mu      sync.Mutex
-	queue   string // the stream it is about
-	from    any    // where to resume as long as next is not known; nil before the first subscription
-	begun   bool   // there has been a subscription
-	looks   int    // how often the place was looked up
-	known   bool   // next is set
-	guessed bool   // from the first deliveries, of which none is settled yet
-	next    int64  // offset of the first message not settled for good
-	doubted bool   // the broker has cancelled the consumer, so the stream may be on its way out
-	session uint64 // the try of the session that the rows are about
-	settled watermark    // what handlers are done with
-	acked   watermark    // of that, what the broker was told
+	queue   string    // the stream it is about
+	from    any       // where to resume as long as next is not known; nil before the first subscription
+	begun   bool      // there has been a subscription
+	looks   int       // how often the place was looked up
+	known   bool      // next is set
+	guessed bool      // from the first deliveries, of which none is settled yet
+	next    int64     // offset of the first message not settled for good
+	doubted bool      // the broker has cancelled the consumer, so the stream may be on its way out
+	session uint64    // the try of the session that the rows are about
+	settled watermark // what handlers are done with
+	acked   watermark // of that, what the broker was told
 }
 
 // watermark is delivery tags and their offsets: all up to low, and some above it.
