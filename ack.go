@@ -80,9 +80,9 @@ type fence struct {
 
 // streamed is what is kept of a message of a stream, for all its tries.
 type streamed struct {
-	came   amqp.Delivery // as it was when its handler was first given it
-	offset int64         // its place
-	placed bool          // it has one
+	original  amqp.Delivery // as it was when its handler was first given it
+	offset    int64         // its place
+	hasOffset bool          // it has one
 }
 
 var _ amqp.Acknowledger = (*fence)(nil)
@@ -109,15 +109,15 @@ func (d *Delivery) init(s settler) {
 
 // keep notes what the handler is given, which may change all that is exported. The bytes of the
 // body and the headers themselves are not copied.
-func (d *Delivery) keep() {
-	d.fence.stream = &streamed{came: d.Delivery}
+func (d *Delivery) keepOriginal() {
+	d.fence.stream = &streamed{original: d.Delivery}
 }
 
 // again returns the delivery of the next try in place.
 func (d *Delivery) again() *Delivery {
 	next := newDelivery()
 	next.fence.stream = d.fence.stream
-	next.Delivery = next.fence.stream.came
+	next.Delivery = next.fence.stream.original
 	next.DeliveryTag = d.fence.tag
 	next.fence.tries = d.fence.tries + 1
 	return next

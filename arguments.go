@@ -20,7 +20,7 @@ type arguments struct {
 	over     bool // too much of it: no further look
 }
 
-func noShortString(text string) string {
+func shortStringProblem(text string) string {
 	switch {
 	case len(text) > maxShortString:
 		return fmt.Sprintf("has %d bytes, AMQP allows %d", len(text), maxShortString)

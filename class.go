@@ -89,7 +89,7 @@ const (
 
 // classifySaid classifies a connection.close or channel.close by RabbitMQ's own phrases
 // where it uses one code for several things, else by code.
-func classifySaid(e *amqp.Error) class {
+func classifyBroker(e *amqp.Error) class {
 	for _, p := range phrases {
 		if p.is(e) {
 			return p.class

@@ -532,7 +532,7 @@ func (c *config) takeTable(option, place string, t amqp.Table) amqp.Table {
 
 // shortString refuses what cannot be one: RabbitMQ closes the connection for it, or the driver.
 func (c *config) shortString(option, what, text string) {
-	if problem := noShortString(text); problem != "" {
+	if problem := shortStringProblem(text); problem != "" {
 		c.refuse(option, "%s %s", what, problem)
 	}
 }

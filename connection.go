@@ -34,7 +34,7 @@ type connection struct {
 	channelFailures  []time.Time  // recent ones, for the escalation; the supervisor's
 	served           bool         // it has had a session; the supervisor's
 	queue            string       // of its sessions, once it has a name; of the try on it
-	failedTopologies atomic.Int32 // how often a TopologyFunc has failed on it
+	topologyFailures atomic.Int32 // how often a TopologyFunc has failed on it
 
 	stopRefresh context.CancelFunc
 	refreshed   chan struct{} // closed when the credentials are no longer refreshed
@@ -331,7 +331,7 @@ func (c *connection) close(d closeRequest) {
 }
 
 // hurry shortens a departure that has been asked for, unless it is the first one still.
-func (c *connection) hurry(d closeRequest) {
+func (c *connection) shortenClose(d closeRequest) {
 	select {
 	case <-c.stop: // the first one, which watch has not seen yet
 	default:
@@ -381,10 +381,10 @@ func (c *connection) owned(of *config) string {
 func (c *connection) sameQueue(queue string) error {
 	left := c.queue != queue
 	if c.queue == "" {
-		left = c.failedTopologies.Load() > 0 && strings.HasPrefix(queue, "amq.") // which only a broker names
+		left = c.topologyFailures.Load() > 0 && strings.HasPrefix(queue, "amq.") // which only a broker names
 	}
 	if left {
-		return &leftBehindError{was: c.queue, is: queue}
+		return &orphanedQueueError{was: c.queue, is: queue}
 	}
 	c.own(queue)
 	return nil
@@ -392,11 +392,13 @@ func (c *connection) sameQueue(queue string) error {
 
 // topologyFails tells whether a TopologyFunc has failed so often on the connection that the queues it
 // may have left behind, one each time, have to go with it.
-func (c *connection) topologyFails() bool { return c.failedTopologies.Load() >= escalateAfter }
+func (c *connection) tooManyTopologyFailures() bool {
+	return c.topologyFailures.Load() >= escalateAfter
+}
 
 // leftBehindError is a TopologyFunc that has left a queue behind on the connection.
-type leftBehindError struct{ was, is string }
+type orphanedQueueError struct{ was, is string }
 
-func (e *leftBehindError) Error() string {
+func (e *orphanedQueueError) Error() string {
 	return fmt.Sprintf("the topology function returned the queue %q, and has left another one behind on the same connection", e.is)
 }

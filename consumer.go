@@ -196,7 +196,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 			handlers: context.WithoutCancel(ctx), // the same values, without its end
 			running:  workers.alive.Load,
 			stream:   newPosition(c.config),
-			told:     new(notices),
+			notices:  new(notices),
 		},
 		tag: c.config.tagPrefix + "-" + hex.EncodeToString(random),
 	}
@@ -250,7 +250,7 @@ func (s *supervisor) connecting() stateFunc {
 	if conn == nil {
 		s.host = e.address // "" until WithURLFunc has named it
 	}
-	ctx, cancel := s.bounded()
+	ctx, cancel := s.tryContext()
 	defer cancel()
 	if s.consumer.State() != Connecting {
 		s.enter(Connecting, nil)
@@ -263,7 +263,7 @@ func (s *supervisor) connecting() stateFunc {
 		s.conn, s.host = a.conn, a.conn.host
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
 	}
-	if s.leftBehind(a.err) {
+	if s.replacedForOrphan(a.err) {
 		return s.connecting
 	}
 	if a.err != nil {
@@ -281,7 +281,7 @@ func (s *supervisor) connecting() stateFunc {
 
 // bounded returns the context of a try. On a connection that stands, deliveries of others may be
 // in the way of its answers.
-func (s *supervisor) bounded() (context.Context, context.CancelFunc) {
+func (s *supervisor) tryContext() (context.Context, context.CancelFunc) {
 	if s.conn != nil {
 		return s.conn.socket.WithSilence(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 	}
@@ -342,16 +342,16 @@ func (s *supervisor) consuming() stateFunc {
 	case <-s.session.end.Done():
 		session := s.session
 		s.release()
-		s.proved(session)
+		s.recordHealth(session)
 		return s.failed(session.end.Cause())
 	case <-s.ctx.Done():
-		s.proved(s.session)
+		s.recordHealth(s.session)
 		return s.draining
 	}
 }
 
 // proved notes how well the session that ends now has done.
-func (s *supervisor) proved(session *session) {
+func (s *supervisor) recordHealth(session *session) {
 	now := time.Now()
 	if session.healthy(now) {
 		s.retry.healthy()
@@ -379,8 +379,8 @@ func (s *supervisor) failed(err error) stateFunc {
 	s.hosts.failed(s.host, err, now)
 	s.keepOrReplace(err, now)
 	if gives, fault := s.givesUp(err); gives || fault != nil {
-		s.note(fault)
-		s.note(err)
+		s.addError(fault)
+		s.addError(err)
 		return s.draining
 	}
 	fresh := false
@@ -413,7 +413,7 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	if s.conn == nil {
 		return
 	}
-	keep := s.conn.alive() && !s.conn.topologyFails() && !leavesNode(err)
+	keep := s.conn.alive() && !s.conn.tooManyTopologyFailures() && !leavesNode(err)
 	if keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)) {
 		return
 	}
@@ -435,7 +435,7 @@ func (s *supervisor) blameless(kind class) bool {
 // broker has cancelled have settled there, at the latest after the drain limit.
 func (s *supervisor) dropConnection() {
 	s.closeConnection(closeRequest{grace: s.config.drainTimeout + s.config.closeTimeout, limit: s.config.closeTimeout})
-	s.sweep()
+	s.forgetClosed()
 }
 
 func (s *supervisor) closeConnection(d closeRequest) {
@@ -464,7 +464,7 @@ func (l closer) isDone() bool {
 }
 
 // sweep forgets what has gone.
-func (s *supervisor) sweep() { s.closing = slices.DeleteFunc(s.closing, closer.isDone) }
+func (s *supervisor) forgetClosed() { s.closing = slices.DeleteFunc(s.closing, closer.isDone) }
 
 // backoff waits for the next try.
 func (s *supervisor) backoff() stateFunc {
@@ -473,7 +473,7 @@ func (s *supervisor) backoff() stateFunc {
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-		s.sweep()
+		s.forgetClosed()
 		return s.connecting
 	case <-s.ctx.Done():
 		return s.draining
@@ -489,8 +489,8 @@ const teardownGrace = 500 * time.Millisecond
 // out within the close limit.
 func (s *supervisor) draining() stateFunc {
 	s.enter(Draining, s.err)
-	s.sweep()
-	s.hurryLeaving()
+	s.forgetClosed()
+	s.shortenCloses()
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	close(s.pool.stop)
@@ -499,30 +499,30 @@ func (s *supervisor) draining() stateFunc {
 		close(s.session.stop)
 		<-s.session.done // bounded by the drain limit and the close limit
 		s.closing = append(s.closing, closer{done: s.probed})
-		s.note(s.session.drained)
+		s.addError(s.session.drained)
 		left -= s.session.closeTook
 	}
 	if !s.handlersDone(limit.C) && !errors.Is(s.err, ErrDrainTimeout) {
-		s.note(s.scope.drainError())
+		s.addError(s.scope.drainError())
 	}
 	left = max(left, time.Millisecond)
 	s.closeConnection(closeRequest{grace: left / 2, limit: left / 2})
-	s.awaitLeaving()
+	s.awaitClosing()
 	return nil
 }
 
 // hurryLeaving holds connections on their way out to the limits of the stop.
-func (s *supervisor) hurryLeaving() {
+func (s *supervisor) shortenCloses() {
 	for _, l := range s.closing {
 		if l.conn != nil {
-			l.conn.hurry(closeRequest{grace: s.config.drainTimeout, limit: s.config.closeTimeout})
+			l.conn.shortenClose(closeRequest{grace: s.config.drainTimeout, limit: s.config.closeTimeout})
 		}
 	}
 }
 
 // note adds err to Run's error: a connection lost while draining does not hide
 // that handlers were left behind.
-func (s *supervisor) note(err error) {
+func (s *supervisor) addError(err error) {
 	switch {
 	case s.err == nil:
 		s.err = err
@@ -554,14 +554,14 @@ func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 
 // awaitLeaving waits until nothing of any session or connection is left, and
 // counts what outlasts its limit.
-func (s *supervisor) awaitLeaving() {
+func (s *supervisor) awaitClosing() {
 	limit := time.NewTimer(s.config.closeTimeout + teardownGrace)
 	defer limit.Stop()
 	for i, l := range s.closing {
 		select {
 		case <-l.done:
 			if l.session != nil {
-				s.note(l.session.drained)
+				s.addError(l.session.drained)
 			}
 		case <-limit.C:
 			s.stats.abandoned.Add(uint64(len(s.closing) - i))
@@ -594,12 +594,12 @@ func (s *supervisor) enter(to State, cause error) {
 
 // leftBehind tells whether err is a queue that would be left behind on the connection, and gives
 // that up. A new one leaves nothing behind, so the next try goes there, at once.
-func (s *supervisor) leftBehind(err error) bool {
-	var left *leftBehindError
+func (s *supervisor) replacedForOrphan(err error) bool {
+	var left *orphanedQueueError
 	if s.ctx.Err() != nil || !errors.As(err, &left) {
 		return false
 	}
-	if left.was != "" && !s.scope.told.renamed.Swap(true) {
+	if left.was != "" && !s.scope.notices.renamed.Swap(true) {
 		s.reporter.warn("the topology function names another queue for every session, so every session gets a connection of its own; "+
 			"what is in a queue that the broker has named is lost with the session. WithQueue keeps such a queue as long as the connection lives",
 			slog.String("queue", left.is), slog.String("before", left.was), slog.String("host", s.host))

@@ -222,7 +222,7 @@ func advice(op string, err error) string {
 	if !errors.As(err, &brokerErr) || !brokerErr.Server {
 		return adviceTLS(err)
 	}
-	switch kind := classifySaid(brokerErr); {
+	switch kind := classifyBroker(brokerErr); {
 	case kind == classAbsent:
 		return "; it is asked for again until someone has declared it, which WithQueue or WithTopology can do"
 	case kind != classOperator:

@@ -132,7 +132,7 @@ func readable(err error) error {
 		Value: fmt.Sprintf("the error %T panics when it is read; is it a nil pointer, which is an error that is not nil?", r.at),
 		Stack: stack,
 	}
-	if v := r.verdict; v != nil {
+	if v := r.outcome; v != nil {
 		return &outcomeError{outcome: v.outcome, delay: v.delay, err: fault}
 	}
 	return fault
@@ -153,7 +153,7 @@ func panicked(value any) *PanicError {
 // reading goes over an error and all that it wraps.
 type reading struct {
 	at      error         // the one it has come to
-	verdict *outcomeError // the first one on the way
+	outcome *outcomeError // the first one on the way
 }
 
 // all reads err, and returns the stack of the panic if that panics.
@@ -176,17 +176,17 @@ func (r *reading) read(err error, depth int) {
 		return
 	}
 	r.at = err
-	if v, ok := err.(*outcomeError); ok && r.verdict == nil { //nolint:errorlint // every error of the tree is looked at
-		r.verdict = v
+	if v, ok := err.(*outcomeError); ok && r.outcome == nil { //nolint:errorlint // every error of the tree is looked at
+		r.outcome = v
 	}
 	if depth > maxChain {
 		panic("an error without an end")
 	}
 	if e, ok := err.(interface{ Is(error) bool }); ok {
-		e.Is(errNobodys)
+		e.Is(errUnmatchable)
 	}
 	if e, ok := err.(interface{ As(any) bool }); ok {
-		e.As(new(*nobodys))
+		e.As(new(*unmatchable))
 	}
 	switch e := err.(type) { //nolint:errorlint // as above
 	case interface{ Unwrap() error }:
@@ -201,6 +201,6 @@ func (r *reading) read(err error, depth int) {
 }
 
 // nobodys is an error that no other one is.
-type nobodys struct{ error }
+type unmatchable struct{ error }
 
-var errNobodys = &nobodys{}
+var errUnmatchable = &unmatchable{}

@@ -12,25 +12,25 @@ import (
 type holds struct {
 	session *session
 
-	mu       sync.Mutex
-	timers   map[*Delivery]*time.Timer
-	released bool
-	crowded  time.Time   // since when they take up half of the prefetch, zero if they do not
-	eased    time.Time   // since when they take up less again, zero if they do not
-	telling  *time.Timer // of that; there is none before
+	mu           sync.Mutex
+	timers       map[*Delivery]*time.Timer
+	released     bool
+	crowdedSince time.Time   // since when they take up half of the prefetch, zero if they do not
+	easedSince   time.Time   // since when they take up less again, zero if they do not
+	timer        *time.Timer // of that; there is none before
 }
 
 // add requeues d after delay, or at once when the session no longer holds. It reports whether d
 // is held.
 func (h *holds) add(d *Delivery, delay time.Duration) (held bool) {
-	if delay > 0 && h.keep(d, delay) {
+	if delay > 0 && h.schedule(d, delay) {
 		return true
 	}
 	_ = d.Requeue()
 	return false
 }
 
-func (h *holds) keep(d *Delivery, delay time.Duration) bool {
+func (h *holds) schedule(d *Delivery, delay time.Duration) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.released {
@@ -45,42 +45,44 @@ func (h *holds) keep(d *Delivery, delay time.Duration) bool {
 		}
 	})
 	h.session.stats.held.Add(1)
-	h.look()
+	h.check()
 	return true
 }
 
 // look begins to tell of held messages once there are too many. Of a stream, others may pile up
 // behind one later, so there it looks again. It is called with mu held.
-func (h *holds) look() {
-	crowd := h.crowd()
+func (h *holds) check() {
+	crowd := h.isCrowded()
 	switch {
-	case crowd && (h.crowded.IsZero() || h.hadRoom()):
-		h.crowded = time.Now()
-		h.tellIn(0, h.tell)
-	case h.crowded.IsZero() && h.session.stream != nil && len(h.timers) > 0:
-		h.tellIn(heldAgain/2, h.lookAgain)
+	case crowd && (h.crowdedSince.IsZero() || h.easedLongEnough()):
+		h.crowdedSince = time.Now()
+		h.checkIn(0, h.warn)
+	case h.crowdedSince.IsZero() && h.session.stream != nil && len(h.timers) > 0:
+		h.checkIn(warnAgainAfter/2, h.recheck)
 	}
 	if crowd {
-		h.eased = time.Time{}
+		h.easedSince = time.Time{}
 	}
 }
 
 // hadRoom tells whether there has been room for long enough.
-func (h *holds) hadRoom() bool { return !h.eased.IsZero() && time.Since(h.eased) >= heldEased }
+func (h *holds) easedLongEnough() bool {
+	return !h.easedSince.IsZero() && time.Since(h.easedSince) >= easedAfter
+}
 
-func (h *holds) lookAgain() {
+func (h *holds) recheck() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if !h.released {
-		h.look()
+		h.check()
 	}
 }
 
-func (h *holds) tellIn(d time.Duration, f func()) {
-	if h.telling != nil {
-		h.telling.Stop()
+func (h *holds) checkIn(d time.Duration, f func()) {
+	if h.timer != nil {
+		h.timer.Stop()
 	}
-	h.telling = time.AfterFunc(d, f)
+	h.timer = time.AfterFunc(d, f)
 }
 
 func (h *holds) remove(d *Delivery) bool {
@@ -89,8 +91,8 @@ func (h *holds) remove(d *Delivery) bool {
 	_, ok := h.timers[d]
 	if ok {
 		h.drop(d)
-		if !h.crowd() && h.eased.IsZero() {
-			h.eased = time.Now()
+		if !h.isCrowded() && h.easedSince.IsZero() {
+			h.easedSince = time.Now()
 		}
 	}
 	return ok
@@ -116,8 +118,8 @@ func (h *holds) dropSettled() {
 // requeued while it lives and as stale after it.
 func (h *holds) release(by settler) {
 	h.mu.Lock()
-	held, telling := h.timers, h.telling
-	h.timers, h.telling, h.released = nil, nil, true
+	held, telling := h.timers, h.timer
+	h.timers, h.timer, h.released = nil, nil, true
 	h.session.stats.held.Add(-int64(len(held)))
 	h.mu.Unlock()
 	if telling != nil {
@@ -125,7 +127,7 @@ func (h *holds) release(by settler) {
 	}
 	for d, timer := range held {
 		timer.Stop()
-		if _, unreadable := d.fence.settler.(passed); unreadable {
+		if _, unreadable := d.fence.settler.(unreadableSettler); unreadable {
 			_ = d.Requeue() // nobody is told: no handler had it
 			continue
 		}
@@ -136,7 +138,7 @@ func (h *holds) release(by settler) {
 // crowd tells whether what is held leaves half of the prefetch or less. Of a
 // stream one is enough: what is done behind it cannot be acked before it is. It is
 // called with mu held.
-func (h *holds) crowd() bool {
+func (h *holds) isCrowded() bool {
 	taken := int64(len(h.timers))
 	if taken > 0 && h.session.stream != nil {
 		taken = h.session.wire.Unsettled()
@@ -146,28 +148,28 @@ func (h *holds) crowd() bool {
 
 // heldAgain is when a warning of held messages is first repeated; then after as
 // long as they have been there.
-const heldAgain = 2 * time.Minute
+const warnAgainAfter = 2 * time.Minute
 
 // heldEased is how long there has to be room for the next crowd to be another one: what fails again
 // and again is on its way in between.
-const heldEased = 10 * time.Second
+const easedAfter = 10 * time.Second
 
 // tell warns of held messages, again and again as long as there are too many.
-func (h *holds) tell() {
+func (h *holds) warn() {
 	h.mu.Lock()
 	h.dropSettled()
-	held, since := len(h.timers), h.crowded
-	if h.released || since.IsZero() || !h.crowd() {
-		h.crowded = time.Time{}
+	held, since := len(h.timers), h.crowdedSince
+	if h.released || since.IsZero() || !h.isCrowded() {
+		h.crowdedSince = time.Time{}
 		h.mu.Unlock()
 		return
 	}
 	lasts := time.Since(since)
-	h.tellIn(max(lasts, heldAgain), h.tell)
+	h.checkIn(max(lasts, warnAgainAfter), h.warn)
 	h.mu.Unlock()
 	s := h.session
-	if lasts < heldAgain { // of this session; the last one may have told just now
-		if _, ok := s.told.held.pass(time.Minute); !ok {
+	if lasts < warnAgainAfter { // of this session; the last one may have told just now
+		if _, ok := s.notices.held.allow(time.Minute); !ok {
 			return
 		}
 	}
@@ -190,22 +192,22 @@ const (
 
 // limitTerm is what the declaration of a queue says about its limit. Each one asks
 // for less than the one before.
-type limitTerm int
+type limitMode int
 
 const (
-	limitTheirs limitTerm = iota // what the user says, if anything
-	limitOff                     // switched off
-	limitUnsaid                  // the queue exists with a limit, most likely the default one
-	limitKept                    // with one that was declared: it is taken as it is
+	limitAsGiven  limitMode = iota // what the user says, if anything
+	limitOff                       // switched off
+	limitOmitted                   // the queue exists with a limit, most likely the default one
+	limitExisting                  // with one that was declared: it is taken as it is
 )
 
 // firstTerm returns what a declaration asks for first.
-func firstTerm(c *connection, q *Queue) limitTerm {
+func firstLimit(c *connection, q *Queue) limitMode {
 	if q == nil || q.Type != "quorum" || c.major() < 4 || q.deadLetters() {
-		return limitTheirs
+		return limitAsGiven
 	}
-	if _, brokerErr := q.Args[limitArg]; brokerErr {
-		return limitTheirs
+	if _, given := q.Args[limitArg]; given {
+		return limitAsGiven
 	}
 	return limitOff
 }
@@ -215,13 +217,13 @@ func firstTerm(c *connection, q *Queue) limitTerm {
 func (s *session) deliveryLimit() (limit int, known bool) {
 	q := s.config.declare
 	switch {
-	case s.stream != nil, s.terms.limit == limitOff:
+	case s.stream != nil, s.declaration.limit == limitOff:
 		return 0, true
 	case q != nil && (q.Type != "quorum" || q.deadLetters()):
 		return 0, true
 	}
 	if q != nil {
-		if n, brokerErr := headerInt(q.Args[limitArg]); brokerErr {
+		if n, ok := headerInt(q.Args[limitArg]); ok {
 			return int(min(max(n, 0), maxCount)), true
 		}
 	}
@@ -232,18 +234,18 @@ func (s *session) deliveryLimit() (limit int, known bool) {
 }
 
 // keepsLimit tells, once in a Run, of a queue that exists with a limit.
-func (s *session) keepsLimit() {
-	if s.terms.limit <= limitOff || s.told.limitKept.Swap(true) {
+func (s *session) warnOfKeptLimit() {
+	if s.declaration.limit <= limitOff || s.notices.limitKept.Swap(true) {
 		return
 	}
 	s.warn("the queue was declared before with a delivery limit, which stays: a message that comes back more often is dropped. "+
 		"Switch it off by a policy with delivery-limit -1, or delete the queue so that it is declared anew; "+
 		"or say what is meant by Queue.DeadLetter or "+limitArg+" in Queue.Args",
-		slog.String("broker", s.terms.refusal.Error()))
+		slog.String("broker", s.declaration.refusal.Error()))
 }
 
 // nearsLimit tells of a redelivered message that the limit will soon take away.
-func (s *session) nearsLimit(d *Delivery) {
+func (s *session) warnNearLimit(d *Delivery) {
 	n, _ := d.count(deliveryCount)
 	switch {
 	case n == 0 || n < s.limit-s.limit/4:
@@ -251,7 +253,7 @@ func (s *session) nearsLimit(d *Delivery) {
 	case n > s.limit && !d.arrivesCounted(n), n > s.limit+1 && !s.limitKnown:
 		return // more than the limit shows that there is none
 	}
-	left, ok := s.told.limit.pass(time.Second)
+	left, ok := s.notices.limit.allow(time.Second)
 	if !ok {
 		return
 	}
@@ -274,12 +276,12 @@ func (s *session) setAside() {
 		m.err.Queue, m.err.Host, m.err.Session = s.queue, s.conn.host, s.id
 		s.stats.unreadable.Add(1)
 		s.reporter.unreadable(m.err)
-		s.complain(m.err)
+		s.logUnreadable(m.err)
 		d := m.delivery
-		d.init(passed{s})
+		d.init(unreadableSettler{s})
 		s.began(d)
 		if s.stream != nil {
-			placed(d)
+			assignOffset(d)
 			_ = d.Ack()
 			continue
 		}
@@ -289,8 +291,8 @@ func (s *session) setAside() {
 }
 
 // complain logs a message that no handler can be given, one in a second at most.
-func (s *session) complain(e *MessageError) {
-	leftOut, ok := s.told.unreadable.pass(time.Second)
+func (s *session) logUnreadable(e *MessageError) {
+	leftOut, ok := s.notices.unreadable.allow(time.Second)
 	if !ok {
 		return
 	}
@@ -305,9 +307,9 @@ func (s *session) complain(e *MessageError) {
 // passed settles what no handler was given, so the outcomes do not count it. A
 // stream's message is done with; any other goes back as one that was never started,
 // which a delivery limit counts up to RabbitMQ 4.2 only.
-type passed struct{ *session }
+type unreadableSettler struct{ *session }
 
-func (p passed) settle(d *Delivery, _ Outcome) error {
+func (p unreadableSettler) settle(d *Delivery, _ Outcome) error {
 	switch {
 	case p.closed.Load():
 		return ErrStale
@@ -318,7 +320,7 @@ func (p passed) settle(d *Delivery, _ Outcome) error {
 }
 
 // decide turns a handler's error into an outcome and how long to hold d before it.
-func decide(err error, d *Delivery, c *config) (Outcome, time.Duration) {
+func settlementFor(err error, d *Delivery, c *config) (Outcome, time.Duration) {
 	if err == nil {
 		return Acked, 0
 	}

@@ -18,26 +18,26 @@ import (
 
 const (
 	// silence is the longest that nothing is told of what goes on.
-	silence = time.Minute
+	longestSilence = time.Minute
 	// calm is how long nothing is told of sessions that come and go. Outages further apart are told
 	// one by one: two lines each, at most 80 an hour.
-	calm = 90 * time.Second
+	outageGap = 90 * time.Second
 	// well is how long a consumer has to be consuming for its failures to be counted anew.
-	well = 10 * time.Minute
+	forgetAfter = 10 * time.Minute
 	// settling is how long a consumer has to be consuming for that to be told, if its last session
 	// did not last as long.
-	settling = 2 * time.Second
+	stableAfter = 2 * time.Second
 	// outage is how long a consumer has to be away for that to be told where its failures were not.
-	outage = 5 * time.Second
+	longOutage = 5 * time.Second
 	// failureGap is the shortest time between two lines about handlers.
 	failureGap = time.Second
 	// causesKept is how many causes are counted apart. What a broker or a user's
 	// function says may be different each time.
-	causesKept = 8
+	maxCauses = 8
 	// newsKept lines may be told beside those that it is time for, and after newsEvery one more: a
 	// new cause at once, but not a flood of them. A failure that ends a session takes two.
-	newsKept  = 12
-	newsEvery = 5 * time.Minute
+	extraLines = 12
+	extraEvery = 5 * time.Minute
 )
 
 // journal writes the log, as much of it as somebody may want to read: of what
@@ -47,20 +47,20 @@ type journal struct {
 	ctx    context.Context // for the values a slog.Handler may look for
 	logger *slog.Logger
 
-	causes map[string]*cause // failures since the consumer was last well
-	told   time.Time         // when the last of them was
-	news   allowance         // of lines told sooner than it is time for
-	open   bool              // nobody was told yet that it is consuming, after what was told before
-	since  time.Time         // since when it is consuming, zero if it is not
-	away   time.Time         // since when it is not
-	flaps  bool              // the last session ended within settling
-	owed   *slog.Record      // a "consuming" to be told once it has settled
-	settle *time.Timer       // runs while one is owed
-	gaveUp bool              // Run ends by a failure, nobody has asked for it
+	causes      map[string]*cause // failures since the consumer was last well
+	told        time.Time         // when the last of them was
+	extra       allowance         // of lines told sooner than it is time for
+	outageOpen  bool              // nobody was told yet that it is consuming, after what was told before
+	since       time.Time         // since when it is consuming, zero if it is not
+	away        time.Time         // since when it is not
+	flapping    bool              // the last session ended within settling
+	pending     *slog.Record      // a "consuming" to be told once it has settled
+	stableTimer *time.Timer       // runs while one is owed
+	gaveUp      bool              // Run ends by a failure, nobody has asked for it
 
-	quiet    *time.Timer // runs after a line about handlers
-	failures failures
-	panics   failures
+	summaryTimer *time.Timer // runs after a line about handlers
+	failures     failures
+	panics       failures
 }
 
 func newJournal(ctx context.Context, logger *slog.Logger) *journal {
@@ -68,22 +68,22 @@ func newJournal(ctx context.Context, logger *slog.Logger) *journal {
 		logger = slog.Default()
 	}
 	j := &journal{
-		ctx:    context.WithoutCancel(ctx),
-		logger: logger,
-		causes: make(map[string]*cause),
-		open:   true,
-		settle: time.NewTimer(settling),
-		quiet:  time.NewTimer(silence),
+		ctx:          context.WithoutCancel(ctx),
+		logger:       logger,
+		causes:       make(map[string]*cause),
+		outageOpen:   true,
+		stableTimer:  time.NewTimer(stableAfter),
+		summaryTimer: time.NewTimer(longestSilence),
 	}
-	j.settle.Stop()
-	j.quiet.Stop()
+	j.stableTimer.Stop()
+	j.summaryTimer.Stop()
 	return j
 }
 
 // stop leaves no timer behind.
 func (j *journal) stop() {
-	j.settle.Stop()
-	j.quiet.Stop()
+	j.stableTimer.Stop()
+	j.summaryTimer.Stop()
 }
 
 // series counts what repeats.
@@ -93,7 +93,7 @@ type series struct {
 }
 
 // step counts one more, to be told if it is the 1st, 2nd, 4th ... or if it is time.
-func (s *series) step(time bool) bool {
+func (s *series) add(time bool) bool {
 	s.count++
 	if s.count < s.next && !time {
 		return false
@@ -149,7 +149,7 @@ func (j *journal) changed(c StateChange) {
 		j.consuming(c)
 		return
 	}
-	if !j.since.IsZero() && c.Time.Sub(j.since) >= well {
+	if !j.since.IsZero() && c.Time.Sub(j.since) >= forgetAfter {
 		clear(j.causes)
 	}
 	level := slog.LevelInfo
@@ -167,13 +167,13 @@ func (j *journal) changed(c StateChange) {
 			level = slog.LevelDebug
 		}
 	case Stopped:
-		j.sum()
+		j.summarize()
 		level = j.stopped(c.Cause)
 	}
 	if c.Cause != nil && c.To != Draining { // the line for Stopped has it
 		attrs = append(attrs, slog.String("cause", reasonOf(c.Cause)))
 	}
-	j.left(c.Time)
+	j.notConsuming(c.Time)
 	j.write(newRecord(c.Time, level, c.To.String(), attrs...))
 }
 
@@ -189,15 +189,15 @@ func (j *journal) stopped(err error) slog.Level {
 }
 
 // left notes that the consumer is not consuming.
-func (j *journal) left(now time.Time) {
+func (j *journal) notConsuming(now time.Time) {
 	if !j.since.IsZero() {
-		j.flaps = now.Sub(j.since) < settling
+		j.flapping = now.Sub(j.since) < stableAfter
 	}
 	if !j.since.IsZero() || j.away.IsZero() {
 		j.away = now
 	}
-	j.since, j.owed = time.Time{}, nil
-	j.settle.Stop()
+	j.since, j.pending = time.Time{}, nil
+	j.stableTimer.Stop()
 }
 
 func attrsOf(c StateChange) []slog.Attr {
@@ -222,13 +222,13 @@ func attrsOf(c StateChange) []slog.Attr {
 // often, for the end of the outage is told as well.
 func (j *journal) failing(c StateChange, attrs []slog.Attr) (slog.Level, []slog.Attr) {
 	same := j.cause(causeKey(c), c.Time)
-	level, gap, lines := slog.LevelDebug, calm, 2
-	if j.open {
-		gap, lines = silence, 1
+	level, gap, lines := slog.LevelDebug, outageGap, 2
+	if j.outageOpen {
+		gap, lines = longestSilence, 1
 	}
 	overdue := c.Time.Sub(j.told) >= gap
-	if same.step(overdue) && (overdue || j.news.spend(c.Time, lines)) {
-		level, j.told, j.open = slog.LevelWarn, c.Time, true
+	if same.add(overdue) && (overdue || j.extra.spend(c.Time, lines)) {
+		level, j.told, j.outageOpen = slog.LevelWarn, c.Time, true
 	}
 	if !j.since.IsZero() {
 		attrs = append(attrs, lasting("up", c.Time.Sub(j.since)))
@@ -248,7 +248,7 @@ type cause struct {
 // cause returns the failures of the cause with that key. A new one may take the place of the
 // one that has not been seen for the longest time.
 func (j *journal) cause(key string, now time.Time) *cause {
-	if j.causes[key] == nil && len(j.causes) >= causesKept {
+	if j.causes[key] == nil && len(j.causes) >= maxCauses {
 		oldest := slices.MinFunc(slices.Collect(maps.Keys(j.causes)), func(a, b string) int {
 			return j.causes[a].last.Compare(j.causes[b].last)
 		})
@@ -264,7 +264,7 @@ func (j *journal) cause(key string, now time.Time) *cause {
 // passing matches what differs from one failure to the next of the same cause: IP addresses,
 // and long numbers, such as ports and the numbers of requests. A short one, such as a status,
 // makes another cause.
-var passing = regexp.MustCompile(`\d+\.\d+\.\d+\.\d+|\[[[:xdigit:]:.]+(%\w+)?\]|\d{4,}`)
+var variablePart = regexp.MustCompile(`\d+\.\d+\.\d+\.\d+|\[[[:xdigit:]:.]+(%\w+)?\]|\d{4,}`)
 
 // causeKey is what failures have in common that are told as one: step and reason, whatever the
 // host.
@@ -273,7 +273,7 @@ func causeKey(c StateChange) string {
 	if host, _, err := net.SplitHostPort(c.Host); err == nil && host != "" {
 		key = strings.ReplaceAll(key, host, "")
 	}
-	return passing.ReplaceAllString(key, "")
+	return variablePart.ReplaceAllString(key, "")
 }
 
 // allowance bounds the lines that are told beside one a minute.
@@ -283,13 +283,13 @@ type allowance struct {
 }
 
 func (a *allowance) spend(now time.Time, lines int) bool {
-	for ; a.used > 0 && now.Sub(a.at) >= newsEvery; a.used-- {
-		a.at = a.at.Add(newsEvery)
+	for ; a.used > 0 && now.Sub(a.at) >= extraEvery; a.used-- {
+		a.at = a.at.Add(extraEvery)
 	}
 	if a.used == 0 {
 		a.at = now
 	}
-	if a.used+lines > newsKept {
+	if a.used+lines > extraLines {
 		return false
 	}
 	a.used += lines
@@ -306,37 +306,37 @@ func (j *journal) consuming(c StateChange) {
 		attrs = append(attrs, lasting("down", down))
 	}
 	record := newRecord(c.Time, slog.LevelInfo, c.To.String(), attrs...)
-	due := j.open || down >= outage && c.Time.Sub(j.told) >= calm
-	if due && !j.flaps {
+	due := j.outageOpen || down >= longOutage && c.Time.Sub(j.told) >= outageGap
+	if due && !j.flapping {
 		j.recovered(record)
 		return
 	}
 	if due {
 		owed := record.Clone()
-		j.owed = &owed
-		j.settle.Reset(settling)
+		j.pending = &owed
+		j.stableTimer.Reset(stableAfter)
 	}
 	record.Level = slog.LevelDebug
 	j.write(record)
 }
 
 // settled tells what consuming has put off, and since when it has been so.
-func (j *journal) settled(now time.Time) {
-	if j.owed == nil {
+func (j *journal) stable(now time.Time) {
+	if j.pending == nil {
 		return
 	}
-	record := *j.owed
+	record := *j.pending
 	record.Time = now
 	record.AddAttrs(lasting("up", now.Sub(j.since)))
-	j.owed = nil
+	j.pending = nil
 	j.recovered(record)
 }
 
 func (j *journal) recovered(record slog.Record) {
-	if !j.open { // it stands for the failures, too
+	if !j.outageOpen { // it stands for the failures, too
 		j.told = record.Time
 	}
-	j.open = false
+	j.outageOpen = false
 	j.write(record)
 }
 
@@ -364,50 +364,50 @@ func (f failure) contradicts() bool {
 // failures thins what handlers return, or their panics. Unlike the rest of the
 // journal it is used by all workers.
 type failures struct {
-	mu     sync.Mutex
-	series series
-	told   time.Time
-	left   uint64 // out since then
-	last   error  // of those
-	attrs  []slog.Attr
+	mu         sync.Mutex
+	series     series
+	told       time.Time
+	suppressed uint64 // out since then
+	last       error  // of those
+	attrs      []slog.Attr
 }
 
 // failed makes the line for a failure if it is due.
 func (j *journal) failed(f failure) (record slog.Record, due bool) {
-	row, level, message := &j.failures, slog.LevelWarn, "handler failed"
+	group, level, message := &j.failures, slog.LevelWarn, "handler failed"
 	switch {
 	case f.panicked != nil:
-		row, level, message = &j.panics, slog.LevelError, "handler panicked"
+		group, level, message = &j.panics, slog.LevelError, "handler panicked"
 	case f.contradicts():
 		message = "handler settled its message by itself and then failed"
 	}
 	now := time.Now()
-	left, due := row.step(now, f)
+	left, due := group.add(now, f)
 	if !due { // whether the logger wants it is asked on the reporter's goroutine
 		return slog.Record{}, false
 	}
 	return newRecord(now, level, message, f.attrs(left)...), true
 }
 
-func (f *failures) step(now time.Time, what failure) (left uint64, due bool) {
+func (f *failures) add(now time.Time, what failure) (left uint64, due bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	passed := now.Sub(f.told)
-	if passed >= silence && f.left == 0 {
+	if passed >= longestSilence && f.suppressed == 0 {
 		f.series = series{}
 	}
 	if passed < failureGap {
 		f.series.count++
 	} else {
-		due = f.series.step(passed >= silence)
+		due = f.series.add(passed >= longestSilence)
 	}
 	if !due {
-		f.left++
+		f.suppressed++
 		f.last = what.err
 		return 0, false
 	}
-	left = f.left
-	f.left, f.last, f.told, f.attrs = 0, nil, now, what.of.attrs()
+	left = f.suppressed
+	f.suppressed, f.last, f.told, f.attrs = 0, nil, now, what.of.attrs()
 	return left, true
 }
 
@@ -440,22 +440,22 @@ func (f failure) text() string {
 
 // writeFailure also sees to it that what is left out after it is told.
 func (j *journal) writeFailure(record slog.Record) {
-	j.quiet.Reset(silence + failureGap) // a failure that is due then says more
+	j.summaryTimer.Reset(longestSilence + failureGap) // a failure that is due then says more
 	j.write(record)
 }
 
 // sum tells what was left out and nothing came after.
-func (j *journal) sum() {
-	j.sumOf(&j.failures, slog.LevelWarn, "more handlers failed")
-	j.sumOf(&j.panics, slog.LevelError, "more handlers panicked")
+func (j *journal) summarize() {
+	j.summarizeOne(&j.failures, slog.LevelWarn, "more handlers failed")
+	j.summarizeOne(&j.panics, slog.LevelError, "more handlers panicked")
 }
 
-func (j *journal) sumOf(f *failures, level slog.Level, message string) {
+func (j *journal) summarizeOne(f *failures, level slog.Level, message string) {
 	f.mu.Lock()
-	left, last, attrs := f.left, f.last, f.attrs
+	left, last, attrs := f.suppressed, f.last, f.attrs
 	now := time.Now()
 	if left > 0 {
-		f.left, f.last, f.told = 0, nil, now
+		f.suppressed, f.last, f.told = 0, nil, now
 	}
 	f.mu.Unlock()
 	if left > 0 {
@@ -466,29 +466,29 @@ func (j *journal) sumOf(f *failures, level slog.Level, message string) {
 // notices is what the sessions of one Run have told, so that a mistake that every
 // message shows is no flood.
 type notices struct {
-	held, overdue, limit, unreadable thinned
-	connecting                       thinned
+	held, overdue, limit, unreadable rateLimited
+	connecting                       rateLimited
 	slow, limitKept, renamed         atomic.Bool
 	blind, consumed                  atomic.Bool
 }
 
 // thinned lets one line pass at a time and counts the others.
-type thinned struct {
-	mu   sync.Mutex
-	last time.Time
-	left uint64
+type rateLimited struct {
+	mu         sync.Mutex
+	last       time.Time
+	suppressed uint64
 }
 
 // pass tells whether a line may be told, at most one each interval, and how many
 // were left out before it.
-func (t *thinned) pass(interval time.Duration) (left uint64, ok bool) {
+func (t *rateLimited) allow(interval time.Duration) (left uint64, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := time.Now()
 	if !t.last.IsZero() && now.Sub(t.last) < interval {
-		t.left++
+		t.suppressed++
 		return 0, false
 	}
-	left, t.last, t.left = t.left, now, 0
+	left, t.last, t.suppressed = t.suppressed, now, 0
 	return left, true
 }

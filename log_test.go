@@ -30,14 +30,14 @@ func TestHourOfFailuresIsAtMost100Lines(t *testing.T) {
 			told, left := 0, uint64(0)
 			start := time.Now()
 			for passed := time.Duration(0); passed <= time.Hour; passed += every {
-				if n, due := f.step(start.Add(passed), what); due {
+				if n, due := f.add(start.Add(passed), what); due {
 					told++
 					left += n
 				}
 			}
 			assert.LessOrEqual(t, told, 100)
 			assert.GreaterOrEqual(t, told, 58)
-			assert.EqualValues(t, time.Hour/every+1, uint64(told)+left+f.left, "all are counted")
+			assert.EqualValues(t, time.Hour/every+1, uint64(told)+left+f.suppressed, "all are counted")
 		})
 	}
 }

@@ -164,10 +164,10 @@ func (r *reporter) run() {
 		select {
 		case what := <-r.events:
 			what()
-		case now := <-r.journal.settle.C:
-			r.log(func() { r.journal.settled(now) })
-		case <-r.journal.quiet.C:
-			r.log(r.journal.sum)
+		case now := <-r.journal.stableTimer.C:
+			r.log(func() { r.journal.stable(now) })
+		case <-r.journal.summaryTimer.C:
+			r.log(r.journal.summarize)
 		case <-r.stopping:
 			for len(r.events) > 0 {
 				(<-r.events)()

@@ -22,7 +22,7 @@ const (
 // basic.consume on there is a place to resume at; until the messages tell, it is one by the clock.
 func (s *session) locate(ctx context.Context, offset any) error {
 	s.forget() // these consumers are none of the session's, and are told apart by their tags
-	s.tag += looker
+	s.tag += lookupSuffix
 	s.receive()
 	if _, text := offset.(string); offset == "next" || !text && shifts(offset, time.Now()) {
 		return s.locateEnd(ctx, offset)
@@ -31,13 +31,13 @@ func (s *session) locate(ctx context.Context, offset any) error {
 		return err
 	}
 	since := time.Now()
-	answered := s.place().assume(since.Add(-interval(offset)))
+	answered := s.streamPosition().assume(since.Add(-interval(offset)))
 	if err := answered(s.sample(offset)); err != nil {
 		return err
 	}
 	first, err := s.awaitSample(ctx, time.Since(since))
 	if first != nil {
-		s.place().locate(offsetOf(first))
+		s.streamPosition().locate(offsetOf(first))
 	}
 	return err
 }
@@ -49,7 +49,7 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 		return err
 	}
 	since := time.Now()
-	answered := s.place().assume(since)
+	answered := s.streamPosition().assume(since)
 	behind, err := s.listen(offset)
 	if answered(err) != nil {
 		return err
@@ -65,7 +65,7 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 	// In this order: whatever the sample has that came after the consumer of the end began, that
 	// one has too. What the broker has sent is here before it answers.
 	_ = s.channel.Cancel(s.tag, true)
-	if err := s.channel.Cancel(s.tag+listener, false); err != nil {
+	if err := s.channel.Cancel(s.tag+listenerSuffix, false); err != nil {
 		return err
 	}
 	if s.cancelled() {
@@ -80,9 +80,9 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 		end = max(end, offsetOf(d))
 	}
 	if next, ok := <-behind; ok {
-		s.place().locate(next)
+		s.streamPosition().locate(next)
 	} else if end != unknownOffset {
-		s.place().locate(end + 1)
+		s.streamPosition().locate(end + 1)
 	}
 	return nil
 }
@@ -105,7 +105,7 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 	case <-s.aside.more: // one that cannot be read
 	case <-limit.C:
 	case <-s.cancels:
-		s.place().doubt()
+		s.streamPosition().doubt()
 		return nil, errCancelled
 	case <-s.channelEnd.Done():
 		return nil, amqp.ErrClosed
@@ -121,7 +121,7 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 func (s *session) cancelled() bool {
 	select {
 	case <-s.cancels:
-		s.place().doubt()
+		s.streamPosition().doubt()
 		return true
 	default:
 		return false
@@ -130,8 +130,8 @@ func (s *session) cancelled() bool {
 
 // What the consumers of a look add to the tag: all of them, and the second on its channel.
 const (
-	looker   = ".look"
-	listener = ".next"
+	lookupSuffix   = ".look"
+	listenerSuffix = ".next"
 )
 
 // listen consumes from an offset at the end of the stream, and returns that of the first message
@@ -141,7 +141,7 @@ func (s *session) listen(offset any) (first <-chan int64, err error) {
 	if offset != nil {
 		args[offsetKey] = offset
 	}
-	deliveries, err := s.channel.Consume(s.queue, s.tag+listener, false, false, false, false, args)
+	deliveries, err := s.channel.Consume(s.queue, s.tag+listenerSuffix, false, false, false, false, args)
 	if err != nil {
 		return nil, err
 	}
@@ -169,7 +169,7 @@ const (
 // afterwards a new one looks like the old one. The broker closes the channel if it is
 // not, or if the question is not allowed: then the session needs another one.
 func (s *session) checkStream(ctx context.Context) error {
-	if s.place() == nil || s.terms.looked {
+	if s.streamPosition() == nil || s.declaration.streamChecked {
 		return nil
 	}
 	s.stream.mu.Lock()
@@ -184,9 +184,9 @@ func (s *session) checkStream(ctx context.Context) error {
 		switch {
 		case err != nil:
 			if noQueue(s.saidByBroker(err), queue) {
-				s.place().startOver()
+				s.streamPosition().startOver()
 			}
-			return &freshChannelError{looked: true}
+			return &freshChannelError{streamChecked: true}
 		case !doubted, time.Since(since) >= min(streamDoubt, s.config.setupTimeout/2):
 			return nil
 		}

@@ -24,12 +24,12 @@ const stallConfirm = 5 * time.Second
 // consume-ok was said, and nothing comes although the queue has messages. It runs
 // as long as its session.
 type prober struct {
-	s         *session
-	moves     uint64    // at the last look
-	length    int       // of a stream at the last look, -1 if it is not known
-	suspected bool      // by the last look
-	question  *question // that is not answered yet, nil if there is none
-	refused   bool      // the broker does not let it ask
+	session      *session
+	lastProgress uint64    // at the last look
+	length       int       // of a stream at the last look, -1 if it is not known
+	suspected    bool      // by the last look
+	question     *question // that is not answered yet, nil if there is none
+	refused      bool      // the broker does not let it ask
 }
 
 // probe watches s for as long as it consumes, if the consumer has a stall detector. done closes
@@ -48,13 +48,13 @@ func probe(s *session) (done <-chan struct{}) {
 }
 
 func newProber(s *session) *prober {
-	p := &prober{s: s, length: -1}
-	p.moves = p.moved()
+	p := &prober{session: s, length: -1}
+	p.lastProgress = p.progress()
 	return p
 }
 
 func (p *prober) run() {
-	s := p.s
+	s := p.session
 	defer p.finish()
 	look := time.NewTimer(s.config.stallAfter)
 	defer look.Stop()
@@ -81,15 +81,15 @@ func (p *prober) run() {
 // look returns why the session seems to be stalled. As long as something moves,
 // or may not move because the prefetch is full, nobody is asked.
 func (p *prober) look() error {
-	if moves := p.moved(); moves != p.moves || p.full() {
-		p.moves, p.length = moves, -1
+	if moves := p.progress(); moves != p.lastProgress || p.full() {
+		p.lastProgress, p.length = moves, -1
 		return nil
 	}
 	if p.refused {
 		return nil
 	}
 	err := p.ask()
-	if p.moved() != p.moves {
+	if p.progress() != p.lastProgress {
 		return nil
 	}
 	return err
@@ -98,8 +98,8 @@ func (p *prober) look() error {
 // moved changes with every byte of a delivery, with what was given to handlers and with
 // what was settled: a settlement makes room, so the silence that counts begins after the
 // last one. A message may take long to arrive.
-func (p *prober) moved() uint64 {
-	s := p.s
+func (p *prober) progress() uint64 {
+	s := p.session
 	n := s.received.Load() + uint64(s.wire.Heard())
 	for o := range s.stats.outcomes {
 		n += s.stats.outcomes[o].Load()
@@ -109,12 +109,12 @@ func (p *prober) moved() uint64 {
 
 // full tells whether the broker may give no more: what it gave waits for a worker,
 // is with one, or waits for its requeue or, of a stream, for its turn to be acked.
-func (p *prober) full() bool { return p.s.wire.Unsettled() >= int64(p.s.config.prefetch) }
+func (p *prober) full() bool { return p.session.wire.Unsettled() >= int64(p.session.config.prefetch) }
 
 // ask returns why what the queue says makes the silence a stall. Behind a single
 // active consumer, or one of higher priority, silence is normal.
 func (p *prober) ask() error {
-	s := p.s
+	s := p.session
 	q, err := p.inspect()
 	switch {
 	case errors.Is(err, errUnanswered):
@@ -129,14 +129,14 @@ func (p *prober) ask() error {
 	case s.stream == nil && p.waits(q):
 		return p.stall("though the queue has %d messages and this is its only consumer", q.Messages)
 	}
-	return p.elsewhere(q)
+	return p.askOtherHosts(q)
 }
 
 // grew tells whether the stream is longer than at the first look at this silence.
 // That it has messages says nothing: it keeps them.
 func (p *prober) grew(length int) bool {
 	if p.length >= 0 && length > p.length {
-		return !p.s.stream.ahead(length)
+		return !p.session.stream.ahead(length)
 	}
 	p.length = length
 	return false
@@ -145,7 +145,7 @@ func (p *prober) grew(length int) bool {
 // waits tells whether the queue has messages for nobody but us. A quorum queue
 // counts of single active consumers only the active one, so we may be behind it.
 func (p *prober) waits(q amqp.Queue) bool {
-	declared := p.s.config.declare
+	declared := p.session.config.declare
 	single := declared != nil && declared.Args["x-single-active-consumer"] == true
 	return q.Messages > 0 && q.Consumers <= 1 && !single
 }
@@ -154,8 +154,8 @@ func (p *prober) waits(q amqp.Queue) bool {
 // from what it knew, while the others elect a new one, and so does every host that
 // is cut off: so most of all hosts have to say that messages wait for us, and it
 // takes three.
-func (p *prober) elsewhere(here amqp.Queue) error {
-	s := p.s
+func (p *prober) askOtherHosts(here amqp.Queue) error {
+	s := p.session
 	hosts := newHosts(s.config).endpoints
 	others := slices.DeleteFunc(slices.Clone(hosts), func(e endpoint) bool { return e.address == s.conn.host })
 	rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
@@ -174,7 +174,7 @@ func (p *prober) elsewhere(here amqp.Queue) error {
 // contradicts compares what two hosts say. All of a cluster ask the same leader,
 // so a stream is as long wherever one asks.
 func (p *prober) contradicts(here, there amqp.Queue) bool {
-	if p.s.stream != nil {
+	if p.session.stream != nil {
 		return there.Messages > here.Messages
 	}
 	return p.waits(there)
@@ -182,7 +182,7 @@ func (p *prober) contradicts(here, there amqp.Queue) bool {
 
 // inspectAt opens a connection for one question, within the setup limit.
 func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
-	s := p.s
+	s := p.session
 	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 	defer cancel()
 	step := newStep("dial")
@@ -246,13 +246,13 @@ func ask(s *session) *question {
 // counts as unanswered until there is an answer after all.
 func (p *prober) inspect() (amqp.Queue, error) {
 	if p.question == nil {
-		p.question = ask(p.s)
+		p.question = ask(p.session)
 	}
 	q := p.question
 	select {
 	case <-q.done:
 	case <-q.overdue:
-	case <-p.s.end.Done():
+	case <-p.session.end.Done():
 	}
 	select {
 	case <-q.done:
@@ -285,12 +285,12 @@ func (p *prober) cannotAsk(err error) {
 		why = "the user needs the configure permission for a passive declare"
 	}
 	p.refused = brokerErr != nil && brokerErr.Server
-	if p.s.told.blind.CompareAndSwap(false, true) {
-		p.s.warn("the stall detector cannot ask for the queue, so it notices no stall",
+	if p.session.notices.blind.CompareAndSwap(false, true) {
+		p.session.warn("the stall detector cannot ask for the queue, so it notices no stall",
 			slog.String("advice", why), slog.String("error", errtext.Brief(err)))
 	}
 }
 
 func (p *prober) stall(format string, args ...any) error {
-	return fmt.Errorf("%w: nothing delivered for %v "+format, append([]any{errStalled, p.s.config.stallAfter}, args...)...)
+	return fmt.Errorf("%w: nothing delivered for %v "+format, append([]any{errStalled, p.session.config.stallAfter}, args...)...)
 }

@@ -20,7 +20,7 @@ import (
 func classify(err error) class {
 	var brokerErr *amqp.Error
 	if errors.As(err, &brokerErr) && brokerErr.Server {
-		return classifySaid(brokerErr)
+		return classifyBroker(brokerErr)
 	}
 	switch {
 	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded):
@@ -56,7 +56,7 @@ func wrongPeer(err error) bool {
 // the configuration cannot work.
 func permanent(err error) bool {
 	var brokerErr *amqp.Error
-	if !errors.As(err, &brokerErr) || !brokerErr.Server || classifySaid(brokerErr) != classOperator {
+	if !errors.As(err, &brokerErr) || !brokerErr.Server || classifyBroker(brokerErr) != classOperator {
 		return false
 	}
 	switch brokerErr.Code {
@@ -74,7 +74,7 @@ const (
 	escalateAfter  = 3 // channel failures ...
 	escalateWithin = 30 * time.Second
 
-	givenUpLogins = 3
+	maxRefusals = 3
 )
 
 // retry decides whether to go on after a failure, and how long to wait. It
@@ -85,7 +85,7 @@ type retry struct {
 	limit  time.Duration // given by WithBackoff: no wait is longer; else none
 
 	failures   int       // in a row, since the last healthy session
-	passed     []*pace   // of hosts that failed in this round and are not waited for yet
+	deferred   []*pace   // of hosts that failed in this round and are not waited for yet
 	locked     time.Time // since when the resource has been locked
 	lockSeen   time.Time // when it was found locked, the last time
 	refusals   int       // logins refused in a row
@@ -136,7 +136,7 @@ func (r *retry) consuming() {
 
 // healthy notes that the session had proved itself.
 func (r *retry) healthy() {
-	r.failures, r.passed = 0, nil
+	r.failures, r.deferred = 0, nil
 	for _, rule := range r.rules {
 		rule.failures = 0
 	}
@@ -154,7 +154,7 @@ func (r *retry) givesUp(err error) bool {
 		return false
 	}
 	if refused && (errors.Is(err, errSilentRefusal) || r.config.asksForLogin()) {
-		return r.refusals >= givenUpLogins // a cut path looks like silence, and what is asked for may be stale
+		return r.refusals >= maxRefusals // a cut path looks like silence, and what is asked for may be stale
 	}
 	return refused || permanent(err)
 }
@@ -170,7 +170,7 @@ func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	if errors.As(err, &at) && at.Op == "lost" {
 		kind = classNetwork // whatever ended it, it had been set up
 		if r.failures == 1 {
-			return r.retryNow()
+			return r.shortDelay()
 		}
 	}
 	if kind == classLocked && !r.lockIsFresh(now) {
@@ -179,26 +179,26 @@ func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	rule := r.rules[kind]
 	rule.failures++
 	if fresh && rule.another {
-		r.pass(rule.pace)
-		return r.retryNow()
+		r.deferPace(rule.pace)
+		return r.shortDelay()
 	}
 	wait := rule.draw()
-	for _, p := range r.passed {
+	for _, p := range r.deferred {
 		if p != rule.pace {
 			wait = max(wait, p.draw())
 		}
 	}
-	r.passed = r.passed[:0]
+	r.deferred = r.deferred[:0]
 	return wait
 }
 
-func (r *retry) pass(p *pace) {
-	if !slices.Contains(r.passed, p) {
-		r.passed = append(r.passed, p)
+func (r *retry) deferPace(p *pace) {
+	if !slices.Contains(r.deferred, p) {
+		r.deferred = append(r.deferred, p)
 	}
 }
 
-func (r *retry) retryNow() time.Duration { return rand.N(min(firstRetry, r.limit)) }
+func (r *retry) shortDelay() time.Duration { return rand.N(min(firstRetry, r.limit)) }
 
 // lockIsFresh tells whether a lock is young enough to be that of a connection the broker
 // has yet to bury. What else fails meanwhile makes it no younger.

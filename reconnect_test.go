@@ -530,7 +530,7 @@ func receiving(t *testing.T, during time.Duration) *supervisor {
 // took is how long a try may take.
 func (s *supervisor) took() (time.Duration, error) {
 	since := time.Now()
-	ctx, cancel := s.bounded()
+	ctx, cancel := s.tryContext()
 	defer cancel()
 	<-ctx.Done()
 	return time.Since(since), context.Cause(ctx)
@@ -695,11 +695,11 @@ func TestStreamStartsOverOnlyIfItIsGoneItself(t *testing.T) {
 	}
 	for _, r := range rows {
 		p := &position{queue: r.stream, known: true, next: 7}
-		p.gone(at("topology", said(404, r.text)))
+		p.setupFailed(at("topology", said(404, r.text)))
 		assert.Equal(t, r.gone, p.next == 0, "%s", r.text)
 	}
 	p := &position{queue: "events", known: true, next: 7}
-	p.gone(at("topology", said(403, "NOT_FOUND - no queue 'events' in vhost '/'")))
-	p.gone(at("topology", wire.ErrPeerReset))
+	p.setupFailed(at("topology", said(403, "NOT_FOUND - no queue 'events' in vhost '/'")))
+	p.setupFailed(at("topology", wire.ErrPeerReset))
 	assert.EqualValues(t, 7, p.next)
 }

@@ -30,18 +30,18 @@ type session struct {
 	try  uint64 // its number, which no other has
 	conn *connection
 
-	channel    *amqp.Channel
-	wire       *wire.Subscription // the way of the deliveries and settlements
-	inbox      *inbox             // what was delivered and no worker has taken
-	aside      *aside             // what was delivered and no handler can be given
-	queue      string
-	tag        string
-	cancels    chan string // the driver's NotifyCancel
-	channelEnd *notifier   // what its NotifyClose said, errChannelEnded if that was nothing
-	lease      *lease      // of the connection
-	terms      terms       // of its declaration
-	limit      int         // delivery limit of its queue, 0 for none that takes messages away
-	limitKnown bool        // it was declared by us
+	channel     *amqp.Channel
+	wire        *wire.Subscription // the way of the deliveries and settlements
+	inbox       *inbox             // what was delivered and no worker has taken
+	aside       *aside             // what was delivered and no handler can be given
+	queue       string
+	tag         string
+	cancels     chan string // the driver's NotifyCancel
+	channelEnd  *notifier   // what its NotifyClose said, errChannelEnded if that was nothing
+	lease       *lease      // of the connection
+	declaration declaration // of its declaration
+	limit       int         // delivery limit of its queue, 0 for none that takes messages away
+	limitKnown  bool        // it was declared by us
 
 	ctx    context.Context // of the handlers
 	cancel context.CancelCauseFunc
@@ -73,7 +73,7 @@ type scope struct {
 	handlers context.Context // what the contexts of handlers are made from
 	running  func() int64    // how many workers are at work, once the pool has been stopped
 	stream   *position       // where to resume, nil unless it is a stream
-	told     *notices
+	notices  *notices
 	tries    atomic.Uint64 // for sessions so far: two may overlap if one was left behind
 }
 
@@ -82,7 +82,7 @@ func (s *scope) begin() uint64 { return s.tries.Add(1) }
 
 // place is where the session stands in its stream, nil where there is none or another try has begun
 // since: what a try that was left behind finds out is of no interest.
-func (s *session) place() *position {
+func (s *session) streamPosition() *position {
 	if s.tries.Load() != s.try {
 		return nil
 	}
@@ -103,10 +103,10 @@ func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, 
 	lease := c.lend()
 	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
 
-	t := terms{limit: firstTerm(c, of.config.declare), owned: c.owned(of.config)}
+	t := declaration{limit: firstLimit(c, of.config.declare), owned: c.owned(of.config)}
 	for {
 		s, err := trySession(ctx, c, of, id, try, tag, t, lease, step)
-		if err != nil && t.concede(err) {
+		if err != nil && t.relax(err) {
 			continue
 		}
 		if inTime := unguard(); err == nil && !inTime { // its lease has ended
@@ -123,46 +123,46 @@ func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, 
 }
 
 // trySession is openSession on these terms.
-func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, t terms, lease *lease, step *step) (*session, error) {
+func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, t declaration, lease *lease, step *step) (*session, error) {
 	step.at("channel")
 	channel, err := c.amqp.Channel()
 	if err != nil {
 		return nil, &SessionError{Queue: of.config.queue, Host: c.host, Op: "channel", Session: id, Err: c.explain(err)}
 	}
 	s := &session{
-		scope:      of,
-		id:         id,
-		try:        try,
-		conn:       c,
-		channel:    channel,
-		tag:        tag,
-		terms:      t,
-		lease:      lease,
-		channelEnd: newNotifier(),
-		cancels:    channel.NotifyCancel(make(chan string, 2)), // two consumers while a place is looked for
-		gate:       newGate(),
-		stall:      newNotifier(),
-		stop:       make(chan struct{}),
-		end:        newNotifier(),
-		done:       make(chan struct{}),
+		scope:       of,
+		id:          id,
+		try:         try,
+		conn:        c,
+		channel:     channel,
+		tag:         tag,
+		declaration: t,
+		lease:       lease,
+		channelEnd:  newNotifier(),
+		cancels:     channel.NotifyCancel(make(chan string, 2)), // two consumers while a place is looked for
+		gate:        newGate(),
+		stall:       newNotifier(),
+		stop:        make(chan struct{}),
+		end:         newNotifier(),
+		done:        make(chan struct{}),
 	}
 	s.holds.session = s
 	go s.watchChannel(channel.NotifyClose(make(chan *amqp.Error, 1)))
 	s.settler = s
 	if of.config.hooks.Settled != nil {
-		s.settler = observed{s}
+		s.settler = hookSettler{s}
 	}
 	s.receive()
 	if op, err := s.subscribe(ctx, step); err != nil {
 		_ = channel.Close() // also bounded by ctx, through the socket
 		s.forget()
 		err = s.saidByBroker(err)
-		s.place().gone(err)
+		s.streamPosition().setupFailed(err)
 		return nil, s.failure(op, c.explain(err))
 	}
 	s.since = time.Now()
 	s.limit, s.limitKnown = s.deliveryLimit()
-	s.keepsLimit()
+	s.warnOfKeptLimit()
 	s.ctx, s.cancel = context.WithCancelCause(of.handlers)
 	s.watchBacklog()
 	go s.run()
@@ -199,7 +199,7 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 		return "topology", err
 	}
 	step.at("consume")
-	if offset, unclear := s.place().about(s.queue, s.config.consumeArgs[offsetKey]); unclear && s.terms.queue == "" {
+	if offset, unclear := s.streamPosition().needsLookup(s.queue, s.config.consumeArgs[offsetKey]); unclear && s.declaration.queue == "" {
 		if err := s.locate(ctx, offset); err != nil {
 			return "consume", err
 		}
@@ -211,10 +211,10 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 		return "qos", err
 	}
 	step.at("consume")
-	args := s.place().resume(s.try, s.config.consumeArgs, s.terms.queue != "")
+	args := s.streamPosition().resume(s.try, s.config.consumeArgs, s.declaration.queue != "")
 	_, err = s.channel.Consume(s.queue, s.tag, false, s.config.exclusive, false, false, args)
 	if err == nil {
-		s.place().subscribed(args[offsetKey])
+		s.streamPosition().subscribed(args[offsetKey])
 	}
 	if s.config.declare != nil { // an auto-delete queue goes with its last consumer, maybe just now
 		err = gone(err, s.queue)
@@ -508,7 +508,7 @@ func (s *session) began(d *Delivery) {
 	}
 	s.stream.began(s.try, d)
 	if d.Redelivered && s.limit > 0 {
-		s.nearsLimit(d)
+		s.warnNearLimit(d)
 	}
 }
 
@@ -538,9 +538,9 @@ func (s *session) settle(d *Delivery, o Outcome) error {
 }
 
 // observed is a session whose settlements are told to Hooks.Settled.
-type observed struct{ *session }
+type hookSettler struct{ *session }
 
-func (s observed) settle(d *Delivery, o Outcome) error {
+func (s hookSettler) settle(d *Delivery, o Outcome) error {
 	err := s.session.settle(d, o)
 	if err != nil {
 		o = Stale
@@ -553,18 +553,18 @@ func (s observed) settle(d *Delivery, o Outcome) error {
 // releaseHeld settles the deliveries that wait for their requeue. A hook must not
 // delay the session's own goroutine.
 func (s *session) releaseHeld() {
-	held := &collecting{session: s}
+	held := &collectingSettler{session: s}
 	s.holds.release(held)
 	s.reporter.released(held.deliveries)
 }
 
 // collecting is a session that notes what it settles.
-type collecting struct {
+type collectingSettler struct {
 	*session
 	deliveries []*Delivery
 }
 
-func (c *collecting) settle(d *Delivery, o Outcome) error {
+func (c *collectingSettler) settle(d *Delivery, o Outcome) error {
 	c.deliveries = append(c.deliveries, d)
 	return c.session.settle(d, o)
 }
@@ -583,7 +583,7 @@ func (s *session) send(d *Delivery, o Outcome) error {
 		if err := s.wire.Ack(done.tag); err != nil {
 			return err
 		}
-		s.stream.toldAcked(s.try, done)
+		s.stream.acknowledged(s.try, done)
 	}
 	return nil
 }
@@ -605,7 +605,7 @@ func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
 	if d.Outcome() != Unsettled {
 		return 0
 	}
-	o, delay := decide(err, d, s.config)
+	o, delay := settlementFor(err, d, s.config)
 	if delay > 0 {
 		if !s.holds.add(d, delay) {
 			return 0
@@ -672,7 +672,7 @@ const (
 // called at the end of the try.
 func (s *scope) waiting(host string, step *step) (over func()) {
 	timer := time.AfterFunc(slowConnect, func() {
-		if left, ok := s.told.connecting.pass(slowInterval); ok {
+		if left, ok := s.notices.connecting.allow(slowInterval); ok {
 			attrs := []slog.Attr{slog.String("queue", s.config.queue), slog.String("step", step.String()), lasting("for", slowConnect), suppressed(left)}
 			if host != "" { // WithURLFunc has named it
 				attrs = append(attrs, slog.String("host", host))
@@ -692,7 +692,7 @@ func (s *session) overdue(d *Delivery) (returned func()) {
 	limit, id := s.config.handlerTimeout, d.MessageId // the handler may change it
 	timer := time.AfterFunc(limit+overdueGrace, func() {
 		now := s.stats.overdue.Add(1)
-		if left, ok := s.told.overdue.pass(time.Minute); ok {
+		if left, ok := s.notices.overdue.allow(time.Minute); ok {
 			s.warn("a handler is running past its timeout, it ignores the end of its context",
 				lasting("timeout", limit), messageID(id), slog.Uint64("delivery_tag", d.fence.tag),
 				slog.Int64("overdue", now), suppressed(left))
@@ -711,27 +711,27 @@ func (s *session) overdue(d *Delivery) (returned func()) {
 type backlog struct {
 	session *session
 	timeout time.Duration
-	base    uint64            // deliveries given to handlers before the session
-	arrived [looks / 2]uint64 // deliveries of the session at the last looks, oldest first
+	base    uint64                      // deliveries given to handlers before the session
+	arrived [looksPerTimeout / 2]uint64 // deliveries of the session at the last looks, oldest first
 
 	mu    sync.Mutex
 	timer *time.Timer // nil when there are no more looks
 }
 
 // looks is how often within a consumer timeout.
-const looks = 8
+const looksPerTimeout = 8
 
 func (s *session) watchBacklog() {
 	p := &s.backlog
 	p.session, p.timeout, p.base = s, s.config.consumerTimeout(), s.stats.delivered.Load()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !s.told.slow.Load() {
+	if !s.notices.slow.Load() {
 		p.timer = time.AfterFunc(p.every(), p.look)
 	}
 }
 
-func (p *backlog) every() time.Duration { return max(p.timeout/looks, time.Second) }
+func (p *backlog) every() time.Duration { return max(p.timeout/looksPerTimeout, time.Second) }
 
 // look finds out whether a delivery waits that was there already half a consumer
 // timeout ago.
@@ -741,7 +741,7 @@ func (p *backlog) look() {
 	late := taken < p.arrived[0]
 	copy(p.arrived[:], p.arrived[1:])
 	p.arrived[len(p.arrived)-1] = taken + uint64(s.inbox.waiting())
-	if late && s.told.slow.CompareAndSwap(false, true) {
+	if late && s.notices.slow.CompareAndSwap(false, true) {
 		s.warn("handlers are so slow that deliveries wait for them longer than half of the consumer timeout, "+
 			"after which the broker takes them back: lower WithPrefetch, or raise WithConcurrency",
 			lasting("consumer_timeout", p.timeout), slog.Int("prefetch", s.config.prefetch),
@@ -749,7 +749,7 @@ func (p *backlog) look() {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.timer != nil && !s.told.slow.Load() {
+	if p.timer != nil && !s.notices.slow.Load() {
 		p.timer.Reset(p.every())
 	}
 }

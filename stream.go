@@ -19,9 +19,9 @@ const offsetKey = "x-stream-offset"
 const unknownOffset = -1
 
 // placed gives d an offset if the broker's cannot be read.
-func placed(d *Delivery) {
-	if m := d.fence.stream; !m.placed {
-		m.offset, m.placed = unknownOffset, true
+func assignOffset(d *Delivery) {
+	if m := d.fence.stream; !m.hasOffset {
+		m.offset, m.hasOffset = unknownOffset, true
 	}
 }
 
@@ -34,7 +34,7 @@ type position struct {
 	queue   string    // the stream it is about
 	from    any       // where to resume as long as next is not known; nil before the first subscription
 	begun   bool      // there has been a subscription
-	looks   int       // how often the place was looked up
+	lookups int       // how often the place was looked up
 	known   bool      // next is set
 	guessed bool      // from the first deliveries, of which none is settled yet
 	next    int64     // offset of the first message not settled for good
@@ -82,24 +82,24 @@ func newPosition(c *config) *position {
 
 // maxLooks is how often a look that is cut off is tried again: what the stream holds may be more
 // than the path can carry within the setup limit.
-const maxLooks = 2
+const maxLookups = 2
 
 // about notes which stream it is about, and returns the offset that has to be looked up before a
 // session subscribes, if there is one: what shifts, until the stream has a place. If that is last
 // and the look was cut off, it is what came since, or else still the last.
-func (p *position) about(queue string, given any) (offset any, ok bool) {
+func (p *position) needsLookup(queue string, given any) (offset any, ok bool) {
 	if p == nil {
 		return nil, false
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.queue != queue {
-		p.queue, p.from, p.known, p.begun, p.looks = queue, nil, false, false, 0
+		p.queue, p.from, p.known, p.begun, p.lookups = queue, nil, false, false, 0
 	}
 	if p.fresh() {
 		return given, shifts(given, time.Now())
 	}
-	return p.from, given == "last" && !p.known && !p.begun && p.looks < maxLooks
+	return p.from, given == "last" && !p.known && !p.begun && p.lookups < maxLookups
 }
 
 // fresh is called with mu held.
@@ -151,8 +151,8 @@ func (p *position) assume(since time.Time) (answered func(error) error) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.looks++
-	mine := p.looks
+	p.lookups++
+	mine := p.lookups
 	if !p.fresh() {
 		return func(err error) error { return err }
 	}
@@ -166,7 +166,7 @@ func (p *position) assume(since time.Time) (answered func(error) error) {
 		if errors.As(err, &brokerErr) && brokerErr.Server {
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			if !p.begun && p.looks == mine { // nobody has subscribed or looked since
+			if !p.begun && p.lookups == mine { // nobody has subscribed or looked since
 				p.from = nil
 			}
 		}
@@ -224,7 +224,7 @@ func (p *position) doubt() {
 
 // gone notes that a session could not be set up because the stream is not there. A
 // topology function may also have asked for another queue.
-func (p *position) gone(err error) {
+func (p *position) setupFailed(err error) {
 	if p == nil {
 		return
 	}
@@ -258,10 +258,10 @@ func (p *position) began(session uint64, d *Delivery) {
 		return
 	}
 	if d.fence.tries == 0 { // the others have what it was, and its place
-		d.keep()
-		d.fence.stream.offset, d.fence.stream.placed = headerInt(d.Headers[offsetKey])
+		d.keepOriginal()
+		d.fence.stream.offset, d.fence.stream.hasOffset = headerInt(d.Headers[offsetKey])
 	}
-	offset, ok := d.fence.stream.offset, d.fence.stream.placed
+	offset, ok := d.fence.stream.offset, d.fence.stream.hasOffset
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !ok || session != p.session {
@@ -282,14 +282,14 @@ func (p *position) began(session uint64, d *Delivery) {
 func (p *position) ready(session uint64, d *Delivery) []settledAt {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !d.fence.stream.placed || session != p.session {
+	if !d.fence.stream.hasOffset || session != p.session {
 		return []settledAt{{tag: d.fence.tag}}
 	}
 	return p.settled.add(settledAt{d.fence.tag, d.fence.stream.offset})
 }
 
 // toldAcked notes that the broker was told, which moves the place to resume at.
-func (p *position) toldAcked(session uint64, d settledAt) {
+func (p *position) acknowledged(session uint64, d settledAt) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if session != p.session {

@@ -43,10 +43,10 @@ func TestIntervalsAreThoseOfRabbitMQ(t *testing.T) {
 
 // What a stream holds may be more than a slow path carries within the setup limit.
 func TestPlaceThatIsCutOffAgainAndAgainIsTakenFromTheClock(t *testing.T) {
-	for given, want := range map[any]int{"last": maxLooks, "next": 1, "1h": 1, nil: 1, "first": 0, 5: 0} {
+	for given, want := range map[any]int{"last": maxLookups, "next": 1, "1h": 1, nil: 1, "first": 0, 5: 0} {
 		p, looks := new(position), 0
 		for range 5 {
-			if _, unclear := p.about("log", given); unclear {
+			if _, unclear := p.needsLookup("log", given); unclear {
 				looks++
 				_ = p.assume(time.Now())
 			}
@@ -75,9 +75,9 @@ func TestPlaceIsThatOfTheFirstMessageThoughAFilterLeavesGaps(t *testing.T) {
 // An answer to the look of a try that was left behind may come when its successor has subscribed.
 func TestLateRefusalOfALookLeavesThePlaceOfALaterSession(t *testing.T) {
 	p := &position{settled: newWatermark(), acked: newWatermark()}
-	p.about("s", "next")
+	p.needsLookup("s", "next")
 	answered := p.assume(time.Now())
-	p.about("s", "next")
+	p.needsLookup("s", "next")
 	from := p.resume(2, nil, false)[offsetKey]
 	p.subscribed(from)
 	_ = answered(&amqp.Error{Code: 541, Server: true})

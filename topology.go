@@ -13,8 +13,8 @@ import (
 
 // topology declares what the session needs and returns the queue to consume.
 func (s *session) topology(ctx context.Context) (queue string, err error) {
-	if s.terms.queue != "" {
-		return s.terms.queue, nil
+	if s.declaration.queue != "" {
+		return s.declaration.queue, nil
 	}
 	if err := s.checkStream(ctx); err != nil {
 		return "", err
@@ -39,7 +39,7 @@ func (s *session) topology(ctx context.Context) (queue string, err error) {
 func (s *session) callTopology(ctx context.Context) (queue string, err error) {
 	queue, err = s.askTopology(ctx)
 	if err != nil {
-		s.conn.failedTopologies.Add(1)
+		s.conn.topologyFailures.Add(1)
 		return "", err
 	}
 	return queue, s.conn.sameQueue(cmp.Or(queue, s.config.queue))
@@ -56,13 +56,13 @@ func (s *session) askTopology(ctx context.Context) (queue string, err error) {
 	if queue, err = call.run(ctx); err != nil {
 		return "", err
 	}
-	if problem := noShortString(queue); problem != "" {
+	if problem := shortStringProblem(queue); problem != "" {
 		return "", call.named(fmt.Errorf("the queue's name %s", problem))
 	}
 	switch now := s.conn.socket.Misuse(); {
 	case now.Transactions > before.Transactions:
 		return "", call.named(errTransactional)
-	case now.Consumers > before.Consumers && s.told.consumed.CompareAndSwap(false, true):
+	case now.Consumers > before.Consumers && s.notices.consumed.CompareAndSwap(false, true):
 		s.queue = cmp.Or(queue, s.config.queue) // for the line
 		s.warn("the topology function has consumed on the session's channel: what is delivered to that consumer waits until the session ends")
 	}
@@ -74,32 +74,32 @@ var errTransactional = errors.New("the function has made the channel transaction
 // terms are what the declaration of a session asks for. Where the broker refuses a
 // part of it that is not worth failing for, the session asks for less, on a fresh
 // channel, for the refusal has closed the first.
-type terms struct {
-	limit    limitTerm
+type declaration struct {
+	limit    limitMode
 	deadKept bool // the dead-letter queue exists in another form, which stays
 	refusal  error
 	owned    string // the queue of the connection, which is asked for and not declared
 	anew     bool   // the queue was gone, and is declared anew
 
-	looked bool   // the stream was looked for
-	queue  string // that has been declared already
+	streamChecked bool   // the stream was looked for
+	queue         string // that has been declared already
 }
 
 // freshChannelError ends a try of a session whose channel has served a question and is of no more use. What
 // was found out holds for the next try, on a fresh channel: so a connection needs but one at a
 // time, and its delivery tags count from 1.
 type freshChannelError struct {
-	looked bool
-	queue  string
+	streamChecked bool
+	queue         string
 }
 
 func (*freshChannelError) Error() string { return "a fresh channel is needed" }
 
 // concede asks for less after err, if there is less to ask for, or goes on where a try has ended.
-func (t *terms) concede(err error) bool {
+func (t *declaration) relax(err error) bool {
 	var next *freshChannelError
 	if errors.As(err, &next) {
-		t.looked, t.queue = t.looked || next.looked, next.queue
+		t.streamChecked, t.queue = t.streamChecked || next.streamChecked, next.queue
 		return true
 	}
 	var brokerErr *amqp.Error
@@ -119,7 +119,7 @@ func (t *terms) concede(err error) bool {
 			return false
 		}
 		t.deadKept = true
-	case t.limit != limitUnsaid && t.limit != limitOff || !strings.HasPrefix(brokerErr.Reason, inequivalentLimit):
+	case t.limit != limitOmitted && t.limit != limitOff || !strings.HasPrefix(brokerErr.Reason, inequivalentLimit):
 		return false
 	default:
 		t.limit++
@@ -172,7 +172,7 @@ func (s *session) declareQueue() (string, error) {
 
 func (s *session) declareDeadLetter() error {
 	q := s.config.declare
-	if q.DeadLetter == nil || q.DeadLetter.Queue == "" || s.terms.deadKept {
+	if q.DeadLetter == nil || q.DeadLetter.Queue == "" || s.declaration.deadKept {
 		return nil
 	}
 	args := amqp.Table{"x-queue-type": q.Type}
@@ -186,18 +186,18 @@ func (s *session) declareDeadLetter() error {
 }
 
 func (s *session) declareItself() (string, error) {
-	if s.terms.owned != "" { // to declare a name of the broker's is forbidden
-		_, err := s.channel.QueueDeclarePassive(s.terms.owned, false, false, false, false, nil)
-		return s.terms.owned, gone(err, s.terms.owned)
+	if s.declaration.owned != "" { // to declare a name of the broker's is forbidden
+		_, err := s.channel.QueueDeclarePassive(s.declaration.owned, false, false, false, false, nil)
+		return s.declaration.owned, gone(err, s.declaration.owned)
 	}
 	q := s.config.declare
 	args := maps.Clone(q.Args)
 	args["x-queue-type"] = q.Type
 	declare := s.channel.QueueDeclare
-	switch s.terms.limit {
+	switch s.declaration.limit {
 	case limitOff:
 		args[limitArg] = noLimit
-	case limitKept:
+	case limitExisting:
 		declare = s.channel.QueueDeclarePassive
 	}
 	declared, err := declare(s.config.queue, !q.Transient, q.AutoDelete, q.Exclusive, false, args)

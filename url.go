@@ -298,7 +298,7 @@ var parameters = map[string]func(e *endpoint, value string) string{
 }
 
 // notHere are parameters that other clients know.
-var notHere = map[string]string{
+var unsupportedParameters = map[string]string{
 	"frame_max":            "the parameter frame_max of the URL has no effect here: frames are up to 128 KiB, or what the broker allows",
 	"password":             "the parameter password of the URL has no effect here: give an encrypted key by WithTLSConfig",
 	"depth":                "the parameter depth of the URL has no effect here: use WithTLSConfig",
@@ -392,7 +392,7 @@ func (e *endpoint) checkChannelMax(value string) string {
 
 // unknownParameter names the known parameter that is nearest.
 func unknownParameter(name string) string {
-	if text := notHere[name]; text != "" {
+	if text := unsupportedParameters[name]; text != "" {
 		return text
 	}
 	name = strings.ReplaceAll(strings.ToLower(name), "-", "_")
