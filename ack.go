@@ -64,12 +64,11 @@ type Delivery struct {
 	fence *fence // shared by all copies, nil for one that nobody delivered
 }
 
-// fence is what a delivery shares with its copies, so that all of them together
-// settle once. It is the Acknowledger of their amqp.Delivery.
+// fence is what a delivery shares with its copies, so that all of them together settle once. It is
+// the Acknowledger of their amqp.Delivery.
 type fence struct {
 	origin Delivery // in one allocation with its fence
-	// tag is a copy: the exported DeliveryTag belongs to the caller, who may
-	// change it.
+	// tag is a copy: the exported DeliveryTag belongs to the caller, who may change it.
 	tag     uint64
 	outcome atomic.Uint32
 	tries   uint32 // in place, before this one
@@ -199,8 +198,8 @@ func (d *Delivery) settle(o Outcome) error {
 	return d.fence.settle(d.fence.settler, o)
 }
 
-// settle claims the delivery by compare-and-swap and only then sends: of two
-// settlements at the same moment one frame reaches the wire.
+// settle claims the delivery by compare-and-swap and only then sends: of two settlements at the
+// same moment one frame reaches the wire.
 func (f *fence) settle(by settler, o Outcome) error {
 	if !f.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {
 		if f.origin.Outcome() == Stale {

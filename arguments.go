@@ -112,8 +112,8 @@ func (a *arguments) value(v any, place string, depth int) any {
 	return v
 }
 
-// sizeOf is what a value takes up in a frame, with its type; of a table or an array without
-// what it holds.
+// sizeOf is what a value takes up in a frame, with its type; of a table or an array without what it
+// holds.
 func sizeOf(v any) int {
 	switch v := v.(type) {
 	case nil:
@@ -137,8 +137,8 @@ func sizeOf(v any) int {
 const (
 	maxShortString = 255 // bytes, of what AMQP calls a short string
 
-	// maxArguments is how large a table may be. It is sent in one frame, with at most
-	// three short strings beside it; a broker closes the connection for a longer one.
+	// maxArguments is how large a table may be. It is sent in one frame, with at most three short
+	// strings beside it; a broker closes the connection for a longer one.
 	maxArguments = wire.FrameSize - 1<<10
 
 	// maxNesting ends the look at a table that holds itself.

@@ -132,8 +132,8 @@ type Binding struct {
 	Args amqp.Table
 }
 
-// config is everything New was told, checked and completed. It is behind a
-// pointer wherever it is kept, so that no %+v prints its URLs.
+// config is everything New was told, checked and completed. It is behind a pointer wherever it is
+// kept, so that no %+v prints its URLs.
 type config struct {
 	urls  []string
 	queue string
@@ -468,8 +468,8 @@ func (c *config) setupPassed() error {
 	return errtext.Because(fmt.Errorf("setup limit of %v passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)", c.setupTimeout), errSetupTimeout)
 }
 
-// deadLetters tells whether the queue passes on what it would drop otherwise, as
-// far as the arguments tell.
+// deadLetters tells whether the queue passes on what it would drop otherwise, as far as the
+// arguments tell.
 func (q *Queue) deadLetters() bool {
 	_, leads := q.Args["x-dead-letter-exchange"]
 	return leads
@@ -502,9 +502,8 @@ func (c *config) tooLarge(size uint64) error {
 	return fmt.Errorf("%w of %d bytes: raise it, or take the message out of the queue", ErrMessageTooLarge, c.maxMessage)
 }
 
-// hold returns how long a message waits that has failed for the n-th time, as far
-// as the broker counts: twice as long as the last time. Where nothing is counted
-// it stays short.
+// hold returns how long a message waits that has failed for the n-th time, as far as the broker
+// counts: twice as long as the last time. Where nothing is counted it stays short.
 func (c *config) hold(n int) time.Duration {
 	d := c.requeueFirst
 	for ; n > 1 && d < c.requeueLongest; n-- {
@@ -513,8 +512,8 @@ func (c *config) hold(n int) time.Duration {
 	return min(jitter(min(d, c.requeueLongest)), c.requeueLongest)
 }
 
-// takeTable returns a copy of t, and refuses what in it AMQP cannot carry. place tells where in
-// the option it is, "" if it is the option itself.
+// takeTable returns a copy of t, and refuses what in it AMQP cannot carry. place tells where in the
+// option it is, "" if it is the option itself.
 func (c *config) takeTable(option, place string, t amqp.Table) amqp.Table {
 	if t == nil {
 		return nil
@@ -537,8 +536,8 @@ func (c *config) shortString(option, what, text string) {
 	}
 }
 
-// jitter spreads d over [d/2, d*3/2), so that messages that failed together do
-// not come back together.
+// jitter spreads d over [d/2, d*3/2), so that messages that failed together do not come back
+// together.
 func jitter(d time.Duration) time.Duration {
 	if d <= 0 {
 		return 0

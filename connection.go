@@ -15,8 +15,8 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// connection is one socket with one *amqp.Connection on it. It is never
-// repaired, only replaced. One goroutine, watch, owns its end.
+// connection is one socket with one *amqp.Connection on it. It is never repaired, only replaced.
+// One goroutine, watch, owns its end.
 type connection struct {
 	host         string
 	heartbeat    time.Duration // asked for
@@ -40,10 +40,9 @@ type connection struct {
 	refreshed   chan struct{} // closed when the credentials are no longer refreshed
 }
 
-// openConnection dials e and opens an AMQP connection there, all within ctx.
-// The error is a *SessionError without its number.
-// step tells how far it has come, abandoned is told of each function of the user that had to be
-// left behind.
+// openConnection dials e and opens an AMQP connection there, all within ctx. The error is a
+// *SessionError without its number. step tells how far it has come, abandoned is told of each
+// function of the user that had to be left behind.
 func openConnection(ctx context.Context, c *config, e endpoint, step *step, abandoned func()) (*connection, error) {
 	tlsConfig, err := e.tlsConfig(c.tls, c.insecure)
 	if err != nil {
@@ -121,11 +120,10 @@ func askCredentials(ctx context.Context, c *config, abandoned func()) (Credentia
 
 const minRefresh = time.Second
 
-// refresh hands the broker fresh credentials before the old ones expire, at 70 %
-// of their life (connection.update-secret). Where it fails it tries again in 70 %
-// of what is left; in the end the broker closes the connection and the next dial
-// asks afresh. One that does not close it gets what is asked for ever more slowly,
-// as does an issuer whose credentials have expired when they come.
+// refresh hands the broker fresh credentials before the old ones expire, at 70 % of their life
+// (connection.update-secret). Where it fails it tries again in 70 % of what is left; in the end the
+// broker closes the connection and the next dial asks afresh. One that does not close it gets what
+// is asked for ever more slowly, as does an issuer whose credentials have expired when they come.
 func (c *connection) refresh(life context.Context, cfg *config, expires time.Time, abandoned func()) {
 	defer close(c.refreshed)
 	again := pace{floor: minRefresh, initial: minRefresh, limit: operatorCap}
@@ -152,8 +150,8 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 var errSecretTimeout = errtext.Because(errors.New("setup limit passed before the broker took the new credentials (WithSetupTimeout)"), errSetupTimeout)
 
 // updateSecret is an RPC, so its limit, which counts silence, closes the socket. The end of the
-// connection does not: the answer is on its way, and close-ok after it. As long as deliveries
-// come there is nothing to gain: a broker that did not take the secret closes by itself.
+// connection does not: the answer is on its way, and close-ok after it. As long as deliveries come
+// there is nothing to gain: a broker that did not take the secret closes by itself.
 func (c *connection) updateSecret(ctx context.Context, secret string) error {
 	limit, ok := ctx.Deadline()
 	if !ok {
@@ -174,9 +172,8 @@ func socketOptions(c *config, e endpoint) wire.Options {
 	}
 }
 
-// amqpConfig is made anew for every dial: the driver writes into its maps.
-// Recovery stays nil, always: it reuses the channel, so that a late ack settles
-// another message.
+// amqpConfig is made anew for every dial: the driver writes into its maps. Recovery stays nil,
+// always: it reuses the channel, so that a late ack settles another message.
 func amqpConfig(c *config, e endpoint) amqp.Config {
 	properties := maps.Clone(amqp.NewConnectionProperties())
 	properties["product"] = "steadymq"
@@ -193,9 +190,9 @@ func amqpConfig(c *config, e endpoint) amqp.Config {
 	}
 }
 
-// handshakeCause tells why Open failed. The driver reports a socket lost in the
-// handshake as "403 username or password" or "403 vhost" without having heard
-// that from the broker, so only what the broker itself said is believed.
+// handshakeCause tells why Open failed. The driver reports a socket lost in the handshake as "403
+// username or password" or "403 vhost" without having heard that from the broker, so only what the
+// broker itself said is believed.
 func handshakeCause(err error, s *wire.Socket, l *login, e endpoint) error {
 	if l.failed != nil {
 		return l.failed
@@ -219,8 +216,8 @@ func handshakeCause(err error, s *wire.Socket, l *login, e endpoint) error {
 	return fmt.Errorf("lost in the handshake: %w", namePort(e, lost)) // at the greeting
 }
 
-// explain prefers what the broker said, and to what, then what the socket saw, to
-// the driver's catch-all "501".
+// explain prefers what the broker said, and to what, then what the socket saw, to the driver's
+// catch-all "501".
 func (c *connection) explain(err error) error {
 	var brokerErr *amqp.Error
 	if errors.As(err, &brokerErr) && brokerErr.Server {
@@ -235,8 +232,8 @@ func (c *connection) explain(err error) error {
 	return err
 }
 
-// watch waits for the end of the connection and then sees to it that nothing of
-// it stays: driver, socket and goroutines.
+// watch waits for the end of the connection and then sees to it that nothing of it stays: driver,
+// socket and goroutines.
 func (c *connection) watch() {
 	defer close(c.done)
 	limit := c.closeTimeout
@@ -274,8 +271,8 @@ func (c *connection) awaitLeases(asked closeRequest) time.Duration {
 	}
 }
 
-// endOfSocket explains a socket that ended before the driver said why. The
-// driver closes it too, right after it has reported what the broker said.
+// endOfSocket explains a socket that ended before the driver said why. The driver closes it too,
+// right after it has reported what the broker said.
 func (c *connection) endOfSocket() error {
 	select {
 	case err := <-c.closed:
@@ -293,21 +290,21 @@ func errorOrNil(err *amqp.Error) error {
 	return err
 }
 
-// teardown closes in an orderly way within the close limit, then by closing the
-// socket, which frees every goroutine of the driver that waits for it. The limit counts time
-// although deliveries may be in the way of close-ok: the sessions have had theirs, so these
-// deliveries are of no use, and the sooner they go back the better.
+// teardown closes in an orderly way within the close limit, then by closing the socket, which frees
+// every goroutine of the driver that waits for it. The limit counts time although deliveries may be
+// in the way of close-ok: the sessions have had theirs, so these deliveries are of no use, and the
+// sooner they go back the better.
 func (c *connection) teardown(limit time.Duration) {
 	kill := time.AfterFunc(limit, func() { c.socket.Kill(errCloseTimeout) })
 	c.stopRefresh()
 	<-c.refreshed // its RPC and the close would take each other's answer
-	// A driver that is closing by itself holds its mutex until the socket has
-	// closed, and a goroutine that waits for a mutex stops a synctest bubble.
+	// A driver that is closing by itself holds its mutex until the socket has closed, and a
+	// goroutine that waits for a mutex stops a synctest bubble.
 	if !c.amqp.IsClosed() {
 		_ = c.amqp.CloseDeadline(time.Now().Add(limit))
 	}
-	// The driver tells of the broker's close before it closes the socket, so the
-	// close-ok may still be on its way.
+	// The driver tells of the broker's close before it closes the socket, so the close-ok may still
+	// be on its way.
 	_ = c.socket.Close()
 	kill.Stop()
 	c.socket.Kill(nil)
@@ -321,8 +318,8 @@ type closeRequest struct {
 	limit time.Duration // how long the close may take after that
 }
 
-// close asks for an orderly close and returns at once; gone tells the end. Only the owner of
-// the connection calls it.
+// close asks for an orderly close and returns at once; gone tells the end. Only the owner of the
+// connection calls it.
 func (c *connection) close(d closeRequest) {
 	if !c.stopped {
 		c.stopped = true
@@ -344,8 +341,8 @@ func (c *connection) alive() bool {
 	return !c.stopped && c.end.Cause() == nil && !c.amqp.IsClosed() && !c.leases.isRetired()
 }
 
-// tooManyChannelFailures notes a channel-level failure on c and tells whether the connection
-// is to be replaced too.
+// tooManyChannelFailures notes a channel-level failure on c and tells whether the connection is to
+// be replaced too.
 func (c *connection) tooManyChannelFailures(now time.Time) bool {
 	recent := c.channelFailures[:0]
 	for _, t := range c.channelFailures {
@@ -390,8 +387,8 @@ func (c *connection) sameQueue(queue string) error {
 	return nil
 }
 
-// topologyFails tells whether a TopologyFunc has failed so often on the connection that the queues it
-// may have left behind, one each time, have to go with it.
+// topologyFails tells whether a TopologyFunc has failed so often on the connection that the queues
+// it may have left behind, one each time, have to go with it.
 func (c *connection) tooManyTopologyFailures() bool {
 	return c.topologyFailures.Load() >= escalateAfter
 }

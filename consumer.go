@@ -136,8 +136,8 @@ func (c *Consumer) Stats() Stats {
 	}
 }
 
-// supervisor is one Run. Its goroutine, Run's caller, is the only one that
-// changes the state: one function per state, each returning the next.
+// supervisor is one Run. Its goroutine, Run's caller, is the only one that changes the state: one
+// function per state, each returning the next.
 type supervisor struct {
 	consumer *Consumer
 	config   *config
@@ -232,8 +232,7 @@ func (s *supervisor) result() error {
 	return s.err
 }
 
-// connecting tries once to get a session, on the connection there is or on a new
-// one.
+// connecting tries once to get a session, on the connection there is or on a new one.
 func (s *supervisor) connecting() stateFunc {
 	if s.ctx.Err() != nil {
 		return s.draining
@@ -279,8 +278,8 @@ func (s *supervisor) connecting() stateFunc {
 	return s.consuming
 }
 
-// bounded returns the context of a try. On a connection that stands, deliveries of others may be
-// in the way of its answers.
+// bounded returns the context of a try. On a connection that stands, deliveries of others may be in
+// the way of its answers.
 func (s *supervisor) tryContext() (context.Context, context.CancelFunc) {
 	if s.conn != nil {
 		return s.conn.socket.WithSilence(s.ctx, s.config.setupTimeout, s.config.setupPassed())
@@ -288,8 +287,8 @@ func (s *supervisor) tryContext() (context.Context, context.CancelFunc) {
 	return context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 }
 
-// open is one try. It runs on a goroutine of its own and touches nothing of the
-// supervisor that changes.
+// open is one try. It runs on a goroutine of its own and touches nothing of the supervisor that
+// changes.
 func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, number, try uint64, step *step) attempt {
 	own := conn == nil
 	if own {
@@ -361,16 +360,15 @@ func (s *supervisor) recordHealth(session *session) {
 	}
 }
 
-// release lets the session go its way out, and with it its connection if that is
-// not worth keeping.
+// release lets the session go its way out, and with it its connection if that is not worth keeping.
 func (s *supervisor) release() {
 	s.closing = append(s.closing, closer{done: s.session.done, session: s.session}, closer{done: s.probed})
 	s.pool.serve(nil)
 	s.session = nil
 }
 
-// failed looks at a failure: is it the end, does it take the connection with it,
-// when is the next try?
+// failed looks at a failure: is it the end, does it take the connection with it, when is the next
+// try?
 func (s *supervisor) failed(err error) stateFunc {
 	now := time.Now()
 	if s.ctx.Err() != nil || s.expired(now) {
@@ -420,19 +418,19 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	s.dropConnection()
 }
 
-// leavesNode tells a failure that the next session would meet on the same node, while another
-// node may do better. There may be others behind a single URL, too: a load balancer, or a
-// function of the user, names the node of each dial.
+// leavesNode tells a failure that the next session would meet on the same node, while another node
+// may do better. There may be others behind a single URL, too: a load balancer, or a function of
+// the user, names the node of each dial.
 func leavesNode(err error) bool { return errors.Is(err, errStalled) }
 
-// blameless tells a failure of a session that another connection would meet too: a lock,
-// and a missing queue where no other host may know of it.
+// blameless tells a failure of a session that another connection would meet too: a lock, and a
+// missing queue where no other host may know of it.
 func (s *supervisor) blameless(kind class) bool {
 	return kind == classLocked || kind == classAbsent && len(s.hosts.endpoints) < 2
 }
 
-// dropConnection gives the connection up. It closes when the handlers of a session that the
-// broker has cancelled have settled there, at the latest after the drain limit.
+// dropConnection gives the connection up. It closes when the handlers of a session that the broker
+// has cancelled have settled there, at the latest after the drain limit.
 func (s *supervisor) dropConnection() {
 	s.closeConnection(closeRequest{grace: s.config.drainTimeout + s.config.closeTimeout, limit: s.config.closeTimeout})
 	s.forgetClosed()
@@ -480,13 +478,11 @@ func (s *supervisor) backoff() stateFunc {
 	}
 }
 
-// teardownGrace is what a teardown may take beyond its limits before it is
-// counted as abandoned.
+// teardownGrace is what a teardown may take beyond its limits before it is counted as abandoned.
 const teardownGrace = 500 * time.Millisecond
 
-// draining stops in order: the session within the drain limit, every handler
-// within the same limit, then the connection and all that is still on its way
-// out within the close limit.
+// draining stops in order: the session within the drain limit, every handler within the same limit,
+// then the connection and all that is still on its way out within the close limit.
 func (s *supervisor) draining() stateFunc {
 	s.enter(Draining, s.err)
 	s.forgetClosed()
@@ -520,8 +516,8 @@ func (s *supervisor) shortenCloses() {
 	}
 }
 
-// note adds err to Run's error: a connection lost while draining does not hide
-// that handlers were left behind.
+// note adds err to Run's error: a connection lost while draining does not hide that handlers were
+// left behind.
 func (s *supervisor) addError(err error) {
 	switch {
 	case s.err == nil:
@@ -531,8 +527,8 @@ func (s *supervisor) addError(err error) {
 	}
 }
 
-// handlersDone waits for all workers, those of dead sessions included, until the
-// drain limit; handlers whose context has just ended get a moment more.
+// handlersDone waits for all workers, those of dead sessions included, until the drain limit;
+// handlers whose context has just ended get a moment more.
 func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 	var drain *DrainError
 	if !errors.As(s.err, &drain) {
@@ -552,8 +548,8 @@ func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 	}
 }
 
-// awaitLeaving waits until nothing of any session or connection is left, and
-// counts what outlasts its limit.
+// awaitLeaving waits until nothing of any session or connection is left, and counts what outlasts
+// its limit.
 func (s *supervisor) awaitClosing() {
 	limit := time.NewTimer(s.config.closeTimeout + teardownGrace)
 	defer limit.Stop()

@@ -58,13 +58,12 @@ func (d *Delivery) Attempt() int {
 
 // returns is how often the message has come back to this queue.
 //
-// What RabbitMQ shows was measured; TestAttemptOnRealBrokers and the conformance
-// scripts of steadymqtest keep it. A quorum queue marks as redelivered whatever it
-// has counted, so without the mark the count is that of an old life. With it, the
-// first delivery of a dead-lettered message shows what the other queue has counted:
-// from 3.13 to 4.2 how often it was rejected, since 4.3 all, in both headers. Later
-// deliveries show, up to 4.2, what this queue has counted; since 4.3 the acquired count
-// does, while the other one goes on.
+// What RabbitMQ shows was measured; TestAttemptOnRealBrokers and the conformance scripts of
+// steadymqtest keep it. A quorum queue marks as redelivered whatever it has counted, so without the
+// mark the count is that of an old life. With it, the first delivery of a dead-lettered message
+// shows what the other queue has counted: from 3.13 to 4.2 how often it was rejected, since 4.3
+// all, in both headers. Later deliveries show, up to 4.2, what this queue has counted; since 4.3
+// the acquired count does, while the other one goes on.
 func (d *Delivery) returns() int {
 	here, elsewhere := d.rejections()
 	n, _ := d.count(deliveryCount)
@@ -82,18 +81,18 @@ func (d *Delivery) returns() int {
 	return max(n, here)
 }
 
-// arrivesCounted tells the first delivery of a message that another queue has
-// dead-lettered with the count n, since 4.3. The limit of this queue acts on it.
+// arrivesCounted tells the first delivery of a message that another queue has dead-lettered with
+// the count n, since 4.3. The limit of this queue acts on it.
 func (d *Delivery) arrivesCounted(n int) bool {
 	acquired, known := d.count(acquiredCount)
 	_, elsewhere := d.rejections()
 	return known && acquired == n && elsewhere > 0
 }
 
-// rejections counts in x-death how often the message was rejected from this queue,
-// and how often from others, there also by the delivery limit. Its newest entry is
-// first. If that is a rejection from this queue, then no broker has brought the message
-// back: it was published again, with what it had been through.
+// rejections counts in x-death how often the message was rejected from this queue, and how often
+// from others, there also by the delivery limit. Its newest entry is first. If that is a rejection
+// from this queue, then no broker has brought the message back: it was published again, with what
+// it had been through.
 func (d *Delivery) rejections() (here, elsewhere int) {
 	deaths, _ := d.Headers[deathHeader].([]any)
 	for i, entry := range deaths {
@@ -243,8 +242,8 @@ func tableJSON(t amqp.Table, depth int) map[string]any {
 	return m
 }
 
-// valueJSON replaces what encoding/json refuses: times of no year it can write, and
-// numbers that are none, and what is nested deeper than depth.
+// valueJSON replaces what encoding/json refuses: times of no year it can write, and numbers that
+// are none, and what is nested deeper than depth.
 func valueJSON(v any, depth int) any {
 	switch v := v.(type) {
 	case amqp.Table:

@@ -17,9 +17,9 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// openSocket dials address, shakes hands if tlsConfig is given, and returns
-// the started socket. All of it ends with ctx, whose cause is then in the error.
-// abandoned is told of a callback of the TLS configuration that has to be left behind.
+// openSocket dials address, shakes hands if tlsConfig is given, and returns the started socket. All
+// of it ends with ctx, whose cause is then in the error. abandoned is told of a callback of the TLS
+// configuration that has to be left behind.
 func openSocket(ctx context.Context, dial wire.DialFunc, address string, tlsConfig *tls.Config, o wire.Options, abandoned func()) (*wire.Socket, error) {
 	raw, err := dial(ctx, "tcp", address)
 	if err != nil {
@@ -54,8 +54,8 @@ func explainTLS(err error) error {
 	return fmt.Errorf("%w; check host and port (5671 for AMQP over TLS)", err)
 }
 
-// clientTLS copies the caller's config: the name to verify differs per host,
-// and writing it into a shared config verifies the next host as this one.
+// clientTLS copies the caller's config: the name to verify differs per host, and writing it into a
+// shared config verifies the next host as this one.
 func clientTLS(c *tls.Config, address string) *tls.Config {
 	c = c.Clone()
 	if c.ServerName == "" {
@@ -132,9 +132,9 @@ func (s *step) at(name string) { s.name.Store(name) }
 
 func (s *step) String() string { return s.name.Load().(string) }
 
-// toldOfRefusals is the capability of a client that wants to be told of a refused login:
-// RabbitMQ then says 403 at once. Without it the broker keeps silent for 3 s and ends the
-// socket without a word (https://www.rabbitmq.com/docs/auth-notification).
+// toldOfRefusals is the capability of a client that wants to be told of a refused login: RabbitMQ
+// then says 403 at once. Without it the broker keeps silent for 3 s and ends the socket without a
+// word (https://www.rabbitmq.com/docs/auth-notification).
 const toldOfRefusals = "authentication_failure_close"
 
 // login is one try to log in.
@@ -174,8 +174,8 @@ type mechanism struct {
 // Mechanism implements amqp.Authentication.
 func (m *mechanism) Mechanism() string { return m.name }
 
-// Response implements amqp.Authentication. The driver overwrites the capabilities, asks for
-// the response and then sends both: this is the moment to add one.
+// Response implements amqp.Authentication. The driver overwrites the capabilities, asks for the
+// response and then sends both: this is the moment to add one.
 func (m *mechanism) Response() string {
 	l := m.login
 	l.user = userOf(m.given)
@@ -213,13 +213,13 @@ func (l *login) ask(f func() string) (string, error) {
 	}.run(l.ctx)
 }
 
-// loginSilence is what a refused login looks like to a client that is not told: RabbitMQ
-// waits 3 s and ends the socket without a word, while a lost socket ends whenever it is lost.
+// loginSilence is what a refused login looks like to a client that is not told: RabbitMQ waits 3 s
+// and ends the socket without a word, while a lost socket ends whenever it is lost.
 const loginSilence = 2500 * time.Millisecond
 
-// refusal tells a refused login from any other failure of the handshake; nil if it is none.
-// The driver calls every loss of the socket at this step a wrong password, without having
-// heard that from the broker.
+// refusal tells a refused login from any other failure of the handshake; nil if it is none. The
+// driver calls every loss of the socket at this step a wrong password, without having heard that
+// from the broker.
 func (l *login) refusal(err error, s *wire.Socket) error {
 	var brokerErr *amqp.Error
 	if errors.As(err, &brokerErr) && brokerErr.Server {

@@ -25,8 +25,8 @@ type endpoint struct {
 	dialTimeout time.Duration // of the URL's connection_timeout parameter, 0 for none
 }
 
-// tlsConfig returns the TLS configuration of a dial to e, nil for plain amqp.
-// openSocket clones it and fills in the server's name.
+// tlsConfig returns the TLS configuration of a dial to e, nil for plain amqp. openSocket clones it
+// and fills in the server's name.
 func (e endpoint) tlsConfig(given *tls.Config, insecure bool) (*tls.Config, error) {
 	if e.uri.Scheme != "amqps" {
 		return nil, nil
@@ -95,8 +95,8 @@ const (
 	maxTagPrefix  = 200 // a consumer tag holds 255 bytes, the rest makes it unique
 )
 
-// otherPorts are those on which RabbitMQ speaks something else than AMQP, unless it is
-// told otherwise (https://www.rabbitmq.com/docs/networking#ports).
+// otherPorts are those on which RabbitMQ speaks something else than AMQP, unless it is told
+// otherwise (https://www.rabbitmq.com/docs/networking#ports).
 var otherPorts = map[string]string{
 	"15672": "port for HTTP (management)",
 	"15671": "port for HTTPS (management)",
@@ -110,8 +110,8 @@ var otherPorts = map[string]string{
 	"4369":  "port of epmd, where nodes of a cluster look for each other",
 }
 
-// wrongPortError is a peer that gives no answer, or none of a broker, on a port known to be
-// for something else.
+// wrongPortError is a peer that gives no answer, or none of a broker, on a port known to be for
+// something else.
 type wrongPortError struct {
 	port, use string
 	err       error // what the peer did
@@ -134,8 +134,8 @@ func (e *wrongPortError) answer() string {
 
 func (e *wrongPortError) Unwrap() error { return e.err }
 
-// namePort says what the port of e is for, if the peer there did not answer as a broker
-// does: by other bytes, by ending the socket, or not at all.
+// namePort says what the port of e is for, if the peer there did not answer as a broker does: by
+// other bytes, by ending the socket, or not at all.
 func namePort(e endpoint, err error) error {
 	port := strconv.Itoa(e.uri.Port)
 	use := otherPorts[port]

@@ -59,8 +59,7 @@ var (
 // [WithMaxMessageSize] accepts.
 var ErrMessageTooLarge = errors.New("the message is larger than the limit (WithMaxMessageSize)")
 
-// Reasons the library ends something by itself. They appear as causes inside
-// a SessionError.
+// Reasons the library ends something by itself. They appear as causes inside a SessionError.
 var (
 	errSetupTimeout = errors.New("setup limit passed")
 	errCloseTimeout = errors.New("close limit passed without an answer, so the socket was closed (WithCloseTimeout)")
@@ -253,8 +252,8 @@ func adviceTLS(err error) string {
 	return ""
 }
 
-// reason is the text of Err without what the rest of the sentence says: step and
-// host, which the errors of net repeat, and whose error it is.
+// reason is the text of Err without what the rest of the sentence says: step and host, which the
+// errors of net repeat, and whose error it is.
 func (e *SessionError) reason() string {
 	text := errtext.Plain(fmt.Sprint(e.Err), e.Err, e.Host != "")
 	if e.Host != "" {
@@ -263,8 +262,7 @@ func (e *SessionError) reason() string {
 	return errtext.OneLine(strings.ReplaceAll(text, "steadymq: ", ""))
 }
 
-// reasonOf is the text of a cause for a log line that names queue, session and host
-// by itself.
+// reasonOf is the text of a cause for a log line that names queue, session and host by itself.
 func reasonOf(cause error) string {
 	at, ok := cause.(*SessionError) //nolint:errorlint // what wraps it has a text of its own
 	if !ok {

@@ -23,9 +23,9 @@ type userCall[T any] struct {
 	bare   bool    // what it returns itself is not named, as a dialer's "connection refused"
 }
 
-// run calls the function on a goroutine of its own, for it may panic, end its goroutine or
-// ignore its context. It returns when the function does, and at the latest abandonGrace after
-// ctx has ended. Its errors name the option.
+// run calls the function on a goroutine of its own, for it may panic, end its goroutine or ignore
+// its context. It returns when the function does, and at the latest abandonGrace after ctx has
+// ended. Its errors name the option.
 func (c userCall[T]) run(ctx context.Context) (T, error) {
 	done := make(chan answer[T], 1)
 	go c.answer(ctx, done)
@@ -113,8 +113,8 @@ func transfer(f func([]byte) (int, error), p []byte, fault func(error)) (n int, 
 	return n, err
 }
 
-// safeError returns an error of the user as it is if it can be read, else a *PanicError in its place.
-// What Discard, Requeue and RequeueAfter ask for stays.
+// safeError returns an error of the user as it is if it can be read, else a *PanicError in its
+// place. What Discard, Requeue and RequeueAfter ask for stays.
 func safeError(err error) error {
 	if err == nil {
 		return nil

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// holds are the deliveries of a session that failed and wait until they go back
-// or, of a stream, are tried again.
+// holds are the deliveries of a session that failed and wait until they go back or, of a stream,
+// are tried again.
 type holds struct {
 	session *session
 
@@ -20,8 +20,8 @@ type holds struct {
 	timer        *time.Timer // of that; there is none before
 }
 
-// add requeues d after delay, or at once when the session no longer holds. It reports whether d
-// is held.
+// add requeues d after delay, or at once when the session no longer holds. It reports whether d is
+// held.
 func (h *holds) add(d *Delivery, delay time.Duration) (held bool) {
 	if delay > 0 && h.schedule(d, delay) {
 		return true
@@ -114,8 +114,8 @@ func (h *holds) dropSettled() {
 	}
 }
 
-// release ends all holds: the deliveries are settled by their session at once, as
-// requeued while it lives and as stale after it.
+// release ends all holds: the deliveries are settled by their session at once, as requeued while it
+// lives and as stale after it.
 func (h *holds) release(by settler) {
 	h.mu.Lock()
 	held, telling := h.timers, h.timer
@@ -135,9 +135,8 @@ func (h *holds) release(by settler) {
 	}
 }
 
-// crowd tells whether what is held leaves half of the prefetch or less. Of a
-// stream one is enough: what is done behind it cannot be acked before it is. It is
-// called with mu held.
+// crowd tells whether what is held leaves half of the prefetch or less. Of a stream one is enough:
+// what is done behind it cannot be acked before it is. It is called with mu held.
 func (h *holds) isCrowded() bool {
 	taken := int64(len(h.timers))
 	if taken > 0 && h.session.stream != nil {
@@ -146,8 +145,8 @@ func (h *holds) isCrowded() bool {
 	return taken > 0 && 2*taken >= int64(h.session.config.prefetch)
 }
 
-// heldAgain is when a warning of held messages is first repeated; then after as
-// long as they have been there.
+// heldAgain is when a warning of held messages is first repeated; then after as long as they have
+// been there.
 const warnAgainAfter = 2 * time.Minute
 
 // heldEased is how long there has to be room for the next crowd to be another one: what fails again
@@ -178,20 +177,20 @@ func (h *holds) warn() {
 		slog.Int("held", held), slog.Int("prefetch", s.config.prefetch), slog.Time("since", since))
 }
 
-// The delivery limit of a quorum queue drops a message, or dead-letters it, once it
-// has come back more often than that: 20 times by default since RabbitMQ 4.0. A
-// handler whose database is away for a while would lose all it is given.
+// The delivery limit of a quorum queue drops a message, or dead-letters it, once it has come back
+// more often than that: 20 times by default since RabbitMQ 4.0. A handler whose database is away
+// for a while would lose all it is given.
 const (
 	limitArg     = "x-delivery-limit"
 	defaultLimit = 20
 
-	// noLimit switches it off from 4.0 on. Before, where there is none by default,
-	// it drops a message at its first return.
+	// noLimit switches it off from 4.0 on. Before, where there is none by default, it drops a
+	// message at its first return.
 	noLimit int32 = -1
 )
 
-// limitTerm is what the declaration of a queue says about its limit. Each one asks
-// for less than the one before.
+// limitTerm is what the declaration of a queue says about its limit. Each one asks for less than
+// the one before.
 type limitMode int
 
 const (
@@ -304,9 +303,9 @@ func (s *session) logUnreadable(e *MessageError) {
 		slog.Uint64("size", e.Size), slog.String("reason", e.Err.Error()), suppressed(leftOut))
 }
 
-// passed settles what no handler was given, so the outcomes do not count it. A
-// stream's message is done with; any other goes back as one that was never started,
-// which a delivery limit counts up to RabbitMQ 4.2 only.
+// passed settles what no handler was given, so the outcomes do not count it. A stream's message is
+// done with; any other goes back as one that was never started, which a delivery limit counts up to
+// RabbitMQ 4.2 only.
 type unreadableSettler struct{ *session }
 
 func (p unreadableSettler) settle(d *Delivery, _ Outcome) error {

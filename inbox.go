@@ -19,8 +19,8 @@ type inbox struct {
 }
 
 // receiver is what the wire gives the messages of one subscription to. Only the goroutine that
-// reads touches it, so it is no part of what the workers read: on one cache line with that it
-// would cost half of the throughput.
+// reads touches it, so it is no part of what the workers read: on one cache line with that it would
+// cost half of the throughput.
 type receiver struct {
 	inbox   *inbox
 	aside   *aside
@@ -92,8 +92,7 @@ func (i *inbox) refill() {
 	i.more.Store(len(i.rest) > 0)
 }
 
-// takeBack takes what a worker does not start. It returns false if that is too late
-// for clear.
+// takeBack takes what a worker does not start. It returns false if that is too late for clear.
 func (i *inbox) takeBack(d *Delivery) bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -140,8 +139,8 @@ type unreadable struct {
 	err      *MessageError
 }
 
-// aside is where the socket's Read puts what is unreadable. It goes past the workers,
-// who may all be busy, to the session.
+// aside is where the socket's Read puts what is unreadable. It goes past the workers, who may all
+// be busy, to the session.
 type aside struct {
 	more chan struct{} // has a value once there is something
 

@@ -31,8 +31,8 @@ const (
 	longOutage = 5 * time.Second
 	// failureGap is the shortest time between two lines about handlers.
 	failureGap = time.Second
-	// causesKept is how many causes are counted apart. What a broker or a user's
-	// function says may be different each time.
+	// causesKept is how many causes are counted apart. What a broker or a user's function says may
+	// be different each time.
 	maxCauses = 8
 	// newsKept lines may be told beside those that it is time for, and after newsEvery one more: a
 	// new cause at once, but not a flood of them. A failure that ends a session takes two.
@@ -40,9 +40,9 @@ const (
 	extraEvery = 5 * time.Minute
 )
 
-// journal writes the log, as much of it as somebody may want to read: of what
-// repeats the 1st, 2nd, 4th, 8th ... time and once a minute. A failure that was told is never the
-// last word about a consumer that is consuming. Its owner is the reporter's goroutine.
+// journal writes the log, as much of it as somebody may want to read: of what repeats the 1st, 2nd,
+// 4th, 8th ... time and once a minute. A failure that was told is never the last word about a
+// consumer that is consuming. Its owner is the reporter's goroutine.
 type journal struct {
 	ctx    context.Context // for the values a slog.Handler may look for
 	logger *slog.Logger
@@ -142,8 +142,7 @@ func (j *journal) write(record slog.Record) {
 	}
 }
 
-// changed writes one line for a change of state. Tries, and what is left out, are for
-// debugging.
+// changed writes one line for a change of state. Tries, and what is left out, are for debugging.
 func (j *journal) changed(c StateChange) {
 	if c.To == Consuming {
 		j.consuming(c)
@@ -245,8 +244,8 @@ type cause struct {
 	last time.Time
 }
 
-// cause returns the failures of the cause with that key. A new one may take the place of the
-// one that has not been seen for the longest time.
+// cause returns the failures of the cause with that key. A new one may take the place of the one
+// that has not been seen for the longest time.
 func (j *journal) cause(key string, now time.Time) *cause {
 	if j.causes[key] == nil && len(j.causes) >= maxCauses {
 		oldest := slices.MinFunc(slices.Collect(maps.Keys(j.causes)), func(a, b string) int {
@@ -261,9 +260,9 @@ func (j *journal) cause(key string, now time.Time) *cause {
 	return j.causes[key]
 }
 
-// passing matches what differs from one failure to the next of the same cause: IP addresses,
-// and long numbers, such as ports and the numbers of requests. A short one, such as a status,
-// makes another cause.
+// passing matches what differs from one failure to the next of the same cause: IP addresses, and
+// long numbers, such as ports and the numbers of requests. A short one, such as a status, makes
+// another cause.
 var variablePart = regexp.MustCompile(`\d+\.\d+\.\d+\.\d+|\[[[:xdigit:]:.]+(%\w+)?\]|\d{4,}`)
 
 // causeKey is what failures have in common that are told as one: step and reason, whatever the
@@ -353,16 +352,16 @@ type failure struct {
 	panicked *PanicError
 }
 
-// contradicts tells whether the handler had settled its message otherwise than its error asks
-// for, which then changes nothing.
+// contradicts tells whether the handler had settled its message otherwise than its error asks for,
+// which then changes nothing.
 func (f failure) contradicts() bool {
 	o := f.delivery.Outcome()
 	wanted, _ := OutcomeOf(f.err)
 	return f.held == 0 && o != wanted && o != Stale
 }
 
-// failures thins what handlers return, or their panics. Unlike the rest of the
-// journal it is used by all workers.
+// failures thins what handlers return, or their panics. Unlike the rest of the journal it is used
+// by all workers.
 type failures struct {
 	mu         sync.Mutex
 	series     series
@@ -463,8 +462,8 @@ func (j *journal) summarizeOne(f *failures, level slog.Level, message string) {
 	}
 }
 
-// notices is what the sessions of one Run have told, so that a mistake that every
-// message shows is no flood.
+// notices is what the sessions of one Run have told, so that a mistake that every message shows is
+// no flood.
 type notices struct {
 	held, overdue, limit, unreadable rateLimited
 	connecting                       rateLimited
@@ -479,8 +478,8 @@ type rateLimited struct {
 	suppressed uint64
 }
 
-// pass tells whether a line may be told, at most one each interval, and how many
-// were left out before it.
+// pass tells whether a line may be told, at most one each interval, and how many were left out
+// before it.
 func (t *rateLimited) allow(interval time.Duration) (left uint64, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

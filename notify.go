@@ -8,9 +8,8 @@ import (
 	"time"
 )
 
-// notifier keeps why something ended. The first cause wins: what the driver
-// reports later about the same end, or what the teardown itself causes, does not
-// hide it.
+// notifier keeps why something ended. The first cause wins: what the driver reports later about the
+// same end, or what the teardown itself causes, does not hide it.
 type notifier struct {
 	once sync.Once
 	done chan struct{} // closed once there is a cause
@@ -42,9 +41,8 @@ func (n *notifier) Cause() error {
 	}
 }
 
-// drain reads a Notify chan of the driver to its end. Nothing the driver sends
-// may ever wait for us: an unread Notify chan once kept a dead connection's
-// socket open.
+// drain reads a Notify chan of the driver to its end. Nothing the driver sends may ever wait for
+// us: an unread Notify chan once kept a dead connection's socket open.
 func drain[T any](c <-chan T) {
 	for range c { // the values are known already, only the end counts
 	}
@@ -55,8 +53,8 @@ const (
 	reportGrace   = 500 * time.Millisecond
 )
 
-// reporter tells hooks and log, on one goroutine of its own: neither a slow hook
-// nor a blocked log pipe may delay healing.
+// reporter tells hooks and log, on one goroutine of its own: neither a slow hook nor a blocked log
+// pipe may delay healing.
 type reporter struct {
 	hooks   Hooks
 	journal *journal
@@ -108,8 +106,8 @@ func (r *reporter) line(level slog.Level, message string, attrs []slog.Attr) {
 	r.tell(func() { r.log(func() { r.journal.write(record) }) })
 }
 
-// failed logs what a handler returned, unless it is left out. What is left out is
-// not queued either: it must not crowd out changes of state.
+// failed logs what a handler returned, unless it is left out. What is left out is not queued
+// either: it must not crowd out changes of state.
 func (r *reporter) failed(f failure) {
 	if record, due := r.journal.failed(f); due {
 		r.tell(func() { r.log(func() { r.journal.writeFailure(record) }) })
@@ -128,8 +126,8 @@ func (r *reporter) settled(d *Delivery, o Outcome) {
 	r.hook(func() { r.hooks.Settled(d, o) })
 }
 
-// released tells the hook of held messages that have been settled, in the place of
-// the session's goroutine, which a hook must not delay.
+// released tells the hook of held messages that have been settled, in the place of the session's
+// goroutine, which a hook must not delay.
 func (r *reporter) released(held []*Delivery) {
 	if r.hooks.Settled == nil || len(held) == 0 {
 		return
@@ -178,8 +176,8 @@ func (r *reporter) run() {
 	}
 }
 
-// stop delivers what is queued and returns, at the latest after the grace a
-// hook that never returns is given; nothing is told after that.
+// stop delivers what is queued and returns, at the latest after the grace a hook that never returns
+// is given; nothing is told after that.
 func (r *reporter) stop() {
 	close(r.stopping)
 	select {
@@ -200,8 +198,8 @@ func (r *reporter) hook(f func()) {
 // log calls the log handler. It goes on after a panic: how the Run ends is worth a line.
 func (r *reporter) log(f func()) { r.call(f, "WithLogger", "the log handler") }
 
-// call calls a function of the user, unless Run has returned. It turns a panic, and the
-// end of the goroutine, into the end of Run.
+// call calls a function of the user, unless Run has returned. It turns a panic, and the end of the
+// goroutine, into the end of Run.
 func (r *reporter) call(f func(), option, what string) {
 	if r.muted.Load() {
 		return

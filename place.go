@@ -15,8 +15,8 @@ const (
 	locateTrips = 4
 )
 
-// locate finds out before the first subscription which message an offset that shifts stands for.
-// No method of AMQP 0-9-1 tells: what a passive declare counts is up to 5 s old (RabbitMQ 3.10, 4.0
+// locate finds out before the first subscription which message an offset that shifts stands for. No
+// method of AMQP 0-9-1 tells: what a passive declare counts is up to 5 s old (RabbitMQ 3.10, 4.0
 // and 4.3), and does not tell what a stream has given up. But each message of a stream has its
 // offset, and stays where it is when the channel that has consumed it is closed. From the first
 // basic.consume on there is a place to resume at; until the messages tell, it is one by the clock.
@@ -157,17 +157,17 @@ func (s *session) listen(offset any) (first <-chan int64, err error) {
 	return got, nil
 }
 
-// A busy broker may cancel the consumers of a stream that is deleted a moment
-// before it forgets the stream, so after a cancel it is looked for again and
-// again: as long as streamDoubt, at most half of the setup limit.
+// A busy broker may cancel the consumers of a stream that is deleted a moment before it forgets the
+// stream, so after a cancel it is looked for again and again: as long as streamDoubt, at most half
+// of the setup limit.
 const (
 	streamDoubt = 2 * time.Second
 	streamLook  = 20 * time.Millisecond
 )
 
-// checkStream looks whether the stream is there still, before it is declared:
-// afterwards a new one looks like the old one. The broker closes the channel if it is
-// not, or if the question is not allowed: then the session needs another one.
+// checkStream looks whether the stream is there still, before it is declared: afterwards a new one
+// looks like the old one. The broker closes the channel if it is not, or if the question is not
+// allowed: then the session needs another one.
 func (s *session) checkStream(ctx context.Context) error {
 	if s.streamPosition() == nil || s.declaration.streamChecked {
 		return nil

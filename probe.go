@@ -14,15 +14,13 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// stallConfirm is how long a suspicion has to hold. For a moment a queue may have
-// messages that are on their way to us, and RabbitMQ answers "no messages, no
-// consumers" for a quorum queue whose leader it does not reach within 250 ms, as
-// in every election.
+// stallConfirm is how long a suspicion has to hold. For a moment a queue may have messages that are
+// on their way to us, and RabbitMQ answers "no messages, no consumers" for a quorum queue whose
+// leader it does not reach within 250 ms, as in every election.
 const stallConfirm = 5 * time.Second
 
-// prober looks for the consumer that is alive on paper: heartbeats pass,
-// consume-ok was said, and nothing comes although the queue has messages. It runs
-// as long as its session.
+// prober looks for the consumer that is alive on paper: heartbeats pass, consume-ok was said, and
+// nothing comes although the queue has messages. It runs as long as its session.
 type prober struct {
 	session      *session
 	lastProgress uint64    // at the last look
@@ -78,8 +76,8 @@ func (p *prober) run() {
 	}
 }
 
-// look returns why the session seems to be stalled. As long as something moves,
-// or may not move because the prefetch is full, nobody is asked.
+// look returns why the session seems to be stalled. As long as something moves, or may not move
+// because the prefetch is full, nobody is asked.
 func (p *prober) look() error {
 	if moves := p.progress(); moves != p.lastProgress || p.full() {
 		p.lastProgress, p.length = moves, -1
@@ -95,9 +93,9 @@ func (p *prober) look() error {
 	return err
 }
 
-// moved changes with every byte of a delivery, with what was given to handlers and with
-// what was settled: a settlement makes room, so the silence that counts begins after the
-// last one. A message may take long to arrive.
+// moved changes with every byte of a delivery, with what was given to handlers and with what was
+// settled: a settlement makes room, so the silence that counts begins after the last one. A message
+// may take long to arrive.
 func (p *prober) progress() uint64 {
 	s := p.session
 	n := s.received.Load() + uint64(s.wire.Heard())
@@ -107,12 +105,12 @@ func (p *prober) progress() uint64 {
 	return n
 }
 
-// full tells whether the broker may give no more: what it gave waits for a worker,
-// is with one, or waits for its requeue or, of a stream, for its turn to be acked.
+// full tells whether the broker may give no more: what it gave waits for a worker, is with one, or
+// waits for its requeue or, of a stream, for its turn to be acked.
 func (p *prober) full() bool { return p.session.wire.Unsettled() >= int64(p.session.config.prefetch) }
 
-// ask returns why what the queue says makes the silence a stall. Behind a single
-// active consumer, or one of higher priority, silence is normal.
+// ask returns why what the queue says makes the silence a stall. Behind a single active consumer,
+// or one of higher priority, silence is normal.
 func (p *prober) ask() error {
 	s := p.session
 	q, err := p.inspect()
@@ -132,8 +130,8 @@ func (p *prober) ask() error {
 	return p.askOtherHosts(q)
 }
 
-// grew tells whether the stream is longer than at the first look at this silence.
-// That it has messages says nothing: it keeps them.
+// grew tells whether the stream is longer than at the first look at this silence. That it has
+// messages says nothing: it keeps them.
 func (p *prober) grew(length int) bool {
 	if p.length >= 0 && length > p.length {
 		return !p.session.stream.ahead(length)
@@ -142,18 +140,17 @@ func (p *prober) grew(length int) bool {
 	return false
 }
 
-// waits tells whether the queue has messages for nobody but us. A quorum queue
-// counts of single active consumers only the active one, so we may be behind it.
+// waits tells whether the queue has messages for nobody but us. A quorum queue counts of single
+// active consumers only the active one, so we may be behind it.
 func (p *prober) waits(q amqp.Queue) bool {
 	declared := p.session.config.declare
 	single := declared != nil && declared.Args["x-single-active-consumer"] == true
 	return q.Messages > 0 && q.Consumers <= 1 && !single
 }
 
-// elsewhere asks the other hosts. A leader that lost its majority goes on answering
-// from what it knew, while the others elect a new one, and so does every host that
-// is cut off: so most of all hosts have to say that messages wait for us, and it
-// takes three.
+// elsewhere asks the other hosts. A leader that lost its majority goes on answering from what it
+// knew, while the others elect a new one, and so does every host that is cut off: so most of all
+// hosts have to say that messages wait for us, and it takes three.
 func (p *prober) askOtherHosts(here amqp.Queue) error {
 	s := p.session
 	hosts := newHosts(s.config).endpoints
@@ -171,8 +168,8 @@ func (p *prober) askOtherHosts(here amqp.Queue) error {
 	return p.stall("though the other hosts say that messages wait: this one seems to be cut off")
 }
 
-// contradicts compares what two hosts say. All of a cluster ask the same leader,
-// so a stream is as long wherever one asks.
+// contradicts compares what two hosts say. All of a cluster ask the same leader, so a stream is as
+// long wherever one asks.
 func (p *prober) contradicts(here, there amqp.Queue) bool {
 	if p.session.stream != nil {
 		return there.Messages > here.Messages
@@ -202,8 +199,7 @@ func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
 	return inspect(a.conn, s.queue)
 }
 
-// inspect asks for the queue, on a channel of its own, which the broker closes if it
-// refuses.
+// inspect asks for the queue, on a channel of its own, which the broker closes if it refuses.
 func inspect(c *connection, queue string) (amqp.Queue, error) {
 	channel, err := c.amqp.Channel()
 	if err != nil {
@@ -216,10 +212,9 @@ func inspect(c *connection, queue string) (amqp.Queue, error) {
 // errUnanswered ends a connection on which a question was not answered in time.
 var errUnanswered = errors.New("the stall detector's question was not answered within the setup limit")
 
-// question is one about the queue that has been put to the session's own host. It may
-// outlast the session: its answer stands behind all deliveries of the connection, and if
-// there is none only the end of the connection ends it. That waits until no session
-// lives there.
+// question is one about the queue that has been put to the session's own host. It may outlast the
+// session: its answer stands behind all deliveries of the connection, and if there is none only the
+// end of the connection ends it. That waits until no session lives there.
 type question struct {
 	overdue chan struct{} // closed when the limit has passed
 	done    chan struct{} // closed when there is an answer
@@ -242,8 +237,8 @@ func ask(s *session) *question {
 	return q
 }
 
-// inspect asks the session's own host, one question at a time. One that is overdue
-// counts as unanswered until there is an answer after all.
+// inspect asks the session's own host, one question at a time. One that is overdue counts as
+// unanswered until there is an answer after all.
 func (p *prober) inspect() (amqp.Queue, error) {
 	if p.question == nil {
 		p.question = ask(p.session)
@@ -270,9 +265,9 @@ func (p *prober) finish() {
 	}
 }
 
-// cannotAsk tells, once in a Run, that the detector notices nothing: that must not look
-// like health. A broker that refuses is not asked again by this session, for its log has
-// a line of every refusal. That the queue is gone is told by basic.cancel.
+// cannotAsk tells, once in a Run, that the detector notices nothing: that must not look like
+// health. A broker that refuses is not asked again by this session, for its log has a line of every
+// refusal. That the queue is gone is told by basic.cancel.
 func (p *prober) cannotAsk(err error) {
 	var brokerErr *amqp.Error
 	why := ""

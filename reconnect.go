@@ -14,9 +14,9 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// classify is the one place that decides what a failure means. What the broker
-// said itself counts first; the driver's own codes say nothing: it has 501 for every failure of
-// I/O, and 403 for a socket lost in the handshake.
+// classify is the one place that decides what a failure means. What the broker said itself counts
+// first; the driver's own codes say nothing: it has 501 for every failure of I/O, and 403 for a
+// socket lost in the handshake.
 func classify(err error) class {
 	var brokerErr *amqp.Error
 	if errors.As(err, &brokerErr) && brokerErr.Server {
@@ -37,8 +37,8 @@ func classify(err error) class {
 	return classNetwork
 }
 
-// wrongPeer tells one that will be no better on the next try: a certificate nobody
-// trusts, another protocol.
+// wrongPeer tells one that will be no better on the next try: a certificate nobody trusts, another
+// protocol.
 func wrongPeer(err error) bool {
 	var verify *tls.CertificateVerificationError
 	var authority x509.UnknownAuthorityError
@@ -52,8 +52,8 @@ func wrongPeer(err error) bool {
 		errors.As(err, &port)
 }
 
-// permanent tells whether the broker stated plainly, before the first session, that
-// the configuration cannot work.
+// permanent tells whether the broker stated plainly, before the first session, that the
+// configuration cannot work.
 func permanent(err error) bool {
 	var brokerErr *amqp.Error
 	if !errors.As(err, &brokerErr) || !brokerErr.Server || classifyBroker(brokerErr) != classOperator {
@@ -77,8 +77,8 @@ const (
 	maxRefusals = 3
 )
 
-// retry decides whether to go on after a failure, and how long to wait. It
-// belongs to the supervisor and knows no clock but the times it is given.
+// retry decides whether to go on after a failure, and how long to wait. It belongs to the
+// supervisor and knows no clock but the times it is given.
 type retry struct {
 	config *config
 	rules  map[class]rule
@@ -123,9 +123,8 @@ func newRetry(c *config) *retry {
 	return r
 }
 
-// consuming notes that a session has been set up. It resets only what an operator or
-// another owner has to do, for that is done: consume-ok proves neither a queue's
-// leader nor a path.
+// consuming notes that a session has been set up. It resets only what an operator or another owner
+// has to do, for that is done: consume-ok proves neither a queue's leader nor a path.
 func (r *retry) consuming() {
 	r.hadSession = true
 	r.refusals = 0
@@ -159,10 +158,9 @@ func (r *retry) givesUp(err error) bool {
 	return refused || permanent(err)
 }
 
-// wait returns how long to wait after err. fresh tells that the next try goes to a
-// host that has not had its turn in this round. One that another host follows at once
-// is waited for at the end of the round, or a host that refuses dials beside it would
-// quicken its pace.
+// wait returns how long to wait after err. fresh tells that the next try goes to a host that has
+// not had its turn in this round. One that another host follows at once is waited for at the end of
+// the round, or a host that refuses dials beside it would quicken its pace.
 func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	r.failures++
 	kind := classify(err)
@@ -200,8 +198,8 @@ func (r *retry) deferPace(p *pace) {
 
 func (r *retry) shortDelay() time.Duration { return rand.N(min(firstRetry, r.limit)) }
 
-// lockIsFresh tells whether a lock is young enough to be that of a connection the broker
-// has yet to bury. What else fails meanwhile makes it no younger.
+// lockIsFresh tells whether a lock is young enough to be that of a connection the broker has yet to
+// bury. What else fails meanwhile makes it no younger.
 func (r *retry) lockIsFresh(now time.Time) bool {
 	buried := 3*cmp.Or(r.heartbeat, r.config.heartbeat) + lockedExtra
 	if now.Sub(r.lockSeen) > buried+operatorCap {
@@ -211,8 +209,8 @@ func (r *retry) lockIsFresh(now time.Time) bool {
 	return now.Sub(r.locked) < buried
 }
 
-// pace is how quickly failures of one kind are retried: exponential backoff with full
-// jitter above a floor.
+// pace is how quickly failures of one kind are retried: exponential backoff with full jitter above
+// a floor.
 type pace struct {
 	floor, initial, limit time.Duration
 	failures              int // of this kind in a row
@@ -238,9 +236,8 @@ const (
 	provenAfter = 10 * time.Second // a session this long makes all hosts untried
 )
 
-// hosts is the order in which hosts are tried: the last good one, then the others
-// at random, and last those that refused, said they close, fell silent or are not the
-// broker, for a minute.
+// hosts is the order in which hosts are tried: the last good one, then the others at random, and
+// last those that refused, said they close, fell silent or are not the broker, for a minute.
 type hosts struct {
 	endpoints []endpoint
 	avoid     map[string]time.Time // address -> until when it goes last
@@ -262,10 +259,9 @@ func newHosts(c *config) *hosts {
 	return h
 }
 
-// next picks the host of the next try. It is fresh if it is one of several and has not
-// been tried in this row of failures, or not as often as others: their failures say
-// nothing about it. Without endpoints, where a function of the user names the host,
-// there is none to pick.
+// next picks the host of the next try. It is fresh if it is one of several and has not been tried
+// in this row of failures, or not as often as others: their failures say nothing about it. Without
+// endpoints, where a function of the user names the host, there is none to pick.
 func (h *hosts) next(now time.Time) (e endpoint, fresh bool) {
 	if len(h.endpoints) == 0 {
 		return endpoint{}, false
@@ -283,9 +279,9 @@ func (h *hosts) next(now time.Time) (e endpoint, fresh bool) {
 	return e, fresh
 }
 
-// compare tells which of two hosts has its turn first. One that goes last is a round
-// behind the others, so that those tried before it have another turn, and it still has
-// one when all of them fail.
+// compare tells which of two hosts has its turn first. One that goes last is a round behind the
+// others, so that those tried before it have another turn, and it still has one when all of them
+// fail.
 func (h *hosts) compare(a, b string, now time.Time) int {
 	roundA, untilA := h.turn(a, now)
 	roundB, untilB := h.turn(b, now)
@@ -312,9 +308,9 @@ func (h *hosts) rank(address string) int {
 	return 1
 }
 
-// connected notes that a session was set up on address. It does not make the hosts
-// untried again: an untried one is dialled at once, so sessions that are lost
-// right after their consume-ok would go round in a hot loop.
+// connected notes that a session was set up on address. It does not make the hosts untried again:
+// an untried one is dialled at once, so sessions that are lost right after their consume-ok would
+// go round in a hot loop.
 func (h *hosts) connected(address string) {
 	h.good = address
 	delete(h.avoid, address)
@@ -332,9 +328,8 @@ func (h *hosts) failed(address string, err error, now time.Time) {
 	}
 }
 
-// goesLast tells that the host had better be left alone for a while. One that fell
-// silent may still accept, and then a dial there costs the whole set-up limit before
-// another host has a turn.
+// goesLast tells that the host had better be left alone for a while. One that fell silent may still
+// accept, and then a dial there costs the whole set-up limit before another host has a turn.
 func goesLast(err error) bool {
 	switch classify(err) {
 	case classForced, classRefused, classPeer:
@@ -343,8 +338,8 @@ func goesLast(err error) bool {
 	return fellSilent(err)
 }
 
-// fellSilent tells a peer or a path that is dead without having said so, and a
-// node that serves nothing.
+// fellSilent tells a peer or a path that is dead without having said so, and a node that serves
+// nothing.
 func fellSilent(err error) bool {
 	for _, silence := range []error{wire.ErrReadTimeout, wire.ErrWatchdog, wire.ErrUnconfirmed, wire.ErrWriteTimeout, errSetupTimeout, errStalled} {
 		if errors.Is(err, silence) {

@@ -14,10 +14,9 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// session is one *amqp.Channel with one consumer on it. It is never repaired,
-// only replaced, and a fresh channel per session is what fences late acks: the
-// channel of a dead session answers ErrClosed, and its delivery tags mean
-// nothing on any other.
+// session is one *amqp.Channel with one consumer on it. It is never repaired, only replaced, and a
+// fresh channel per session is what fences late acks: the channel of a dead session answers
+// ErrClosed, and its delivery tags mean nothing on any other.
 //
 // One goroutine, run, owns its life:
 //
@@ -96,9 +95,9 @@ func (s *scope) drainError() error {
 	return &DrainError{Handlers: int(s.running()), Limit: s.config.drainTimeout}
 }
 
-// openSession opens a channel on c, sets it up and subscribes, all within ctx:
-// the driver's calls take no context, so the end of ctx ends the connection under them, or the
-// stay there if another session lives on it.
+// openSession opens a channel on c, sets it up and subscribes, all within ctx: the driver's calls
+// take no context, so the end of ctx ends the connection under them, or the stay there if another
+// session lives on it.
 func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, step *step) (*session, error) {
 	lease := c.lend()
 	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
@@ -222,8 +221,8 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	return "consume", err
 }
 
-// saidByBroker replaces the driver's ErrClosed by what the broker said when it closed
-// the channel, if that has arrived.
+// saidByBroker replaces the driver's ErrClosed by what the broker said when it closed the channel,
+// if that has arrived.
 func (s *session) saidByBroker(err error) error {
 	if !errors.Is(err, amqp.ErrClosed) {
 		return err
@@ -266,9 +265,9 @@ func (s *session) run() {
 	s.lease.giveBack()
 }
 
-// consume waits for the first sign of the session's end. The driver promises no
-// order among its signs, so what ended is decided on the state after any of
-// them. It returns nil when the drain was asked for.
+// consume waits for the first sign of the session's end. The driver promises no order among its
+// signs, so what ended is decided on the state after any of them. It returns nil when the drain was
+// asked for.
 func (s *session) consume() error {
 	for {
 		select {
@@ -320,8 +319,8 @@ func (s *session) diagnose() error {
 		<-s.conn.end.Done() // bounded: the connection is on its way down
 		return s.conn.end.Cause()
 	}
-	// A NotifyCancel that ended without a value: a close is right behind it, or we see a
-	// connection on its way down.
+	// A NotifyCancel that ended without a value: a close is right behind it, or we see a connection
+	// on its way down.
 	select {
 	case <-s.channelEnd.Done():
 	case <-s.conn.end.Done():
@@ -337,8 +336,8 @@ func (s *session) takeNoMore() {
 	s.inbox.close()
 }
 
-// lose ends a session whose channel is gone: running handlers are told, and
-// nothing they settle from now on reaches the wire.
+// lose ends a session whose channel is gone: running handlers are told, and nothing they settle
+// from now on reaches the wire.
 func (s *session) lose(cause error) {
 	s.closed.Store(true)
 	s.takeNoMore()
@@ -347,15 +346,15 @@ func (s *session) lose(cause error) {
 	s.releaseHeld()
 }
 
-// retire ends a session that the broker cancelled. Its channel lives, so running
-// handlers may settle, which saves needless duplicates; the successor consumes
-// meanwhile. What no handler has started goes back at once.
+// retire ends a session that the broker cancelled. Its channel lives, so running handlers may
+// settle, which saves needless duplicates; the successor consumes meanwhile. What no handler has
+// started goes back at once.
 func (s *session) retire(cause error) {
 	s.takeNoMore()
 	s.end.notify(cause)
-	// RabbitMQ 4.3 would serve the cancelled consumer again once its overdue
-	// deliveries are settled, and the driver has forgotten it: those messages
-	// would be stuck until the channel closes. Other versions ignore an unknown tag.
+	// RabbitMQ 4.3 would serve the cancelled consumer again once its overdue deliveries are
+	// settled, and the driver has forgotten it: those messages would be stuck until the channel
+	// closes. Other versions ignore an unknown tag.
 	_ = s.channel.Cancel(s.tag, true)
 	s.handBackRest()
 	s.releaseHeld()
@@ -373,8 +372,8 @@ func (s *session) retire(cause error) {
 	s.lose(cause)
 }
 
-// drain ends a session in order: no new deliveries, the unstarted ones back to the queue,
-// running handlers within the limit. closeChannel then proves their acks by its close-ok.
+// drain ends a session in order: no new deliveries, the unstarted ones back to the queue, running
+// handlers within the limit. closeChannel then proves their acks by its close-ok.
 func (s *session) drain() {
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
@@ -422,8 +421,8 @@ func (s *session) awaitHandlers(limit <-chan time.Time) error {
 }
 
 // call bounds a call of the driver on the session's channel by the close limit, which counts
-// silence; limit ends the wait in any case. A call that is not answered in time holds
-// the channel for good, and the session gives it up.
+// silence; limit ends the wait in any case. A call that is not answered in time holds the channel
+// for good, and the session gives it up.
 func (s *session) call(limit <-chan time.Time, f func() error) error {
 	answer := make(chan error, 1)
 	go func() { answer <- f() }()
@@ -447,25 +446,24 @@ func (s *session) giveUp(cause error) {
 	s.lease.giveUp(cause)
 }
 
-// handBackRest returns to the queue what was delivered and no worker took.
-// basic.nack says "never started": it does not count towards a delivery limit.
+// handBackRest returns to the queue what was delivered and no worker took. basic.nack says "never
+// started": it does not count towards a delivery limit.
 func (s *session) handBackRest() {
 	for _, d := range s.clear() {
 		s.handBack(d.DeliveryTag)
 	}
 }
 
-// unstarted takes back what a worker took and may not start. It goes to the queue
-// with the others, behind the basic.cancel: before it the broker would give it to
-// this consumer once more.
+// unstarted takes back what a worker took and may not start. It goes to the queue with the others,
+// behind the basic.cancel: before it the broker would give it to this consumer once more.
 func (s *session) unstarted(d *Delivery) {
 	if !s.inbox.takeBack(d) {
 		s.handBack(d.DeliveryTag)
 	}
 }
 
-// handBack returns a delivery that no handler saw. Of a session that is over the
-// broker has taken back everything itself.
+// handBack returns a delivery that no handler saw. Of a session that is over the broker has taken
+// back everything itself.
 func (s *session) handBack(tag uint64) {
 	if s.closed.Load() || s.stream != nil {
 		return
@@ -474,9 +472,9 @@ func (s *session) handBack(tag uint64) {
 }
 
 // closeChannel waits for close-ok, the only proof AMQP 0-9-1 has that the acks before it arrived,
-// within the close limit; the deliveries of a successor may be in the way, for as long as hardLimit.
-// The driver's Close returns nil for a channel that has ended already,
-// so what counts is why it ended.
+// within the close limit; the deliveries of a successor may be in the way, for as long as
+// hardLimit. The driver's Close returns nil for a channel that has ended already, so what counts is
+// why it ended.
 func (s *session) closeChannel(hardLimit time.Duration) {
 	since := time.Now()
 	over := time.NewTimer(max(hardLimit, s.config.closeTimeout))
@@ -518,9 +516,8 @@ func (s *session) number() uint64 { return s.id }
 // source implements settler.
 func (s *session) source() (queue, host string) { return s.queue, s.conn.host }
 
-// settle implements settler: it puts one settlement on the wire of this
-// session's channel, or none. A failed handler is a reject, which counts towards
-// a quorum queue's delivery limit.
+// settle implements settler: it puts one settlement on the wire of this session's channel, or none.
+// A failed handler is a reject, which counts towards a quorum queue's delivery limit.
 func (s *session) settle(d *Delivery, o Outcome) error {
 	if s.closed.Load() {
 		s.stats.stale.Add(1)
@@ -550,8 +547,8 @@ func (s hookSettler) settle(d *Delivery, o Outcome) error {
 	return err
 }
 
-// releaseHeld settles the deliveries that wait for their requeue. A hook must not
-// delay the session's own goroutine.
+// releaseHeld settles the deliveries that wait for their requeue. A hook must not delay the
+// session's own goroutine.
 func (s *session) releaseHeld() {
 	held := &collectingSettler{session: s}
 	s.holds.release(held)
@@ -591,16 +588,16 @@ func (s *session) send(d *Delivery, o Outcome) error {
 // againAfter keeps a message that is tried again at once from spinning.
 const againAfter = 10 * time.Millisecond
 
-// tryAgain gives the message of d to a worker once more, in place: to the broker it
-// is the same delivery, to the handler one of its own, so that nothing of the try
-// before can settle it. Once the session has ended nobody takes it any more.
+// tryAgain gives the message of d to a worker once more, in place: to the broker it is the same
+// delivery, to the handler one of its own, so that nothing of the try before can settle it. Once
+// the session has ended nobody takes it any more.
 func (s *session) tryAgain(d *Delivery) {
 	again := d.again()
 	time.AfterFunc(againAfter, func() { s.inbox.put(again) })
 }
 
-// conclude settles a delivery by its handler's error, unless the handler has
-// settled it by itself. It returns how long the delivery is held before that.
+// conclude settles a delivery by its handler's error, unless the handler has settled it by itself.
+// It returns how long the delivery is held before that.
 func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
 	if d.Outcome() != Unsettled {
 		return 0
@@ -616,16 +613,15 @@ func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
 	return 0
 }
 
-// healthy tells whether the session has proved that a broker works: consume-ok
-// proves nothing, for a quorum queue without a leader answers it and fails 65 s
-// later.
+// healthy tells whether the session has proved that a broker works: consume-ok proves nothing, for
+// a quorum queue without a leader answers it and fails 65 s later.
 func (s *session) healthy(now time.Time) bool {
 	up := now.Sub(s.since)
 	return up >= 70*time.Second || up >= 10*time.Second && s.settled.Load()
 }
 
-// gate counts the handlers at work. Once shut nothing enters any more, and empty
-// closes when the last one has left.
+// gate counts the handlers at work. Once shut nothing enters any more, and empty closes when the
+// last one has left.
 type gate struct {
 	count atomic.Int64 // twice the number inside, plus one when shut
 	done  chan struct{}
@@ -686,8 +682,8 @@ func (s *scope) waiting(host string, step *step) (over func()) {
 // overdueGrace is what a handler is given to return in once its context has ended.
 const overdueGrace = time.Second
 
-// overdue watches a handler that has a timeout. The function it returns is called
-// when the handler has returned.
+// overdue watches a handler that has a timeout. The function it returns is called when the handler
+// has returned.
 func (s *session) overdue(d *Delivery) (returned func()) {
 	limit, id := s.config.handlerTimeout, d.MessageId // the handler may change it
 	timer := time.AfterFunc(limit+overdueGrace, func() {
@@ -705,9 +701,9 @@ func (s *session) overdue(d *Delivery) (returned func()) {
 	}
 }
 
-// backlog looks, a few times within a consumer timeout, whether deliveries wait too
-// long for a worker. That costs a delivery nothing, and sees how long handlers take
-// together and not how long the odd one does.
+// backlog looks, a few times within a consumer timeout, whether deliveries wait too long for a
+// worker. That costs a delivery nothing, and sees how long handlers take together and not how long
+// the odd one does.
 type backlog struct {
 	session *session
 	timeout time.Duration
@@ -733,8 +729,7 @@ func (s *session) watchBacklog() {
 
 func (p *backlog) every() time.Duration { return max(p.timeout/looksPerTimeout, time.Second) }
 
-// look finds out whether a delivery waits that was there already half a consumer
-// timeout ago.
+// look finds out whether a delivery waits that was there already half a consumer timeout ago.
 func (p *backlog) look() {
 	s := p.session
 	taken := s.stats.delivered.Load() - p.base // first: what is taken meanwhile must not count twice
@@ -763,9 +758,9 @@ func (p *backlog) stop() {
 	}
 }
 
-// cutOff tells whether a handler returned err because its session was lost or the
-// drain limit passed: that is no failure of its own, and the broker has the message
-// already. A panic is one whenever it comes.
+// cutOff tells whether a handler returned err because its session was lost or the drain limit
+// passed: that is no failure of its own, and the broker has the message already. A panic is one
+// whenever it comes.
 func (s *session) cutOff(err error) bool {
 	return s.ctx.Err() != nil && !errors.As(err, new(*PanicError))
 }

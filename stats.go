@@ -136,8 +136,8 @@ type Stats struct {
 	// was decided: the ack of a message that was acked or discarded waits for those before it, and
 	// Requeued counts the tries in place, which send nothing.
 	Acked, Requeued, Discarded uint64
-	// Stale counts settlements that came after the end of their session and
-	// were not sent; the broker delivers those messages again.
+	// Stale counts settlements that came after the end of their session and were not sent; the
+	// broker delivers those messages again.
 	Stale uint64
 	// Failed counts failed handlers, as [Hooks].HandlerFailed is told of them: errors and panics.
 	// An error after the end of the handler's session, or after the drain limit, is not counted: it

@@ -14,8 +14,7 @@ import (
 
 const offsetKey = "x-stream-offset"
 
-// unknownOffset is that of a message whose headers cannot be read: behind the one
-// before, at least.
+// unknownOffset is that of a message whose headers cannot be read: behind the one before, at least.
 const unknownOffset = -1
 
 // placed gives d an offset if the broker's cannot be read.
@@ -25,10 +24,10 @@ func assignOffset(d *Delivery) {
 	}
 }
 
-// position remembers how far a stream has been handled, over the sessions of one
-// Run: a stream keeps its messages and starts a consumer where the consumer says,
-// so without it the successor of a lost session would skip what was published
-// meanwhile. A nil position is that of a queue: it does nothing.
+// position remembers how far a stream has been handled, over the sessions of one Run: a stream
+// keeps its messages and starts a consumer where the consumer says, so without it the successor of
+// a lost session would skip what was published meanwhile. A nil position is that of a queue: it
+// does nothing.
 type position struct {
 	mu      sync.Mutex
 	queue   string    // the stream it is about
@@ -52,8 +51,7 @@ type watermark struct {
 
 func newWatermark() watermark { return watermark{above: make(map[uint64]int64)} }
 
-// add notes a tag, and returns those that now follow low without a gap, which low
-// has moved over.
+// add notes a tag, and returns those that now follow low without a gap, which low has moved over.
 func (r *watermark) add(d settledAt) (unbroken []settledAt) {
 	r.above[d.tag] = d.offset
 	for {
@@ -105,8 +103,8 @@ func (p *position) needsLookup(queue string, given any) (offset any, ok bool) {
 // fresh is called with mu held.
 func (p *position) fresh() bool { return p.from == nil && !p.known }
 
-// resume returns the arguments of the basic.consume of a new session. The first one, which has
-// just asked where to begin, and was not told, begins where it was given to.
+// resume returns the arguments of the basic.consume of a new session. The first one, which has just
+// asked where to begin, and was not told, begins where it was given to.
 func (p *position) resume(session uint64, args amqp.Table, asked bool) amqp.Table {
 	args = maps.Clone(args)
 	if p == nil {
@@ -143,8 +141,8 @@ func (p *position) subscribed(offset any) {
 }
 
 // assume takes a time for the place, as long as no message tells it. The function it returns is
-// called with what the broker answers: if it does not take the consumer, there is no place.
-// Any other failure does not tell whether it has.
+// called with what the broker answers: if it does not take the consumer, there is no place. Any
+// other failure does not tell whether it has.
 func (p *position) assume(since time.Time) (answered func(error) error) {
 	if p == nil {
 		return func(err error) error { return err }
@@ -195,9 +193,8 @@ func (p *position) ahead(length int) bool {
 	return ok && !p.known && int64(length) <= at
 }
 
-// startOver notes that the stream is gone. The one that will have its name
-// counts from 0 again: asked for the old place, a broker would wait until it has
-// that many messages and skip them all.
+// startOver notes that the stream is gone. The one that will have its name counts from 0 again:
+// asked for the old place, a broker would wait until it has that many messages and skip them all.
 func (p *position) startOver() {
 	if p == nil {
 		return
@@ -222,8 +219,8 @@ func (p *position) doubt() {
 	p.doubted = true
 }
 
-// gone notes that a session could not be set up because the stream is not there. A
-// topology function may also have asked for another queue.
+// gone notes that a session could not be set up because the stream is not there. A topology
+// function may also have asked for another queue.
 func (p *position) setupFailed(err error) {
 	if p == nil {
 		return
@@ -251,8 +248,8 @@ func noQueue(err error, name string) bool {
 	return strings.HasPrefix(text, want)
 }
 
-// began notes a delivery that a handler is given: even if none is ever settled,
-// the next session must not start behind it.
+// began notes a delivery that a handler is given: even if none is ever settled, the next session
+// must not start behind it.
 func (p *position) began(session uint64, d *Delivery) {
 	if p == nil {
 		return
@@ -275,10 +272,10 @@ func (p *position) began(session uint64, d *Delivery) {
 	}
 }
 
-// ready notes that a delivery is done for good and returns those to ack now: none
-// before all that came earlier are done. A broker sends one more for every ack, so
-// behind one slow handler any number of messages would be done that the next
-// session, which resumes at the slow one, is given again.
+// ready notes that a delivery is done for good and returns those to ack now: none before all that
+// came earlier are done. A broker sends one more for every ack, so behind one slow handler any
+// number of messages would be done that the next session, which resumes at the slow one, is given
+// again.
 func (p *position) ready(session uint64, d *Delivery) []settledAt {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -305,8 +302,8 @@ func (p *position) acknowledged(session uint64, d settledAt) {
 	}
 }
 
-// clockMargin is how far the clocks of broker and client may be apart where a time has to stand
-// for a place. Messages from as long before the subscription may come then.
+// clockMargin is how far the clocks of broker and client may be apart where a time has to stand for
+// a place. Messages from as long before the subscription may come then.
 const clockMargin = 5 * time.Minute
 
 // shifts tells whether an offset stands for another message each time it is asked for: next, last,

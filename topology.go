@@ -71,9 +71,9 @@ func (s *session) askTopology(ctx context.Context) (queue string, err error) {
 
 var errTransactional = errors.New("the function has made the channel transactional: acks on it would never take effect")
 
-// terms are what the declaration of a session asks for. Where the broker refuses a
-// part of it that is not worth failing for, the session asks for less, on a fresh
-// channel, for the refusal has closed the first.
+// terms are what the declaration of a session asks for. Where the broker refuses a part of it that
+// is not worth failing for, the session asks for less, on a fresh channel, for the refusal has
+// closed the first.
 type declaration struct {
 	limit    limitMode
 	deadKept bool // the dead-letter queue exists in another form, which stays
@@ -85,9 +85,9 @@ type declaration struct {
 	queue         string // that has been declared already
 }
 
-// freshChannelError ends a try of a session whose channel has served a question and is of no more use. What
-// was found out holds for the next try, on a fresh channel: so a connection needs but one at a
-// time, and its delivery tags count from 1.
+// freshChannelError ends a try of a session whose channel has served a question and is of no more
+// use. What was found out holds for the next try, on a fresh channel: so a connection needs but one
+// at a time, and its delivery tags count from 1.
 type freshChannelError struct {
 	streamChecked bool
 	queue         string
@@ -146,8 +146,7 @@ func (e *deadLetterError) Error() string {
 
 func (e *deadLetterError) Unwrap() error { return e.err }
 
-// declareQueue declares what WithQueue says, in the order in which one needs the
-// other.
+// declareQueue declares what WithQueue says, in the order in which one needs the other.
 func (s *session) declareQueue() (string, error) {
 	q := s.config.declare
 	if x := q.Exchange; x != nil {

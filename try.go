@@ -16,14 +16,14 @@ type attempt struct {
 
 var errNoResult = errors.New("the try ended without a result: did a function of yours call runtime.Goexit?")
 
-// tryGrace is how long a try may outlive its context: a moment longer than the user's
-// function in it may.
+// tryGrace is how long a try may outlive its context: a moment longer than the user's function in
+// it may.
 const tryGrace = abandonGrace + 100*time.Millisecond
 
-// runBounded runs try and returns its result, or an error once ctx has ended and try does not
-// come back: a call of the driver that hangs returns with the end of its connection, which
-// waits until no other session lives there. A result that comes too late is closed. step
-// tells how far the try has come.
+// runBounded runs try and returns its result, or an error once ctx has ended and try does not come
+// back: a call of the driver that hangs returns with the end of its connection, which waits until
+// no other session lives there. A result that comes too late is closed. step tells how far the try
+// has come.
 func runBounded(ctx context.Context, try func() attempt, step *step) attempt {
 	result := make(chan attempt)
 	give := make(chan struct{})

@@ -19,7 +19,8 @@ import (
 )
 
 // urlError is what someone has to mend in a URL, or in a file that it names. The reason shows no
-// part of the URL: where an unescaped character has cut it wrongly, any part may be of the password.
+// part of the URL: where an unescaped character has cut it wrongly, any part may be of the
+// password.
 type urlError struct {
 	reason string
 	err    error // nil, or why a file cannot be read
@@ -150,8 +151,8 @@ func only(text, others string) bool {
 }
 
 // unescaped finds characters that should have been percent-encoded in what follows the scheme. All
-// that cut a URL wrongly, / ? and #, stand before the @ that was meant, so a URL with an @ behind its
-// first / ? or # is never believed.
+// that cut a URL wrongly, / ? and #, stand before the @ that was meant, so a URL with an @ behind
+// its first / ? or # is never believed.
 func unescaped(rest string) string {
 	beforeQuery, _, _ := strings.Cut(rest, "?")
 	switch lower := strings.ToLower(rest); {

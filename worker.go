@@ -9,9 +9,8 @@ import (
 	"time"
 )
 
-// pool is the workers. They outlive sessions, so that the concurrency holds
-// across reconnects: a handler still busy with a delivery of a dead session
-// occupies its worker until it returns.
+// pool is the workers. They outlive sessions, so that the concurrency holds across reconnects: a
+// handler still busy with a delivery of a dead session occupies its worker until it returns.
 type pool struct {
 	handler  Handler
 	config   *config
@@ -28,8 +27,8 @@ type pool struct {
 	done  chan struct{} // closed when the last worker has returned
 }
 
-// serve gives the workers a session, or takes the last one away from them. A worker
-// that is busy with an older one comes as soon as its handler returns.
+// serve gives the workers a session, or takes the last one away from them. A worker that is busy
+// with an older one comes as soon as its handler returns.
 func (p *pool) serve(s *session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -125,8 +124,8 @@ func (p *pool) handle(s *session, d *Delivery) {
 	err = p.invoke(s, d, &err)
 }
 
-// invoke turns a panic into an error. goexit is set for a handler that ends its
-// goroutine, which runs deferred functions but returns nothing.
+// invoke turns a panic into an error. goexit is set for a handler that ends its goroutine, which
+// runs deferred functions but returns nothing.
 func (p *pool) invoke(s *session, d *Delivery, goexit *error) (err error) {
 	ctx := s.ctx
 	if p.config.handlerTimeout > 0 {
