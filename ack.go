@@ -10,6 +10,10 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
+// What becomes of a message: its Delivery with the four outcomes, the fence that lets a delivery
+// settle only once, and the errors by which a Handler asks for an outcome. Workers give deliveries
+// to handlers, and sessions send the settlements.
+
 // Outcome is what became of a [Delivery].
 type Outcome uint32
 
@@ -65,35 +69,38 @@ type Delivery struct {
 }
 
 // fence is what a delivery shares with its copies, so that all of them together settle once. It is
-// the Acknowledger of their amqp.Delivery.
+// the Acknowledger of their amqp.Delivery. The goroutine that reads from the socket makes it, and
+// the worker that takes the delivery sets tag and settler before the handler runs. After that only
+// the atomic fields change, on any goroutine.
 type fence struct {
-	origin Delivery // in one allocation with its fence
-	// tag is a copy: the exported DeliveryTag belongs to the caller, who may change it.
+	origin Delivery // the delivery itself, in one allocation with its fence
+	// tag is a copy, because the exported DeliveryTag belongs to the caller, who may change it.
 	tag     uint64
 	outcome atomic.Uint32
-	tries   uint32 // in place, before this one
+	tries   uint32 // tries in place before this one
 	settler settler
 	refused atomic.Pointer[error] // why a settlement by hand was refused, which left it unsettled
-	stream  *streamed             // nil for a queue's
+	stream  *streamed             // nil unless the message is of a stream
 }
 
-// streamed is what is kept of a message of a stream, for all its tries.
+// streamed is what the library keeps of a message of a stream, for all tries in place of it. The
+// worker that starts the first try writes it, before the handler runs.
 type streamed struct {
-	original  amqp.Delivery // as it was when its handler was first given it
-	offset    int64         // its place
-	hasOffset bool          // it has one
+	original  amqp.Delivery // the message as the broker delivered it
+	offset    int64         // its offset in the stream
+	hasOffset bool          // offset is set
 }
 
 var _ amqp.Acknowledger = (*fence)(nil)
 
-// settler puts one settlement on the wire. It is called once per delivery.
+// settler puts one settlement on the wire. settle is called once per delivery.
 type settler interface {
 	settle(d *Delivery, o Outcome) error
 	number() uint64
 	source() (queue, host string)
 }
 
-// newDelivery makes one that is still to be filled and given to init.
+// newDelivery makes an empty delivery, for the wire to fill and for init to finish.
 func newDelivery() *Delivery {
 	f := new(fence)
 	f.origin.fence = f
@@ -106,8 +113,8 @@ func (d *Delivery) init(s settler) {
 	d.Acknowledger = d.fence
 }
 
-// keep notes what the handler is given, which may change all that is exported. The bytes of the
-// body and the headers themselves are not copied.
+// keepOriginal notes the message as it came, because its handler may change all fields that are
+// exported. The bytes of the body and the headers themselves are not copied.
 func (d *Delivery) keepOriginal() {
 	d.fence.stream = &streamed{original: d.Delivery}
 }
@@ -198,7 +205,7 @@ func (d *Delivery) settle(o Outcome) error {
 	return d.fence.settle(d.fence.settler, o)
 }
 
-// settle claims the delivery by compare-and-swap and only then sends: of two settlements at the
+// settle claims the delivery by compare-and-swap and only then sends, so of two settlements at the
 // same moment one frame reaches the wire.
 func (f *fence) settle(by settler, o Outcome) error {
 	if !f.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {
@@ -225,14 +232,15 @@ func (f *fence) claim(tag uint64, multiple bool, o Outcome) error {
 	return f.settle(f.settler, o)
 }
 
-// refuse notes it, for a handler that takes no notice.
+// refuse notes why a settlement was refused, for the case that the handler ignores the error.
 func (f *fence) refuse(reason *error) error {
 	f.refused.Store(reason)
 	return *reason
 }
 
-// overlooked is the error of a handler that returned none, but has tried to settle d by hand and
-// was refused: an ack would not be what it meant. It is nil if there is nothing of the kind.
+// overlooked returns the error of a handler that returned nil although its settlement of d by hand
+// was refused: an ack is not what such a handler asked for. It returns nil if no settlement was
+// refused, or if another one succeeded.
 func (d *Delivery) overlooked() error {
 	reason := d.fence.refused.Load()
 	if reason == nil || d.Outcome() != Unsettled {
@@ -268,38 +276,38 @@ func rejected(requeue bool) Outcome {
 	return Discarded
 }
 
-// detached settles the deliveries of NewDelivery.
+// detached settles the deliveries of NewDelivery, which belong to no session.
 type detached struct{ to amqp.Acknowledger }
 
-func (l detached) number() uint64 { return 0 }
+func (a detached) number() uint64 { return 0 }
 
-func (l detached) source() (queue, host string) { return "", "" }
+func (a detached) source() (queue, host string) { return "", "" }
 
-func (l detached) settle(d *Delivery, o Outcome) error {
-	if l.to == nil {
+func (a detached) settle(d *Delivery, o Outcome) error {
+	if a.to == nil {
 		return nil
 	}
 	if o == Acked {
-		return l.to.Ack(d.fence.tag, false)
+		return a.to.Ack(d.fence.tag, false)
 	}
-	return l.to.Reject(d.fence.tag, o == Requeued)
+	return a.to.Reject(d.fence.tag, o == Requeued)
 }
 
-// outcomeError is an outcome that travels in a handler's error.
+// outcomeError carries an outcome in a handler's error.
 type outcomeError struct {
 	outcome Outcome
 	delay   time.Duration
 	err     error
 }
 
-func (v *outcomeError) Error() string {
-	if v.err == nil {
-		return "steadymq: message " + v.outcome.String()
+func (e *outcomeError) Error() string {
+	if e.err == nil {
+		return "steadymq: message " + e.outcome.String()
 	}
-	return v.err.Error()
+	return e.err.Error()
 }
 
-func (v *outcomeError) Unwrap() error { return v.err }
+func (e *outcomeError) Unwrap() error { return e.err }
 
 // Requeue returns an error that makes a [Handler] put its message back at once, without the hold of
 // [WithRequeueDelay]. The message may come straight back, to this consumer too: use it for "another

@@ -12,12 +12,13 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// arguments copies a table that the user gives, so that nothing changes what is sent later, and
-// finds in it what AMQP cannot carry. Whatever New takes as a table goes through it.
+// arguments copies a table that the user gives, so that later changes do not alter what is sent,
+// and finds what AMQP cannot carry in it. Every table that New takes goes through it, and the same
+// goroutine uses it from beginning to end.
 type arguments struct {
-	size     int // of what was copied, in bytes of a frame
+	size     int // what was copied so far, in bytes of a frame
 	problems []string
-	over     bool // too much of it: no further look
+	over     bool // a limit was passed, so nothing more is copied
 }
 
 func shortStringProblem(text string) string {
@@ -34,7 +35,7 @@ func (a *arguments) refuse(format string, args ...any) {
 	a.problems = append(a.problems, fmt.Sprintf(format, args...))
 }
 
-// grow counts bytes. It returns false once there are too many.
+// grow counts bytes. It returns false once there are too many for a frame.
 func (a *arguments) grow(size int) bool {
 	if a.size += size; a.size > maxArguments && !a.over {
 		a.over = true
@@ -51,7 +52,7 @@ func (a *arguments) descend(depth int) bool {
 	return !a.over
 }
 
-// table copies t, found at place.
+// table copies t. place says where in the user's argument t was found.
 func (a *arguments) table(t amqp.Table, place string, depth int) amqp.Table {
 	if !a.descend(depth) {
 		return nil
@@ -84,7 +85,7 @@ func (a *arguments) array(all []any, place string, depth int) []any {
 	return copied
 }
 
-// value copies v. The types are those that the driver can write.
+// value copies v. It takes the types that the driver can write.
 func (a *arguments) value(v any, place string, depth int) any {
 	if !a.grow(sizeOf(v)) {
 		return nil
@@ -112,8 +113,8 @@ func (a *arguments) value(v any, place string, depth int) any {
 	return v
 }
 
-// sizeOf is what a value takes up in a frame, with its type; of a table or an array without what it
-// holds.
+// sizeOf returns how many bytes v takes up in a frame, its type included. The elements of a table
+// or an array are not counted: they are counted when they are copied.
 func sizeOf(v any) int {
 	switch v := v.(type) {
 	case nil:
@@ -135,12 +136,12 @@ func sizeOf(v any) int {
 }
 
 const (
-	maxShortString = 255 // bytes, of what AMQP calls a short string
+	maxShortString = 255 // bytes in what AMQP calls a short string
 
 	// maxArguments is how large a table may be. It is sent in one frame, with at most three short
-	// strings beside it; a broker closes the connection for a longer one.
+	// strings beside it, and a broker closes the connection for a longer frame.
 	maxArguments = wire.FrameSize - 1<<10
 
-	// maxNesting ends the look at a table that holds itself.
+	// maxNesting ends the walk through a table that contains itself.
 	maxNesting = 100
 )

@@ -17,6 +17,74 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
+// config is everything that New was given, checked and completed. New and its options write it, and
+// after that nobody does, so every goroutine may read it. It is kept behind a pointer everywhere,
+// so that no %+v prints its URLs.
+type config struct {
+	urls  []string
+	queue string
+
+	concurrency int
+	prefetch    int
+
+	retryInitial, retryCap time.Duration
+	fatal                  func(error) bool
+
+	heartbeat      time.Duration
+	dialTimeout    time.Duration
+	setupTimeout   time.Duration
+	closeTimeout   time.Duration
+	drainTimeout   time.Duration
+	handlerTimeout time.Duration
+	requeueFirst   time.Duration
+	requeueLongest time.Duration
+	writeDelay     time.Duration
+	maxMessage     uint64
+	stallAfter     time.Duration
+	insecure       bool
+
+	topology    TopologyFunc
+	declare     *Queue
+	consumeArgs amqp.Table
+	exclusive   bool
+	tagPrefix   string
+
+	connectionName string
+	urlFunc        func(context.Context) (string, error)
+	tls            *tls.Config
+	sasl           []amqp.Authentication
+	credentials    func(context.Context) (Credentials, error)
+	dial           wire.DialFunc
+
+	middleware []Middleware
+	logger     *slog.Logger
+	hooks      Hooks
+
+	set      map[string]bool // the options given by their names, because some defaults depend on that
+	problems []error
+}
+
+func defaults(url, queue string) *config {
+	return &config{
+		urls:           []string{url},
+		queue:          queue,
+		concurrency:    1,
+		prefetch:       32,
+		retryInitial:   250 * time.Millisecond,
+		retryCap:       10 * time.Second,
+		heartbeat:      10 * time.Second,
+		dialTimeout:    5 * time.Second,
+		setupTimeout:   15 * time.Second,
+		closeTimeout:   5 * time.Second,
+		drainTimeout:   20 * time.Second,
+		requeueFirst:   time.Second,
+		requeueLongest: 15 * time.Minute,
+		writeDelay:     time.Millisecond,
+		tagPrefix:      "steadymq",
+		set:            make(map[string]bool),
+	}
+}
+
 // TopologyFunc declares what a session needs, on the session's own channel, and returns the queue
 // to consume from; "" means the queue given to [New]. See [WithTopology]. It runs for every
 // session, on its fresh channel, so everything in it must be idempotent. It is called by one
@@ -132,78 +200,18 @@ type Binding struct {
 	Args amqp.Table
 }
 
-// config is everything New was told, checked and completed. It is behind a pointer wherever it is
-// kept, so that no %+v prints its URLs.
-type config struct {
-	urls  []string
-	queue string
-
-	concurrency int
-	prefetch    int
-
-	retryInitial, retryCap time.Duration
-	fatal                  func(error) bool
-
-	heartbeat      time.Duration
-	dialTimeout    time.Duration
-	setupTimeout   time.Duration
-	closeTimeout   time.Duration
-	drainTimeout   time.Duration
-	handlerTimeout time.Duration
-	requeueFirst   time.Duration
-	requeueLongest time.Duration
-	writeDelay     time.Duration
-	maxMessage     uint64
-	stallAfter     time.Duration
-	insecure       bool
-
-	topology    TopologyFunc
-	declare     *Queue
-	consumeArgs amqp.Table
-	exclusive   bool
-	tagPrefix   string
-
-	connectionName string
-	urlFunc        func(context.Context) (string, error)
-	tls            *tls.Config
-	sasl           []amqp.Authentication
-	credentials    func(context.Context) (Credentials, error)
-	dial           wire.DialFunc
-
-	middleware []Middleware
-	logger     *slog.Logger
-	hooks      Hooks
-
-	set      map[string]bool // options given, where a default depends on it
-	problems []error
-}
-
-func defaults(url, queue string) *config {
-	return &config{
-		urls:           []string{url},
-		queue:          queue,
-		concurrency:    1,
-		prefetch:       32,
-		retryInitial:   250 * time.Millisecond,
-		retryCap:       10 * time.Second,
-		heartbeat:      10 * time.Second,
-		dialTimeout:    5 * time.Second,
-		setupTimeout:   15 * time.Second,
-		closeTimeout:   5 * time.Second,
-		drainTimeout:   20 * time.Second,
-		requeueFirst:   time.Second,
-		requeueLongest: 15 * time.Minute,
-		writeDelay:     time.Millisecond,
-		tagPrefix:      "steadymq",
-		set:            make(map[string]bool),
-	}
-}
-
 func (c *config) refuse(option, format string, args ...any) {
 	c.problems = append(c.problems, &OptionError{Option: option, Reason: fmt.Sprintf(format, args...)})
 }
 
-// duration checks that d lies in [minDuration, maxDuration].
+const (
+	minDuration = time.Millisecond // what is shorter lacks its unit
+
+	maxWriteDelay = 100 * time.Millisecond
+	maxTagPrefix  = 200 // bytes: a consumer tag has 255 at most, and the rest makes it unique
+)
+
+// duration refuses a d outside of [minDuration, maxDuration].
 func (c *config) duration(option string, d time.Duration) {
 	if d < minDuration || d > maxDuration {
 		c.refuse(option, "must be between %v and %v, got %v (a bare number counts nanoseconds: write 30*time.Second)", minDuration, maxDuration, d)
@@ -243,7 +251,8 @@ func (c *config) checkURLs() {
 	}
 }
 
-// contradicts returns what the options make of a URL that is fine in itself. It shows none of it.
+// contradicts returns which options contradict a URL that is valid in itself. It shows no part of
+// the URL.
 func (c *config) contradicts(e endpoint, which string) (problems []*OptionError) {
 	refuse := func(option, reason string) {
 		problems = append(problems, &OptionError{option, fmt.Sprintf(reason, which)})
@@ -267,7 +276,7 @@ func (c *config) contradicts(e endpoint, which string) (problems []*OptionError)
 	return problems
 }
 
-// endpointOf reads a URL that WithURLFunc returned as New would.
+// endpointOf reads a URL that WithURLFunc returned, as New reads one.
 func (c *config) endpointOf(text string) (endpoint, error) {
 	e, err := parseEndpoint(text)
 	if err != nil {
@@ -279,7 +288,7 @@ func (c *config) endpointOf(text string) (endpoint, error) {
 	return e, nil
 }
 
-// heartbeatOf returns the heartbeat to ask for at e: that of its own URL, unless WithHeartbeat is
+// heartbeatOf returns the heartbeat to ask for at e: that of the URL, unless WithHeartbeat is
 // given.
 func (c *config) heartbeatOf(e endpoint) time.Duration {
 	if e.heartbeat != 0 && !c.set["WithHeartbeat"] {
@@ -288,7 +297,7 @@ func (c *config) heartbeatOf(e endpoint) time.Duration {
 	return c.heartbeat
 }
 
-// dialTimeoutOf is to connection_timeout and WithDialTimeout what heartbeatOf is to heartbeats.
+// dialTimeoutOf returns the limit of a dial to e: that of the URL, unless WithDialTimeout is given.
 func (c *config) dialTimeoutOf(e endpoint) time.Duration {
 	if e.dialTimeout != 0 && !c.set["WithDialTimeout"] {
 		return e.dialTimeout
@@ -431,7 +440,7 @@ func (c *config) checkTogether() {
 	}
 }
 
-// stream tells whether the consumer reads a stream, as far as it was told.
+// stream reports whether the consumer reads a stream, as far as its options say so.
 func (c *config) stream() bool {
 	_, offset := c.consumeArgs["x-stream-offset"]
 	return offset || c.declare != nil && c.declare.Type == "stream"
@@ -463,22 +472,23 @@ func (c Credentials) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.St
 // them shows the password.
 func (c Credentials) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
 
-// setupPassed is errSetupTimeout with its value and what to do.
+// setupPassed returns errSetupTimeout with the length of the limit and what to do.
 func (c *config) setupPassed() error {
 	return errtext.Because(fmt.Errorf("setup limit of %v passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)", c.setupTimeout), errSetupTimeout)
 }
 
-// deadLetters tells whether the queue passes on what it would drop otherwise, as far as the
-// arguments tell.
+// deadLetters reports whether the queue passes messages on that it would drop otherwise, as far as
+// its arguments say so.
 func (q *Queue) deadLetters() bool {
 	_, leads := q.Args["x-dead-letter-exchange"]
 	return leads
 }
 
-// defaultConsumerTimeout is how long RabbitMQ lets a delivery be unsettled.
+// defaultConsumerTimeout is how long RabbitMQ lets a delivery be unsettled by default.
 const defaultConsumerTimeout = 30 * time.Minute
 
-// consumerTimeout is what the broker will allow, as far as the consumer was told; a day at most.
+// consumerTimeout returns how long the broker lets a delivery be unsettled, as far as the options
+// say so, and a day at most.
 func (c *config) consumerTimeout() time.Duration {
 	limit := c.consumeArgs["x-consumer-timeout"]
 	if limit == nil && c.declare != nil {
@@ -490,11 +500,11 @@ func (c *config) consumerTimeout() time.Duration {
 	return defaultConsumerTimeout
 }
 
-// asksForLogin tells whether a function of the user gives the credentials: they may change on the
-// way, so the next try may have better ones.
+// asksForLogin reports whether a function of the user gives the credentials. They may change
+// between two tries, so the next try may succeed where this one was refused.
 func (c *config) asksForLogin() bool { return c.urlFunc != nil || c.credentials != nil }
 
-// tooLarge says why a body is not kept.
+// tooLarge returns why a body of that size is not kept, nil if it is.
 func (c *config) tooLarge(size uint64) error {
 	if c.maxMessage == 0 || size <= c.maxMessage {
 		return nil
@@ -502,8 +512,8 @@ func (c *config) tooLarge(size uint64) error {
 	return fmt.Errorf("%w of %d bytes: raise it, or take the message out of the queue", ErrMessageTooLarge, c.maxMessage)
 }
 
-// hold returns how long a message waits that has failed for the n-th time, as far as the broker
-// counts: twice as long as the last time. Where nothing is counted it stays short.
+// hold returns how long a message is held that has failed for the n-th time, as far as the broker
+// counts: twice as long as the last time. Where the broker does not count, the hold stays short.
 func (c *config) hold(n int) time.Duration {
 	d := c.requeueFirst
 	for ; n > 1 && d < c.requeueLongest; n-- {
@@ -512,8 +522,8 @@ func (c *config) hold(n int) time.Duration {
 	return min(jitter(min(d, c.requeueLongest)), c.requeueLongest)
 }
 
-// takeTable returns a copy of t, and refuses what in it AMQP cannot carry. place tells where in the
-// option it is, "" if it is the option itself.
+// takeTable returns a copy of t and refuses what AMQP cannot carry in it. place says where in the
+// option t was given; it is "" if t is the option itself.
 func (c *config) takeTable(option, place string, t amqp.Table) amqp.Table {
 	if t == nil {
 		return nil
@@ -529,7 +539,8 @@ func (c *config) takeTable(option, place string, t amqp.Table) amqp.Table {
 	return copied
 }
 
-// shortString refuses what cannot be one: RabbitMQ closes the connection for it, or the driver.
+// shortString refuses a text that is too long for a short string or is not UTF-8: RabbitMQ, or the
+// driver, closes the connection for it.
 func (c *config) shortString(option, what, text string) {
 	if problem := shortStringProblem(text); problem != "" {
 		c.refuse(option, "%s %s", what, problem)

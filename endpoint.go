@@ -87,13 +87,8 @@ func (e endpoint) login(given []amqp.Authentication) []amqp.Authentication {
 	return auth
 }
 
-const (
-	minDuration = time.Millisecond // below it a unit was forgotten
-	maxDuration = 24 * time.Hour
-
-	maxWriteDelay = 100 * time.Millisecond
-	maxTagPrefix  = 200 // a consumer tag holds 255 bytes, the rest makes it unique
-)
+// maxDuration is the longest that an option, or a parameter of the URL, may last.
+const maxDuration = 24 * time.Hour
 
 // otherPorts are those on which RabbitMQ speaks something else than AMQP, unless it is told
 // otherwise (https://www.rabbitmq.com/docs/networking#ports).
