@@ -69,9 +69,9 @@ type Delivery struct {
 }
 
 // fence is what a delivery shares with its copies, so that all of them together settle once. It is
-// the Acknowledger of their amqp.Delivery. The goroutine that reads from the socket makes it, and
-// the worker that takes the delivery sets tag and settler before the handler runs. After that only
-// the atomic fields change, on any goroutine.
+// the Acknowledger of their amqp.Delivery. The goroutine that reads from the socket makes it.
+// Whoever takes the delivery, a worker or, if no handler can be given it, the session, then sets
+// tag and settler. After that only the atomic fields change, on any goroutine.
 type fence struct {
 	origin Delivery // the delivery itself, in one allocation with its fence
 	// tag is a copy, because the exported DeliveryTag belongs to the caller, who may change it.

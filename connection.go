@@ -15,34 +15,36 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// connection is one socket with one *amqp.Connection on it. It is never repaired, only replaced.
-// One goroutine, watch, owns its end.
+// connection is one socket with one *amqp.Connection on it. It is never repaired, only replaced. It
+// has an owner, the supervisor or for one question the prober, which opens it and asks it to close.
+// Its goroutine watch waits for the end, writes end and closes done. Sessions borrow it by a lease
+// and read host, socket, amqp and end.
 type connection struct {
 	host         string
-	heartbeat    time.Duration // asked for
+	heartbeat    time.Duration // the interval that was asked for
 	socket       *wire.Socket
 	amqp         *amqp.Connection
 	closeTimeout time.Duration
 
-	closed  chan *amqp.Error  // the driver's NotifyClose
-	end     *notifier         // the first cause of its end
-	leases  leases            // the sessions on it
-	stop    chan closeRequest // asks for an orderly close
-	stopped bool              // leave was asked; its owner's
+	closed  chan *amqp.Error  // the driver's NotifyClose; only watch reads it
+	end     *notifier         // why it ended; written by watch, read by owner and sessions
+	leases  leases            // the sessions it is lent to
+	stop    chan closeRequest // asks for an orderly close; the owner writes, watch reads
+	stopped bool              // close was called; only the owner uses it
 	done    chan struct{}     // closed when nothing of it is left
 
-	channelFailures  []time.Time  // recent ones, for the escalation; the supervisor's
-	served           bool         // it has had a session; the supervisor's
-	queue            string       // of its sessions, once it has a name; of the try on it
-	topologyFailures atomic.Int32 // how often a TopologyFunc has failed on it
+	channelFailures  []time.Time  // recent ones, for the escalation; only the supervisor uses it
+	served           bool         // it has had a session; only the supervisor uses it
+	queue            string       // of its sessions, "" before it has a name; only the try uses it
+	topologyFailures atomic.Int32 // failures of a TopologyFunc; the try writes, the supervisor reads
 
 	stopRefresh context.CancelFunc
-	refreshed   chan struct{} // closed when the credentials are no longer refreshed
+	refreshed   chan struct{} // closed when the refresh of credentials has ended
 }
 
-// openConnection dials e and opens an AMQP connection there, all within ctx. The error is a
-// *SessionError without its number. step tells how far it has come, abandoned is told of each
-// function of the user that had to be left behind.
+// openConnection dials e and opens an AMQP connection there, all within ctx. Its error is a
+// *SessionError without the number of the session. It sets step to how far it has come, and calls
+// abandoned for each function of the user that had to be left behind.
 func openConnection(ctx context.Context, c *config, e endpoint, step *step, abandoned func()) (*connection, error) {
 	tlsConfig, err := e.tlsConfig(c.tls, c.insecure)
 	if err != nil {
@@ -76,7 +78,7 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 		err = handshakeCause(err, socket, login, e)
 		socket.Kill(err)
 		if conn != nil {
-			_ = conn.Close() // the socket is dead: it only frees the driver's goroutines
+			_ = conn.Close() // the socket is dead: this only frees the goroutines of the driver
 		}
 		socket.Wait()
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
@@ -94,7 +96,7 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 		done:         make(chan struct{}),
 		refreshed:    make(chan struct{}),
 	}
-	// The refresh lives as long as the connection, not as this try.
+	// The refresh outlives this try: it lasts as long as the connection.
 	life, stop := context.WithCancel(context.WithoutCancel(ctx))
 	opened.stopRefresh = stop
 	go opened.refresh(life, c, expires, abandoned)
@@ -102,7 +104,8 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 	return opened, nil
 }
 
-// mechanisms returns the mechanisms for this dial and, if they expire, when.
+// mechanisms returns the login mechanisms for this dial, and when their credentials expire, zero
+// for never.
 func mechanisms(ctx context.Context, c *config, e endpoint, abandoned func()) ([]amqp.Authentication, time.Time, error) {
 	if c.credentials == nil {
 		return e.login(c.sasl), time.Time{}, nil
@@ -120,16 +123,17 @@ func askCredentials(ctx context.Context, c *config, abandoned func()) (Credentia
 
 const minRefresh = time.Second
 
-// refresh hands the broker fresh credentials before the old ones expire, at 70 % of their life
-// (connection.update-secret). Where it fails it tries again in 70 % of what is left; in the end the
-// broker closes the connection and the next dial asks afresh. One that does not close it gets what
-// is asked for ever more slowly, as does an issuer whose credentials have expired when they come.
+// refresh hands the broker fresh credentials when 70 % of the life of the old ones has passed
+// (connection.update-secret). Where that fails it tries again after 70 % of the time that is left.
+// In the end the broker closes the connection, and the next dial asks for credentials again. A
+// broker that does not close it is asked ever more slowly, and so is an issuer whose credentials
+// have expired when they arrive.
 func (c *connection) refresh(life context.Context, cfg *config, expires time.Time, abandoned func()) {
 	defer close(c.refreshed)
 	again := pace{floor: minRefresh, initial: minRefresh, limit: operatorCap}
 	for !expires.IsZero() {
 		again.failures++
-		left := time.Until(expires) / 10 * 7 // far in the future it is the longest Duration there is
+		left := time.Until(expires) / 10 * 7 // of a date far in the future this is the longest Duration there is
 		timer := time.NewTimer(max(left, again.draw()))
 		select {
 		case <-timer.C:
@@ -149,9 +153,10 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 
 var errSecretTimeout = errtext.Because(errors.New("setup limit passed before the broker took the new credentials (WithSetupTimeout)"), errSetupTimeout)
 
-// updateSecret is an RPC, so its limit, which counts silence, closes the socket. The end of the
-// connection does not: the answer is on its way, and close-ok after it. As long as deliveries come
-// there is nothing to gain: a broker that did not take the secret closes by itself.
+// updateSecret is an RPC, so passing its limit, which counts silence, closes the socket. A stop
+// does not interrupt it: its answer is on the way, and close-ok comes after that. While deliveries
+// arrive, closing the socket would gain nothing: a broker that has not taken the secret closes the
+// connection by itself.
 func (c *connection) updateSecret(ctx context.Context, secret string) error {
 	limit, ok := ctx.Deadline()
 	if !ok {
@@ -172,8 +177,8 @@ func socketOptions(c *config, e endpoint) wire.Options {
 	}
 }
 
-// amqpConfig is made anew for every dial: the driver writes into its maps. Recovery stays nil,
-// always: it reuses the channel, so that a late ack settles another message.
+// amqpConfig returns a new configuration for every dial, because the driver writes into its maps.
+// Recovery always stays nil: it reuses the channel, so that a late ack settles another message.
 func amqpConfig(c *config, e endpoint) amqp.Config {
 	properties := maps.Clone(amqp.NewConnectionProperties())
 	properties["product"] = "steadymq"
@@ -190,8 +195,8 @@ func amqpConfig(c *config, e endpoint) amqp.Config {
 	}
 }
 
-// handshakeCause tells why Open failed. The driver reports a socket lost in the handshake as "403
-// username or password" or "403 vhost" without having heard that from the broker, so only what the
+// handshakeCause returns why Open failed. The driver reports a socket lost in the handshake as "403
+// username or password" or "403 vhost" although the broker has not said so. Therefore only what the
 // broker itself said is believed.
 func handshakeCause(err error, s *wire.Socket, l *login, e endpoint) error {
 	if l.failed != nil {
@@ -213,11 +218,11 @@ func handshakeCause(err error, s *wire.Socket, l *login, e endpoint) error {
 	case errors.Is(err, amqp.ErrVhost):
 		return fmt.Errorf("lost while opening the virtual host: %w", lost)
 	}
-	return fmt.Errorf("lost in the handshake: %w", namePort(e, lost)) // at the greeting
+	return fmt.Errorf("lost in the handshake: %w", namePort(e, lost)) // at the greeting, before any login
 }
 
-// explain prefers what the broker said, and to what, then what the socket saw, to the driver's
-// catch-all "501".
+// explain returns the best reason known for err, which may be nil: what the broker said, else why
+// the socket ended. The driver's own "501" stands for any failure.
 func (c *connection) explain(err error) error {
 	var brokerErr *amqp.Error
 	if errors.As(err, &brokerErr) && brokerErr.Server {
@@ -232,8 +237,8 @@ func (c *connection) explain(err error) error {
 	return err
 }
 
-// watch waits for the end of the connection and then sees to it that nothing of it stays: driver,
-// socket and goroutines.
+// watch waits for the end of the connection and then frees all of it: driver, socket and
+// goroutines.
 func (c *connection) watch() {
 	defer close(c.done)
 	limit := c.closeTimeout
@@ -249,8 +254,8 @@ func (c *connection) watch() {
 	c.end.notify(errStopped)
 }
 
-// awaitLeases lets the sessions that the connection is still lent to go first. It returns the limit
-// of the close that follows.
+// awaitLeases waits until the connection is lent to no session any more, for the grace of the
+// request at most. It returns the limit of the close that follows.
 func (c *connection) awaitLeases(asked closeRequest) time.Duration {
 	returned := c.leases.allReturned()
 	over := time.NewTimer(asked.grace)
@@ -271,8 +276,8 @@ func (c *connection) awaitLeases(asked closeRequest) time.Duration {
 	}
 }
 
-// endOfSocket explains a socket that ended before the driver said why. The driver closes it too,
-// right after it has reported what the broker said.
+// endOfSocket explains a socket that ended before the driver said why. The driver, too, closes the
+// socket, right after it has reported what the broker said.
 func (c *connection) endOfSocket() error {
 	select {
 	case err := <-c.closed:
@@ -290,20 +295,20 @@ func errorOrNil(err *amqp.Error) error {
 	return err
 }
 
-// teardown closes in an orderly way within the close limit, then by closing the socket, which frees
-// every goroutine of the driver that waits for it. The limit counts time although deliveries may be
-// in the way of close-ok: the sessions have had theirs, so these deliveries are of no use, and the
-// sooner they go back the better.
+// teardown closes the connection in order within the close limit. After that it closes the socket,
+// which frees every goroutine of the driver that waits for an answer. The limit counts time, not
+// silence, although deliveries may hold up close-ok: the sessions have had their close-ok, so these
+// deliveries are of no use, and the sooner they go back the better.
 func (c *connection) teardown(limit time.Duration) {
 	kill := time.AfterFunc(limit, func() { c.socket.Kill(errCloseTimeout) })
 	c.stopRefresh()
 	<-c.refreshed // its RPC and the close would take each other's answer
 	// A driver that is closing by itself holds its mutex until the socket has closed, and a
-	// goroutine that waits for a mutex stops a synctest bubble.
+	// goroutine that waits for a mutex keeps the clock of a synctest bubble from moving.
 	if !c.amqp.IsClosed() {
 		_ = c.amqp.CloseDeadline(time.Now().Add(limit))
 	}
-	// The driver tells of the broker's close before it closes the socket, so the close-ok may still
+	// The driver reports the broker's close before it closes the socket, so the close-ok may still
 	// be on its way.
 	_ = c.socket.Close()
 	kill.Stop()
@@ -312,14 +317,14 @@ func (c *connection) teardown(limit time.Duration) {
 	c.socket.Wait()
 }
 
-// closeRequest is how a connection is asked to close.
+// closeRequest says how a connection is to close.
 type closeRequest struct {
-	grace time.Duration // how long sessions may stay on it
+	grace time.Duration // how long sessions may keep their leases
 	limit time.Duration // how long the close may take after that
 }
 
-// close asks for an orderly close and returns at once; gone tells the end. Only the owner of the
-// connection calls it.
+// close asks for an orderly close and returns at once; done is closed at its end. Only the owner of
+// the connection calls it.
 func (c *connection) close(d closeRequest) {
 	if !c.stopped {
 		c.stopped = true
@@ -327,22 +332,23 @@ func (c *connection) close(d closeRequest) {
 	}
 }
 
-// hurry shortens a departure that has been asked for, unless it is the first one still.
+// shortenClose replaces the limits of a close that was asked for. It has no effect if the
+// connection no longer waits for its leases. Only the owner calls it.
 func (c *connection) shortenClose(d closeRequest) {
 	select {
-	case <-c.stop: // the first one, which watch has not seen yet
+	case <-c.stop: // an earlier request that watch has not read yet
 	default:
 	}
 	c.stop <- d
 }
 
-// alive tells whether a new session may be opened on it.
+// alive reports whether a new session may be opened on the connection. Only the owner calls it.
 func (c *connection) alive() bool {
 	return !c.stopped && c.end.Cause() == nil && !c.amqp.IsClosed() && !c.leases.isRetired()
 }
 
-// tooManyChannelFailures notes a channel-level failure on c and tells whether the connection is to
-// be replaced too.
+// tooManyChannelFailures records a failure at channel level and reports whether the connection has
+// to be replaced, too.
 func (c *connection) tooManyChannelFailures(now time.Time) bool {
 	recent := c.channelFailures[:0]
 	for _, t := range c.channelFailures {
@@ -354,7 +360,7 @@ func (c *connection) tooManyChannelFailures(now time.Time) bool {
 	return len(c.channelFailures) >= escalateAfter
 }
 
-// major is the first number of the server's version, 0 if that cannot be read.
+// major returns the first number of the broker's version, 0 if that cannot be read.
 func (c *connection) major() int {
 	version, _ := c.amqp.Properties["version"].(string)
 	first, _, _ := strings.Cut(version, ".")
@@ -362,10 +368,12 @@ func (c *connection) major() int {
 	return major
 }
 
-// own notes the queue of the sessions of c. The tries on c come one after the other.
+// own records the queue of the sessions on the connection. The tries on it follow one another, so
+// nobody else writes it at the same time.
 func (c *connection) own(queue string) { c.queue = queue }
 
-// owned is the queue that the broker has named for an earlier session of c, "" if there is none.
+// owned returns the queue that the broker has named for an earlier session of the connection, "" if
+// there is none.
 func (c *connection) owned(of *config) string {
 	if of.declare == nil || of.queue != "" {
 		return ""
@@ -373,12 +381,12 @@ func (c *connection) owned(of *config) string {
 	return c.queue
 }
 
-// sameQueue refuses the queue of a TopologyFunc if that has left another one behind on this
-// connection: as a rule one that the broker has named, which would live on, bound and unread.
+// sameQueue refuses the queue of a TopologyFunc if the function has left another one on this
+// connection. As a rule the broker has named that one, and it would live on, bound and unread.
 func (c *connection) sameQueue(queue string) error {
 	left := c.queue != queue
 	if c.queue == "" {
-		left = c.topologyFailures.Load() > 0 && strings.HasPrefix(queue, "amq.") // which only a broker names
+		left = c.topologyFailures.Load() > 0 && strings.HasPrefix(queue, "amq.") // a prefix that only a broker may use
 	}
 	if left {
 		return &orphanedQueueError{was: c.queue, is: queue}
@@ -387,13 +395,14 @@ func (c *connection) sameQueue(queue string) error {
 	return nil
 }
 
-// topologyFails tells whether a TopologyFunc has failed so often on the connection that the queues
-// it may have left behind, one each time, have to go with it.
+// tooManyTopologyFailures reports whether a TopologyFunc has failed so often on the connection that
+// the connection has to be replaced: each failure may have left a queue behind, and those queues
+// end with the connection.
 func (c *connection) tooManyTopologyFailures() bool {
 	return c.topologyFailures.Load() >= escalateAfter
 }
 
-// leftBehindError is a TopologyFunc that has left a queue behind on the connection.
+// orphanedQueueError says that a TopologyFunc has left a queue behind on the connection.
 type orphanedQueueError struct{ was, is string }
 
 func (e *orphanedQueueError) Error() string {

@@ -2,10 +2,14 @@ package steadymq
 
 import "sync"
 
-// leases are the sessions to which a connection is lent. After a basic.cancel there are two for a
+// How a connection is lent to sessions and given back. The supervisor opens connections and asks
+// them to close; openSession borrows one for each try, and the session gives it back at its end.
+
+// leases are the sessions that a connection is lent to. After a basic.cancel there are two for a
 // while: the old one, whose handlers may still settle, and its successor. What one of them does to
 // the connection waits until the other has given it back. A connection is retired when it must take
-// no more sessions; it then ends with its last lease.
+// no more sessions; it then ends with its last lease. Sessions, tries and the owner of the
+// connection use leases at the same time, under mu.
 type leases struct {
 	mu       sync.Mutex
 	lent     int
@@ -13,8 +17,8 @@ type leases struct {
 	returned chan struct{} // closed when the last lease has ended; nil until somebody waits for that
 }
 
-// retire is called for a call that no answer came to and that belongs to no lease. The connection
-// takes no more sessions, and ends now if it is lent to none.
+// retire is called when no answer has come to a call that belongs to no lease. The connection takes
+// no more sessions, and ends now if it is lent to none.
 func (c *connection) retire(cause error) {
 	if end := c.leases.retire(cause); end != nil {
 		c.socket.Kill(end)
@@ -27,8 +31,8 @@ func (l *leases) retire(cause error) error {
 	return l.due(cause)
 }
 
-// due retires the connection if there is a cause, and returns why it has to end now, nil if it has
-// not. It is called with mu held.
+// due retires the connection if there is a cause. It returns why the connection has to end now, or
+// nil if it does not have to. It is called with mu held.
 func (l *leases) due(cause error) error {
 	if l.retired == nil {
 		l.retired = cause
@@ -67,7 +71,8 @@ func (l *lease) end(cause error) {
 	}
 }
 
-// take takes a lease back, once. It returns why the connection has to end now, nil if it has not.
+// take takes a lease back, once. It returns why the connection has to end now, or nil if it does
+// not have to.
 func (l *leases) take(one *lease, cause error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -83,8 +88,8 @@ func (l *leases) take(one *lease, cause error) error {
 	return l.due(cause)
 }
 
-// allReturned closes when the connection is lent to nobody any more. Only its owner asks, once,
-// after it has been lent for the last time.
+// allReturned returns a channel that is closed once the connection is lent to nobody any more. Only
+// watch asks, once, after the owner has lent the connection for the last time.
 func (l *leases) allReturned() <-chan struct{} {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -97,7 +102,7 @@ func (l *leases) allReturned() <-chan struct{} {
 	return returned
 }
 
-// isRetired tells whether the connection takes no more sessions.
+// isRetired reports whether the connection takes no more sessions.
 func (l *leases) isRetired() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()

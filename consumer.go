@@ -123,7 +123,7 @@ func (c *Consumer) Stats() Stats {
 		Dials:         n.dials.Load(),
 		Handling:      int(n.handling.Load()),
 		Held:          int(n.held.Load()),
-		Overdue:       max(int(n.overdue.Load()), 0), // one that returns as it is counted
+		Overdue:       max(int(n.overdue.Load()), 0), // a handler may return just while it is counted
 		Delivered:     n.delivered.Load(),
 		Acked:         n.outcomes[Acked].Load(),
 		Requeued:      n.outcomes[Requeued].Load(),
@@ -136,32 +136,33 @@ func (c *Consumer) Stats() Stats {
 	}
 }
 
-// supervisor is one Run. Its goroutine, Run's caller, is the only one that changes the state: one
-// function per state, each returning the next.
+// supervisor is one Run. It belongs to the goroutine that calls Run, which alone reads and writes
+// its fields, but for open and connect: they run on the goroutine of a try and only read what does
+// not change. There is one function per state, and each returns the next.
 type supervisor struct {
 	consumer *Consumer
 	config   *config
 	stats    *counters
-	ctx      context.Context // of Run: its end asks for the stop
+	ctx      context.Context // of Run; its end asks for the stop
 
 	retry    *retry
 	hosts    *hosts
 	pool     *pool
 	reporter *reporter
 
-	conn    *connection
-	session *session
-	probed  <-chan struct{} // closed when nobody probes the session any more
-	number  uint64
-	scope   *scope // what its sessions share
-	tag     string
-	host    string
-	next    endpoint // of the next dial, once it is known
+	conn    *connection     // for the next session too; nil if that has to dial
+	session *session        // that is consuming, else nil
+	probed  <-chan struct{} // closed by the session's prober at its end
+	number  uint64          // of the current or last session
+	scope   *scope          // what all sessions of this Run share
+	tag     string          // prefix of all consumer tags
+	host    string          // address of the current or last connection, for reports
+	next    endpoint        // of the next dial, once it is chosen
 
-	closing []closer
-	cause   error // of the last failure
-	retryIn time.Duration
-	err     error // what Run returns
+	closing []closer      // what is ending and has to end before Run returns
+	cause   error         // of the last failure
+	retryIn time.Duration // wait before the next try
+	err     error         // what Run will return
 }
 
 type stateFunc func() stateFunc
@@ -193,7 +194,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 			config:   c.config,
 			stats:    c.stats,
 			reporter: reporter,
-			handlers: context.WithoutCancel(ctx), // the same values, without its end
+			handlers: context.WithoutCancel(ctx), // the values of ctx, without its end
 			running:  workers.alive.Load,
 			stream:   newPosition(c.config),
 			notices:  new(notices),
@@ -222,7 +223,8 @@ func (s *supervisor) run() error {
 	return s.result()
 }
 
-// result puts the panic of a hook or of the log handler before everything else.
+// result returns Run's error. The panic of a hook or of the log handler comes before everything
+// else.
 func (s *supervisor) result() error {
 	var fault *faultError
 	if errors.As(s.reporter.fault.Cause(), &fault) {
@@ -232,12 +234,12 @@ func (s *supervisor) result() error {
 	return s.err
 }
 
-// connecting tries once to get a session, on the connection there is or on a new one.
+// connecting tries once to set up a session, on the connection that there is or on a new one.
 func (s *supervisor) connecting() stateFunc {
 	if s.ctx.Err() != nil {
 		return s.draining
 	}
-	if s.conn != nil && !s.conn.alive() { // ended while it waited for the next try
+	if s.conn != nil && !s.conn.alive() { // it ended during the backoff
 		s.hosts.failed(s.conn.host, s.conn.end.Cause(), time.Now())
 		s.dropConnection()
 	}
@@ -278,8 +280,8 @@ func (s *supervisor) connecting() stateFunc {
 	return s.consuming
 }
 
-// bounded returns the context of a try. On a connection that stands, deliveries of others may be in
-// the way of its answers.
+// tryContext returns the context of a try. On a connection that exists already, deliveries for
+// other sessions may hold up the answers, so there the limit counts silence.
 func (s *supervisor) tryContext() (context.Context, context.CancelFunc) {
 	if s.conn != nil {
 		return s.conn.socket.WithSilence(s.ctx, s.config.setupTimeout, s.config.setupPassed())
@@ -287,8 +289,8 @@ func (s *supervisor) tryContext() (context.Context, context.CancelFunc) {
 	return context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 }
 
-// open is one try. It runs on a goroutine of its own and touches nothing of the supervisor that
-// changes.
+// open is one try. It runs on a goroutine of its own, which may outlive its limit, so it touches
+// nothing of the supervisor that changes.
 func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, number, try uint64, step *step) attempt {
 	own := conn == nil
 	if own {
@@ -297,7 +299,7 @@ func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, num
 			return attempt{err: err}
 		}
 	}
-	// A tag is never used again, not even by the next try for this session.
+	// A tag is never used again, not even by the next try for the same session.
 	tag := fmt.Sprintf("%s.%d-%d", s.tag, try, number)
 	session, err := openSession(ctx, conn, s.scope, number, try, tag, step)
 	return attempt{conn: conn, own: own, session: session, err: err}
@@ -349,7 +351,7 @@ func (s *supervisor) consuming() stateFunc {
 	}
 }
 
-// proved notes how well the session that ends now has done.
+// recordHealth records how well the session did that is ending now.
 func (s *supervisor) recordHealth(session *session) {
 	now := time.Now()
 	if session.healthy(now) {
@@ -360,15 +362,15 @@ func (s *supervisor) recordHealth(session *session) {
 	}
 }
 
-// release lets the session go its way out, and with it its connection if that is not worth keeping.
+// release takes the session away from the workers and lets it end by itself.
 func (s *supervisor) release() {
 	s.closing = append(s.closing, closer{done: s.session.done, session: s.session}, closer{done: s.probed})
 	s.pool.serve(nil)
 	s.session = nil
 }
 
-// failed looks at a failure: is it the end, does it take the connection with it, when is the next
-// try?
+// failed decides what follows a failure: whether it ends Run, whether it ends the connection, and
+// when the next try is.
 func (s *supervisor) failed(err error) stateFunc {
 	now := time.Now()
 	if s.ctx.Err() != nil || s.expired(now) {
@@ -389,14 +391,15 @@ func (s *supervisor) failed(err error) stateFunc {
 	return s.backoff
 }
 
-// expired tells whether the deadline of Run's context has passed. A dial that has the same one may
-// end a moment before the context does.
+// expired reports whether the deadline of Run's context has passed. A dial that has the same
+// deadline may end a moment before the context does.
 func (s *supervisor) expired(now time.Time) bool {
 	limit, ok := s.ctx.Deadline()
 	return ok && !now.Before(limit)
 }
 
-// givesUp tells whether err ends Run. A WithFatal that does not return properly ends it, too.
+// givesUp reports whether err ends Run. A WithFatal that panics or does not return in time ends it,
+// too.
 func (s *supervisor) givesUp(err error) (bool, error) {
 	gives := s.retry.givesUp(err)
 	if s.config.fatal == nil {
@@ -405,8 +408,9 @@ func (s *supervisor) givesUp(err error) (bool, error) {
 	return isFatal(s.ctx, s.config, err, s.scope.abandoned)
 }
 
-// keepOrReplace gives the connection up unless it stands, has not failed its sessions too often or
-// owns a queue that would be lost with it, and does not lead to a node that serves nothing.
+// keepOrReplace closes the connection after a failure, unless the next session does better to use
+// it: it is alive, leads to a node that serves its queues, and either has not failed its sessions
+// too often or owns a queue that would be lost with it.
 func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	if s.conn == nil {
 		return
@@ -418,19 +422,19 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	s.dropConnection()
 }
 
-// leavesNode tells a failure that the next session would meet on the same node, while another node
-// may do better. There may be others behind a single URL, too: a load balancer, or a function of
-// the user, names the node of each dial.
+// leavesNode reports whether the next session would fail in the same way on the same node, while
+// another node may do better. There may be other nodes even behind a single URL: a load balancer,
+// or a function of the user, may choose the node of each dial.
 func leavesNode(err error) bool { return errors.Is(err, errStalled) }
 
-// blameless tells a failure of a session that another connection would meet too: a lock, and a
-// missing queue where no other host may know of it.
+// blameless reports whether a session would fail in the same way on another connection: because of
+// a lock, or because of a missing queue where no other host may know of it.
 func (s *supervisor) blameless(kind class) bool {
 	return kind == classLocked || kind == classAbsent && len(s.hosts.endpoints) < 2
 }
 
-// dropConnection gives the connection up. It closes when the handlers of a session that the broker
-// has cancelled have settled there, at the latest after the drain limit.
+// dropConnection closes the connection. The close waits until the handlers of a session that the
+// broker has cancelled have settled on it, for the drain limit at most.
 func (s *supervisor) dropConnection() {
 	s.closeConnection(closeRequest{grace: s.config.drainTimeout + s.config.closeTimeout, limit: s.config.closeTimeout})
 	s.forgetClosed()
@@ -445,11 +449,11 @@ func (s *supervisor) closeConnection(d closeRequest) {
 	s.conn = nil
 }
 
-// closer is an old session or connection on its way out.
+// closer is a session, a connection or a prober that is ending.
 type closer struct {
 	done    <-chan struct{}
-	session *session    // nil if it is something else
-	conn    *connection // the same
+	session *session    // nil if it is no session
+	conn    *connection // nil if it is no connection
 }
 
 func (l closer) isDone() bool {
@@ -461,7 +465,7 @@ func (l closer) isDone() bool {
 	}
 }
 
-// sweep forgets what has gone.
+// forgetClosed forgets what has ended, so that a long Run does not collect it.
 func (s *supervisor) forgetClosed() { s.closing = slices.DeleteFunc(s.closing, closer.isDone) }
 
 // backoff waits for the next try.
@@ -478,11 +482,11 @@ func (s *supervisor) backoff() stateFunc {
 	}
 }
 
-// teardownGrace is what a teardown may take beyond its limits before it is counted as abandoned.
+// teardownGrace is how long a teardown may take beyond its limits before it counts as abandoned.
 const teardownGrace = 500 * time.Millisecond
 
 // draining stops in order: the session within the drain limit, every handler within the same limit,
-// then the connection and all that is still on its way out within the close limit.
+// then the connection, and all that is still closing, within the close limit.
 func (s *supervisor) draining() stateFunc {
 	s.enter(Draining, s.err)
 	s.forgetClosed()
@@ -507,7 +511,7 @@ func (s *supervisor) draining() stateFunc {
 	return nil
 }
 
-// hurryLeaving holds connections on their way out to the limits of the stop.
+// shortenCloses makes connections that are closing already keep to the limits of the stop.
 func (s *supervisor) shortenCloses() {
 	for _, l := range s.closing {
 		if l.conn != nil {
@@ -516,8 +520,8 @@ func (s *supervisor) shortenCloses() {
 	}
 }
 
-// note adds err to Run's error: a connection lost while draining does not hide that handlers were
-// left behind.
+// addError adds err to Run's error: a connection lost while draining does not hide that handlers
+// were still running.
 func (s *supervisor) addError(err error) {
 	switch {
 	case s.err == nil:
@@ -527,8 +531,8 @@ func (s *supervisor) addError(err error) {
 	}
 }
 
-// handlersDone waits for all workers, those of dead sessions included, until the drain limit;
-// handlers whose context has just ended get a moment more.
+// handlersDone waits for all workers, those of dead sessions included, until the drain limit.
+// Handlers whose context has just ended get teardownGrace more.
 func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 	var drain *DrainError
 	if !errors.As(s.err, &drain) {
@@ -548,8 +552,8 @@ func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 	}
 }
 
-// awaitLeaving waits until nothing of any session or connection is left, and counts what outlasts
-// its limit.
+// awaitClosing waits until nothing is left of any session or connection, and counts what outlasts
+// the limit.
 func (s *supervisor) awaitClosing() {
 	limit := time.NewTimer(s.config.closeTimeout + teardownGrace)
 	defer limit.Stop()
@@ -566,7 +570,7 @@ func (s *supervisor) awaitClosing() {
 	}
 }
 
-// enter changes the state and tells it.
+// enter changes the state and reports it.
 func (s *supervisor) enter(to State, cause error) {
 	from := State(s.consumer.state.Swap(int32(to)))
 	change := StateChange{
@@ -588,8 +592,9 @@ func (s *supervisor) enter(to State, cause error) {
 	s.reporter.changed(change)
 }
 
-// leftBehind tells whether err is a queue that would be left behind on the connection, and gives
-// that up. A new one leaves nothing behind, so the next try goes there, at once.
+// replacedForOrphan closes the connection and returns true if err says that the session would leave
+// another queue behind on it. The next try has a new connection, without such a queue, and follows
+// at once.
 func (s *supervisor) replacedForOrphan(err error) bool {
 	var left *orphanedQueueError
 	if s.ctx.Err() != nil || !errors.As(err, &left) {
@@ -604,13 +609,14 @@ func (s *supervisor) replacedForOrphan(err error) bool {
 	return true
 }
 
-// owns tells whether the end of the connection would take a queue with it that WithQueue has
-// declared and that has been consumed from.
+// owns reports whether a queue would end with the connection that WithQueue has declared and that
+// has been consumed from.
 func (s *supervisor) owns() bool {
 	return s.conn != nil && s.conn.served && s.config.declare != nil && s.config.declare.Exclusive
 }
 
-// isFatal asks the user's function whether err ends Run. Nothing heals meanwhile.
+// isFatal asks the user's function whether err ends Run. Nothing heals meanwhile, so the function
+// has a limit.
 func isFatal(ctx context.Context, c *config, err error, left func()) (bool, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
 	defer cancel()
