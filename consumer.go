@@ -409,8 +409,9 @@ func (s *supervisor) givesUp(err error) (bool, error) {
 }
 
 // keepOrReplace closes the connection after a failure, unless the next session does better to use
-// it: it is alive, leads to a node that serves its queues, and either has not failed its sessions
-// too often or owns a queue that would be lost with it.
+// it: it is alive, leads to a node that serves its queues, no topology function has failed on it
+// too often, and either it has not failed its sessions too often or it owns a queue that would be
+// lost with it.
 func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	if s.conn == nil {
 		return

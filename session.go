@@ -14,73 +14,79 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// session is one *amqp.Channel with one consumer on it. It is never repaired, only replaced, and a
+// session is one *amqp.Channel with one consumer on it. It is never repaired, only replaced. A
 // fresh channel per session is what fences late acks: the channel of a dead session answers
 // ErrClosed, and its delivery tags mean nothing on any other.
 //
-// One goroutine, run, owns its life:
+// The goroutine of the try makes it and sets all plain fields before it starts run. After that only
+// run writes them. Workers take from inbox, pass gate and settle; the supervisor reads end, done
+// and, once done is closed, drained and closeTook.
+//
+// run leads it to one of these ends:
 //
 //	consuming -> lost                    channel or connection gone
 //	          -> retired, then over      basic.cancel: running handlers may still settle
 //	          -> drained, then over      stop was asked
 type session struct {
 	*scope
-	id   uint64
-	try  uint64 // its number, which no other has
+	id   uint64 // counts the sessions of a Run
+	try  uint64 // counts the tries of a Run, so no other session has the same
 	conn *connection
 
 	channel     *amqp.Channel
-	wire        *wire.Subscription // the way of the deliveries and settlements
-	inbox       *inbox             // what was delivered and no worker has taken
-	aside       *aside             // what was delivered and no handler can be given
+	wire        *wire.Subscription // carries deliveries and settlements
+	inbox       *inbox             // deliveries that no worker has taken yet
+	aside       *aside             // deliveries that no handler can be given
 	queue       string
 	tag         string
 	cancels     chan string // the driver's NotifyCancel
-	channelEnd  *notifier   // what its NotifyClose said, errChannelEnded if that was nothing
+	channelEnd  *notifier   // why the channel ended: what the broker said, else errChannelEnded
 	lease       *lease      // of the connection
-	declaration declaration // of its declaration
-	limit       int         // delivery limit of its queue, 0 for none that takes messages away
-	limitKnown  bool        // it was declared by us
+	declaration declaration // what its declaration asks for
+	limit       int         // delivery limit of its queue, 0 if none drops messages
+	limitKnown  bool        // limit is no guess
 
-	ctx    context.Context // of the handlers
+	ctx    context.Context // parent of the handlers' contexts
 	cancel context.CancelCauseFunc
 
-	gate    *gate         // handlers of this session at work
-	holds   holds         // deliveries that failed and wait
+	gate    *gate         // handlers of this session that are running
+	holds   holds         // failed deliveries that wait to go back
 	backlog backlog       // whether handlers keep up with the prefetch
-	stall   *notifier     // we ourselves want another session, and why
+	stall   *notifier     // set by the prober: why it wants another session
 	stop    chan struct{} // closed to ask for the drain
-	end     *notifier     // no more deliveries, and why
-	closed  atomic.Bool   // no more settlements
-	settled atomic.Bool   // one settlement at least: the session proved itself
+	end     *notifier     // why there are no more deliveries
+	closed  atomic.Bool   // no settlement is sent any more
+	settled atomic.Bool   // a settlement was sent, which makes the session healthy sooner
 	done    chan struct{} // closed when nothing of it is left
-	since   time.Time     // consume-ok
+	since   time.Time     // when consume-ok came
 
-	settler  settler       // itself, or what tells Hooks.Settled as well
+	settler  settler       // the session itself, or a hookSettler around it
 	received atomic.Uint64 // deliveries given to handlers, for the stall detector
 
-	givenUp   bool          // a call on the channel was not answered in time
-	drained   error         // why acks may not have arrived, or handlers were left; read after gone
-	closeTook time.Duration // what the close took of the close limit; read after gone
+	givenUp   bool          // a call on the channel was not answered in time; only run uses it
+	drained   error         // why acks may not have arrived, or handlers did not end; read after done
+	closeTook time.Duration // how long the close took; read after done
 }
 
-// scope is what the sessions of one Run share.
+// scope is what all sessions of one Run share. newSupervisor makes it, and its plain fields do not
+// change after that.
 type scope struct {
 	config   *config
 	stats    *counters
 	reporter *reporter
 	handlers context.Context // what the contexts of handlers are made from
 	running  func() int64    // how many workers are at work, once the pool has been stopped
-	stream   *position       // where to resume, nil unless it is a stream
+	stream   *position       // where to resume, nil unless the queue is a stream
 	notices  *notices
-	tries    atomic.Uint64 // for sessions so far: two may overlap if one was left behind
+	tries    atomic.Uint64 // so far; two may overlap if one was abandoned
 }
 
 // begin returns the number of a new try.
 func (s *scope) begin() uint64 { return s.tries.Add(1) }
 
-// place is where the session stands in its stream, nil where there is none or another try has begun
-// since: what a try that was left behind finds out is of no interest.
+// streamPosition returns the position of the session in its stream. It is nil if the queue is no
+// stream, or if another try has begun since: then this try has been abandoned, and what it finds
+// out must not change the position.
 func (s *session) streamPosition() *position {
 	if s.tries.Load() != s.try {
 		return nil
@@ -88,16 +94,16 @@ func (s *session) streamPosition() *position {
 	return s.stream
 }
 
-// abandoned counts a user's function that had to be left behind.
+// abandoned counts a user's function that did not return and was left running.
 func (s *scope) abandoned() { s.stats.abandoned.Add(1) }
 
 func (s *scope) drainError() error {
 	return &DrainError{Handlers: int(s.running()), Limit: s.config.drainTimeout}
 }
 
-// openSession opens a channel on c, sets it up and subscribes, all within ctx: the driver's calls
-// take no context, so the end of ctx ends the connection under them, or the stay there if another
-// session lives on it.
+// openSession opens a channel on c, sets it up and subscribes, all within ctx. The driver's calls
+// take no context. So the end of ctx ends the connection under them or, if the connection is lent
+// to another session too, retires it: it then ends with that session.
 func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, step *step) (*session, error) {
 	lease := c.lend()
 	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
@@ -108,7 +114,7 @@ func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, 
 		if err != nil && t.relax(err) {
 			continue
 		}
-		if inTime := unguard(); err == nil && !inTime { // its lease has ended
+		if inTime := unguard(); err == nil && !inTime { // ctx ended first, and the lease with it
 			close(s.stop)
 			<-s.done
 			err = s.failure(step.String(), context.Cause(ctx))
@@ -121,7 +127,7 @@ func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, 
 	}
 }
 
-// trySession is openSession on these terms.
+// trySession is one round of openSession: it asks for what t says.
 func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, t declaration, lease *lease, step *step) (*session, error) {
 	step.at("channel")
 	channel, err := c.amqp.Channel()
@@ -138,7 +144,7 @@ func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, t
 		declaration: t,
 		lease:       lease,
 		channelEnd:  newNotifier(),
-		cancels:     channel.NotifyCancel(make(chan string, 2)), // two consumers while a place is looked for
+		cancels:     channel.NotifyCancel(make(chan string, 2)), // two consumers while a position is looked up
 		gate:        newGate(),
 		stall:       newNotifier(),
 		stop:        make(chan struct{}),
@@ -153,7 +159,7 @@ func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, t
 	}
 	s.receive()
 	if op, err := s.subscribe(ctx, step); err != nil {
-		_ = channel.Close() // also bounded by ctx, through the socket
+		_ = channel.Close() // bounded by ctx, too, which ends the connection
 		s.forget()
 		err = s.saidByBroker(err)
 		s.streamPosition().setupFailed(err)
@@ -168,13 +174,13 @@ func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, t
 	return s, nil
 }
 
-// receive makes the way for the deliveries of the consumer with the session's tag.
+// receive registers where the deliveries of the consumer with the session's tag go.
 func (s *session) receive() {
 	s.inbox, s.aside = newInbox(s.config.prefetch), newAside()
 	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, &receiver{inbox: s.inbox, aside: s.aside})
 }
 
-// forget ends the way of a consumer that there is not.
+// forget unregisters a consumer that does not exist, or not any more.
 func (s *session) forget() {
 	s.inbox.close()
 	s.clear()
@@ -190,7 +196,7 @@ func (s *session) clear() []*Delivery {
 	return all
 }
 
-// subscribe returns the step that failed, and why.
+// subscribe declares and consumes. It returns the step that failed, and why.
 func (s *session) subscribe(ctx context.Context, step *step) (op string, err error) {
 	step.at("topology")
 	s.queue, err = s.topology(ctx)
@@ -204,7 +210,7 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 		}
 		return "consume", &freshChannelError{queue: s.queue}
 	}
-	// Per consumer (global=false): RabbitMQ refuses or ignores the other form.
+	// The prefetch is per consumer (global=false): RabbitMQ refuses or ignores the other form.
 	step.at("qos")
 	if err := s.channel.Qos(s.config.prefetch, 0, false); err != nil {
 		return "qos", err
@@ -215,14 +221,14 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	if err == nil {
 		s.streamPosition().subscribed(args[offsetKey])
 	}
-	if s.config.declare != nil { // an auto-delete queue goes with its last consumer, maybe just now
+	if s.config.declare != nil { // an auto-delete queue ends with its last consumer, which may have left just now
 		err = gone(err, s.queue)
 	}
 	return "consume", err
 }
 
-// saidByBroker replaces the driver's ErrClosed by what the broker said when it closed the channel,
-// if that has arrived.
+// saidByBroker returns, in place of the driver's ErrClosed, what the broker said when it closed the
+// channel, if it did.
 func (s *session) saidByBroker(err error) error {
 	if !errors.Is(err, amqp.ErrClosed) {
 		return err
@@ -234,7 +240,7 @@ func (s *session) saidByBroker(err error) error {
 	return err
 }
 
-// watchChannel keeps why the driver's channel ended, and reads its NotifyClose to the end.
+// watchChannel records why the driver's channel ended, and reads its NotifyClose to the end.
 func (s *session) watchChannel(closes <-chan *amqp.Error) {
 	if e := <-closes; e != nil {
 		s.channelEnd.notify(e)
@@ -243,14 +249,14 @@ func (s *session) watchChannel(closes <-chan *amqp.Error) {
 	drain(closes)
 }
 
-// run is the session's life after consume-ok.
+// run is the session's goroutine from consume-ok to its end.
 func (s *session) run() {
 	defer close(s.done)
 	cause := s.consume()
 	hardLimit := s.config.drainTimeout
 	switch {
 	case cause == nil:
-		hardLimit = s.config.closeTimeout // nothing more is delivered, so nothing is in the way
+		hardLimit = s.config.closeTimeout // nothing is delivered any more that could hold up close-ok
 		s.drain()
 	case errors.Is(cause, errCancelled):
 		s.stream.doubt()
@@ -266,7 +272,7 @@ func (s *session) run() {
 }
 
 // consume waits for the first sign of the session's end. The driver promises no order among its
-// signs, so what ended is decided on the state after any of them. It returns nil when the drain was
+// signs, so the cause is found from the state after any of them. It returns nil if a drain was
 // asked for.
 func (s *session) consume() error {
 	for {
@@ -291,7 +297,8 @@ func (s *session) consume() error {
 
 func (s *session) lost(err error) error { return s.failure("lost", err) }
 
-// acksLost is lost while stopping, or on the way out: nothing proves any more what was settled.
+// acksLost is lost for a session that was ending anyway: nothing proves any more that its last
+// settlements arrived.
 func (s *session) acksLost(err error) error {
 	return s.lost(fmt.Errorf("%w; this was while stopping: the last acks may be lost, and their messages come again", err))
 }
@@ -308,19 +315,20 @@ func (s *session) attrs() []slog.Attr {
 	}
 }
 
-// warn logs what an operator should know and no change of state tells.
+// warn logs what an operator should know and what no change of state reports.
 func (s *session) warn(message string, attrs ...slog.Attr) {
 	s.reporter.warn(message, append(s.attrs(), attrs...)...)
 }
 
-// diagnose finds the one cause.
+// diagnose returns why the session was lost. Several signs of one end may have come; the cause of
+// the connection's end counts before that of the channel's.
 func (s *session) diagnose() error {
 	if s.conn.amqp.IsClosed() || s.conn.end.Cause() != nil {
 		<-s.conn.end.Done() // bounded: the connection is on its way down
 		return s.conn.end.Cause()
 	}
-	// A NotifyCancel that ended without a value: a close is right behind it, or we see a connection
-	// on its way down.
+	// NotifyCancel was closed without a value. Either the close of the channel follows at once, or
+	// the connection is about to end.
 	select {
 	case <-s.channelEnd.Done():
 	case <-s.conn.end.Done():
@@ -336,8 +344,8 @@ func (s *session) takeNoMore() {
 	s.inbox.close()
 }
 
-// lose ends a session whose channel is gone: running handlers are told, and nothing they settle
-// from now on reaches the wire.
+// lose ends a session whose channel is gone: the contexts of running handlers end, and nothing that
+// they settle from now on reaches the wire.
 func (s *session) lose(cause error) {
 	s.closed.Store(true)
 	s.takeNoMore()
@@ -346,14 +354,14 @@ func (s *session) lose(cause error) {
 	s.releaseHeld()
 }
 
-// retire ends a session that the broker cancelled. Its channel lives, so running handlers may
-// settle, which saves needless duplicates; the successor consumes meanwhile. What no handler has
-// started goes back at once.
+// retire ends a session that the broker has cancelled. Its channel still works, so running handlers
+// may settle, which saves needless duplicates; the successor consumes meanwhile. What no handler
+// has started goes back at once.
 func (s *session) retire(cause error) {
 	s.takeNoMore()
 	s.end.notify(cause)
-	// RabbitMQ 4.3 would serve the cancelled consumer again once its overdue deliveries are
-	// settled, and the driver has forgotten it: those messages would be stuck until the channel
+	// RabbitMQ 4.3 serves the cancelled consumer again once its overdue deliveries are settled. The
+	// driver no longer knows that consumer, so those messages would be stuck until the channel
 	// closes. Other versions ignore an unknown tag.
 	_ = s.channel.Cancel(s.tag, true)
 	s.handBackRest()
@@ -380,7 +388,7 @@ func (s *session) drain() {
 	s.takeNoMore()
 	s.end.notify(errStopped)
 	s.drained = s.unsubscribe(limit.C)
-	s.releaseHeld() // behind basic.cancel, or they would come back
+	s.releaseHeld() // after basic.cancel, or the broker would deliver them here again
 	if s.drained == nil {
 		s.drained = s.awaitHandlers(limit.C)
 	}
@@ -400,7 +408,7 @@ func (s *session) unsubscribe(limit <-chan time.Time) error {
 		return s.drainError()
 	case errors.Is(err, errDrainLimit), errors.Is(err, errCloseTimeout):
 		return s.acksLost(errCloseTimeout)
-	case !s.channel.IsClosed(): // a reply to nothing, so the next one would be taken for another, too
+	case !s.channel.IsClosed(): // an unexpected reply: the next reply would be taken for the wrong call, too
 		s.giveUp(err)
 		return s.acksLost(err)
 	}
@@ -421,8 +429,8 @@ func (s *session) awaitHandlers(limit <-chan time.Time) error {
 }
 
 // call bounds a call of the driver on the session's channel by the close limit, which counts
-// silence; limit ends the wait in any case. A call that is not answered in time holds the channel
-// for good, and the session gives it up.
+// silence. limit ends the wait in any case. A call that is not answered in time occupies the
+// channel for good, so the session gives the channel up.
 func (s *session) call(limit <-chan time.Time, f func() error) error {
 	answer := make(chan error, 1)
 	go func() { answer <- f() }()
@@ -440,14 +448,14 @@ func (s *session) call(limit <-chan time.Time, f func() error) error {
 	return overdue
 }
 
-// giveUp leaves the channel behind, which ends with its connection.
+// giveUp leaves the channel to end with its connection.
 func (s *session) giveUp(cause error) {
 	s.givenUp = true
 	s.lease.giveUp(cause)
 }
 
-// handBackRest returns to the queue what was delivered and no worker took. basic.nack says "never
-// started": it does not count towards a delivery limit.
+// handBackRest returns to the queue what was delivered and no worker took. basic.nack says that it
+// was never started, so it does not count towards a delivery limit (up to RabbitMQ 4.2 it does).
 func (s *session) handBackRest() {
 	for _, d := range s.clear() {
 		s.handBack(d.DeliveryTag)
@@ -455,15 +463,15 @@ func (s *session) handBackRest() {
 }
 
 // unstarted takes back what a worker took and may not start. It goes to the queue with the others,
-// behind the basic.cancel: before it the broker would give it to this consumer once more.
+// after the basic.cancel: before that the broker would deliver it to this consumer once more.
 func (s *session) unstarted(d *Delivery) {
 	if !s.inbox.takeBack(d) {
 		s.handBack(d.DeliveryTag)
 	}
 }
 
-// handBack returns a delivery that no handler saw. Of a session that is over the broker has taken
-// back everything itself.
+// handBack returns a delivery that no handler has seen. If the session is over, the broker has
+// taken back everything by itself. A stream has nothing to return to.
 func (s *session) handBack(tag uint64) {
 	if s.closed.Load() || s.stream != nil {
 		return
@@ -471,10 +479,10 @@ func (s *session) handBack(tag uint64) {
 	_ = s.wire.Requeue(tag)
 }
 
-// closeChannel waits for close-ok, the only proof AMQP 0-9-1 has that the acks before it arrived,
-// within the close limit; the deliveries of a successor may be in the way, for as long as
-// hardLimit. The driver's Close returns nil for a channel that has ended already, so what counts is
-// why it ended.
+// closeChannel closes the channel and waits for close-ok, which is the only proof in AMQP 0-9-1
+// that the acks before it arrived. The limit is the close limit, counted in silence: the deliveries
+// of a successor may hold up close-ok, for as long as hardLimit. The driver's Close returns nil for
+// a channel that has ended already, so the reason why it ended decides.
 func (s *session) closeChannel(hardLimit time.Duration) {
 	since := time.Now()
 	over := time.NewTimer(max(hardLimit, s.config.closeTimeout))
@@ -499,7 +507,7 @@ func (s *session) closeChannel(hardLimit time.Duration) {
 	}
 }
 
-// began notes that a handler is given d, where that matters.
+// began records that a handler is given d, where that matters.
 func (s *session) began(d *Delivery) {
 	if s.config.stallAfter > 0 {
 		s.received.Add(1)
@@ -516,8 +524,9 @@ func (s *session) number() uint64 { return s.id }
 // source implements settler.
 func (s *session) source() (queue, host string) { return s.queue, s.conn.host }
 
-// settle implements settler: it puts one settlement on the wire of this session's channel, or none.
-// A failed handler is a reject, which counts towards a quorum queue's delivery limit.
+// settle implements settler: it puts one settlement on the wire of this session's channel, or none
+// if the session is over. A failed message is sent as a reject, which counts towards a quorum
+// queue's delivery limit.
 func (s *session) settle(d *Delivery, o Outcome) error {
 	if s.closed.Load() {
 		s.stats.stale.Add(1)
@@ -534,7 +543,7 @@ func (s *session) settle(d *Delivery, o Outcome) error {
 	return nil
 }
 
-// observed is a session whose settlements are told to Hooks.Settled.
+// hookSettler is a session whose settlements are reported to Hooks.Settled.
 type hookSettler struct{ *session }
 
 func (s hookSettler) settle(d *Delivery, o Outcome) error {
@@ -547,15 +556,16 @@ func (s hookSettler) settle(d *Delivery, o Outcome) error {
 	return err
 }
 
-// releaseHeld settles the deliveries that wait for their requeue. A hook must not delay the
-// session's own goroutine.
+// releaseHeld settles the deliveries that are held. Hooks.Settled is called elsewhere, because it
+// must not delay the session's own goroutine.
 func (s *session) releaseHeld() {
 	held := &collectingSettler{session: s}
 	s.holds.release(held)
 	s.reporter.released(held.deliveries)
 }
 
-// collecting is a session that notes what it settles.
+// collectingSettler is a session that records what it settles. Only releaseHeld uses it, on one
+// goroutine.
 type collectingSettler struct {
 	*session
 	deliveries []*Delivery
@@ -572,7 +582,7 @@ func (s *session) send(d *Delivery, o Outcome) error {
 		return s.wire.Ack(d.fence.tag)
 	case s.stream == nil:
 		return s.wire.Reject(d.fence.tag, o == Requeued)
-	case o == Requeued: // a stream would take it as done
+	case o == Requeued: // a stream takes any settlement as an ack
 		s.tryAgain(d)
 		return nil
 	}
@@ -585,12 +595,12 @@ func (s *session) send(d *Delivery, o Outcome) error {
 	return nil
 }
 
-// againAfter keeps a message that is tried again at once from spinning.
+// againAfter is the wait before a try in place, which would otherwise spin.
 const againAfter = 10 * time.Millisecond
 
-// tryAgain gives the message of d to a worker once more, in place: to the broker it is the same
-// delivery, to the handler one of its own, so that nothing of the try before can settle it. Once
-// the session has ended nobody takes it any more.
+// tryAgain gives the message of d to a worker once more, in place. To the broker it is the same
+// delivery; the handler gets another Delivery, so that nothing left over from the earlier try can
+// settle it. Once the session has ended no worker takes it any more.
 func (s *session) tryAgain(d *Delivery) {
 	again := d.again()
 	time.AfterFunc(againAfter, func() { s.inbox.put(again) })
@@ -613,17 +623,17 @@ func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
 	return 0
 }
 
-// healthy tells whether the session has proved that a broker works: consume-ok proves nothing, for
-// a quorum queue without a leader answers it and fails 65 s later.
+// healthy reports whether the session has proved that the broker works. consume-ok does not prove
+// it: a quorum queue without a leader answers consume-ok and fails 65 s later.
 func (s *session) healthy(now time.Time) bool {
 	up := now.Sub(s.since)
 	return up >= 70*time.Second || up >= 10*time.Second && s.settled.Load()
 }
 
-// gate counts the handlers at work. Once shut nothing enters any more, and empty closes when the
-// last one has left.
+// gate counts the handlers at work. Once it is closed no handler enters any more, and done is
+// closed when the last one has left. Workers enter and leave; the session's goroutine closes it.
 type gate struct {
-	count atomic.Int64 // twice the number inside, plus one when shut
+	count atomic.Int64 // twice the number of handlers inside, plus one once it is closed
 	done  chan struct{}
 	once  sync.Once
 }
@@ -646,10 +656,10 @@ func (g *gate) leave() {
 	}
 }
 
-// busy tells whether a handler is inside.
+// busy reports whether a handler is inside.
 func (g *gate) busy() bool { return g.count.Load() > 1 }
 
-// close may be called more than once, by the session's own goroutine only.
+// close may be called more than once, but only by the session's own goroutine.
 func (g *gate) close() {
 	if g.count.Load()&1 == 1 {
 		return
@@ -661,11 +671,11 @@ func (g *gate) close() {
 
 const (
 	slowConnect  = 2 * time.Second  // the longest that a try takes without a line about it
-	slowInterval = 10 * time.Minute // between two such lines
+	slowInterval = 10 * time.Minute // the shortest time between two such lines
 )
 
-// waiting tells of a try that takes its time, at which step it is. The function it returns is
-// called at the end of the try.
+// waiting logs that a try takes long, and at which step it is. The function that it returns is to
+// be called at the end of the try.
 func (s *scope) waiting(host string, step *step) (over func()) {
 	timer := time.AfterFunc(slowConnect, func() {
 		if left, ok := s.notices.connecting.allow(slowInterval); ok {
@@ -679,13 +689,14 @@ func (s *scope) waiting(host string, step *step) (over func()) {
 	return func() { timer.Stop() }
 }
 
-// overdueGrace is what a handler is given to return in once its context has ended.
+// overdueGrace is how long a handler may still run after its context has ended, before it counts as
+// overdue.
 const overdueGrace = time.Second
 
-// overdue watches a handler that has a timeout. The function it returns is called when the handler
-// has returned.
+// overdue watches a handler that has a timeout. The function that it returns is to be called when
+// the handler has returned.
 func (s *session) overdue(d *Delivery) (returned func()) {
-	limit, id := s.config.handlerTimeout, d.MessageId // the handler may change it
+	limit, id := s.config.handlerTimeout, d.MessageId // copied because the handler may change it
 	timer := time.AfterFunc(limit+overdueGrace, func() {
 		now := s.stats.overdue.Add(1)
 		if left, ok := s.notices.overdue.allow(time.Minute); ok {
@@ -701,20 +712,20 @@ func (s *session) overdue(d *Delivery) (returned func()) {
 	}
 }
 
-// backlog looks, a few times within a consumer timeout, whether deliveries wait too long for a
-// worker. That costs a delivery nothing, and sees how long handlers take together and not how long
-// the odd one does.
+// backlog checks, a few times within a consumer timeout, whether deliveries wait too long for a
+// worker. That costs nothing per delivery, and it finds handlers that are too slow together, not a
+// single slow one. Its timer's goroutine uses base and arrived; timer is used under mu.
 type backlog struct {
 	session *session
 	timeout time.Duration
-	base    uint64                      // deliveries given to handlers before the session
+	base    uint64                      // deliveries given to handlers before this session
 	arrived [looksPerTimeout / 2]uint64 // deliveries of the session at the last looks, oldest first
 
 	mu    sync.Mutex
-	timer *time.Timer // nil when there are no more looks
+	timer *time.Timer // nil once there are no more checks
 }
 
-// looks is how often within a consumer timeout.
+// looksPerTimeout is how often backlog checks within a consumer timeout.
 const looksPerTimeout = 8
 
 func (s *session) watchBacklog() {
@@ -729,10 +740,10 @@ func (s *session) watchBacklog() {
 
 func (p *backlog) every() time.Duration { return max(p.timeout/looksPerTimeout, time.Second) }
 
-// look finds out whether a delivery waits that was there already half a consumer timeout ago.
+// look checks whether a delivery is still waiting that was there half a consumer timeout ago.
 func (p *backlog) look() {
 	s := p.session
-	taken := s.stats.delivered.Load() - p.base // first: what is taken meanwhile must not count twice
+	taken := s.stats.delivered.Load() - p.base // read first, so that what is taken meanwhile does not count twice
 	late := taken < p.arrived[0]
 	copy(p.arrived[:], p.arrived[1:])
 	p.arrived[len(p.arrived)-1] = taken + uint64(s.inbox.waiting())
@@ -758,9 +769,9 @@ func (p *backlog) stop() {
 	}
 }
 
-// cutOff tells whether a handler returned err because its session was lost or the drain limit
-// passed: that is no failure of its own, and the broker has the message already. A panic is one
-// whenever it comes.
+// cutOff reports whether a handler returned err because its session was lost or the drain limit
+// passed. That is no failure of the handler, and the broker has the message already. A panic is a
+// failure whenever it comes.
 func (s *session) cutOff(err error) bool {
 	return s.ctx.Err() != nil && !errors.As(err, new(*PanicError))
 }
