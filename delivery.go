@@ -11,13 +11,8 @@ import (
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
-// The headers that brokers count in. Publishers can write them too.
-const (
-	deliveryCount = "x-delivery-count" // of a quorum queue
-	acquiredCount = "x-acquired-count" // of a quorum queue since 4.3
-	deathHeader   = "x-death"
-	lastDeath     = "x-last-death-queue" // since 3.13
-)
+// What a Delivery says about itself: its number of tries, read from the headers of brokers, and its
+// forms in JSON, in a log and as text. Handlers, hooks and the log call these.
 
 // Attempt returns the number of this try, 1 for the first, as far as the broker tells. It is the
 // highest of these, and one more for each try in place (on a stream):
@@ -44,8 +39,8 @@ func (d *Delivery) Attempt() int {
 	n := d.returns()
 	if n == 0 && d.Redelivered {
 		n = 1
-		_, counted := d.count(deliveryCount)  // in another queue
-		_, acquired := d.count(acquiredCount) // and came back unharmed, by nack or a lost session
+		_, counted := d.count(deliveryCount)  // by another queue
+		_, acquired := d.count(acquiredCount) // it came back by nack or a lost session, not by a failure
 		if counted || acquired {
 			n = 0
 		}
@@ -56,14 +51,15 @@ func (d *Delivery) Attempt() int {
 	return n + 1
 }
 
-// returns is how often the message has come back to this queue.
+// returns returns how often the message has come back to this queue.
 //
-// What RabbitMQ shows was measured; TestAttemptOnRealBrokers and the conformance scripts of
-// steadymqtest keep it. A quorum queue marks as redelivered whatever it has counted, so without the
-// mark the count is that of an old life. With it, the first delivery of a dead-lettered message
-// shows what the other queue has counted: from 3.13 to 4.2 how often it was rejected, since 4.3
-// all, in both headers. Later deliveries show, up to 4.2, what this queue has counted; since 4.3
-// the acquired count does, while the other one goes on.
+// It relies on what RabbitMQ shows, which was measured; TestAttemptOnRealBrokers and the
+// conformance scripts of steadymqtest notice when that changes. A quorum queue marks every message
+// that it has counted as redelivered, so a count without the mark is from an earlier queue. With
+// the mark, the first delivery of a dead-lettered message shows what the earlier queue has counted:
+// from 3.13 to 4.2 how often the message was rejected there, since 4.3 every return, in both
+// headers. Later deliveries show what this queue has counted: up to 4.2 in x-delivery-count, since
+// 4.3 in x-acquired-count, while x-delivery-count goes on from the earlier queue.
 func (d *Delivery) returns() int {
 	here, elsewhere := d.rejections()
 	n, _ := d.count(deliveryCount)
@@ -81,8 +77,16 @@ func (d *Delivery) returns() int {
 	return max(n, here)
 }
 
-// arrivesCounted tells the first delivery of a message that another queue has dead-lettered with
-// the count n, since 4.3. The limit of this queue acts on it.
+// The headers in which brokers count. Publishers can write them, too.
+const (
+	deliveryCount = "x-delivery-count" // of a quorum queue
+	acquiredCount = "x-acquired-count" // of a quorum queue since 4.3
+	deathHeader   = "x-death"
+	lastDeath     = "x-last-death-queue" // since 3.13
+)
+
+// arrivesCounted reports whether this is the first delivery of a message that another queue has
+// dead-lettered with the count n, as since 4.3. The limit of this queue acts on that count.
 func (d *Delivery) arrivesCounted(n int) bool {
 	acquired, known := d.count(acquiredCount)
 	_, elsewhere := d.rejections()
@@ -90,9 +94,9 @@ func (d *Delivery) arrivesCounted(n int) bool {
 }
 
 // rejections counts in x-death how often the message was rejected from this queue, and how often
-// from others, there also by the delivery limit. Its newest entry is first. If that is a rejection
-// from this queue, then no broker has brought the message back: it was published again, with what
-// it had been through.
+// from others, there also by the delivery limit. The newest entry of x-death is the first. If that
+// is a rejection from this queue, then no broker has brought the message back: it was published
+// again, with its old headers.
 func (d *Delivery) rejections() (here, elsewhere int) {
 	deaths, _ := d.Headers[deathHeader].([]any)
 	for i, entry := range deaths {
@@ -122,7 +126,7 @@ func (d *Delivery) count(header string) (n int, ok bool) {
 	return int(v), true
 }
 
-// headerInt reads any of the integer types a broker may choose for a header.
+// headerInt reads any of the integer types that a broker may choose for a header.
 func headerInt(v any) (int64, bool) {
 	switch n := v.(type) {
 	case int64:
@@ -145,7 +149,7 @@ func headerInt(v any) (int64, bool) {
 	return 0, false
 }
 
-// deliveryJSON is what MarshalJSON shows.
+// deliveryJSON is the form in which MarshalJSON shows a delivery.
 type deliveryJSON struct {
 	Queue           string         `json:"queue,omitempty"`
 	Exchange        string         `json:"exchange"`
@@ -242,8 +246,8 @@ func tableJSON(t amqp.Table, depth int) map[string]any {
 	return m
 }
 
-// valueJSON replaces what encoding/json refuses: times of no year it can write, and numbers that
-// are none, and what is nested deeper than depth.
+// valueJSON replaces what encoding/json refuses: times in a year that it cannot write, NaN and
+// infinities, and what is nested deeper than depth.
 func valueJSON(v any, depth int) any {
 	switch v := v.(type) {
 	case amqp.Table:

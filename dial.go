@@ -17,9 +17,12 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// openSocket dials address, shakes hands if tlsConfig is given, and returns the started socket. All
-// of it ends with ctx, whose cause is then in the error. abandoned is told of a callback of the TLS
-// configuration that has to be left behind.
+// The way to a broker: TCP, TLS and the login, each with the function of the user that may take
+// part in it. openConnection calls all of it.
+
+// openSocket dials address, does the TLS handshake if tlsConfig is given, and returns the started
+// socket. All of it ends with ctx, whose cause is then in the error. It calls abandoned for a
+// callback of the TLS configuration that had to be left behind.
 func openSocket(ctx context.Context, dial wire.DialFunc, address string, tlsConfig *tls.Config, o wire.Options, abandoned func()) (*wire.Socket, error) {
 	raw, err := dial(ctx, "tcp", address)
 	if err != nil {
@@ -54,8 +57,8 @@ func explainTLS(err error) error {
 	return fmt.Errorf("%w; check host and port (5671 for AMQP over TLS)", err)
 }
 
-// clientTLS copies the caller's config: the name to verify differs per host, and writing it into a
-// shared config verifies the next host as this one.
+// clientTLS copies the caller's config, because the name to verify differs per host: written into a
+// shared config it would be the name of the next host, too.
 func clientTLS(c *tls.Config, address string) *tls.Config {
 	c = c.Clone()
 	if c.ServerName == "" {
@@ -68,7 +71,7 @@ func clientTLS(c *tls.Config, address string) *tls.Config {
 	return c
 }
 
-// withCause says why ctx ended where err only says that it did.
+// withCause adds why ctx ended to an err that says only that it ended.
 func withCause(ctx context.Context, err error) error {
 	cause := causeOf(ctx)
 	if cause == nil || errors.Is(err, cause) {
@@ -77,7 +80,8 @@ func withCause(ctx context.Context, err error) error {
 	return errtext.Because(cause, err)
 }
 
-// dialer bounds the dial to e and notes that it succeeded.
+// dialer returns the function that dials e, within the limit for a dial. The function sets step
+// once it has a connection.
 func dialer(c *config, e endpoint, step *step, abandoned func()) wire.DialFunc {
 	limit := c.dialTimeoutOf(e)
 	dial := wire.DefaultDial(limit, c.heartbeatOf(e)*3/2)
@@ -97,7 +101,7 @@ func dialer(c *config, e endpoint, step *step, abandoned func()) wire.DialFunc {
 
 var errNoConn = errors.New("WithDialer: the function returned neither a connection nor an error")
 
-// guardedDial is the user's dial.
+// guardedDial calls the user's dial function as a userCall.
 func guardedDial(c *config, abandoned func()) wire.DialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		return userCall[net.Conn]{
@@ -107,7 +111,7 @@ func guardedDial(c *config, abandoned func()) wire.DialFunc {
 				switch {
 				case err == nil && isNil(conn):
 					return nil, errNoConn
-				case err != nil && !isNil(conn): // nobody would close it
+				case err != nil && !isNil(conn): // nobody else closes it
 					wire.Abort(conn)
 				}
 				return conn, err
@@ -119,7 +123,8 @@ func guardedDial(c *config, abandoned func()) wire.DialFunc {
 	}
 }
 
-// step is how far a try has come. It may be read while the try goes on.
+// step is how far a try has come. The goroutine of the try writes it, and others may read it at any
+// time.
 type step struct{ name atomic.Value }
 
 func newStep(name string) *step {
@@ -132,25 +137,27 @@ func (s *step) at(name string) { s.name.Store(name) }
 
 func (s *step) String() string { return s.name.Load().(string) }
 
-// toldOfRefusals is the capability of a client that wants to be told of a refused login: RabbitMQ
-// then says 403 at once. Without it the broker keeps silent for 3 s and ends the socket without a
-// word (https://www.rabbitmq.com/docs/auth-notification).
+// toldOfRefusals is the capability of a client that wants to be told of a refused login: then
+// RabbitMQ says 403 at once. Without it the broker keeps silent for 3 s and ends the socket without
+// a word (https://www.rabbitmq.com/docs/auth-notification).
 const toldOfRefusals = "authentication_failure_close"
 
-// login is one try to log in.
+// login is one try to log in. One goroutine at a time uses it: that of the try, which waits in
+// amqp.Open meanwhile.
 type login struct {
-	ctx        context.Context // of the try
-	properties amqp.Table      // the client's, the same map as the driver's
-	abort      func(cause error)
+	ctx        context.Context   // of the try
+	properties amqp.Table        // of the client; the same map as the driver's
+	abort      func(cause error) // ends the socket
 	abandoned  func()
-	mechanisms []amqp.Authentication // ours, around those given
-	asked      []string              // their names
-	user       string                // who asked to be let in, where we know
-	failed     error                 // a mechanism of the user's that failed
+	mechanisms []amqp.Authentication // a mechanism around each one given
+	asked      []string              // the names of the mechanisms
+	user       string                // the user name, if it is known
+	failed     error                 // of a mechanism of the user's that failed
 	answered   time.Time             // when the response went out
 }
 
-// newLogin wraps the mechanisms for a dial with these properties. abort ends its socket.
+// newLogin wraps the mechanisms for a dial with these properties. The caller sets abort before it
+// opens the connection.
 func newLogin(ctx context.Context, given []amqp.Authentication, properties amqp.Table, abandoned func()) (*login, error) {
 	l := &login{ctx: ctx, properties: properties, abandoned: abandoned}
 	for _, m := range given {
@@ -164,7 +171,8 @@ func newLogin(ctx context.Context, given []amqp.Authentication, properties amqp.
 	return l, nil
 }
 
-// mechanism is an amqp.Authentication around another one.
+// mechanism is an amqp.Authentication around another one, which learns when the driver asks for the
+// response.
 type mechanism struct {
 	given amqp.Authentication
 	name  string
@@ -175,7 +183,7 @@ type mechanism struct {
 func (m *mechanism) Mechanism() string { return m.name }
 
 // Response implements amqp.Authentication. The driver overwrites the capabilities, asks for the
-// response and then sends both: this is the moment to add one.
+// response and then sends both: so this is the moment to add a capability.
 func (m *mechanism) Response() string {
 	l := m.login
 	l.user = userOf(m.given)
@@ -188,7 +196,7 @@ func (m *mechanism) Response() string {
 	response, err := l.ask(m.given.Response)
 	if err != nil {
 		l.failed = fmt.Errorf("the response of the login mechanism %s: %w", m.name, err)
-		l.abort(l.failed) // the driver knows no other way to send nothing
+		l.abort(l.failed) // the driver has no other way to send nothing
 	}
 	l.answered = time.Now()
 	return response
@@ -213,13 +221,14 @@ func (l *login) ask(f func() string) (string, error) {
 	}.run(l.ctx)
 }
 
-// loginSilence is what a refused login looks like to a client that is not told: RabbitMQ waits 3 s
-// and ends the socket without a word, while a lost socket ends whenever it is lost.
+// loginSilence is the shortest silence before the end of the socket that counts as a refused login.
+// RabbitMQ waits 3 s before it ends the socket of a client that it does not tell, while a lost
+// socket may end at any time.
 const loginSilence = 2500 * time.Millisecond
 
-// refusal tells a refused login from any other failure of the handshake; nil if it is none. The
-// driver calls every loss of the socket at this step a wrong password, without having heard that
-// from the broker.
+// refusal returns the error of a refused login, or nil if the handshake failed for another reason.
+// The driver calls every loss of the socket at this step a wrong password, although the broker has
+// not said so.
 func (l *login) refusal(err error, s *wire.Socket) error {
 	var brokerErr *amqp.Error
 	if errors.As(err, &brokerErr) && brokerErr.Server {
@@ -240,7 +249,7 @@ func (l *login) refusal(err error, s *wire.Socket) error {
 	return nil
 }
 
-// hint says what nobody finds out by himself.
+// hint says what a user can hardly find out alone: the limits of the user guest.
 func (l *login) hint() string {
 	if l.user != "guest" {
 		return ""

@@ -19,14 +19,14 @@ import (
 // endpoint is one broker address and how to log in there.
 type endpoint struct {
 	uri       amqp.URI
-	address   string        // host:port, all that is ever shown
-	heartbeat time.Duration // of the URL's heartbeat parameter, 0 for none
+	address   string        // host:port, the only part that is ever shown
+	heartbeat time.Duration // the URL's parameter heartbeat, 0 for none
 
-	dialTimeout time.Duration // of the URL's connection_timeout parameter, 0 for none
+	dialTimeout time.Duration // the URL's parameter connection_timeout, 0 for none
 }
 
 // tlsConfig returns the TLS configuration of a dial to e, nil for plain amqp. openSocket clones it
-// and fills in the server's name.
+// and sets the server's name.
 func (e endpoint) tlsConfig(given *tls.Config, insecure bool) (*tls.Config, error) {
 	if e.uri.Scheme != "amqps" {
 		return nil, nil
@@ -42,7 +42,7 @@ func (e endpoint) tlsConfig(given *tls.Config, insecure bool) (*tls.Config, erro
 	return c, err
 }
 
-// ownTLS is what the URL asks for.
+// ownTLS returns the TLS configuration that the URL asks for.
 func (e endpoint) ownTLS() (*tls.Config, error) {
 	c := &tls.Config{ServerName: e.uri.ServerName, MinVersion: tls.VersionTLS12}
 	if file := e.uri.CACertFile; file != "" {
@@ -65,7 +65,7 @@ func (e endpoint) ownTLS() (*tls.Config, error) {
 	return c, nil
 }
 
-// login returns the mechanisms the URL asks for, best first.
+// login returns the login mechanisms: the given ones, else those that the URL asks for, best first.
 func (e endpoint) login(given []amqp.Authentication) []amqp.Authentication {
 	if given != nil {
 		return given
@@ -90,8 +90,8 @@ func (e endpoint) login(given []amqp.Authentication) []amqp.Authentication {
 // maxDuration is the longest that an option, or a parameter of the URL, may last.
 const maxDuration = 24 * time.Hour
 
-// otherPorts are those on which RabbitMQ speaks something else than AMQP, unless it is told
-// otherwise (https://www.rabbitmq.com/docs/networking#ports).
+// otherPorts are the ports on which RabbitMQ speaks something other than AMQP, unless it is
+// configured otherwise (https://www.rabbitmq.com/docs/networking#ports).
 var otherPorts = map[string]string{
 	"15672": "port for HTTP (management)",
 	"15671": "port for HTTPS (management)",
@@ -105,8 +105,8 @@ var otherPorts = map[string]string{
 	"4369":  "port of epmd, where nodes of a cluster look for each other",
 }
 
-// wrongPortError is a peer that gives no answer, or none of a broker, on a port known to be for
-// something else.
+// wrongPortError says that a peer did not answer as a broker does, on a port that is known to be
+// for something else.
 type wrongPortError struct {
 	port, use string
 	err       error // what the peer did
@@ -116,7 +116,7 @@ func (e *wrongPortError) Error() string {
 	return fmt.Sprintf("port %s is RabbitMQ's %s; AMQP is 5672, or 5671 with TLS (%s)", e.port, e.use, e.answer())
 }
 
-// answer is what the peer did, without the advice that the port has given already.
+// answer says what the peer did, without advice: the port has given that already.
 func (e *wrongPortError) answer() string {
 	switch {
 	case errors.As(e.err, new(*wire.NotAMQPError)):
@@ -129,8 +129,8 @@ func (e *wrongPortError) answer() string {
 
 func (e *wrongPortError) Unwrap() error { return e.err }
 
-// namePort says what the port of e is for, if the peer there did not answer as a broker does: by
-// other bytes, by ending the socket, or not at all.
+// namePort adds to err what the port of e is for, if the peer did not answer as a broker does: it
+// sent other bytes, ended the socket or did not answer at all.
 func namePort(e endpoint, err error) error {
 	port := strconv.Itoa(e.uri.Port)
 	use := otherPorts[port]
@@ -152,7 +152,8 @@ func unlikeABroker(err error) bool {
 	return errors.As(err, new(*wire.NotAMQPError)) || errors.As(err, new(tls.RecordHeaderError))
 }
 
-// copyTLS copies what a user gives, so that it can change afterwards.
+// copyTLS copies a configuration that the user gives, so that later changes of it have no effect
+// here.
 func copyTLS(c *tls.Config) *tls.Config {
 	if c == nil {
 		return nil

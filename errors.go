@@ -11,6 +11,9 @@ import (
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
+// The errors that users meet, with the advice in their texts, and the reasons for which the library
+// itself ends something. Every other file uses them.
+
 // Errors of settling a [Delivery]. All of them leave the wire untouched. Match them by [errors.Is].
 var (
 	// ErrStale is returned by a settlement that comes too late: the session that delivered the
@@ -59,7 +62,7 @@ var (
 // [WithMaxMessageSize] accepts.
 var ErrMessageTooLarge = errors.New("the message is larger than the limit (WithMaxMessageSize)")
 
-// Reasons the library ends something by itself. They appear as causes inside a SessionError.
+// Reasons for which the library itself ends something. They appear as causes inside a SessionError.
 var (
 	errSetupTimeout = errors.New("setup limit passed")
 	errCloseTimeout = errors.New("close limit passed without an answer, so the socket was closed (WithCloseTimeout)")
@@ -67,6 +70,10 @@ var (
 	errCancelled    = errors.New("the broker cancelled the consumer (basic.cancel): the queue was deleted or moved, or a delivery was held longer than the consumer timeout")
 	errChannelEnded = errors.New("the channel ended without a reason from the broker")
 	errStopped      = errors.New("the consumer was stopped")
+	errStalled      = errors.New("stalled") // by WithStallDetector
+
+	// errSilentRefusal is what the end of the socket after 3 s of silence most probably means.
+	errSilentRefusal = fmt.Errorf("%w: the broker ended the socket after 3s of silence, which is how RabbitMQ refuses a login without saying so: check user name, password and mechanism (a cut network path can look the same)", ErrLoginRefused)
 )
 
 // SessionError says at which step a session failed and why. It is the error of [Consumer.Run] when
@@ -108,7 +115,8 @@ func (e *SessionError) Error() string {
 	return fmt.Sprintf("steadymq: %ssession %d: %s: %s%s", where, e.Session, step, e.reason(), advice(e.Op, e.Err))
 }
 
-// step is the word for Op in a text. What WithQueue does is no topology to its user.
+// step returns the word for Op in a text. Users do not call the declarations of WithQueue a
+// topology.
 func (e *SessionError) step() string {
 	if e.Op == "topology" && errors.As(e.Err, new(*declareError)) {
 		return "declare"
@@ -215,7 +223,7 @@ func (e *DrainError) Error() string {
 func (e *DrainError) Unwrap() error { return ErrDrainTimeout }
 
 // advice says what to do about a refusal of the broker, whose own text says only what it refuses.
-// Code and step decide, never the text: it repeats names of queues and users.
+// Code and step decide, never the text, which repeats names of queues and users.
 func advice(op string, err error) string {
 	var brokerErr *amqp.Error
 	if !errors.As(err, &brokerErr) || !brokerErr.Server {
@@ -252,8 +260,8 @@ func adviceTLS(err error) string {
 	return ""
 }
 
-// reason is the text of Err without what the rest of the sentence says: step and host, which the
-// errors of net repeat, and whose error it is.
+// reason returns the text of Err without what the rest of the sentence says: step and host, which
+// the errors of net repeat, and the name of the library.
 func (e *SessionError) reason() string {
 	text := errtext.Plain(fmt.Sprint(e.Err), e.Err, e.Host != "")
 	if e.Host != "" {
@@ -262,24 +270,19 @@ func (e *SessionError) reason() string {
 	return errtext.OneLine(strings.ReplaceAll(text, "steadymq: ", ""))
 }
 
-// reasonOf is the text of a cause for a log line that names queue, session and host by itself.
+// reasonOf returns the text of a cause for a log line that has queue, session and host as
+// attributes.
 func reasonOf(cause error) string {
-	at, ok := cause.(*SessionError) //nolint:errorlint // what wraps it has a text of its own
+	at, ok := cause.(*SessionError) //nolint:errorlint // an error around it has a text of its own
 	if !ok {
 		return errtext.Brief(cause)
 	}
 	return errtext.Brief(errors.New(at.step()+": "+at.reason())) + advice(at.Op, at.Err)
 }
 
-// declareError is a failure of what WithQueue declares.
+// declareError is a failure of the declarations that WithQueue asks for.
 type declareError struct{ err error }
 
 func (e *declareError) Error() string { return e.err.Error() }
 
 func (e *declareError) Unwrap() error { return e.err }
-
-// errStalled is the cause of a session that WithStallDetector ended.
-var errStalled = errors.New("stalled")
-
-// errSilentRefusal is what the end of the socket after 3 s most probably means.
-var errSilentRefusal = fmt.Errorf("%w: the broker ended the socket after 3s of silence, which is how RabbitMQ refuses a login without saying so: check user name, password and mechanism (a cut network path can look the same)", ErrLoginRefused)

@@ -9,23 +9,25 @@ import (
 	"time"
 )
 
-// abandonGrace is how long a user's function may outlive its context before it is left behind.
-const abandonGrace = 400 * time.Millisecond
-
-var errIgnoresContext = errors.New("the function did not return when its context ended and was left behind")
+// Calls of the user's functions and reads of the user's errors, so that one that panics, hangs or
+// ends its goroutine becomes an error and does no harm. Everything that calls a function of an
+// option goes through it, and so do the workers.
 
 // userCall is a call of a function that the user has given by an option.
 type userCall[T any] struct {
 	option string
 	f      func(context.Context) (T, error)
-	left   func()  // is told when the function is left behind
-	late   func(T) // takes what it returns after that; nil if nothing is to be done
-	bare   bool    // what it returns itself is not named, as a dialer's "connection refused"
+	left   func()  // called when the function is left behind
+	late   func(T) // takes what the function returns after that; nil if nothing is to be done
+	bare   bool    // its own errors are not named, such as a dialer's "connection refused"
 }
 
-// run calls the function on a goroutine of its own, for it may panic, end its goroutine or ignore
-// its context. It returns when the function does, and at the latest abandonGrace after ctx has
-// ended. Its errors name the option.
+// abandonGrace is how long a user's function may outlive its context before it is left behind.
+const abandonGrace = 400 * time.Millisecond
+
+// run calls the function on a goroutine of its own, because the function may panic, end its
+// goroutine or ignore its context. run returns when the function does, and at the latest
+// abandonGrace after ctx has ended. Its errors name the option.
 func (c userCall[T]) run(ctx context.Context) (T, error) {
 	done := make(chan answer[T], 1)
 	go c.answer(ctx, done)
@@ -63,7 +65,7 @@ func (c userCall[T]) answer(ctx context.Context, done chan<- answer[T]) {
 	var a answer[T]
 	returned := false
 	defer func() {
-		if !returned { // recover gives nil after a runtime.Goexit
+		if !returned { // after a runtime.Goexit recover returns nil
 			a.err = panicked(recover())
 		}
 		done <- a
@@ -87,18 +89,21 @@ func (c userCall[T]) named(err error) error {
 	return fmt.Errorf("%s: %w", c.option, err)
 }
 
-// errNoAnswer ends a function that has no context to watch.
+var errIgnoresContext = errors.New("the function did not return when its context ended and was left behind")
+
+// errNoAnswer is the reason of a call that passed its limit. The function has no context to watch.
 var errNoAnswer = errors.New("no answer within the setup limit (WithSetupTimeout)")
 
-// isNil tells whether a value of the user is nil, or a nil pointer in an interface, which is not.
+// isNil reports whether a value of the user is nil, or is a nil pointer in an interface, which does
+// not compare equal to nil.
 func isNil(value any) bool {
 	v := reflect.ValueOf(value)
 	return !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil()
 }
 
-// transfer calls Read or Write of a connection that may be the user's, or run callbacks of the
-// user's TLS configuration. What panics there, or ends the goroutine, ends the socket: broken is
-// told why, and it is the error of a panic.
+// transfer calls Read or Write of a connection that may be the user's, or may run callbacks of the
+// user's TLS configuration. A panic there, or the end of the goroutine, ends the socket: transfer
+// calls fault with an error that says so, and returns it.
 func transfer(f func([]byte) (int, error), p []byte, fault func(error)) (n int, err error) {
 	returned := false
 	defer func() {
@@ -113,8 +118,8 @@ func transfer(f func([]byte) (int, error), p []byte, fault func(error)) (n int, 
 	return n, err
 }
 
-// safeError returns an error of the user as it is if it can be read, else a *PanicError in its
-// place. What Discard, Requeue and RequeueAfter ask for stays.
+// safeError returns an error of the user unchanged if it can be read, else a *PanicError in its
+// place. The outcome that Discard, Requeue and RequeueAfter ask for is kept.
 func safeError(err error) error {
 	if err == nil {
 		return nil
@@ -138,7 +143,7 @@ func readable(err error) error {
 	return fault
 }
 
-// causeOf is context.Cause: the context may be Run's, and its cause the user's.
+// causeOf is context.Cause for contexts whose cause may be the user's, as that of Run's context is.
 func causeOf(ctx context.Context) error { return safeError(context.Cause(ctx)) }
 
 // panicked makes the error of a panic out of what recover returned.
@@ -150,13 +155,13 @@ func panicked(value any) *PanicError {
 	return e
 }
 
-// reading goes over an error and all that it wraps.
+// reading visits an error and all errors that it wraps.
 type reading struct {
-	at      error         // the one it has come to
-	outcome *outcomeError // the first one on the way
+	at      error         // the error it has come to
+	outcome *outcomeError // the first outcome on the way
 }
 
-// all reads err, and returns the stack of the panic if that panics.
+// all reads err. If that panics it returns the stack of the panic.
 func (r *reading) all(err error) (stack []byte) {
 	defer func() {
 		if recover() != nil {
@@ -167,10 +172,10 @@ func (r *reading) all(err error) (stack []byte) {
 	return nil
 }
 
-// maxChain is how deep errors may wrap each other; one that wraps itself has no end.
+// maxChain is how deep errors may wrap one another, for one that wraps itself has no end.
 const maxChain = 1000
 
-// read calls all that fmt, errors.Is and errors.As do.
+// read calls every method that fmt, errors.Is and errors.As call.
 func (r *reading) read(err error, depth int) {
 	if err == nil {
 		return
@@ -197,10 +202,10 @@ func (r *reading) read(err error, depth int) {
 		}
 	}
 	r.at = err
-	_ = err.Error() // after those it wraps, whose texts it may ask for
+	_ = err.Error() // after the errors that it wraps, whose texts it may ask for
 }
 
-// nobodys is an error that no other one is.
+// unmatchable is an error that no other error equals.
 type unmatchable struct{ error }
 
 var errUnmatchable = &unmatchable{}
