@@ -7,21 +7,22 @@ import (
 	"time"
 )
 
-// holds are the deliveries of a session that failed and wait until they go back or, of a stream,
-// are tried again.
+// holds are the failed deliveries of a session that are held until they go back to the queue or, on
+// a stream, are tried again. Workers add to them, timers take from them, and the session's
+// goroutine releases them; all of it under mu.
 type holds struct {
 	session *session
 
 	mu           sync.Mutex
 	timers       map[*Delivery]*time.Timer
-	released     bool
-	crowdedSince time.Time   // since when they take up half of the prefetch, zero if they do not
-	easedSince   time.Time   // since when they take up less again, zero if they do not
-	timer        *time.Timer // of that; there is none before
+	released     bool        // nothing is held any more
+	crowdedSince time.Time   // since when they take up half of the prefetch; zero if they do not
+	easedSince   time.Time   // since when they take up less again; zero if they do not
+	timer        *time.Timer // for the next check or warning; nil before the first
 }
 
-// add requeues d after delay, or at once when the session no longer holds. It reports whether d is
-// held.
+// add requeues d after delay, or at once if the session holds nothing any more. It reports whether
+// d is held.
 func (h *holds) add(d *Delivery, delay time.Duration) (held bool) {
 	if delay > 0 && h.schedule(d, delay) {
 		return true
@@ -49,8 +50,8 @@ func (h *holds) schedule(d *Delivery, delay time.Duration) bool {
 	return true
 }
 
-// look begins to tell of held messages once there are too many. Of a stream, others may pile up
-// behind one later, so there it looks again. It is called with mu held.
+// check schedules a warning once too many messages are held. On a stream, others may pile up behind
+// a held one later, so there it also schedules another check. It is called with mu held.
 func (h *holds) check() {
 	crowd := h.isCrowded()
 	switch {
@@ -65,7 +66,7 @@ func (h *holds) check() {
 	}
 }
 
-// hadRoom tells whether there has been room for long enough.
+// easedLongEnough reports whether there has been room for so long that the next crowd is a new one.
 func (h *holds) easedLongEnough() bool {
 	return !h.easedSince.IsZero() && time.Since(h.easedSince) >= easedAfter
 }
@@ -114,8 +115,8 @@ func (h *holds) dropSettled() {
 	}
 }
 
-// release ends all holds: the deliveries are settled by their session at once, as requeued while it
-// lives and as stale after it.
+// release ends all holds. Their session settles the deliveries at once: as requeued while it lives,
+// and as stale after that.
 func (h *holds) release(by settler) {
 	h.mu.Lock()
 	held, telling := h.timers, h.timer
@@ -128,15 +129,15 @@ func (h *holds) release(by settler) {
 	for d, timer := range held {
 		timer.Stop()
 		if _, unreadable := d.fence.settler.(unreadableSettler); unreadable {
-			_ = d.Requeue() // nobody is told: no handler had it
+			_ = d.Requeue() // no hook is called, because no handler had it
 			continue
 		}
 		_ = d.fence.settle(by, Requeued)
 	}
 }
 
-// crowd tells whether what is held leaves half of the prefetch or less. Of a stream one is enough:
-// what is done behind it cannot be acked before it is. It is called with mu held.
+// isCrowded reports whether half of the prefetch or more is held. On a stream one held message may
+// be enough, because what is done after it cannot be acked before it. It is called with mu held.
 func (h *holds) isCrowded() bool {
 	taken := int64(len(h.timers))
 	if taken > 0 && h.session.stream != nil {
@@ -145,15 +146,15 @@ func (h *holds) isCrowded() bool {
 	return taken > 0 && 2*taken >= int64(h.session.config.prefetch)
 }
 
-// heldAgain is when a warning of held messages is first repeated; then after as long as they have
-// been there.
+// warnAgainAfter is the time to the second warning of held messages. After that each comes when
+// they have been held for twice as long.
 const warnAgainAfter = 2 * time.Minute
 
-// heldEased is how long there has to be room for the next crowd to be another one: what fails again
-// and again is on its way in between.
+// easedAfter is how long there has to be room until the next crowd counts as a new one: messages
+// that fail again and again are not held all the time.
 const easedAfter = 10 * time.Second
 
-// tell warns of held messages, again and again as long as there are too many.
+// warn warns of held messages, again and again as long as there are too many.
 func (h *holds) warn() {
 	h.mu.Lock()
 	h.dropSettled()
@@ -167,7 +168,7 @@ func (h *holds) warn() {
 	h.checkIn(max(lasts, warnAgainAfter), h.warn)
 	h.mu.Unlock()
 	s := h.session
-	if lasts < warnAgainAfter { // of this session; the last one may have told just now
+	if lasts < warnAgainAfter { // the first warning of this session: an earlier session may have warned just now
 		if _, ok := s.notices.held.allow(time.Minute); !ok {
 			return
 		}
@@ -177,30 +178,30 @@ func (h *holds) warn() {
 		slog.Int("held", held), slog.Int("prefetch", s.config.prefetch), slog.Time("since", since))
 }
 
-// The delivery limit of a quorum queue drops a message, or dead-letters it, once it has come back
-// more often than that: 20 times by default since RabbitMQ 4.0. A handler whose database is away
-// for a while would lose all it is given.
+// A quorum queue drops a message, or dead-letters it, once it has come back more often than the
+// queue's delivery limit: 20 times by default since RabbitMQ 4.0. A handler whose database is down
+// for a while would lose all messages that it is given.
 const (
 	limitArg     = "x-delivery-limit"
 	defaultLimit = 20
 
-	// noLimit switches it off from 4.0 on. Before, where there is none by default, it drops a
-	// message at its first return.
+	// noLimit switches the limit off from RabbitMQ 4.0 on. Before that, when there was no limit by
+	// default, it drops a message at its first return.
 	noLimit int32 = -1
 )
 
-// limitTerm is what the declaration of a queue says about its limit. Each one asks for less than
-// the one before.
+// limitMode is what the declaration of a queue says about its delivery limit. Each mode asks for
+// less than the one before.
 type limitMode int
 
 const (
-	limitAsGiven  limitMode = iota // what the user says, if anything
+	limitAsGiven  limitMode = iota // as the user says, if anything
 	limitOff                       // switched off
-	limitOmitted                   // the queue exists with a limit, most likely the default one
-	limitExisting                  // with one that was declared: it is taken as it is
+	limitOmitted                   // not mentioned: the queue exists with a limit, most likely the default one
+	limitExisting                  // the queue exists with a limit that was declared, and is taken as it is
 )
 
-// firstTerm returns what a declaration asks for first.
+// firstLimit returns what a declaration asks for first.
 func firstLimit(c *connection, q *Queue) limitMode {
 	if q == nil || q.Type != "quorum" || c.major() < 4 || q.deadLetters() {
 		return limitAsGiven
@@ -211,8 +212,8 @@ func firstLimit(c *connection, q *Queue) limitMode {
 	return limitOff
 }
 
-// deliveryLimit is the limit that takes messages away from this session's queue, 0 for none, and
-// whether that is known: of a queue that others have declared it is a guess.
+// deliveryLimit returns the limit at which this session's queue drops messages, 0 for none, and
+// whether that is known: for a queue that others have declared it is a guess.
 func (s *session) deliveryLimit() (limit int, known bool) {
 	q := s.config.declare
 	switch {
@@ -232,7 +233,7 @@ func (s *session) deliveryLimit() (limit int, known bool) {
 	return defaultLimit, false
 }
 
-// keepsLimit tells, once in a Run, of a queue that exists with a limit.
+// warnOfKeptLimit warns, once in a Run, of a queue that exists with a limit.
 func (s *session) warnOfKeptLimit() {
 	if s.declaration.limit <= limitOff || s.notices.limitKept.Swap(true) {
 		return
@@ -243,14 +244,14 @@ func (s *session) warnOfKeptLimit() {
 		slog.String("broker", s.declaration.refusal.Error()))
 }
 
-// nearsLimit tells of a redelivered message that the limit will soon take away.
+// warnNearLimit warns of a redelivered message that the limit will soon take.
 func (s *session) warnNearLimit(d *Delivery) {
 	n, _ := d.count(deliveryCount)
 	switch {
 	case n == 0 || n < s.limit-s.limit/4:
 		return
 	case n > s.limit && !d.arrivesCounted(n), n > s.limit+1 && !s.limitKnown:
-		return // more than the limit shows that there is none
+		return // a count beyond the limit shows that there is none
 	}
 	left, ok := s.notices.limit.allow(time.Second)
 	if !ok {
@@ -265,11 +266,11 @@ func (s *session) warnNearLimit(d *Delivery) {
 		messageID(d.MessageId), suppressed(left))
 }
 
-// unreadableHold is the longest that a message is held which no handler can be given: half of
+// unreadableHold is the longest that a message is held that no handler can be given: half of
 // RabbitMQ's consumer timeout.
 const unreadableHold = 15 * time.Minute
 
-// setAside sees to the messages that no handler can be given.
+// setAside takes care of the messages that no handler can be given.
 func (s *session) setAside() {
 	for _, m := range s.aside.take() {
 		m.err.Queue, m.err.Host, m.err.Session = s.queue, s.conn.host, s.id
@@ -284,12 +285,12 @@ func (s *session) setAside() {
 			_ = d.Ack()
 			continue
 		}
-		d.Headers = nil // they may be large, and nobody is going to read them
+		d.Headers = nil // they may be large, and nobody reads them
 		s.holds.add(d, min(jitter(unreadableHold), unreadableHold))
 	}
 }
 
-// complain logs a message that no handler can be given, one in a second at most.
+// logUnreadable logs a message that no handler can be given, at most one in a second.
 func (s *session) logUnreadable(e *MessageError) {
 	leftOut, ok := s.notices.unreadable.allow(time.Second)
 	if !ok {
@@ -303,9 +304,9 @@ func (s *session) logUnreadable(e *MessageError) {
 		slog.Uint64("size", e.Size), slog.String("reason", e.Err.Error()), suppressed(leftOut))
 }
 
-// passed settles what no handler was given, so the outcomes do not count it. A stream's message is
-// done with; any other goes back as one that was never started, which a delivery limit counts up to
-// RabbitMQ 4.2 only.
+// unreadableSettler settles messages that no handler was given, so they do not count as outcomes. A
+// message of a stream is done with. Any other goes back as one that was never started, which a
+// delivery limit counts up to RabbitMQ 4.2 only.
 type unreadableSettler struct{ *session }
 
 func (p unreadableSettler) settle(d *Delivery, _ Outcome) error {
@@ -318,7 +319,8 @@ func (p unreadableSettler) settle(d *Delivery, _ Outcome) error {
 	return p.wire.Requeue(d.fence.tag)
 }
 
-// decide turns a handler's error into an outcome and how long to hold d before it.
+// settlementFor returns the outcome that a handler's error asks for, and how long to hold d before
+// that.
 func settlementFor(err error, d *Delivery, c *config) (Outcome, time.Duration) {
 	if err == nil {
 		return Acked, 0

@@ -7,48 +7,23 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// inbox is what the broker has delivered and no worker has taken yet.
+// inbox is what the broker has delivered and no worker has taken yet. The goroutine that reads from
+// the socket puts, workers take, and the session closes and clears it.
 type inbox struct {
 	next chan *Delivery
 
 	mu      sync.Mutex
 	closed  bool
-	rest    []*Delivery // more than the prefetch, or after the inbox was shut
-	cleared bool        // it was cleared
+	rest    []*Delivery // what does not fit into next, or came after close
+	cleared bool        // clear was called
 	more    atomic.Bool // rest is not empty
-}
-
-// receiver is what the wire gives the messages of one subscription to. Only the goroutine that
-// reads touches it, so it is no part of what the workers read: on one cache line with that it would
-// cost half of the throughput.
-type receiver struct {
-	inbox   *inbox
-	aside   *aside
-	message *Delivery // the one that is being read
-}
-
-// New implements wire.Receiver.
-func (r *receiver) New() *amqp.Delivery {
-	r.message = newDelivery()
-	return &r.message.Delivery
-}
-
-// Put implements wire.Receiver.
-func (r *receiver) Put(*amqp.Delivery) { r.inbox.put(r.message) }
-
-// PutAside implements wire.Receiver.
-func (r *receiver) PutAside(d *amqp.Delivery, size uint64, reason error) {
-	r.aside.put(r.message, &MessageError{
-		Exchange: d.Exchange, RoutingKey: d.RoutingKey, DeliveryTag: d.DeliveryTag, Redelivered: d.Redelivered,
-		Size: size, Err: reason,
-	})
 }
 
 func newInbox(size int) *inbox {
 	return &inbox{next: make(chan *Delivery, size)}
 }
 
-// put never blocks. Stream queues deliver whole chunks, so the prefetch is no bound.
+// put never blocks. Stream queues deliver whole chunks, so there may be more than the prefetch.
 func (i *inbox) put(d *Delivery) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -64,7 +39,7 @@ func (i *inbox) put(d *Delivery) {
 	i.refill() // a worker may have made room before it could see that there is more
 }
 
-// take waits for a delivery. It returns false once the inbox is shut and empty.
+// take waits for a delivery. It returns false once the inbox is closed and empty.
 func (i *inbox) take() (*Delivery, bool) {
 	d, ok := <-i.next
 	if ok && i.more.Load() {
@@ -75,7 +50,7 @@ func (i *inbox) take() (*Delivery, bool) {
 	return d, ok
 }
 
-// refill is called with mu held.
+// refill moves deliveries from rest to next. It is called with mu held.
 func (i *inbox) refill() {
 	for len(i.rest) > 0 && !i.closed {
 		select {
@@ -92,7 +67,8 @@ func (i *inbox) refill() {
 	i.more.Store(len(i.rest) > 0)
 }
 
-// takeBack takes what a worker does not start. It returns false if that is too late for clear.
+// takeBack takes a delivery back that a worker does not start. It returns false if clear has been
+// called already.
 func (i *inbox) takeBack(d *Delivery) bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -111,7 +87,7 @@ func (i *inbox) waiting() int {
 	return len(i.next) + len(i.rest)
 }
 
-// close lets waiting workers go. What is left, and what still comes, is for clear.
+// close ends the wait of workers. clear returns what is left, and what still arrives.
 func (i *inbox) close() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -139,10 +115,10 @@ type unreadable struct {
 	err      *MessageError
 }
 
-// aside is where the socket's Read puts what is unreadable. It goes past the workers, who may all
-// be busy, to the session.
+// aside is where the goroutine that reads from the socket puts unreadable messages. They go to the
+// session and not to the workers, who may all be busy.
 type aside struct {
-	more chan struct{} // has a value once there is something
+	more chan struct{} // has a value once all is not empty
 
 	mu  sync.Mutex
 	all []unreadable
@@ -167,4 +143,30 @@ func (a *aside) take() []unreadable {
 	all := a.all
 	a.all = nil
 	return all
+}
+
+// receiver is where the wire gives the messages of one subscription. Only the goroutine that reads
+// from the socket touches it. It is not part of the inbox, because on one cache line with what the
+// workers read it would cost half of the throughput.
+type receiver struct {
+	inbox   *inbox
+	aside   *aside
+	message *Delivery // the one that is being read
+}
+
+// New implements wire.Receiver.
+func (r *receiver) New() *amqp.Delivery {
+	r.message = newDelivery()
+	return &r.message.Delivery
+}
+
+// Put implements wire.Receiver.
+func (r *receiver) Put(*amqp.Delivery) { r.inbox.put(r.message) }
+
+// PutAside implements wire.Receiver.
+func (r *receiver) PutAside(d *amqp.Delivery, size uint64, reason error) {
+	r.aside.put(r.message, &MessageError{
+		Exchange: d.Exchange, RoutingKey: d.RoutingKey, DeliveryTag: d.DeliveryTag, Redelivered: d.Redelivered,
+		Size: size, Err: reason,
+	})
 }

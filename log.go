@@ -16,49 +16,26 @@ import (
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
-const (
-	// silence is the longest that nothing is told of what goes on.
-	longestSilence = time.Minute
-	// calm is how long nothing is told of sessions that come and go. Outages further apart are told
-	// one by one: two lines each, at most 80 an hour.
-	outageGap = 90 * time.Second
-	// well is how long a consumer has to be consuming for its failures to be counted anew.
-	forgetAfter = 10 * time.Minute
-	// settling is how long a consumer has to be consuming for that to be told, if its last session
-	// did not last as long.
-	stableAfter = 2 * time.Second
-	// outage is how long a consumer has to be away for that to be told where its failures were not.
-	longOutage = 5 * time.Second
-	// failureGap is the shortest time between two lines about handlers.
-	failureGap = time.Second
-	// causesKept is how many causes are counted apart. What a broker or a user's function says may
-	// be different each time.
-	maxCauses = 8
-	// newsKept lines may be told beside those that it is time for, and after newsEvery one more: a
-	// new cause at once, but not a flood of them. A failure that ends a session takes two.
-	extraLines = 12
-	extraEvery = 5 * time.Minute
-)
-
-// journal writes the log, as much of it as somebody may want to read: of what repeats the 1st, 2nd,
-// 4th, 8th ... time and once a minute. A failure that was told is never the last word about a
-// consumer that is consuming. Its owner is the reporter's goroutine.
+// journal writes the log, as much of it as somebody may want to read: of what repeats, the 1st,
+// 2nd, 4th, 8th ... time and once a minute. After a failure was logged, so is the recovery: a
+// consumer that is consuming never ends its log with a failure. Only the reporter's goroutine uses
+// a journal, but for failures and panics, which workers use, too.
 type journal struct {
-	ctx    context.Context // for the values a slog.Handler may look for
+	ctx    context.Context // carries values that a slog.Handler may look for
 	logger *slog.Logger
 
-	causes      map[string]*cause // failures since the consumer was last well
-	told        time.Time         // when the last of them was
-	extra       allowance         // of lines told sooner than it is time for
-	outageOpen  bool              // nobody was told yet that it is consuming, after what was told before
-	since       time.Time         // since when it is consuming, zero if it is not
-	away        time.Time         // since when it is not
-	flapping    bool              // the last session ended within settling
-	pending     *slog.Record      // a "consuming" to be told once it has settled
-	stableTimer *time.Timer       // runs while one is owed
-	gaveUp      bool              // Run ends by a failure, nobody has asked for it
+	causes      map[string]*cause // failures by cause, forgotten after forgetAfter
+	told        time.Time         // when a line about failures was last written
+	extra       allowance         // lines before their time
+	outageOpen  bool              // a failure was logged, and no recovery since; true before the first session, too
+	since       time.Time         // since when the consumer is consuming; zero if it is not
+	away        time.Time         // since when it has not been consuming
+	flapping    bool              // the last session ended within stableAfter
+	pending     *slog.Record      // a "consuming" to write once the session is stable
+	stableTimer *time.Timer       // runs while pending is set
+	gaveUp      bool              // Run ends by a failure and not because its context has ended
 
-	summaryTimer *time.Timer // runs after a line about handlers
+	summaryTimer *time.Timer // runs after a line about handlers, until a summary is due
 	failures     failures
 	panics       failures
 }
@@ -80,6 +57,32 @@ func newJournal(ctx context.Context, logger *slog.Logger) *journal {
 	return j
 }
 
+const (
+	// longestSilence is the longest time without a line while failures of one cause go on.
+	longestSilence = time.Minute
+	// outageGap is the shortest time between the lines about two outages. Outages further apart are
+	// logged one by one: two lines each, at most 80 an hour.
+	outageGap = 90 * time.Second
+	// forgetAfter is how long a consumer has to be consuming before its failures are counted anew.
+	forgetAfter = 10 * time.Minute
+	// stableAfter is how long a consumer has to be consuming before that is logged, if its last
+	// session did not last as long.
+	stableAfter = 2 * time.Second
+	// longOutage is how long a consumer has to be away for its return to be logged although its
+	// failures were not.
+	longOutage = 5 * time.Second
+	// failureGap is the shortest time between two lines about handlers.
+	failureGap = time.Second
+	// maxCauses is how many causes are counted separately. The text of a broker, or of a user's
+	// function, may be different each time.
+	maxCauses = 8
+	// extraLines is how many lines may be logged before their time, and extraEvery how long it
+	// takes until there is one more: a new cause is logged at once, but a flood of them is not. A
+	// failure that ends a session takes two lines.
+	extraLines = 12
+	extraEvery = 5 * time.Minute
+)
+
 // stop leaves no timer behind.
 func (j *journal) stop() {
 	j.stableTimer.Stop()
@@ -89,10 +92,11 @@ func (j *journal) stop() {
 // series counts what repeats.
 type series struct {
 	count uint64
-	next  uint64 // the count to tell
+	next  uint64 // the count at which the next line is due
 }
 
-// step counts one more, to be told if it is the 1st, 2nd, 4th ... or if it is time.
+// add counts one more. It reports whether that is to be logged: it is the 1st, 2nd, 4th ..., or it
+// is time.
 func (s *series) add(time bool) bool {
 	s.count++
 	if s.count < s.next && !time {
@@ -112,7 +116,8 @@ func newRecord(at time.Time, level slog.Level, message string, attrs ...slog.Att
 	return record
 }
 
-// lasting is a duration as a text: slog's JSON has a bare number of nanoseconds.
+// lasting is an attribute with a duration as text, because slog's JSON shows a bare number of
+// nanoseconds.
 func lasting(key string, d time.Duration) slog.Attr {
 	if d > 10*time.Millisecond {
 		d = d.Round(time.Millisecond)
@@ -120,7 +125,8 @@ func lasting(key string, d time.Duration) slog.Attr {
 	return slog.String(key, d.String())
 }
 
-// suppressed is how many lines were left out before this one, no attribute if there were none.
+// suppressed is an attribute with the number of lines left out before this one, or none if there
+// were none.
 func suppressed(n uint64) slog.Attr {
 	if n == 0 {
 		return slog.Attr{}
@@ -128,7 +134,7 @@ func suppressed(n uint64) slog.Attr {
 	return slog.Uint64("suppressed", n)
 }
 
-// messageID is no attribute if the message has none.
+// messageID is an attribute with the id of a message, or none if the message has none.
 func messageID(id string) slog.Attr {
 	if id == "" {
 		return slog.Attr{}
@@ -142,7 +148,7 @@ func (j *journal) write(record slog.Record) {
 	}
 }
 
-// changed writes one line for a change of state. Tries, and what is left out, are for debugging.
+// changed writes one line for a change of state. Tries, and what is left out, have the level Debug.
 func (j *journal) changed(c StateChange) {
 	if c.To == Consuming {
 		j.consuming(c)
@@ -162,7 +168,7 @@ func (j *journal) changed(c StateChange) {
 		level, attrs = j.failing(c, attrs)
 	case Draining:
 		j.gaveUp = c.Cause != nil
-		if c.Session == 0 { // there is nothing to drain
+		if c.Session == 0 { // there has been no session, so nothing to drain
 			level = slog.LevelDebug
 		}
 	case Stopped:
@@ -176,7 +182,7 @@ func (j *journal) changed(c StateChange) {
 	j.write(newRecord(c.Time, level, c.To.String(), attrs...))
 }
 
-// stopped is the level of the last line of a Run that ends with err.
+// stopped returns the level of the last line of a Run that ends with err.
 func (j *journal) stopped(err error) slog.Level {
 	switch {
 	case err == nil:
@@ -187,7 +193,7 @@ func (j *journal) stopped(err error) slog.Level {
 	return slog.LevelWarn
 }
 
-// left notes that the consumer is not consuming.
+// notConsuming records that the consumer is not consuming.
 func (j *journal) notConsuming(now time.Time) {
 	if !j.since.IsZero() {
 		j.flapping = now.Sub(j.since) < stableAfter
@@ -217,8 +223,9 @@ func attrsOf(c StateChange) []slog.Attr {
 	return attrs
 }
 
-// failing counts a failure with those of the same cause. One that begins an outage is told less
-// often, for the end of the outage is told as well.
+// failing counts a failure with the earlier ones of the same cause, and returns the level of its
+// line. The first failure of an outage has the longer gap, because the end of the outage is logged
+// as well.
 func (j *journal) failing(c StateChange, attrs []slog.Attr) (slog.Level, []slog.Attr) {
 	same := j.cause(causeKey(c), c.Time)
 	level, gap, lines := slog.LevelDebug, outageGap, 2
@@ -238,13 +245,13 @@ func (j *journal) failing(c StateChange, attrs []slog.Attr) (slog.Level, []slog.
 	return level, attrs
 }
 
-// cause is the failures of one cause.
+// cause counts the failures of one cause.
 type cause struct {
 	series
 	last time.Time
 }
 
-// cause returns the failures of the cause with that key. A new one may take the place of the one
+// cause returns the counter of the cause with that key. A new one may take the place of the cause
 // that has not been seen for the longest time.
 func (j *journal) cause(key string, now time.Time) *cause {
 	if j.causes[key] == nil && len(j.causes) >= maxCauses {
@@ -260,12 +267,12 @@ func (j *journal) cause(key string, now time.Time) *cause {
 	return j.causes[key]
 }
 
-// passing matches what differs from one failure to the next of the same cause: IP addresses, and
-// long numbers, such as ports and the numbers of requests. A short one, such as a status, makes
+// variablePart matches what differs between failures of the same cause: IP addresses, and long
+// numbers, such as ports and the numbers of requests. A short number, such as a status, makes
 // another cause.
 var variablePart = regexp.MustCompile(`\d+\.\d+\.\d+\.\d+|\[[[:xdigit:]:.]+(%\w+)?\]|\d{4,}`)
 
-// causeKey is what failures have in common that are told as one: step and reason, whatever the
+// causeKey returns what the failures of one cause have in common: step and reason, whatever the
 // host.
 func causeKey(c StateChange) string {
 	key := reasonOf(c.Cause)
@@ -275,10 +282,10 @@ func causeKey(c StateChange) string {
 	return variablePart.ReplaceAllString(key, "")
 }
 
-// allowance bounds the lines that are told beside one a minute.
+// allowance bounds the lines that are logged before their time.
 type allowance struct {
 	used int
-	at   time.Time // from here on one is given back every newsEvery
+	at   time.Time // since then one is given back every extraEvery
 }
 
 func (a *allowance) spend(now time.Time, lines int) bool {
@@ -295,8 +302,8 @@ func (a *allowance) spend(now time.Time, lines int) bool {
 	return true
 }
 
-// consuming tells that the consumer is consuming, at once or when it has settled, if a failure was
-// told before or it was away for long.
+// consuming logs that the consumer is consuming, at once or when it is stable, if a failure was
+// logged before or the consumer was away for long.
 func (j *journal) consuming(c StateChange) {
 	j.since = c.Time
 	attrs := attrsOf(c)
@@ -319,7 +326,8 @@ func (j *journal) consuming(c StateChange) {
 	j.write(record)
 }
 
-// settled tells what consuming has put off, and since when it has been so.
+// stable logs that the consumer is consuming, if consuming has put that off, and how long it has
+// been so.
 func (j *journal) stable(now time.Time) {
 	if j.pending == nil {
 		return
@@ -332,7 +340,7 @@ func (j *journal) stable(now time.Time) {
 }
 
 func (j *journal) recovered(record slog.Record) {
-	if !j.outageOpen { // it stands for the failures, too
+	if !j.outageOpen { // its line stands for the failures, too
 		j.told = record.Time
 	}
 	j.outageOpen = false
@@ -342,36 +350,36 @@ func (j *journal) recovered(record slog.Record) {
 // source is what a line is about: its attributes name queue, consumer, session and host.
 type source interface{ attrs() []slog.Attr }
 
-// failure is what came of a handler that returned an error or panicked.
+// failure is the result of a handler that returned an error or panicked.
 type failure struct {
 	of       source
 	timeout  time.Duration // of handlers, 0 for none
 	delivery *Delivery
-	held     time.Duration // until it goes back, 0 if it is settled
+	held     time.Duration // until it goes back; 0 if it is settled
 	err      error
 	panicked *PanicError
 }
 
-// contradicts tells whether the handler had settled its message otherwise than its error asks for,
-// which then changes nothing.
+// contradicts reports whether the handler had settled its message in another way than its error
+// asks for. The error then changes nothing.
 func (f failure) contradicts() bool {
 	o := f.delivery.Outcome()
 	wanted, _ := OutcomeOf(f.err)
 	return f.held == 0 && o != wanted && o != Stale
 }
 
-// failures thins what handlers return, or their panics. Unlike the rest of the journal it is used
-// by all workers.
+// failures decides which errors of handlers, or which of their panics, are logged. Unlike the rest
+// of the journal it is used by all workers, under mu.
 type failures struct {
 	mu         sync.Mutex
 	series     series
 	told       time.Time
-	suppressed uint64 // out since then
-	last       error  // of those
+	suppressed uint64 // lines left out since then
+	last       error  // the last error left out
 	attrs      []slog.Attr
 }
 
-// failed makes the line for a failure if it is due.
+// failed returns the line for a failure if one is due.
 func (j *journal) failed(f failure) (record slog.Record, due bool) {
 	group, level, message := &j.failures, slog.LevelWarn, "handler failed"
 	switch {
@@ -382,7 +390,7 @@ func (j *journal) failed(f failure) (record slog.Record, due bool) {
 	}
 	now := time.Now()
 	left, due := group.add(now, f)
-	if !due { // whether the logger wants it is asked on the reporter's goroutine
+	if !due { // the reporter's goroutine asks whether the logger wants it
 		return slog.Record{}, false
 	}
 	return newRecord(now, level, message, f.attrs(left)...), true
@@ -427,7 +435,7 @@ func (f failure) attrs(left uint64) []slog.Attr {
 	return attrs
 }
 
-// text names the limit that the library's own error does not know.
+// text returns the error's text, with the limit that ErrHandlerTimeout itself does not name.
 func (f failure) text() string {
 	text := errtext.Brief(f.err)
 	if !strings.Contains(text, ErrHandlerTimeout.Error()) {
@@ -437,13 +445,15 @@ func (f failure) text() string {
 	return strings.Replace(text, ErrHandlerTimeout.Error(), limit, 1)
 }
 
-// writeFailure also sees to it that what is left out after it is told.
+// writeFailure writes a line about handlers, and starts the timer after which what was left out
+// since is summarized.
 func (j *journal) writeFailure(record slog.Record) {
-	j.summaryTimer.Reset(longestSilence + failureGap) // a failure that is due then says more
+	j.summaryTimer.Reset(longestSilence + failureGap) // a failure that is due by then says more
 	j.write(record)
 }
 
-// sum tells what was left out and nothing came after.
+// summarize logs how much was left out since the last line about handlers, if no later line has
+// said so.
 func (j *journal) summarize() {
 	j.summarizeOne(&j.failures, slog.LevelWarn, "more handlers failed")
 	j.summarizeOne(&j.panics, slog.LevelError, "more handlers panicked")
@@ -462,8 +472,9 @@ func (j *journal) summarizeOne(f *failures, level slog.Level, message string) {
 	}
 }
 
-// notices is what the sessions of one Run have told, so that a mistake that every message shows is
-// no flood.
+// notices records which warnings the sessions of one Run have logged, so that a mistake that shows
+// in every message does not flood the log. The sessions, their workers and their timers use it at
+// the same time.
 type notices struct {
 	held, overdue, limit, unreadable rateLimited
 	connecting                       rateLimited
@@ -471,15 +482,15 @@ type notices struct {
 	blind, consumed                  atomic.Bool
 }
 
-// thinned lets one line pass at a time and counts the others.
+// rateLimited lets one line pass in a while and counts the others.
 type rateLimited struct {
 	mu         sync.Mutex
 	last       time.Time
 	suppressed uint64
 }
 
-// pass tells whether a line may be told, at most one each interval, and how many were left out
-// before it.
+// allow reports whether a line may be logged, at most one in each interval, and how many were left
+// out before it.
 func (t *rateLimited) allow(interval time.Duration) (left uint64, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
