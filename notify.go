@@ -8,19 +8,20 @@ import (
 	"time"
 )
 
-// notifier keeps why something ended. The first cause wins: what the driver reports later about the
-// same end, or what the teardown itself causes, does not hide it.
+// notifier records why something ended. Any goroutine may notify it or read it. The first cause
+// wins: neither what the driver reports later about the same end, nor what the teardown itself
+// causes, hides it.
 type notifier struct {
 	once sync.Once
 	done chan struct{} // closed once there is a cause
-	err  error         // written before ended is closed
+	err  error         // written before done is closed
 }
 
 func newNotifier() *notifier {
 	return &notifier{done: make(chan struct{})}
 }
 
-// notify ends it with cause, unless it has ended already. It never blocks.
+// notify records cause, unless there is one already. It never blocks.
 func (n *notifier) notify(cause error) {
 	n.once.Do(func() {
 		n.err = cause
@@ -28,7 +29,7 @@ func (n *notifier) notify(cause error) {
 	})
 }
 
-// Done returns what is closed once there is a cause.
+// Done returns a channel that is closed once there is a cause.
 func (n *notifier) Done() <-chan struct{} { return n.done }
 
 // Cause returns the first cause, nil while there is none.
@@ -41,10 +42,10 @@ func (n *notifier) Cause() error {
 	}
 }
 
-// drain reads a Notify chan of the driver to its end. Nothing the driver sends may ever wait for
-// us: an unread Notify chan once kept a dead connection's socket open.
+// drain reads a Notify channel of the driver to its end. The driver must never wait for us: an
+// unread Notify channel once kept the socket of a dead connection open.
 func drain[T any](c <-chan T) {
-	for range c { // the values are known already, only the end counts
+	for range c { // the values are known already, and only the end counts
 	}
 }
 
@@ -53,18 +54,19 @@ const (
 	reportGrace   = 500 * time.Millisecond
 )
 
-// reporter tells hooks and log, on one goroutine of its own: neither a slow hook nor a blocked log
-// pipe may delay healing.
+// reporter calls hooks and writes the log, on one goroutine of its own, because neither a slow hook
+// nor a blocked log pipe may delay healing. Every goroutine of a Run may give it events; only its
+// own uses the journal, but for the failures of handlers.
 type reporter struct {
 	hooks   Hooks
 	journal *journal
 
-	events   chan func() // what to tell, in order
-	stopping chan struct{}
-	done     chan struct{}
-	muted    atomic.Bool
+	events   chan func()   // what to report, in order
+	stopping chan struct{} // closed by stop
+	done     chan struct{} // closed when the goroutine has ended
+	muted    atomic.Bool   // Run has returned, so nothing of the user is called
 	dropped  *atomic.Uint64
-	fault    *notifier // ended by the first panic of a hook or of the log handler
+	fault    *notifier // the first panic of a hook or of the log handler; the supervisor reads it
 }
 
 func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *reporter {
@@ -81,7 +83,7 @@ func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *report
 	return r
 }
 
-// changed tells a change of state.
+// changed reports a change of state.
 func (r *reporter) changed(c StateChange) {
 	r.tell(func() {
 		r.log(func() { r.journal.changed(c) })
@@ -91,12 +93,12 @@ func (r *reporter) changed(c StateChange) {
 	})
 }
 
-// warn logs one line in its place among the changes of state. It never blocks.
+// warn logs one line, in its place among the changes of state. It never blocks.
 func (r *reporter) warn(message string, attrs ...slog.Attr) {
 	r.line(slog.LevelWarn, message, attrs)
 }
 
-// info is warn for what need not be anybody's fault.
+// info is warn for what may be nobody's fault.
 func (r *reporter) info(message string, attrs ...slog.Attr) {
 	r.line(slog.LevelInfo, message, attrs)
 }
@@ -106,28 +108,28 @@ func (r *reporter) line(level slog.Level, message string, attrs []slog.Attr) {
 	r.tell(func() { r.log(func() { r.journal.write(record) }) })
 }
 
-// failed logs what a handler returned, unless it is left out. What is left out is not queued
-// either: it must not crowd out changes of state.
+// failed logs what a handler returned, unless that is left out. What is left out is not queued
+// either, because it must not crowd out changes of state.
 func (r *reporter) failed(f failure) {
 	if record, due := r.journal.failed(f); due {
 		r.tell(func() { r.log(func() { r.journal.writeFailure(record) }) })
 	}
 }
 
-// unreadable tells the hook of a message that no handler can be given.
+// unreadable reports a message that no handler can be given to the hook.
 func (r *reporter) unreadable(e *MessageError) {
 	if hook := r.hooks.Unreadable; hook != nil {
 		r.tell(func() { r.hook(func() { hook(e) }) })
 	}
 }
 
-// settled tells the hook of an outcome, on the goroutine that settles.
+// settled reports an outcome to the hook, on the goroutine that settles.
 func (r *reporter) settled(d *Delivery, o Outcome) {
 	r.hook(func() { r.hooks.Settled(d, o) })
 }
 
-// released tells the hook of held messages that have been settled, in the place of the session's
-// goroutine, which a hook must not delay.
+// released reports held messages that have been settled to the hook. It is called by the session's
+// goroutine, which a hook must not delay, so it queues them.
 func (r *reporter) released(held []*Delivery) {
 	if r.hooks.Settled == nil || len(held) == 0 {
 		return
@@ -139,7 +141,7 @@ func (r *reporter) released(held []*Delivery) {
 	})
 }
 
-// tell queues what is to be told and never blocks.
+// tell queues an event. It never blocks: if the queue is full the event is dropped and counted.
 func (r *reporter) tell(what func()) {
 	select {
 	case r.events <- what:
@@ -176,8 +178,8 @@ func (r *reporter) run() {
 	}
 }
 
-// stop delivers what is queued and returns, at the latest after the grace a hook that never returns
-// is given; nothing is told after that.
+// stop reports what is queued and returns, at the latest after the grace that a hook gets that does
+// not return. Nothing is reported after that.
 func (r *reporter) stop() {
 	close(r.stopping)
 	select {
@@ -195,11 +197,11 @@ func (r *reporter) hook(f func()) {
 	}
 }
 
-// log calls the log handler. It goes on after a panic: how the Run ends is worth a line.
+// log calls the log handler. It does so even after a panic: how the Run ends is worth a line.
 func (r *reporter) log(f func()) { r.call(f, "WithLogger", "the log handler") }
 
 // call calls a function of the user, unless Run has returned. It turns a panic, and the end of the
-// goroutine, into the end of Run.
+// goroutine, into a fault, which ends Run.
 func (r *reporter) call(f func(), option, what string) {
 	if r.muted.Load() {
 		return

@@ -8,20 +8,17 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// What a stream holds is there within a few milliseconds after consume-ok, and one that holds
-// nothing says nothing. It is waited for so long, and as many times as long as consume-ok took.
-const (
-	locateWait  = 25 * time.Millisecond
-	locateTrips = 4
-)
+// How a session finds its position in a stream that it has not consumed from yet: what offsets such
+// as next, last or 1h stand for, and whether the stream still exists. subscribe and topology call
+// it, within the set-up of a session; stream.go remembers the result.
 
-// locate finds out before the first subscription which message an offset that shifts stands for. No
-// method of AMQP 0-9-1 tells: what a passive declare counts is up to 5 s old (RabbitMQ 3.10, 4.0
-// and 4.3), and does not tell what a stream has given up. But each message of a stream has its
-// offset, and stays where it is when the channel that has consumed it is closed. From the first
-// basic.consume on there is a place to resume at; until the messages tell, it is one by the clock.
+// locate finds out, before the first subscription, which message a shifting offset stands for. No
+// method of AMQP 0-9-1 says so: the count of a passive declare is up to 5 s old (RabbitMQ 3.10, 4.0
+// and 4.3), and does not count what the stream has dropped. But each message of a stream carries
+// its offset, and stays in place when the channel that has consumed it is closed. From the first
+// basic.consume on there is a position to resume at; until a message gives it, it is a time.
 func (s *session) locate(ctx context.Context, offset any) error {
-	s.forget() // these consumers are none of the session's, and are told apart by their tags
+	s.forget() // the consumers of a lookup are not the session's, and have tags of their own
 	s.tag += lookupSuffix
 	s.receive()
 	if _, text := offset.(string); offset == "next" || !text && shifts(offset, time.Now()) {
@@ -42,8 +39,17 @@ func (s *session) locate(ctx context.Context, offset any) error {
 	return err
 }
 
-// locateEnd finds the place behind the last message: what a consumer of that offset is given, or
-// else what follows the messages that are there already.
+// What a stream holds arrives within a few milliseconds after consume-ok, and a broker does not say
+// that a stream holds nothing. So the wait for a first message is this long, plus this many times
+// as long as consume-ok took.
+const (
+	locateWait  = 25 * time.Millisecond
+	locateTrips = 4
+)
+
+// locateEnd finds the position after the last message: the offset of the first message that a
+// consumer of that offset is given or, if none comes, the offset after the messages that exist
+// already.
 func (s *session) locateEnd(ctx context.Context, offset any) error {
 	if err := s.channel.Qos(math.MaxUint16, 0, false); err != nil {
 		return err
@@ -62,8 +68,9 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 	if err != nil {
 		return err
 	}
-	// In this order: whatever the sample has that came after the consumer of the end began, that
-	// one has too. What the broker has sent is here before it answers.
+	// The order matters: a message that the sample has, and that came after the other consumer
+	// began, was delivered to that consumer, too. What the broker has sent is here before its
+	// answer.
 	_ = s.channel.Cancel(s.tag, true)
 	if err := s.channel.Cancel(s.tag+listenerSuffix, false); err != nil {
 		return err
@@ -87,8 +94,8 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 	return nil
 }
 
-// sample consumes messages to see where they stand; they come by the lane, which reads whatever a
-// broker may send.
+// sample consumes messages to learn their offsets. They come by the session's subscription, which
+// can read whatever a broker sends.
 func (s *session) sample(offset any) error {
 	args := amqp.Table{offsetKey: offset}
 	_, err := s.channel.Consume(s.queue, s.tag, false, false, false, false, args)
@@ -102,7 +109,7 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 	select {
 	case d := <-s.inbox.next:
 		return d, nil
-	case <-s.aside.more: // one that cannot be read
+	case <-s.aside.more: // a message that cannot be read
 	case <-limit.C:
 	case <-s.cancels:
 		s.streamPosition().doubt()
@@ -117,7 +124,7 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 	return nil, nil
 }
 
-// cancelled tells whether the broker has cancelled one of the two consumers by itself.
+// cancelled reports whether the broker has cancelled one of the two consumers.
 func (s *session) cancelled() bool {
 	select {
 	case <-s.cancels:
@@ -128,14 +135,16 @@ func (s *session) cancelled() bool {
 	}
 }
 
-// What the consumers of a look add to the tag: all of them, and the second on its channel.
+// The consumers of a lookup add these to the tag of the session: all of them the first, and the
+// second consumer on the same channel the other one, too.
 const (
 	lookupSuffix   = ".look"
 	listenerSuffix = ".next"
 )
 
-// listen consumes from an offset at the end of the stream, and returns that of the first message
-// once the consumer has been cancelled. There is none if nothing came.
+// listen consumes from an offset at the end of the stream. It returns the offset of the first
+// message, on a channel that is closed without a value if nothing came before the consumer was
+// cancelled.
 func (s *session) listen(offset any) (first <-chan int64, err error) {
 	args := amqp.Table{}
 	if offset != nil {
@@ -157,17 +166,17 @@ func (s *session) listen(offset any) (first <-chan int64, err error) {
 	return got, nil
 }
 
-// A busy broker may cancel the consumers of a stream that is deleted a moment before it forgets the
-// stream, so after a cancel it is looked for again and again: as long as streamDoubt, at most half
-// of the setup limit.
+// A busy broker may cancel the consumers of a stream that is deleted a moment before the stream is
+// gone. So after a cancel checkStream asks again and again: for streamDoubt, and for half of the
+// setup limit at most.
 const (
 	streamDoubt = 2 * time.Second
 	streamLook  = 20 * time.Millisecond
 )
 
-// checkStream looks whether the stream is there still, before it is declared: afterwards a new one
-// looks like the old one. The broker closes the channel if it is not, or if the question is not
-// allowed: then the session needs another one.
+// checkStream asks whether the stream still exists, before it is declared: after that a new stream
+// looks like the old one. If it does not exist, or if the question is not allowed, the broker
+// closes the channel, and the session needs another one.
 func (s *session) checkStream(ctx context.Context) error {
 	if s.streamPosition() == nil || s.declaration.streamChecked {
 		return nil
@@ -196,7 +205,7 @@ func (s *session) checkStream(ctx context.Context) error {
 	}
 }
 
-// sleep waits, or returns why ctx has ended.
+// sleep waits for d, or returns why ctx has ended.
 func sleep(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

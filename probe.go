@@ -14,23 +14,19 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// stallConfirm is how long a suspicion has to hold. For a moment a queue may have messages that are
-// on their way to us, and RabbitMQ answers "no messages, no consumers" for a quorum queue whose
-// leader it does not reach within 250 ms, as in every election.
-const stallConfirm = 5 * time.Second
-
-// prober looks for the consumer that is alive on paper: heartbeats pass, consume-ok was said, and
-// nothing comes although the queue has messages. It runs as long as its session.
+// prober finds a consumer that only seems to be alive: heartbeats pass, consume-ok came, and
+// nothing is delivered although the queue has messages. It has a goroutine of its own, which alone
+// uses its fields and ends with the session.
 type prober struct {
 	session      *session
-	lastProgress uint64    // at the last look
-	length       int       // of a stream at the last look, -1 if it is not known
-	suspected    bool      // by the last look
-	question     *question // that is not answered yet, nil if there is none
-	refused      bool      // the broker does not let it ask
+	lastProgress uint64    // progress at the last look
+	length       int       // of the stream at the last look, -1 if it is not known
+	suspected    bool      // the last look found signs of a stall
+	question     *question // the one that is not answered yet, nil if there is none
+	refused      bool      // the broker refuses the question
 }
 
-// probe watches s for as long as it consumes, if the consumer has a stall detector. done closes
+// probe watches s for as long as it consumes, if the consumer has a stall detector. done is closed
 // when nobody watches it any more.
 func probe(s *session) (done <-chan struct{}) {
 	over := make(chan struct{})
@@ -76,8 +72,13 @@ func (p *prober) run() {
 	}
 }
 
-// look returns why the session seems to be stalled. As long as something moves, or may not move
-// because the prefetch is full, nobody is asked.
+// stallConfirm is how long a suspicion has to last. For a moment a queue may have messages that are
+// on their way to us. And RabbitMQ answers "no messages, no consumers" for a quorum queue whose
+// leader it does not reach within 250 ms, as in every election.
+const stallConfirm = 5 * time.Second
+
+// look returns why the session seems to be stalled, nil if it does not. As long as something moves,
+// or cannot move because the prefetch is full, the broker is not asked.
 func (p *prober) look() error {
 	if moves := p.progress(); moves != p.lastProgress || p.full() {
 		p.lastProgress, p.length = moves, -1
@@ -93,9 +94,9 @@ func (p *prober) look() error {
 	return err
 }
 
-// moved changes with every byte of a delivery, with what was given to handlers and with what was
-// settled: a settlement makes room, so the silence that counts begins after the last one. A message
-// may take long to arrive.
+// progress returns a number that changes with every byte of a delivery, with every delivery given
+// to a handler and with every settlement. A settlement makes room, so the silence that counts
+// begins after the last one. Bytes count because a message may take long to arrive.
 func (p *prober) progress() uint64 {
 	s := p.session
 	n := s.received.Load() + uint64(s.wire.Heard())
@@ -105,12 +106,12 @@ func (p *prober) progress() uint64 {
 	return n
 }
 
-// full tells whether the broker may give no more: what it gave waits for a worker, is with one, or
-// waits for its requeue or, of a stream, for its turn to be acked.
+// full reports whether the broker cannot deliver more: all that it has delivered waits for a
+// worker, is with one, is held or, on a stream, waits for its turn to be acked.
 func (p *prober) full() bool { return p.session.wire.Unsettled() >= int64(p.session.config.prefetch) }
 
-// ask returns why what the queue says makes the silence a stall. Behind a single active consumer,
-// or one of higher priority, silence is normal.
+// ask asks the queue and returns why the silence is a stall, nil if it is not. Behind a single
+// active consumer, or one of higher priority, silence is normal.
 func (p *prober) ask() error {
 	s := p.session
 	q, err := p.inspect()
@@ -130,8 +131,8 @@ func (p *prober) ask() error {
 	return p.askOtherHosts(q)
 }
 
-// grew tells whether the stream is longer than at the first look at this silence. That it has
-// messages says nothing: it keeps them.
+// grew reports whether the stream is longer than at the first look during this silence. That it has
+// messages means nothing, because a stream keeps them.
 func (p *prober) grew(length int) bool {
 	if p.length >= 0 && length > p.length {
 		return !p.session.stream.ahead(length)
@@ -140,17 +141,17 @@ func (p *prober) grew(length int) bool {
 	return false
 }
 
-// waits tells whether the queue has messages for nobody but us. A quorum queue counts of single
-// active consumers only the active one, so we may be behind it.
+// waits reports whether the queue has messages that only we can be given. Of single active
+// consumers a quorum queue counts only the active one, so there we may be waiting for that one.
 func (p *prober) waits(q amqp.Queue) bool {
 	declared := p.session.config.declare
 	single := declared != nil && declared.Args["x-single-active-consumer"] == true
 	return q.Messages > 0 && q.Consumers <= 1 && !single
 }
 
-// elsewhere asks the other hosts. A leader that lost its majority goes on answering from what it
-// knew, while the others elect a new one, and so does every host that is cut off: so most of all
-// hosts have to say that messages wait for us, and it takes three.
+// askOtherHosts asks the other hosts. A leader that has lost its majority goes on answering from
+// what it knew, while the others elect a new one, and so does every host that is cut off. Therefore
+// a majority of all hosts has to say that messages wait for us, which takes at least three hosts.
 func (p *prober) askOtherHosts(here amqp.Queue) error {
 	s := p.session
 	hosts := newHosts(s.config).endpoints
@@ -168,8 +169,8 @@ func (p *prober) askOtherHosts(here amqp.Queue) error {
 	return p.stall("though the other hosts say that messages wait: this one seems to be cut off")
 }
 
-// contradicts compares what two hosts say. All of a cluster ask the same leader, so a stream is as
-// long wherever one asks.
+// contradicts reports whether the answer of another host makes the silence of this one a stall. All
+// hosts of a cluster ask the same leader, so the length of a stream is the same wherever one asks.
 func (p *prober) contradicts(here, there amqp.Queue) bool {
 	if p.session.stream != nil {
 		return there.Messages > here.Messages
@@ -177,7 +178,7 @@ func (p *prober) contradicts(here, there amqp.Queue) bool {
 	return p.waits(there)
 }
 
-// inspectAt opens a connection for one question, within the setup limit.
+// inspectAt opens a connection to another host for one question, within the setup limit.
 func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
 	s := p.session
 	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
@@ -199,7 +200,8 @@ func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
 	return inspect(a.conn, s.queue)
 }
 
-// inspect asks for the queue, on a channel of its own, which the broker closes if it refuses.
+// inspect asks for the queue, on a channel of its own, because the broker closes the channel if it
+// refuses.
 func inspect(c *connection, queue string) (amqp.Queue, error) {
 	channel, err := c.amqp.Channel()
 	if err != nil {
@@ -212,13 +214,14 @@ func inspect(c *connection, queue string) (amqp.Queue, error) {
 // errUnanswered ends a connection on which a question was not answered in time.
 var errUnanswered = errors.New("the stall detector's question was not answered within the setup limit")
 
-// question is one about the queue that has been put to the session's own host. It may outlast the
-// session: its answer stands behind all deliveries of the connection, and if there is none only the
-// end of the connection ends it. That waits until no session lives there.
+// question is a question about the queue to the session's own host. It may outlast the session: the
+// answer comes after all deliveries on the connection, and if there is none, only the end of the
+// connection ends the question. That end waits until the connection is lent to no session. A
+// goroutine of its own writes the answer; the prober reads it after done.
 type question struct {
 	overdue chan struct{} // closed when the limit has passed
 	done    chan struct{} // closed when there is an answer
-	queue   amqp.Queue    // read after done, as err
+	queue   amqp.Queue    // the answer, as err
 	err     error
 }
 
@@ -237,7 +240,7 @@ func ask(s *session) *question {
 	return q
 }
 
-// inspect asks the session's own host, one question at a time. One that is overdue counts as
+// inspect asks the session's own host, one question at a time. A question that is overdue counts as
 // unanswered until there is an answer after all.
 func (p *prober) inspect() (amqp.Queue, error) {
 	if p.question == nil {
@@ -258,16 +261,16 @@ func (p *prober) inspect() (amqp.Queue, error) {
 	}
 }
 
-// finish leaves nothing behind.
+// finish waits for the answer that is due, so that no goroutine outlives the prober.
 func (p *prober) finish() {
 	if p.question != nil {
 		<-p.question.done
 	}
 }
 
-// cannotAsk tells, once in a Run, that the detector notices nothing: that must not look like
-// health. A broker that refuses is not asked again by this session, for its log has a line of every
-// refusal. That the queue is gone is told by basic.cancel.
+// cannotAsk warns, once in a Run, that the detector finds nothing, because that must not look like
+// health. A broker that refuses is not asked again by this session: each refusal makes a line in
+// its log. A queue that does not exist any more is reported by basic.cancel.
 func (p *prober) cannotAsk(err error) {
 	var brokerErr *amqp.Error
 	why := ""

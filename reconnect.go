@@ -14,90 +14,30 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// classify is the one place that decides what a failure means. What the broker said itself counts
-// first; the driver's own codes say nothing: it has 501 for every failure of I/O, and 403 for a
-// socket lost in the handshake.
-func classify(err error) class {
-	var brokerErr *amqp.Error
-	if errors.As(err, &brokerErr) && brokerErr.Server {
-		return classifyBroker(brokerErr)
-	}
-	switch {
-	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded):
-		return classChannel
-	case errors.Is(err, ErrLoginRefused), errors.As(err, new(*urlError)):
-		return classOperator
-	case wrongPeer(err):
-		return classPeer
-	}
-	var at *SessionError
-	if errors.As(err, &at) && at.Op == "dial" {
-		return classRefused // refused, no route, no answer to SYN, no such name
-	}
-	return classNetwork
-}
+// What follows a failure: whether Run gives up, how long it waits, and which host is next. Only the
+// supervisor calls it, and the prober asks it for the list of hosts.
 
-// wrongPeer tells one that will be no better on the next try: a certificate nobody trusts, another
-// protocol.
-func wrongPeer(err error) bool {
-	var verify *tls.CertificateVerificationError
-	var authority x509.UnknownAuthorityError
-	var name x509.HostnameError
-	var invalid x509.CertificateInvalidError
-	var record tls.RecordHeaderError
-	var protocol *wire.NotAMQPError
-	var port *wrongPortError
-	return errors.As(err, &verify) || errors.As(err, &authority) || errors.As(err, &name) ||
-		errors.As(err, &invalid) || errors.As(err, &record) || errors.As(err, &protocol) ||
-		errors.As(err, &port)
-}
-
-// permanent tells whether the broker stated plainly, before the first session, that the
-// configuration cannot work.
-func permanent(err error) bool {
-	var brokerErr *amqp.Error
-	if !errors.As(err, &brokerErr) || !brokerErr.Server || classifyBroker(brokerErr) != classOperator {
-		return false
-	}
-	switch brokerErr.Code {
-	case amqp.NotAllowed, amqp.AccessRefused, amqp.PreconditionFailed, amqp.NotImplemented:
-		return true
-	}
-	return false
-}
-
-const (
-	firstRetry  = 20 * time.Millisecond // the first retry of a healthy session; another host
-	operatorCap = 30 * time.Second
-	lockedExtra = 5 * time.Second
-
-	escalateAfter  = 3 // channel failures ...
-	escalateWithin = 30 * time.Second
-
-	maxRefusals = 3
-)
-
-// retry decides whether to go on after a failure, and how long to wait. It belongs to the
-// supervisor and knows no clock but the times it is given.
+// retry decides whether Run goes on after a failure, and how long it waits. Only the supervisor
+// uses it, and it knows no clock except the times that it is given.
 type retry struct {
 	config *config
 	rules  map[class]rule
-	limit  time.Duration // given by WithBackoff: no wait is longer; else none
+	limit  time.Duration // the longest wait, if WithBackoff is given
 
 	failures   int       // in a row, since the last healthy session
-	deferred   []*pace   // of hosts that failed in this round and are not waited for yet
-	locked     time.Time // since when the resource has been locked
-	lockSeen   time.Time // when it was found locked, the last time
+	deferred   []*pace   // of hosts that failed in this round; their waits come at its end
+	locked     time.Time // since when the resource has been locked; zero if it is not
+	lockSeen   time.Time // when it was last found locked
 	refusals   int       // logins refused in a row
 	hadSession bool      // there has been a session
 
-	heartbeat time.Duration // the longest of the connections so far, 0 before the first
+	heartbeat time.Duration // the longest of all connections so far, 0 before the first
 }
 
-// rule is what follows a failure.
+// rule is how failures of one class are retried.
 type rule struct {
 	*pace
-	another bool // another host may be better, and is tried at once
+	another bool // another host may do better, and is tried at once
 }
 
 func newRetry(c *config) *retry {
@@ -123,8 +63,20 @@ func newRetry(c *config) *retry {
 	return r
 }
 
-// consuming notes that a session has been set up. It resets only what an operator or another owner
-// has to do, for that is done: consume-ok proves neither a queue's leader nor a path.
+const (
+	firstRetry  = 20 * time.Millisecond // the longest wait before the first retry after a session, or before another host
+	operatorCap = 30 * time.Second
+	lockedExtra = 5 * time.Second
+
+	escalateAfter  = 3 // channel failures within escalateWithin replace the connection
+	escalateWithin = 30 * time.Second
+
+	maxRefusals = 3
+)
+
+// consuming records that a session has been set up. It forgets only the failures that an operator
+// or another owner had to end, because they are over: consume-ok proves neither a queue's leader
+// nor a path.
 func (r *retry) consuming() {
 	r.hadSession = true
 	r.refusals = 0
@@ -133,7 +85,7 @@ func (r *retry) consuming() {
 	r.rules[classOperator].failures = 0
 }
 
-// healthy notes that the session had proved itself.
+// healthy records that a session has proved that the broker works.
 func (r *retry) healthy() {
 	r.failures, r.deferred = 0, nil
 	for _, rule := range r.rules {
@@ -141,7 +93,7 @@ func (r *retry) healthy() {
 	}
 }
 
-// givesUp tells whether err ends Run, unless WithFatal decides that.
+// givesUp reports whether err ends Run, unless WithFatal decides that.
 func (r *retry) givesUp(err error) bool {
 	refused := errors.Is(err, ErrLoginRefused)
 	if refused {
@@ -153,20 +105,21 @@ func (r *retry) givesUp(err error) bool {
 		return false
 	}
 	if refused && (errors.Is(err, errSilentRefusal) || r.config.asksForLogin()) {
-		return r.refusals >= maxRefusals // a cut path looks like silence, and what is asked for may be stale
+		return r.refusals >= maxRefusals // a cut path looks like silence, and what a function gave may be outdated
 	}
 	return refused || permanent(err)
 }
 
-// wait returns how long to wait after err. fresh tells that the next try goes to a host that has
-// not had its turn in this round. One that another host follows at once is waited for at the end of
-// the round, or a host that refuses dials beside it would quicken its pace.
+// wait returns how long to wait after err. fresh says that the next try goes to a host that has not
+// been tried yet in this round. If another host is tried at once, the wait for this one is deferred
+// to the end of the round; else a host that refuses dials would quicken the pace of the one beside
+// it.
 func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	r.failures++
 	kind := classify(err)
 	var at *SessionError
 	if errors.As(err, &at) && at.Op == "lost" {
-		kind = classNetwork // whatever ended it, it had been set up
+		kind = classNetwork // whatever ended the session, it had been set up
 		if r.failures == 1 {
 			return r.shortDelay()
 		}
@@ -198,12 +151,12 @@ func (r *retry) deferPace(p *pace) {
 
 func (r *retry) shortDelay() time.Duration { return rand.N(min(firstRetry, r.limit)) }
 
-// lockIsFresh tells whether a lock is young enough to be that of a connection the broker has yet to
-// bury. What else fails meanwhile makes it no younger.
+// lockIsFresh reports whether a lock is so young that its owner may be a dead connection that the
+// broker has not closed yet. Other failures in between make the lock no younger.
 func (r *retry) lockIsFresh(now time.Time) bool {
 	buried := 3*cmp.Or(r.heartbeat, r.config.heartbeat) + lockedExtra
 	if now.Sub(r.lockSeen) > buried+operatorCap {
-		r.locked = now // another one
+		r.locked = now // a new lock
 	}
 	r.lockSeen = now
 	return now.Sub(r.locked) < buried
@@ -231,18 +184,71 @@ func (p *pace) draw() time.Duration {
 	return p.floor + rand.N(top-p.floor+1)
 }
 
+// classify is the one place that decides what a failure means. What the broker itself said counts
+// first. The driver's own codes mean nothing: it has 501 for every failure of I/O, and 403 for a
+// socket lost in the handshake.
+func classify(err error) class {
+	var brokerErr *amqp.Error
+	if errors.As(err, &brokerErr) && brokerErr.Server {
+		return classifyBroker(brokerErr)
+	}
+	switch {
+	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded):
+		return classChannel
+	case errors.Is(err, ErrLoginRefused), errors.As(err, new(*urlError)):
+		return classOperator
+	case wrongPeer(err):
+		return classPeer
+	}
+	var at *SessionError
+	if errors.As(err, &at) && at.Op == "dial" {
+		return classRefused // refused, no route, no answer to SYN, no such name
+	}
+	return classNetwork
+}
+
+// wrongPeer reports whether the peer will be no better at the next try: its certificate is not
+// trusted, or it speaks another protocol.
+func wrongPeer(err error) bool {
+	var verify *tls.CertificateVerificationError
+	var authority x509.UnknownAuthorityError
+	var name x509.HostnameError
+	var invalid x509.CertificateInvalidError
+	var record tls.RecordHeaderError
+	var protocol *wire.NotAMQPError
+	var port *wrongPortError
+	return errors.As(err, &verify) || errors.As(err, &authority) || errors.As(err, &name) ||
+		errors.As(err, &invalid) || errors.As(err, &record) || errors.As(err, &protocol) ||
+		errors.As(err, &port)
+}
+
+// permanent reports whether err is a statement of the broker that the configuration cannot work. It
+// counts before the first session only.
+func permanent(err error) bool {
+	var brokerErr *amqp.Error
+	if !errors.As(err, &brokerErr) || !brokerErr.Server || classifyBroker(brokerErr) != classOperator {
+		return false
+	}
+	switch brokerErr.Code {
+	case amqp.NotAllowed, amqp.AccessRefused, amqp.PreconditionFailed, amqp.NotImplemented:
+		return true
+	}
+	return false
+}
+
 const (
 	avoidFor    = time.Minute
-	provenAfter = 10 * time.Second // a session this long makes all hosts untried
+	provenAfter = 10 * time.Second // after a session this long no host counts as tried
 )
 
-// hosts is the order in which hosts are tried: the last good one, then the others at random, and
-// last those that refused, said they close, fell silent or are not the broker, for a minute.
+// hosts is the order in which hosts are tried: the last good one, then the others at random. For a
+// minute those go last that refused, announced their end, fell silent or are not the broker. Only
+// the supervisor uses it.
 type hosts struct {
 	endpoints []endpoint
 	avoid     map[string]time.Time // address -> until when it goes last
-	tries     map[string]int       // address -> of this row of failures
-	good      string
+	tries     map[string]int       // address -> tries since the last session that lasted
+	good      string               // address of the last session
 }
 
 func newHosts(c *config) *hosts {
@@ -260,8 +266,9 @@ func newHosts(c *config) *hosts {
 }
 
 // next picks the host of the next try. It is fresh if it is one of several and has not been tried
-// in this row of failures, or not as often as others: their failures say nothing about it. Without
-// endpoints, where a function of the user names the host, there is none to pick.
+// since the last good session, or less often than another one: the failures of the others say
+// nothing about it. If a function of the user names the host, there are no endpoints and none is
+// picked.
 func (h *hosts) next(now time.Time) (e endpoint, fresh bool) {
 	if len(h.endpoints) == 0 {
 		return endpoint{}, false
@@ -279,8 +286,8 @@ func (h *hosts) next(now time.Time) (e endpoint, fresh bool) {
 	return e, fresh
 }
 
-// compare tells which of two hosts has its turn first. One that goes last is a round behind the
-// others, so that those tried before it have another turn, and it still has one when all of them
+// compare orders two hosts by whose turn is first. A host that goes last is one round behind the
+// others. So the others are tried once more before it, and it still has its turn when all of them
 // fail.
 func (h *hosts) compare(a, b string, now time.Time) int {
 	roundA, untilA := h.turn(a, now)
@@ -292,7 +299,7 @@ func (h *hosts) compare(a, b string, now time.Time) int {
 	)
 }
 
-// turn returns the round a host is due in, and until when it goes last, if it does.
+// turn returns the round in which a host has its turn, and until when it goes last, if it does.
 func (h *hosts) turn(address string, now time.Time) (round int, until time.Time) {
 	round = h.tries[address]
 	if until = h.avoid[address]; now.Before(until) {
@@ -308,28 +315,29 @@ func (h *hosts) rank(address string) int {
 	return 1
 }
 
-// connected notes that a session was set up on address. It does not make the hosts untried again:
-// an untried one is dialled at once, so sessions that are lost right after their consume-ok would
-// go round in a hot loop.
+// connected records that a session was set up on address. It does not forget the tries: an untried
+// host is dialled at once, so sessions that are lost right after their consume-ok would alternate
+// between hosts in a hot loop.
 func (h *hosts) connected(address string) {
 	h.good = address
 	delete(h.avoid, address)
 }
 
-// outlived notes that the session that just ended was up for a while.
+// outlived records that the session that just ended was up for a while.
 func (h *hosts) outlived() {
 	clear(h.tries)
 }
 
-// failed notes a failure of address.
+// failed records a failure of address.
 func (h *hosts) failed(address string, err error, now time.Time) {
 	if goesLast(err) {
 		h.avoid[address] = now.Add(avoidFor)
 	}
 }
 
-// goesLast tells that the host had better be left alone for a while. One that fell silent may still
-// accept, and then a dial there costs the whole set-up limit before another host has a turn.
+// goesLast reports whether it is better not to try the host for a while. A host that fell silent
+// may still accept connections, and then a dial there takes the whole setup limit before another
+// host has its turn.
 func goesLast(err error) bool {
 	switch classify(err) {
 	case classForced, classRefused, classPeer:
@@ -338,7 +346,7 @@ func goesLast(err error) bool {
 	return fellSilent(err)
 }
 
-// fellSilent tells a peer or a path that is dead without having said so, and a node that serves
+// fellSilent reports whether a peer or a path is dead without having said so, or a node serves
 // nothing.
 func fellSilent(err error) bool {
 	for _, silence := range []error{wire.ErrReadTimeout, wire.ErrWatchdog, wire.ErrUnconfirmed, wire.ErrWriteTimeout, errSetupTimeout, errStalled} {
