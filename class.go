@@ -98,7 +98,7 @@ func classifyBroker(e *amqp.Error) class {
 	switch e.Code {
 	case amqp.ConnectionForced: // 320: stop, drain, close_connection, "credential expired"
 		return classForced
-	case amqp.ResourceLocked: // 405: exclusive queue of a dead connection that the broker has not closed yet
+	case amqp.ResourceLocked: // 405: exclusive queue of a connection not closed yet
 		return classLocked
 	case amqp.NotFound: // 404: queue not declared yet
 		return classAbsent

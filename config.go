@@ -60,7 +60,7 @@ type config struct {
 	logger     *slog.Logger
 	hooks      Hooks
 
-	set      map[string]bool // the options given by their names, because some defaults depend on that
+	set      map[string]bool // names of the options given, for defaults that depend on it
 	problems []error
 }
 

@@ -36,7 +36,7 @@ type connection struct {
 	channelFailures  []time.Time  // recent ones, for the escalation; only the supervisor uses it
 	served           bool         // it has had a session; only the supervisor uses it
 	queue            string       // of its sessions, "" before it has a name; only the try uses it
-	topologyFailures atomic.Int32 // failures of a TopologyFunc; the try writes, the supervisor reads
+	topologyFailures atomic.Int32 // failures of a TopologyFunc; tries write, the supervisor reads
 
 	stopRefresh context.CancelFunc
 	refreshed   chan struct{} // closed when the refresh of credentials has ended
@@ -133,7 +133,8 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 	again := pace{floor: minRefresh, initial: minRefresh, limit: operatorCap}
 	for !expires.IsZero() {
 		again.failures++
-		left := time.Until(expires) / 10 * 7 // of a date far in the future this is the longest Duration there is
+		// For a date far in the future, time.Until returns the longest Duration there is.
+		left := time.Until(expires) / 10 * 7
 		timer := time.NewTimer(max(left, again.draw()))
 		select {
 		case <-timer.C:

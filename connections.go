@@ -14,7 +14,7 @@ type leases struct {
 	mu       sync.Mutex
 	lent     int
 	retired  error         // why the connection takes no more sessions; nil as long as it does
-	returned chan struct{} // closed when the last lease has ended; nil until somebody waits for that
+	returned chan struct{} // closed when the last lease has ended; nil until watch waits for that
 }
 
 // retire is called when no answer has come to a call that belongs to no lease. The connection takes

@@ -123,7 +123,7 @@ func (c *Consumer) Stats() Stats {
 		Dials:         n.dials.Load(),
 		Handling:      int(n.handling.Load()),
 		Held:          int(n.held.Load()),
-		Overdue:       max(int(n.overdue.Load()), 0), // a handler may return just while it is counted
+		Overdue:       max(int(n.overdue.Load()), 0), // a handler may return while it is counted
 		Delivered:     n.delivered.Load(),
 		Acked:         n.outcomes[Acked].Load(),
 		Requeued:      n.outcomes[Requeued].Load(),

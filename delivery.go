@@ -40,7 +40,7 @@ func (d *Delivery) Attempt() int {
 	if n == 0 && d.Redelivered {
 		n = 1
 		_, counted := d.count(deliveryCount)  // by another queue
-		_, acquired := d.count(acquiredCount) // it came back by nack or a lost session, not by a failure
+		_, acquired := d.count(acquiredCount) // it came back without a failure
 		if counted || acquired {
 			n = 0
 		}

@@ -168,7 +168,7 @@ func (h *holds) warn() {
 	h.checkIn(max(lasts, warnAgainAfter), h.warn)
 	h.mu.Unlock()
 	s := h.session
-	if lasts < warnAgainAfter { // the first warning of this session: an earlier session may have warned just now
+	if lasts < warnAgainAfter { // the first warning; an earlier session may just have warned
 		if _, ok := s.notices.held.allow(time.Minute); !ok {
 			return
 		}
@@ -197,8 +197,8 @@ type limitMode int
 const (
 	limitAsGiven  limitMode = iota // as the user says, if anything
 	limitOff                       // switched off
-	limitOmitted                   // not mentioned: the queue exists with a limit, most likely the default one
-	limitExisting                  // the queue exists with a limit that was declared, and is taken as it is
+	limitOmitted                   // not mentioned: the queue has a limit, most likely the default
+	limitExisting                  // the queue has a limit that was declared, and is taken as it is
 )
 
 // firstLimit returns what a declaration asks for first.

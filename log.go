@@ -27,7 +27,7 @@ type journal struct {
 	causes      map[string]*cause // failures by cause, forgotten after forgetAfter
 	told        time.Time         // when a line about failures was last written
 	extra       allowance         // lines before their time
-	outageOpen  bool              // a failure was logged, and no recovery since; true before the first session, too
+	outageOpen  bool              // no recovery was logged since the last failure, or the start
 	since       time.Time         // since when the consumer is consuming; zero if it is not
 	away        time.Time         // since when it has not been consuming
 	flapping    bool              // the last session ended within stableAfter

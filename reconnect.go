@@ -14,8 +14,9 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// What follows a failure: whether Run gives up, how long it waits, and which host is next. Only the
-// supervisor calls it, and the prober asks it for the list of hosts.
+// What follows a failure: whether Run gives up, how long it waits, and which host is next. The
+// supervisor calls it. The refresh of credentials uses pace, too, and the prober takes the list of
+// hosts.
 
 // retry decides whether Run goes on after a failure, and how long it waits. Only the supervisor
 // uses it, and it knows no clock except the times that it is given.
@@ -64,7 +65,9 @@ func newRetry(c *config) *retry {
 }
 
 const (
-	firstRetry  = 20 * time.Millisecond // the longest wait before the first retry after a session, or before another host
+	// firstRetry is the longest wait before the first retry after a session, and before another
+	// host is tried.
+	firstRetry  = 20 * time.Millisecond
 	operatorCap = 30 * time.Second
 	lockedExtra = 5 * time.Second
 
@@ -105,7 +108,8 @@ func (r *retry) givesUp(err error) bool {
 		return false
 	}
 	if refused && (errors.Is(err, errSilentRefusal) || r.config.asksForLogin()) {
-		return r.refusals >= maxRefusals // a cut path looks like silence, and what a function gave may be outdated
+		// A cut path looks like silence, and what a function gave may be outdated.
+		return r.refusals >= maxRefusals
 	}
 	return refused || permanent(err)
 }

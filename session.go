@@ -64,7 +64,7 @@ type session struct {
 	received atomic.Uint64 // deliveries given to handlers, for the stall detector
 
 	givenUp   bool          // a call on the channel was not answered in time; only run uses it
-	drained   error         // why acks may not have arrived, or handlers did not end; read after done
+	drained   error         // why acks may be lost, or handlers did not end; read after done
 	closeTook time.Duration // how long the close took; read after done
 }
 
@@ -144,7 +144,7 @@ func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, t
 		declaration: t,
 		lease:       lease,
 		channelEnd:  newNotifier(),
-		cancels:     channel.NotifyCancel(make(chan string, 2)), // two consumers while a position is looked up
+		cancels:     channel.NotifyCancel(make(chan string, 2)), // a lookup has two consumers
 		gate:        newGate(),
 		stall:       newNotifier(),
 		stop:        make(chan struct{}),
@@ -221,7 +221,7 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	if err == nil {
 		s.streamPosition().subscribed(args[offsetKey])
 	}
-	if s.config.declare != nil { // an auto-delete queue ends with its last consumer, which may have left just now
+	if s.config.declare != nil { // an auto-delete queue may have ended with its last consumer
 		err = gone(err, s.queue)
 	}
 	return "consume", err
@@ -256,7 +256,7 @@ func (s *session) run() {
 	hardLimit := s.config.drainTimeout
 	switch {
 	case cause == nil:
-		hardLimit = s.config.closeTimeout // nothing is delivered any more that could hold up close-ok
+		hardLimit = s.config.closeTimeout // no deliveries can hold up close-ok any more
 		s.drain()
 	case errors.Is(cause, errCancelled):
 		s.stream.doubt()
@@ -408,7 +408,7 @@ func (s *session) unsubscribe(limit <-chan time.Time) error {
 		return s.drainError()
 	case errors.Is(err, errDrainLimit), errors.Is(err, errCloseTimeout):
 		return s.acksLost(errCloseTimeout)
-	case !s.channel.IsClosed(): // an unexpected reply: the next reply would be taken for the wrong call, too
+	case !s.channel.IsClosed(): // an unexpected reply, so later ones would be, too
 		s.giveUp(err)
 		return s.acksLost(err)
 	}
@@ -743,7 +743,7 @@ func (p *backlog) every() time.Duration { return max(p.timeout/looksPerTimeout, 
 // look checks whether a delivery is still waiting that was there half a consumer timeout ago.
 func (p *backlog) look() {
 	s := p.session
-	taken := s.stats.delivered.Load() - p.base // read first, so that what is taken meanwhile does not count twice
+	taken := s.stats.delivered.Load() - p.base // read first, so that nothing counts twice
 	late := taken < p.arrived[0]
 	copy(p.arrived[:], p.arrived[1:])
 	p.arrived[len(p.arrived)-1] = taken + uint64(s.inbox.waiting())

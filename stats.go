@@ -5,6 +5,9 @@ import (
 	"time"
 )
 
+// What a Consumer shows of itself to its user: State, Hooks, StateChange and Stats, and the
+// counters behind them.
+
 // State is what a [Consumer] is doing, see [Consumer.State].
 type State int32
 
@@ -154,11 +157,13 @@ type Stats struct {
 	EventsDropped uint64
 }
 
+// counters are what Stats shows, over all Runs of a Consumer. Every goroutine of a Run counts in
+// them.
 type counters struct {
 	sessions, connections, dials atomic.Uint64
 	handling, held, overdue      atomic.Int64
 	delivered, failed, stale     atomic.Uint64
 	unreadable                   atomic.Uint64
-	outcomes                     [Stale]atomic.Uint64 // by Outcome
+	outcomes                     [Stale]atomic.Uint64 // indexed by Outcome
 	abandoned, eventsDropped     atomic.Uint64
 }

@@ -12,64 +12,30 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-const offsetKey = "x-stream-offset"
-
-// unknownOffset is that of a message whose headers cannot be read: behind the one before, at least.
-const unknownOffset = -1
-
-// placed gives d an offset if the broker's cannot be read.
-func assignOffset(d *Delivery) {
-	if m := d.fence.stream; !m.hasOffset {
-		m.offset, m.hasOffset = unknownOffset, true
-	}
-}
-
-// position remembers how far a stream has been handled, over the sessions of one Run: a stream
-// keeps its messages and starts a consumer where the consumer says, so without it the successor of
-// a lost session would skip what was published meanwhile. A nil position is that of a queue: it
-// does nothing.
+// position is how far a stream has been handled, over all sessions of one Run. A stream keeps its
+// messages and starts a consumer where the consumer asks for. So without a position the successor
+// of a lost session would skip what was published meanwhile. A nil position is that of a queue: it
+// does nothing. Tries, workers and timers use it, all under mu.
 type position struct {
 	mu      sync.Mutex
-	queue   string    // the stream it is about
-	from    any       // where to resume as long as next is not known; nil before the first subscription
+	queue   string    // the name of the stream
+	from    any       // where to resume while next is unknown; nil before the first subscription
 	begun   bool      // there has been a subscription
-	lookups int       // how often the place was looked up
+	lookups int       // how often the position was looked up
 	known   bool      // next is set
-	guessed bool      // from the first deliveries, of which none is settled yet
-	next    int64     // offset of the first message not settled for good
-	doubted bool      // the broker has cancelled the consumer, so the stream may be on its way out
-	session uint64    // the try of the session that the rows are about
+	guessed bool      // next comes from the first deliveries, of which none is settled yet
+	next    int64     // offset of the first message that is not settled for good
+	doubted bool      // the broker has cancelled the consumer, so the stream may be about to end
+	session uint64    // the try of the session that settled and acked are about
 	settled watermark // what handlers are done with
-	acked   watermark // of that, what the broker was told
+	acked   watermark // of these, what the broker was told
 }
 
-// watermark is delivery tags and their offsets: all up to low, and some above it.
-type watermark struct {
-	low   uint64
-	above map[uint64]int64
-}
+const offsetKey = "x-stream-offset"
 
-func newWatermark() watermark { return watermark{above: make(map[uint64]int64)} }
-
-// add notes a tag, and returns those that now follow low without a gap, which low has moved over.
-func (r *watermark) add(d settledAt) (unbroken []settledAt) {
-	r.above[d.tag] = d.offset
-	for {
-		offset, ok := r.above[r.low+1]
-		if !ok {
-			return unbroken
-		}
-		r.low++
-		delete(r.above, r.low)
-		unbroken = append(unbroken, settledAt{r.low, offset})
-	}
-}
-
-// settledAt is a delivery of a stream, and its place there.
-type settledAt struct {
-	tag    uint64
-	offset int64
-}
+// unknownOffset stands for the offset of a message whose headers cannot be read. It is higher than
+// that of the message before, which is all that is known of it.
+const unknownOffset = -1
 
 func newPosition(c *config) *position {
 	if !c.stream() {
@@ -78,13 +44,43 @@ func newPosition(c *config) *position {
 	return &position{settled: newWatermark(), acked: newWatermark()}
 }
 
-// maxLooks is how often a look that is cut off is tried again: what the stream holds may be more
-// than the path can carry within the setup limit.
+// watermark is a set of delivery tags with their offsets: all tags up to low, and some above it.
+type watermark struct {
+	low   uint64           // all tags up to this one
+	above map[uint64]int64 // tags above low, with their offsets
+}
+
+func newWatermark() watermark { return watermark{above: make(map[uint64]int64)} }
+
+// add adds a tag. It returns the tags that low has moved over now, because none is missing below
+// them any more.
+func (w *watermark) add(d settledAt) (unbroken []settledAt) {
+	w.above[d.tag] = d.offset
+	for {
+		offset, ok := w.above[w.low+1]
+		if !ok {
+			return unbroken
+		}
+		w.low++
+		delete(w.above, w.low)
+		unbroken = append(unbroken, settledAt{w.low, offset})
+	}
+}
+
+// settledAt is a delivery of a stream and its offset.
+type settledAt struct {
+	tag    uint64
+	offset int64
+}
+
+// maxLookups is how often a lookup is tried that is cut off: the stream may hold more than the path
+// can carry within the setup limit.
 const maxLookups = 2
 
-// about notes which stream it is about, and returns the offset that has to be looked up before a
-// session subscribes, if there is one: what shifts, until the stream has a place. If that is last
-// and the look was cut off, it is what came since, or else still the last.
+// needsLookup records which stream the position is about. It returns the offset that has to be
+// looked up before a session subscribes, and whether there is one: a shifting offset, until the
+// stream has a position. For the offset last, after a lookup that was cut off, it returns the time
+// of that lookup, so that what came since is found, or else still the last message.
 func (p *position) needsLookup(queue string, given any) (offset any, ok bool) {
 	if p == nil {
 		return nil, false
@@ -100,11 +96,12 @@ func (p *position) needsLookup(queue string, given any) (offset any, ok bool) {
 	return p.from, given == "last" && !p.known && !p.begun && p.lookups < maxLookups
 }
 
-// fresh is called with mu held.
+// fresh reports whether nothing is known about the position yet. It is called with mu held.
 func (p *position) fresh() bool { return p.from == nil && !p.known }
 
-// resume returns the arguments of the basic.consume of a new session. The first one, which has just
-// asked where to begin, and was not told, begins where it was given to.
+// resume returns the arguments of the basic.consume of a new session. asked says that this session
+// has just looked its position up; if the lookup has found no message, the session begins at the
+// offset that the user gave.
 func (p *position) resume(session uint64, args amqp.Table, asked bool) amqp.Table {
 	args = maps.Clone(args)
 	if p == nil {
@@ -127,7 +124,7 @@ func (p *position) resume(session uint64, args amqp.Table, asked bool) amqp.Tabl
 	return args
 }
 
-// subscribed notes a consume-ok, and where the first one begins.
+// subscribed records a consume-ok, and where the first session begins.
 func (p *position) subscribed(offset any) {
 	if p == nil {
 		return
@@ -140,9 +137,9 @@ func (p *position) subscribed(offset any) {
 	}
 }
 
-// assume takes a time for the place, as long as no message tells it. The function it returns is
-// called with what the broker answers: if it does not take the consumer, there is no place. Any
-// other failure does not tell whether it has.
+// assume sets the position to a time, until a message gives it. The function that it returns is to
+// be called with the broker's answer: if the broker refuses the consumer, there is no position.
+// After any other failure it is not known whether the broker has taken the consumer.
 func (p *position) assume(since time.Time) (answered func(error) error) {
 	if p == nil {
 		return func(err error) error { return err }
@@ -164,7 +161,7 @@ func (p *position) assume(since time.Time) (answered func(error) error) {
 		if errors.As(err, &brokerErr) && brokerErr.Server {
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			if !p.begun && p.lookups == mine { // nobody has subscribed or looked since
+			if !p.begun && p.lookups == mine { // no later session and no later lookup
 				p.from = nil
 			}
 		}
@@ -172,7 +169,7 @@ func (p *position) assume(since time.Time) (answered func(error) error) {
 	}
 }
 
-// locate sets the place, unless the offset is unknown.
+// locate sets the position, unless the offset is unknown.
 func (p *position) locate(offset int64) {
 	if p == nil {
 		return
@@ -184,8 +181,8 @@ func (p *position) locate(offset int64) {
 	}
 }
 
-// ahead tells whether a stream of that length may not have come to the place yet, because the
-// consumer was told to begin at a message of the future.
+// ahead reports whether a stream of that length may not have reached the position yet, because the
+// consumer was told to begin at a future message.
 func (p *position) ahead(length int) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -193,8 +190,9 @@ func (p *position) ahead(length int) bool {
 	return ok && !p.known && int64(length) <= at
 }
 
-// startOver notes that the stream is gone. The one that will have its name counts from 0 again:
-// asked for the old place, a broker would wait until it has that many messages and skip them all.
+// startOver records that the stream does not exist any more. The next stream of its name counts
+// from 0 again: asked for the old position, a broker would wait until the stream has that many
+// messages, and skip all of them.
 func (p *position) startOver() {
 	if p == nil {
 		return
@@ -206,10 +204,10 @@ func (p *position) startOver() {
 		return
 	}
 	p.known, p.next = true, 0
-	p.session = 0 // what late handlers of the old one settle counts no more
+	p.session = 0 // late settlements of the old stream do not count any more
 }
 
-// doubt notes that the broker has cancelled the consumer.
+// doubt records that the broker has cancelled the consumer, so the stream may be about to end.
 func (p *position) doubt() {
 	if p == nil {
 		return
@@ -219,8 +217,9 @@ func (p *position) doubt() {
 	p.doubted = true
 }
 
-// gone notes that a session could not be set up because the stream is not there. A topology
-// function may also have asked for another queue.
+// setupFailed records that a session could not be set up. If the reason is that the stream does not
+// exist, the position starts over. A topology function may also have asked for another queue, whose
+// absence changes nothing.
 func (p *position) setupFailed(err error) {
 	if p == nil {
 		return
@@ -233,7 +232,8 @@ func (p *position) setupFailed(err error) {
 	}
 }
 
-// noQueue tells that there is no queue of that name, from one whose node is down.
+// noQueue reports whether err says that no queue of that name exists. A queue whose node is down
+// exists, although its error has the same code.
 func noQueue(err error, name string) bool {
 	var brokerErr *amqp.Error
 	if !errors.As(err, &brokerErr) || !brokerErr.Server || brokerErr.Code != amqp.NotFound {
@@ -248,13 +248,13 @@ func noQueue(err error, name string) bool {
 	return strings.HasPrefix(text, want)
 }
 
-// began notes a delivery that a handler is given: even if none is ever settled, the next session
-// must not start behind it.
+// began records a delivery that a handler is given: even if none is ever settled, the next session
+// must not start after it.
 func (p *position) began(session uint64, d *Delivery) {
 	if p == nil {
 		return
 	}
-	if d.fence.tries == 0 { // the others have what it was, and its place
+	if d.fence.tries == 0 { // later tries in place have the original and its offset already
 		d.keepOriginal()
 		d.fence.stream.offset, d.fence.stream.hasOffset = headerInt(d.Headers[offsetKey])
 	}
@@ -264,18 +264,18 @@ func (p *position) began(session uint64, d *Delivery) {
 	if !ok || session != p.session {
 		return
 	}
-	// Tags count from 1: a worker with an earlier one may not be here yet. A filter leaves gaps, so
-	// that one may lower the place still.
+	// Tags count from 1, and a worker that has an earlier one may not have come here yet. If a
+	// filter leaves gaps, that worker may lower the position still.
 	at := max(offset-int64(d.fence.tag)+1, 0)
 	if !p.known || p.guessed && at < p.next {
 		p.known, p.guessed, p.next = true, true, at
 	}
 }
 
-// ready notes that a delivery is done for good and returns those to ack now: none before all that
-// came earlier are done. A broker sends one more for every ack, so behind one slow handler any
-// number of messages would be done that the next session, which resumes at the slow one, is given
-// again.
+// ready records that a delivery is done for good, and returns the deliveries to ack now. None is
+// acked before all that came earlier are done. The reason is that a broker sends one more message
+// for each ack: while one handler is slow, any number of later messages could be done, and the next
+// session, which resumes at the slow one, would be given all of them again.
 func (p *position) ready(session uint64, d *Delivery) []settledAt {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -285,7 +285,7 @@ func (p *position) ready(session uint64, d *Delivery) []settledAt {
 	return p.settled.add(settledAt{d.fence.tag, d.fence.stream.offset})
 }
 
-// toldAcked notes that the broker was told, which moves the place to resume at.
+// acknowledged records that an ack was sent, which moves the position to resume at.
 func (p *position) acknowledged(session uint64, d settledAt) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -302,13 +302,13 @@ func (p *position) acknowledged(session uint64, d settledAt) {
 	}
 }
 
-// clockMargin is how far the clocks of broker and client may be apart where a time has to stand for
-// a place. Messages from as long before the subscription may come then.
+// clockMargin is how far the clocks of broker and client may differ where a time has to stand for a
+// position. Messages that were published that long before the subscription may then be delivered.
 const clockMargin = 5 * time.Minute
 
-// shifts tells whether an offset stands for another message each time it is asked for: next, last,
-// an interval such as 1h, and a time that is not over yet, which RabbitMQ takes for next. Asked for
-// a second time, it skips what was published since the first.
+// shifts reports whether an offset stands for another message each time it is asked for: next,
+// last, an interval such as 1h, and a time that has not passed yet, which RabbitMQ takes for next.
+// Asked for a second time, it skips what was published since the first time.
 func shifts(offset any, now time.Time) bool {
 	switch at := offset.(type) {
 	case nil:
@@ -328,7 +328,14 @@ func offsetOf(d *Delivery) int64 {
 	return unknownOffset
 }
 
-// interval reads an offset such as 1h, as RabbitMQ does. It is 0 for last.
+// assignOffset gives d an offset if it has none because the broker's cannot be read.
+func assignOffset(d *Delivery) {
+	if m := d.fence.stream; !m.hasOffset {
+		m.offset, m.hasOffset = unknownOffset, true
+	}
+}
+
+// interval reads an offset such as 1h, as RabbitMQ does. It returns 0 for last.
 func interval(offset any) time.Duration {
 	text, _ := offset.(string)
 	if text == "" {

@@ -11,7 +11,11 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// topology declares what the session needs and returns the queue to consume.
+// What a session declares before it consumes: by the function of WithTopology or as WithQueue says,
+// and what it asks for instead if the broker refuses. openSession keeps the declaration from one
+// round to the next; subscribe calls topology.
+
+// topology declares what the session needs and returns the queue to consume from.
 func (s *session) topology(ctx context.Context) (queue string, err error) {
 	if s.declaration.queue != "" {
 		return s.declaration.queue, nil
@@ -45,7 +49,7 @@ func (s *session) callTopology(ctx context.Context) (queue string, err error) {
 	return queue, s.conn.sameQueue(cmp.Or(queue, s.config.queue))
 }
 
-// askTopology calls the function, and looks at what it has done to the channel.
+// askTopology calls the user's function, and checks what it has done to the channel.
 func (s *session) askTopology(ctx context.Context) (queue string, err error) {
 	before := s.conn.socket.Misuse()
 	call := userCall[string]{
@@ -63,7 +67,7 @@ func (s *session) askTopology(ctx context.Context) (queue string, err error) {
 	case now.Transactions > before.Transactions:
 		return "", call.named(errTransactional)
 	case now.Consumers > before.Consumers && s.notices.consumed.CompareAndSwap(false, true):
-		s.queue = cmp.Or(queue, s.config.queue) // for the line
+		s.queue = cmp.Or(queue, s.config.queue) // for the log line
 		s.warn("the topology function has consumed on the session's channel: what is delivered to that consumer waits until the session ends")
 	}
 	return queue, nil
@@ -71,23 +75,23 @@ func (s *session) askTopology(ctx context.Context) (queue string, err error) {
 
 var errTransactional = errors.New("the function has made the channel transactional: acks on it would never take effect")
 
-// terms are what the declaration of a session asks for. Where the broker refuses a part of it that
-// is not worth failing for, the session asks for less, on a fresh channel, for the refusal has
-// closed the first.
+// declaration is what a session asks for when it declares. If the broker refuses a part that is not
+// worth failing for, the session asks for less, on a fresh channel, because the refusal has closed
+// the first one. Only the try uses it.
 type declaration struct {
-	limit    limitMode
-	deadKept bool // the dead-letter queue exists in another form, which stays
-	refusal  error
-	owned    string // the queue of the connection, which is asked for and not declared
-	anew     bool   // the queue was gone, and is declared anew
+	limit    limitMode // what it says about the delivery limit
+	deadKept bool      // the dead-letter queue exists in another form and is taken as it is
+	refusal  error     // of the delivery limit, for the warning
+	owned    string    // named by the broker for this connection: asked for, not declared
+	anew     bool      // the queue did not exist any more and is declared again
 
-	streamChecked bool   // the stream was looked for
-	queue         string // that has been declared already
+	streamChecked bool   // the broker was asked whether the stream exists
+	queue         string // has been declared by an earlier round
 }
 
-// freshChannelError ends a try of a session whose channel has served a question and is of no more
-// use. What was found out holds for the next try, on a fresh channel: so a connection needs but one
-// at a time, and its delivery tags count from 1.
+// freshChannelError ends a round of a try after a question that has used the channel up. The next
+// round, on a fresh channel, knows the answer. So a connection needs only one channel at a time,
+// and the delivery tags of the session count from 1.
 type freshChannelError struct {
 	streamChecked bool
 	queue         string
@@ -95,7 +99,8 @@ type freshChannelError struct {
 
 func (*freshChannelError) Error() string { return "a fresh channel is needed" }
 
-// concede asks for less after err, if there is less to ask for, or goes on where a try has ended.
+// relax changes the declaration after err, so that another round makes sense: it asks for less, or
+// keeps the answer that the round has found. It returns false if there is nothing to change.
 func (t *declaration) relax(err error) bool {
 	var next *freshChannelError
 	if errors.As(err, &next) {
@@ -128,13 +133,13 @@ func (t *declaration) relax(err error) bool {
 	return true
 }
 
-// How RabbitMQ begins, before it comes to a name.
+// These are the beginnings of RabbitMQ's refusals, up to the first name in them.
 const (
 	inequivalent      = "PRECONDITION_FAILED - inequivalent arg '"
 	inequivalentLimit = inequivalent + limitArg + "' for queue "
 )
 
-// deadLetterError is about the dead-letter queue, not the queue itself.
+// deadLetterError is a refusal of the dead-letter queue, not of the queue itself.
 type deadLetterError struct {
 	queue string
 	err   error
@@ -146,7 +151,7 @@ func (e *deadLetterError) Error() string {
 
 func (e *deadLetterError) Unwrap() error { return e.err }
 
-// declareQueue declares what WithQueue says, in the order in which one needs the other.
+// declareQueue declares what WithQueue asks for, in the order in which one needs the other.
 func (s *session) declareQueue() (string, error) {
 	q := s.config.declare
 	if x := q.Exchange; x != nil {
@@ -185,7 +190,7 @@ func (s *session) declareDeadLetter() error {
 }
 
 func (s *session) declareItself() (string, error) {
-	if s.declaration.owned != "" { // to declare a name of the broker's is forbidden
+	if s.declaration.owned != "" { // a name that the broker has given must not be declared
 		_, err := s.channel.QueueDeclarePassive(s.declaration.owned, false, false, false, false, nil)
 		return s.declaration.owned, gone(err, s.declaration.owned)
 	}
@@ -206,13 +211,14 @@ func (s *session) declareItself() (string, error) {
 	return declared.Name, err
 }
 
-// goneError is a 404 about a queue that was there a moment ago.
+// goneError is a 404 for a queue that existed a moment ago.
 type goneError struct{ error }
 
 func (e *goneError) Unwrap() error { return e.error }
 
-// gone marks a refusal that says that there is no such queue. A 404 may say something else, as that
-// its node is down: then the queue lives, and another one beside it would be left behind.
+// gone marks a refusal that says that the queue does not exist. Other 404s do not say so, such as
+// that the queue's node is down: then the queue still exists, and declaring another one would leave
+// it behind.
 func gone(err error, queue string) error {
 	if !noQueue(err, queue) {
 		return err

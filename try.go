@@ -6,29 +6,30 @@ import (
 	"time"
 )
 
-// attempt is one try to get a session.
+// attempt is the result of one try to set up a session, or only a connection. The supervisor and
+// the prober make tries, by runBounded.
 type attempt struct {
-	conn    *connection // that the session is on
-	own     bool        // this try has opened the connection
+	conn    *connection // the connection of the session
+	own     bool        // this try has opened conn
 	session *session
 	err     error
 }
 
 var errNoResult = errors.New("the try ended without a result: did a function of yours call runtime.Goexit?")
 
-// tryGrace is how long a try may outlive its context: a moment longer than the user's function in
-// it may.
+// tryGrace is how long a try may outlive its context: a little longer than a user's function in it
+// may.
 const tryGrace = abandonGrace + 100*time.Millisecond
 
-// runBounded runs try and returns its result, or an error once ctx has ended and try does not come
-// back: a call of the driver that hangs returns with the end of its connection, which waits until
-// no other session lives there. A result that comes too late is closed. step tells how far the try
-// has come.
+// runBounded runs try and returns its result, or an error if try does not return after ctx has
+// ended. A call of the driver that hangs returns at the end of its connection, which may wait until
+// no other session has borrowed it. A result that comes too late is discarded. step says how far
+// the try has come.
 func runBounded(ctx context.Context, try func() attempt, step *step) attempt {
 	result := make(chan attempt)
 	give := make(chan struct{})
 	go func() {
-		a := attempt{err: &SessionError{Op: step.String(), Err: errNoResult}} // of a runtime.Goexit
+		a := attempt{err: &SessionError{Op: step.String(), Err: errNoResult}} // after a runtime.Goexit
 		defer func() {
 			select {
 			case result <- a:
@@ -54,7 +55,8 @@ func runBounded(ctx context.Context, try func() attempt, step *step) attempt {
 	}
 }
 
-// discard closes what a late try has opened. The connection it was given belongs to another.
+// discard closes what a late try has opened. A connection that the try was given belongs to the
+// supervisor.
 func (a attempt) discard() {
 	if a.session != nil {
 		close(a.session.stop)

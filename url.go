@@ -18,9 +18,12 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// urlError is what someone has to mend in a URL, or in a file that it names. The reason shows no
-// part of the URL: where an unescaped character has cut it wrongly, any part may be of the
-// password.
+// How a URL is read, and what is said about one that is wrong. New and WithURLFunc call
+// parseEndpoint, the rest serves that.
+
+// urlError says what a user has to change in a URL, or in a file that it names. The reason shows no
+// part of the URL: where an unescaped character cuts it in the wrong place, any part may belong to
+// the password.
 type urlError struct {
 	reason string
 	err    error // nil, or why a file cannot be read
@@ -63,8 +66,8 @@ func parseEndpoint(text string) (endpoint, error) {
 	return e, nil
 }
 
-// misshapen says what is wrong with the URL's text, "" if its parts can be told apart for certain:
-// then it has at most one @, which ends user and password, and what follows is the host.
+// misshapen returns what is wrong with the URL's text, "" if it is certain where each part ends:
+// then it has at most one @, which ends user and password, and the host follows.
 func misshapen(text string) string {
 	if reason := wrapped(text); reason != "" {
 		return reason
@@ -87,7 +90,7 @@ func misshapen(text string) string {
 	return wrongVhost(path)
 }
 
-// wrapped finds what is around the URL, or was to be put into it.
+// wrapped finds what stands around the URL, and what should have been filled in.
 func wrapped(text string) string {
 	switch {
 	case text == "":
@@ -102,7 +105,8 @@ func wrapped(text string) string {
 	return ""
 }
 
-// filledByKubernetes is a variable as in the env of a pod, which stays as it is if it is not set.
+// filledByKubernetes matches a variable in the env of a pod, which Kubernetes leaves as it is if it
+// is not set.
 var filledByKubernetes = regexp.MustCompile(`\$\([A-Za-z_][A-Za-z0-9_.-]*\)`)
 
 // blank includes the byte order mark, which Windows writes before a text.
@@ -142,7 +146,7 @@ func wrongScheme(text string) string {
 	return "the URL has no scheme: it must begin with amqp:// or, for TLS, amqps://"
 }
 
-// only tells whether text holds nothing but ASCII letters, digits and the others given.
+// only reports whether text consists of ASCII letters, digits and the others given.
 func only(text, others string) bool {
 	return !strings.ContainsFunc(text, func(r rune) bool {
 		letter := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z'
@@ -150,9 +154,9 @@ func only(text, others string) bool {
 	})
 }
 
-// unescaped finds characters that should have been percent-encoded in what follows the scheme. All
-// that cut a URL wrongly, / ? and #, stand before the @ that was meant, so a URL with an @ behind
-// its first / ? or # is never believed.
+// unescaped finds characters that should have been percent-encoded in the part after the scheme.
+// The characters that end the host, / ? and #, can stand in a password only before its @. So a URL
+// with an @ after its first / ? or # is refused.
 func unescaped(rest string) string {
 	beforeQuery, _, _ := strings.Cut(rest, "?")
 	switch lower := strings.ToLower(rest); {
@@ -206,7 +210,7 @@ func cutWrongly(rest string) string {
 	return ""
 }
 
-// badEscape tells a % that begins no %XX.
+// badEscape reports whether text has a % that begins no %XX.
 func badEscape(text string) bool {
 	for _, after := range strings.Split(text, "%")[1:] {
 		if len(after) < 2 || strings.Trim(after[:2], "0123456789abcdefABCDEF") != "" {
@@ -216,7 +220,7 @@ func badEscape(text string) bool {
 	return false
 }
 
-// wrongHost looks at host and port.
+// wrongHost checks host and port.
 func wrongHost(text string) string {
 	if strings.ContainsAny(text, ",;") {
 		return "the URL names several hosts: give one URL to New and one for each further host to WithURLs"
@@ -256,14 +260,15 @@ func zoneless(address string) string {
 	return address
 }
 
-// hostName allows the letters of other scripts, though a resolver may know none of them.
+// hostName reports whether host may be a name. It allows the letters of other scripts, though a
+// resolver may know none of them.
 func hostName(host string) bool {
 	return !strings.ContainsFunc(host, func(r rune) bool {
 		return r < unicode.MaxASCII+1 && !only(string(r), "-._")
 	})
 }
 
-// wrongVhost looks at the path. // is allowed, which some clients write for the virtual host /.
+// wrongVhost checks the path. It allows //, which some clients write for the virtual host /.
 func wrongVhost(path string) string {
 	raw := strings.TrimPrefix(path, "/")
 	if raw == "/" {
@@ -282,10 +287,11 @@ func wrongVhost(path string) string {
 	return ""
 }
 
-// tlsParameters have no effect without TLS.
+// tlsParameters are parameters that have no effect without TLS.
 var tlsParameters = []string{"cacertfile", "certfile", "keyfile", "server_name_indication", "verify"}
 
-// parameters says what is wrong with a value, "" if nothing is, and keeps what the driver does not.
+// parameters has a function for each known parameter. It returns what is wrong with a value, "" if
+// nothing is, and keeps the values that the driver does not.
 var parameters = map[string]func(e *endpoint, value string) string{
 	"cacertfile":             anyValue,
 	"certfile":               anyValue,
@@ -298,7 +304,7 @@ var parameters = map[string]func(e *endpoint, value string) string{
 	"channel_max":            (*endpoint).checkChannelMax,
 }
 
-// notHere are parameters that other clients know.
+// unsupportedParameters are parameters that other clients know.
 var unsupportedParameters = map[string]string{
 	"frame_max":            "the parameter frame_max of the URL has no effect here: frames are up to 128 KiB, or what the broker allows",
 	"password":             "the parameter password of the URL has no effect here: give an encrypted key by WithTLSConfig",
@@ -309,8 +315,8 @@ var unsupportedParameters = map[string]string{
 	"name":                 "the parameter name of the URL has no effect: use WithConnectionName",
 }
 
-// readParameters takes what the driver does not know or does not check, and returns every problem.
-// It names only parameters it knows: anything else may be a secret.
+// readParameters reads what the driver does not know or does not check, and returns every problem.
+// It names only parameters that it knows: anything else may be secret.
 func (e *endpoint) readParameters(u *url.URL) (problems []string) {
 	given, err := url.ParseQuery(u.RawQuery)
 	if err != nil {
@@ -391,7 +397,7 @@ func (e *endpoint) checkChannelMax(value string) string {
 	return ""
 }
 
-// unknownParameter names the known parameter that is nearest.
+// unknownParameter suggests the known parameter with the nearest name.
 func unknownParameter(name string) string {
 	if text := unsupportedParameters[name]; text != "" {
 		return text

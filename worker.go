@@ -9,26 +9,28 @@ import (
 	"time"
 )
 
-// pool is the workers. They outlive sessions, so that the concurrency holds across reconnects: a
-// handler still busy with a delivery of a dead session occupies its worker until it returns.
+// pool is the workers of one Run. They outlive sessions, so that the concurrency holds across
+// reconnects: a handler that is still busy with a delivery of a dead session occupies its worker
+// until it returns. The supervisor starts the pool, gives it sessions and closes stop; the workers
+// read session and changed, under mu.
 type pool struct {
 	handler  Handler
 	config   *config
 	stats    *counters
 	reporter *reporter
-	ctx      context.Context // of Run, as it was given: no handler starts once it has ended
+	ctx      context.Context // of Run, as the user gave it: no handler starts once it has ended
 
 	mu      sync.Mutex
-	session *session      // the newest one, nil while there is none
-	changed chan struct{} // closed once session is another one
+	session *session      // the newest session, nil while there is none
+	changed chan struct{} // closed when there is another session
 
-	stop  chan struct{} // closed when there will be no more sessions
-	alive atomic.Int64
+	stop  chan struct{} // closed when no more sessions come
+	alive atomic.Int64  // workers that have not returned
 	done  chan struct{} // closed when the last worker has returned
 }
 
 // serve gives the workers a session, or takes the last one away from them. A worker that is busy
-// with an older one comes as soon as its handler returns.
+// with an older one takes it as soon as its handler returns.
 func (p *pool) serve(s *session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -39,7 +41,7 @@ func (p *pool) serve(s *session) {
 	}
 }
 
-// newest returns the session to work for and what closes when there is another.
+// newest returns the session to work for, and a channel that is closed when there is another one.
 func (p *pool) newest() (*session, <-chan struct{}) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -55,7 +57,7 @@ func (p *pool) start() {
 	}
 }
 
-// work serves one session after the other.
+// work is a worker's goroutine: it serves one session after the other.
 func (p *pool) work() {
 	returned := false
 	defer func() {
@@ -89,7 +91,7 @@ func (p *pool) handleAll(s *session) {
 		if !ok {
 			return
 		}
-		// What had been delivered before the session ended is still there.
+		// What was delivered before the session ended is still in the inbox.
 		if p.ctx.Err() != nil || !s.gate.enter() {
 			s.unstarted(d)
 			return
@@ -124,8 +126,8 @@ func (p *pool) handle(s *session, d *Delivery) {
 	err = p.invoke(s, d, &err)
 }
 
-// invoke turns a panic into an error. goexit is set for a handler that ends its goroutine, which
-// runs deferred functions but returns nothing.
+// invoke calls the handler and turns a panic into an error. It sets goexit for a handler that ends
+// its goroutine, because then deferred functions run but nothing is returned.
 func (p *pool) invoke(s *session, d *Delivery, goexit *error) (err error) {
 	ctx := s.ctx
 	if p.config.handlerTimeout > 0 {
@@ -158,7 +160,7 @@ func (p *pool) failed(s *session, d *Delivery, held time.Duration, err error) {
 	}
 }
 
-// wrap makes the handler of a Run out of the user's and the middleware around it.
+// wrap returns the handler of a Run: the user's, with the middleware around it.
 func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
 	defer cancel()
