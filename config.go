@@ -324,7 +324,7 @@ func (c *config) checkQueue() {
 	}
 }
 
-// checkDeclare also completes q.
+// checkDeclare checks the declaration of the queue, and completes q.
 func (c *config) checkDeclare(q *Queue) {
 	switch q.Type {
 	case "":
@@ -350,7 +350,7 @@ func (c *config) checkDeclare(q *Queue) {
 	}
 }
 
-// checkExchange also gives the bindings their exchange.
+// checkExchange checks exchange and bindings, and gives the bindings their exchange.
 func (c *config) checkExchange(q *Queue) {
 	own := ""
 	if q.Exchange != nil {
@@ -393,7 +393,7 @@ func (c *config) checkKind(x *Exchange) {
 	c.shortString("WithQueue", "Exchange.Kind", x.Kind)
 }
 
-// checkDeadLetter also turns it into arguments.
+// checkDeadLetter checks DeadLetter and turns it into arguments.
 func (c *config) checkDeadLetter(q *Queue) {
 	if q.DeadLetter == nil {
 		return

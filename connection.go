@@ -288,7 +288,7 @@ func (c *connection) endOfSocket() error {
 	}
 }
 
-// errorOrNil keeps a nil *amqp.Error from becoming an error that is not nil.
+// errorOrNil returns nil for a nil *amqp.Error, which as an error would not be nil.
 func errorOrNil(err *amqp.Error) error {
 	if err == nil {
 		return nil
@@ -303,7 +303,7 @@ func errorOrNil(err *amqp.Error) error {
 func (c *connection) teardown(limit time.Duration) {
 	kill := time.AfterFunc(limit, func() { c.socket.Kill(errCloseTimeout) })
 	c.stopRefresh()
-	<-c.refreshed // its RPC and the close would take each other's answer
+	<-c.refreshed // its RPC and the close must not overlap: each would take the other's answer
 	// A driver that is closing by itself holds its mutex until the socket has closed, and a
 	// goroutine that waits for a mutex keeps the clock of a synctest bubble from moving.
 	if !c.amqp.IsClosed() {

@@ -22,10 +22,9 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The driver tells of the broker's connection.close before its close-ok is on the
-// wire, and holds its mutex until then. Whoever closed the socket at once would
-// lose the close-ok, and whoever waited for the mutex would stand still with the
-// time of this test.
+// The driver reports the broker's connection.close before its close-ok is on the wire, and holds
+// its mutex until then. Closing the socket at once would lose the close-ok. Waiting for the mutex
+// would stop the clock of the bubble.
 func TestBrokersCloseIsAnsweredHoweverSlowlyItReads(t *testing.T) {
 	still := time.AfterFunc(20*time.Second, func() { panic("time stands still: a goroutine waits for the driver's mutex") })
 	defer still.Stop()
@@ -53,7 +52,7 @@ func TestBrokersCloseIsAnsweredHoweverSlowlyItReads(t *testing.T) {
 	})
 }
 
-// The frames of AMQP 0-9-1 are put together here, and read, by other code than the library's.
+// The frames of AMQP 0-9-1 are built and read here by other code than the library's.
 
 func frameOf(typ byte, channel uint16, payload ...byte) []byte {
 	b := binary.BigEndian.AppendUint16([]byte{typ}, channel)
@@ -77,8 +76,8 @@ func deliveryOf(tag uint64, body []byte) []byte {
 	return b
 }
 
-// broker plays the broker's half of the driver's handshake on far, answers
-// what a consumer asks, and hands over the stream then.
+// broker plays the broker's half of the driver's handshake on far, answers what a consumer asks,
+// and then hands over the stream.
 func broker(far net.Conn) error {
 	if _, err := io.ReadFull(far, make([]byte, 8)); err != nil {
 		return err

@@ -61,7 +61,7 @@ func (c *connection) lend() *lease {
 // giveBack ends the lease. A retired connection ends with its last one.
 func (l *lease) giveBack() { l.end(nil) }
 
-// giveUp ends the lease of a session one of whose calls has outlasted its limit, and retires the
+// giveUp ends the lease of a session when one of its calls has outlasted its limit, and retires the
 // connection: the driver's calls take no context, so only the end of the connection ends them.
 func (l *lease) giveUp(cause error) { l.end(cause) }
 

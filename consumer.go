@@ -207,7 +207,7 @@ func (s *supervisor) run() error {
 	ctx, stop := context.WithCancelCause(s.ctx)
 	defer stop(nil)
 	s.ctx = ctx
-	go func() { // ends with ctx, which ends with Run
+	go func() { // it ends with ctx, which ends with Run
 		select {
 		case <-s.reporter.fault.Done():
 			stop(errStopped)

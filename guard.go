@@ -55,7 +55,7 @@ func (c userCall[T]) run(ctx context.Context) (T, error) {
 	return none, c.named(fmt.Errorf("%w: %w", causeOf(ctx), errIgnoresContext))
 }
 
-// answer is what a user's function has returned.
+// answer is the result of a user's function.
 type answer[T any] struct {
 	value T
 	err   error
@@ -146,7 +146,7 @@ func readable(err error) error {
 // causeOf is context.Cause for contexts whose cause may be the user's, as that of Run's context is.
 func causeOf(ctx context.Context) error { return safeError(context.Cause(ctx)) }
 
-// panicked makes the error of a panic out of what recover returned.
+// panicked returns the error of a panic, from what recover returned.
 func panicked(value any) *PanicError {
 	e := &PanicError{Value: value, Stack: debug.Stack()}
 	if new(reading).all(e) != nil {

@@ -99,7 +99,7 @@ func (h *holds) remove(d *Delivery) bool {
 	return ok
 }
 
-// drop is called with mu held.
+// drop removes a held delivery. It is called with mu held.
 func (h *holds) drop(d *Delivery) {
 	delete(h.timers, d)
 	h.session.stats.held.Add(-1)

@@ -36,7 +36,7 @@ func (i *inbox) put(d *Delivery) {
 	}
 	i.rest = append(i.rest, d)
 	i.more.Store(true)
-	i.refill() // a worker may have made room before it could see that there is more
+	i.refill() // a worker may have made room before more was set
 }
 
 // take waits for a delivery. It returns false once the inbox is closed and empty.
@@ -55,7 +55,7 @@ func (i *inbox) refill() {
 	for len(i.rest) > 0 && !i.closed {
 		select {
 		case i.next <- i.rest[0]:
-			i.rest[0] = nil // the array outlives it
+			i.rest[0] = nil // the array outlives the delivery
 			i.rest = i.rest[1:]
 		default:
 			return

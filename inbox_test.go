@@ -67,7 +67,7 @@ func TestInboxUnderManyHands(t *testing.T) {
 	}
 }
 
-// What waited over the prefetch is not kept once it was taken.
+// What waited beyond the prefetch is not kept after it was taken.
 func TestInboxForgetsWhatWasTaken(t *testing.T) {
 	box := newInbox(1)
 	freed := make(chan struct{}, 100)

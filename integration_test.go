@@ -28,7 +28,7 @@ func TestOnARealBroker(t *testing.T) {
 	}
 	var table scenario.Results
 	t.Cleanup(func() { t.Log(table.String()) })
-	// First of all, because a broker that starts takes all processors.
+	// This comes first, because a broker that starts uses all processors.
 	brokers := rabbit.StartAll(t,
 		rabbit.Config{},
 		rabbit.Config{},
@@ -89,7 +89,7 @@ func TestOnARealBroker(t *testing.T) {
 	all.Wait()
 }
 
-// instant is any fault that both sides hear of at once.
+// instant is any fault that both sides notice at once.
 func instant(s *scenario.Scenario, fault func()) {
 	s.StartConsuming()
 	s.Feed()

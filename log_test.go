@@ -63,8 +63,8 @@ func (h levelHandler) Handle(context.Context, slog.Record) error        { *h.lin
 func (h levelHandler) WithAttrs([]slog.Attr) slog.Handler               { return h }
 func (h levelHandler) WithGroup(string) slog.Handler                    { return h }
 
-// What stands around a reason is not said again by it, and it stays in one line; the
-// chain is as it was.
+// A reason does not repeat what stands around it, and is one line; the chain of errors is
+// unchanged.
 func TestErrorsSayAThingOnce(t *testing.T) {
 	address := &net.TCPAddr{IP: net.IPv4(10, 0, 0, 7), Port: 5672}
 	refused := &net.OpError{Op: "dial", Net: "tcp", Addr: address, Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
@@ -98,7 +98,7 @@ func TestErrorsSayAThingOnce(t *testing.T) {
 	}
 }
 
-// The addresses of a user's own calls are news.
+// The addresses of a user's own calls are kept.
 func TestErrorsOfOtherPlacesKeepTheirAddresses(t *testing.T) {
 	vault := &net.OpError{Op: "dial", Net: "tcp", Addr: &net.TCPAddr{IP: net.IPv4(10, 0, 0, 9), Port: 8200}, Err: syscall.ECONNREFUSED}
 	err := &SessionError{Op: "dial", Err: fmt.Errorf("WithURLFunc: %w", vault)}
@@ -116,7 +116,7 @@ func TestErrorsOfRunStayInOneLine(t *testing.T) {
 	assert.NoError(t, errtext.Join(nil, nil))
 }
 
-// A try that comes back after it was given up has a session that nobody would ever end.
+// A try that returns after it was abandoned has a session that nobody else would end.
 func TestTryThatComesBackTooLateIsClosed(t *testing.T) {
 	for name, own := range map[string]bool{"on a connection of its own": true, "on the supervisor's connection": false} {
 		t.Run(name, func(t *testing.T) {

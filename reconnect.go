@@ -262,7 +262,7 @@ func newHosts(c *config) *hosts {
 	}
 	for _, u := range c.urls {
 		e, err := parseEndpoint(u)
-		if err == nil { // New has refused all others
+		if err == nil { // New has refused any other URL
 			h.endpoints = append(h.endpoints, e)
 		}
 	}

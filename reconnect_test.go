@@ -27,7 +27,7 @@ func said(code int, text string) error {
 
 func at(op string, err error) error { return &SessionError{Op: op, Session: 1, Err: err} }
 
-// One row per row of docs/FAULTS.md that a consumer can meet; the number is that row's.
+// One row for each row of docs/FAULTS.md that a consumer can meet; the number is that row's.
 func TestEveryFailureHasItsClass(t *testing.T) {
 	rows := []struct {
 		row  string
@@ -278,7 +278,7 @@ func TestHostsAreTriedLastGoodFirstThenShuffled(t *testing.T) {
 	assert.Len(t, second, 2, "the others in random order")
 }
 
-// reasonsToGoLast are failures after which a host is left alone for a minute.
+// reasonsToGoLast are failures after which a host goes last for a minute.
 var reasonsToGoLast = map[string]error{
 	"it drains":                 at("lost", said(320, "CONNECTION_FORCED")),
 	"it refuses":                at("dial", syscall.ECONNREFUSED),
@@ -492,8 +492,8 @@ func TestLockOfShortHeartbeatsIsTheOperatorsForGood(t *testing.T) {
 	}
 }
 
-// receiving is a supervisor with a connection where bytes of deliveries come every second for as
-// long as given.
+// receiving returns a supervisor with a connection on which bytes of deliveries arrive every
+// second, for as long as given.
 func receiving(t *testing.T, during time.Duration) *supervisor {
 	near, far := net.Pipe()
 	s := wire.NewSocket(near, wire.Options{})
@@ -527,7 +527,7 @@ func receiving(t *testing.T, during time.Duration) *supervisor {
 	return &supervisor{config: c, ctx: t.Context(), conn: &connection{socket: s}}
 }
 
-// took is how long a try may take.
+// took returns how long a try may take.
 func (s *supervisor) took() (time.Duration, error) {
 	since := time.Now()
 	ctx, cancel := s.tryContext()
@@ -585,8 +585,8 @@ func TestLimitIsOverInTheEndWhateverComes(t *testing.T) {
 	})
 }
 
-// hostile are names of queues, virtual hosts and users that hold what RabbitMQ says, with
-// the quotes and ends of its sentences.
+// hostile are names of queues, virtual hosts and users that contain what RabbitMQ says, with the
+// quotes and ends of its sentences.
 var hostile = []string{
 	"unlimited",
 	"connection limit (5) is reached",

@@ -74,8 +74,8 @@ type scope struct {
 	config   *config
 	stats    *counters
 	reporter *reporter
-	handlers context.Context // what the contexts of handlers are made from
-	running  func() int64    // how many workers are at work, once the pool has been stopped
+	handlers context.Context // parent of the contexts of handlers
+	running  func() int64    // returns how many workers have not returned
 	stream   *position       // where to resume, nil unless the queue is a stream
 	notices  *notices
 	tries    atomic.Uint64 // so far; two may overlap if one was abandoned
@@ -233,7 +233,7 @@ func (s *session) saidByBroker(err error) error {
 	if !errors.Is(err, amqp.ErrClosed) {
 		return err
 	}
-	<-s.channelEnd.Done() // ErrClosed says that it is on its way
+	<-s.channelEnd.Done() // ErrClosed says that the cause is about to come
 	if brokerErr := s.channelEnd.Cause(); !errors.Is(brokerErr, errChannelEnded) {
 		return brokerErr
 	}
@@ -324,7 +324,7 @@ func (s *session) warn(message string, attrs ...slog.Attr) {
 // the connection's end counts before that of the channel's.
 func (s *session) diagnose() error {
 	if s.conn.amqp.IsClosed() || s.conn.end.Cause() != nil {
-		<-s.conn.end.Done() // bounded: the connection is on its way down
+		<-s.conn.end.Done() // bounded: the connection is ending
 		return s.conn.end.Cause()
 	}
 	// NotifyCancel was closed without a value. Either the close of the channel follows at once, or
@@ -369,7 +369,7 @@ func (s *session) retire(cause error) {
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	select {
-	case <-s.gate.done: // closeChannel proves what they have settled
+	case <-s.gate.done: // closeChannel proves their settlements
 		return
 	case <-s.channelEnd.Done():
 		s.drained = s.acksLost(s.diagnose())
@@ -680,7 +680,7 @@ func (s *scope) waiting(host string, step *step) (over func()) {
 	timer := time.AfterFunc(slowConnect, func() {
 		if left, ok := s.notices.connecting.allow(slowInterval); ok {
 			attrs := []slog.Attr{slog.String("queue", s.config.queue), slog.String("step", step.String()), lasting("for", slowConnect), suppressed(left)}
-			if host != "" { // WithURLFunc has named it
+			if host != "" { // it is unknown until WithURLFunc has returned
 				attrs = append(attrs, slog.String("host", host))
 			}
 			s.reporter.info("still connecting", attrs...)
@@ -719,7 +719,7 @@ type backlog struct {
 	session *session
 	timeout time.Duration
 	base    uint64                      // deliveries given to handlers before this session
-	arrived [looksPerTimeout / 2]uint64 // deliveries of the session at the last looks, oldest first
+	arrived [looksPerTimeout / 2]uint64 // deliveries of the session at the last checks, oldest first
 
 	mu    sync.Mutex
 	timer *time.Timer // nil once there are no more checks

@@ -41,7 +41,7 @@ func TestIntervalsAreThoseOfRabbitMQ(t *testing.T) {
 	assert.GreaterOrEqual(t, interval("9000Y"), 290*365*day)
 }
 
-// What a stream holds may be more than a slow path carries within the setup limit.
+// A stream may hold more than a slow path carries within the setup limit.
 func TestPlaceThatIsCutOffAgainAndAgainIsTakenFromTheClock(t *testing.T) {
 	for given, want := range map[any]int{"last": maxLookups, "next": 1, "1h": 1, nil: 1, "first": 0, 5: 0} {
 		p, looks := new(position), 0
@@ -62,7 +62,7 @@ func streamAt(tag uint64, offset int64) *Delivery {
 	return d
 }
 
-// With x-stream-filter the offsets of what comes have gaps. Workers begin in any order.
+// With x-stream-filter the offsets of the deliveries have gaps. Workers begin in any order.
 func TestPlaceIsThatOfTheFirstMessageThoughAFilterLeavesGaps(t *testing.T) {
 	p := &position{settled: newWatermark(), acked: newWatermark()}
 	p.resume(1, amqp.Table{offsetKey: "first"}, false)
@@ -72,7 +72,7 @@ func TestPlaceIsThatOfTheFirstMessageThoughAFilterLeavesGaps(t *testing.T) {
 	assert.LessOrEqual(t, p.resume(2, nil, false)[offsetKey], int64(0))
 }
 
-// An answer to the look of a try that was left behind may come when its successor has subscribed.
+// The answer to the lookup of an abandoned try may arrive when its successor has subscribed.
 func TestLateRefusalOfALookLeavesThePlaceOfALaterSession(t *testing.T) {
 	p := &position{settled: newWatermark(), acked: newWatermark()}
 	p.needsLookup("s", "next")

@@ -109,10 +109,10 @@ func wrapped(text string) string {
 // is not set.
 var filledByKubernetes = regexp.MustCompile(`\$\([A-Za-z_][A-Za-z0-9_.-]*\)`)
 
-// blank includes the byte order mark, which Windows writes before a text.
+// blank reports whether r is white space, or the byte order mark that Windows writes before a text.
 func blank(r rune) bool { return unicode.IsSpace(r) || r == '\ufeff' }
 
-// notAMQP says what to do instead of some schemes.
+// notAMQP says, for some other schemes, what to use instead.
 var notAMQP = map[string]string{
 	"http":                "http is for RabbitMQ's HTTP API: AMQP has amqp:// (port 5672) and, for TLS, amqps:// (port 5671)",
 	"https":               "https is for RabbitMQ's HTTP API: AMQP has amqp:// (port 5672) and, for TLS, amqps:// (port 5671)",

@@ -14,7 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Every piece of user and password in these URLs has this in it, or is of it.
+// Every piece of user and password in these URLs contains this, or is part of it.
 const secretPiece = "Xq9z"
 
 func TestURLThatIsGoodIsDialledAtItsHost(t *testing.T) {
@@ -229,8 +229,8 @@ func TestURLAndOptionsThatContradictAreRefused(t *testing.T) {
 	}
 }
 
-// FuzzURL puts a secret into a URL as it is, percent-encoded or not. A URL that is refused shows no
-// piece of it, and one that is taken is dialled at its host, with its user and password.
+// FuzzURL puts a secret into a URL, percent-encoded or not. A URL that is refused shows no piece of
+// it, and one that is accepted is dialled at its host, with its user and password.
 func FuzzURL(f *testing.F) {
 	for _, password := range []string{"", "@", "#", "?", "/", "%", ":", " ", "@/", "@a?heartbeat=", "/@b:1", "%40", "%2", "a@b,", ",amqp://", "$(X)", "[::1]/", "\\", "\x00", "ä"} {
 		f.Add(password, "mq.example:5672", "/vhost?heartbeat=5")

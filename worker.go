@@ -61,7 +61,7 @@ func (p *pool) start() {
 func (p *pool) work() {
 	returned := false
 	defer func() {
-		if !returned { // the handler called runtime.Goexit: another worker takes over
+		if !returned { // the handler called runtime.Goexit, so another worker takes over
 			go p.work()
 			return
 		}
