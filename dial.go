@@ -137,10 +137,10 @@ func (s *step) at(name string) { s.name.Store(name) }
 
 func (s *step) String() string { return s.name.Load().(string) }
 
-// toldOfRefusals is the capability of a client that wants to be told of a refused login: then
+// authFailureClose is the capability of a client that wants to be told of a refused login: then
 // RabbitMQ says 403 at once. Without it the broker keeps silent for 3 s and ends the socket without
 // a word (https://www.rabbitmq.com/docs/auth-notification).
-const toldOfRefusals = "authentication_failure_close"
+const authFailureClose = "authentication_failure_close"
 
 // login is one try to log in. One goroutine at a time uses it: that of the try, which waits in
 // amqp.Open meanwhile.
@@ -192,7 +192,7 @@ func (m *mechanism) Response() string {
 		capabilities = make(amqp.Table)
 		l.properties["capabilities"] = capabilities
 	}
-	capabilities[toldOfRefusals] = true
+	capabilities[authFailureClose] = true
 	response, err := l.ask(m.given.Response)
 	if err != nil {
 		l.failed = fmt.Errorf("the response of the login mechanism %s: %w", m.name, err)

@@ -24,16 +24,16 @@ type journal struct {
 	ctx    context.Context // carries values that a slog.Handler may look for
 	logger *slog.Logger
 
-	causes      map[string]*cause // failures by cause, forgotten after forgetAfter
-	told        time.Time         // when a line about failures was last written
-	extra       allowance         // lines before their time
-	outageOpen  bool              // no recovery was logged since the last failure, or the start
-	since       time.Time         // since when the consumer is consuming; zero if it is not
-	away        time.Time         // since when it has not been consuming
-	flapping    bool              // the last session ended within stableAfter
-	pending     *slog.Record      // a "consuming" to write once the session is stable
-	stableTimer *time.Timer       // runs while pending is set
-	gaveUp      bool              // Run ends by a failure and not because its context has ended
+	causes         map[string]*cause // failures by cause, forgotten after forgetAfter
+	lastLine       time.Time         // when a line about failures was last written
+	extra          allowance         // lines before their time
+	outageOpen     bool              // no recovery was logged since the last failure, or the start
+	consumingSince time.Time         // since when the consumer is consuming; zero if it is not
+	awaySince      time.Time         // since when it has not been consuming
+	flapping       bool              // the last session ended within stableAfter
+	pending        *slog.Record      // a "consuming" to write once the session is stable
+	stableTimer    *time.Timer       // runs while pending is set
+	gaveUp         bool              // Run ends by a failure and not because its context has ended
 
 	summaryTimer *time.Timer // runs after a line about handlers, until a summary is due
 	failures     failures
@@ -116,9 +116,9 @@ func newRecord(at time.Time, level slog.Level, message string, attrs ...slog.Att
 	return record
 }
 
-// lasting is an attribute with a duration as text, because slog's JSON shows a bare number of
+// durationAttr is an attribute with a duration as text, because slog's JSON shows a bare number of
 // nanoseconds.
-func lasting(key string, d time.Duration) slog.Attr {
+func durationAttr(key string, d time.Duration) slog.Attr {
 	if d > 10*time.Millisecond {
 		d = d.Round(time.Millisecond)
 	}
@@ -154,7 +154,7 @@ func (j *journal) changed(c StateChange) {
 		j.consuming(c)
 		return
 	}
-	if !j.since.IsZero() && c.Time.Sub(j.since) >= forgetAfter {
+	if !j.consumingSince.IsZero() && c.Time.Sub(j.consumingSince) >= forgetAfter {
 		clear(j.causes)
 	}
 	level := slog.LevelInfo
@@ -195,13 +195,13 @@ func (j *journal) stopped(err error) slog.Level {
 
 // notConsuming records that the consumer is not consuming.
 func (j *journal) notConsuming(now time.Time) {
-	if !j.since.IsZero() {
-		j.flapping = now.Sub(j.since) < stableAfter
+	if !j.consumingSince.IsZero() {
+		j.flapping = now.Sub(j.consumingSince) < stableAfter
 	}
-	if !j.since.IsZero() || j.away.IsZero() {
-		j.away = now
+	if !j.consumingSince.IsZero() || j.awaySince.IsZero() {
+		j.awaySince = now
 	}
-	j.since, j.pending = time.Time{}, nil
+	j.consumingSince, j.pending = time.Time{}, nil
 	j.stableTimer.Stop()
 }
 
@@ -218,7 +218,7 @@ func attrsOf(c StateChange) []slog.Attr {
 		attrs = append(attrs, slog.Int("attempt", c.Attempt))
 	}
 	if c.To == Backoff {
-		attrs = append(attrs, lasting("retry_in", c.RetryIn))
+		attrs = append(attrs, durationAttr("retry_in", c.RetryIn))
 	}
 	return attrs
 }
@@ -232,12 +232,12 @@ func (j *journal) failing(c StateChange, attrs []slog.Attr) (slog.Level, []slog.
 	if j.outageOpen {
 		gap, lines = longestSilence, 1
 	}
-	overdue := c.Time.Sub(j.told) >= gap
+	overdue := c.Time.Sub(j.lastLine) >= gap
 	if same.add(overdue) && (overdue || j.extra.spend(c.Time, lines)) {
-		level, j.told, j.outageOpen = slog.LevelWarn, c.Time, true
+		level, j.lastLine, j.outageOpen = slog.LevelWarn, c.Time, true
 	}
-	if !j.since.IsZero() {
-		attrs = append(attrs, lasting("up", c.Time.Sub(j.since)))
+	if !j.consumingSince.IsZero() {
+		attrs = append(attrs, durationAttr("up", c.Time.Sub(j.consumingSince)))
 	}
 	if same.count > 1 {
 		attrs = append(attrs, slog.Uint64("repeated", same.count))
@@ -305,14 +305,14 @@ func (a *allowance) spend(now time.Time, lines int) bool {
 // consuming logs that the consumer is consuming, at once or when it is stable, if a failure was
 // logged before or the consumer was away for long.
 func (j *journal) consuming(c StateChange) {
-	j.since = c.Time
+	j.consumingSince = c.Time
 	attrs := attrsOf(c)
-	down := c.Time.Sub(j.away)
+	down := c.Time.Sub(j.awaySince)
 	if c.Attempt > 0 {
-		attrs = append(attrs, lasting("down", down))
+		attrs = append(attrs, durationAttr("down", down))
 	}
 	record := newRecord(c.Time, slog.LevelInfo, c.To.String(), attrs...)
-	due := j.outageOpen || down >= longOutage && c.Time.Sub(j.told) >= outageGap
+	due := j.outageOpen || down >= longOutage && c.Time.Sub(j.lastLine) >= outageGap
 	if due && !j.flapping {
 		j.recovered(record)
 		return
@@ -334,14 +334,14 @@ func (j *journal) stable(now time.Time) {
 	}
 	record := *j.pending
 	record.Time = now
-	record.AddAttrs(lasting("up", now.Sub(j.since)))
+	record.AddAttrs(durationAttr("up", now.Sub(j.consumingSince)))
 	j.pending = nil
 	j.recovered(record)
 }
 
 func (j *journal) recovered(record slog.Record) {
 	if !j.outageOpen { // its line stands for the failures, too
-		j.told = record.Time
+		j.lastLine = record.Time
 	}
 	j.outageOpen = false
 	j.write(record)
@@ -373,7 +373,7 @@ func (f failure) contradicts() bool {
 type failures struct {
 	mu         sync.Mutex
 	series     series
-	told       time.Time
+	lastLine   time.Time
 	suppressed uint64 // lines left out since then
 	last       error  // the last error left out
 	attrs      []slog.Attr
@@ -399,7 +399,7 @@ func (j *journal) failed(f failure) (record slog.Record, due bool) {
 func (f *failures) add(now time.Time, what failure) (left uint64, due bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	passed := now.Sub(f.told)
+	passed := now.Sub(f.lastLine)
 	if passed >= longestSilence && f.suppressed == 0 {
 		f.series = series{}
 	}
@@ -414,7 +414,7 @@ func (f *failures) add(now time.Time, what failure) (left uint64, due bool) {
 		return 0, false
 	}
 	left = f.suppressed
-	f.suppressed, f.last, f.told, f.attrs = 0, nil, now, what.of.attrs()
+	f.suppressed, f.last, f.lastLine, f.attrs = 0, nil, now, what.of.attrs()
 	return left, true
 }
 
@@ -424,7 +424,7 @@ func (f failure) attrs(left uint64) []slog.Attr {
 		slog.String("exchange", d.Exchange), slog.String("routing_key", d.RoutingKey),
 		messageID(d.MessageId), slog.Uint64("delivery_tag", d.fence.tag), slog.Int("attempt", d.Attempt()), slog.Bool("redelivered", d.Redelivered))
 	if f.held > 0 {
-		attrs = append(attrs, lasting("retry_in", f.held))
+		attrs = append(attrs, durationAttr("retry_in", f.held))
 	} else {
 		attrs = append(attrs, slog.String("outcome", d.Outcome().String()))
 	}
@@ -464,7 +464,7 @@ func (j *journal) summarizeOne(f *failures, level slog.Level, message string) {
 	left, last, attrs := f.suppressed, f.last, f.attrs
 	now := time.Now()
 	if left > 0 {
-		f.suppressed, f.last, f.told = 0, nil, now
+		f.suppressed, f.last, f.lastLine = 0, nil, now
 	}
 	f.mu.Unlock()
 	if left > 0 {

@@ -170,8 +170,8 @@ func (s *session) listen(offset any) (first <-chan int64, err error) {
 // gone. So after a cancel checkStream asks again and again: for streamDoubt, and for half of the
 // setup limit at most.
 const (
-	streamDoubt = 2 * time.Second
-	streamLook  = 20 * time.Millisecond
+	streamDoubt   = 2 * time.Second
+	streamRecheck = 20 * time.Millisecond
 )
 
 // checkStream asks whether the stream still exists, before it is declared: after that a new stream
@@ -192,14 +192,14 @@ func (s *session) checkStream(ctx context.Context) error {
 		_, err := s.channel.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{})
 		switch {
 		case err != nil:
-			if noQueue(s.saidByBroker(err), queue) {
+			if noQueue(s.channelCause(err), queue) {
 				s.streamPosition().startOver()
 			}
 			return &freshChannelError{streamChecked: true}
 		case !doubted, time.Since(since) >= min(streamDoubt, s.config.setupTimeout/2):
 			return nil
 		}
-		if err := sleep(ctx, streamLook); err != nil {
+		if err := sleep(ctx, streamRecheck); err != nil {
 			return err
 		}
 	}

@@ -161,7 +161,7 @@ func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, t
 	if op, err := s.subscribe(ctx, step); err != nil {
 		_ = channel.Close() // bounded by ctx, too, which ends the connection
 		s.forget()
-		err = s.saidByBroker(err)
+		err = s.channelCause(err)
 		s.streamPosition().setupFailed(err)
 		return nil, s.failure(op, c.explain(err))
 	}
@@ -227,9 +227,9 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	return "consume", err
 }
 
-// saidByBroker returns, in place of the driver's ErrClosed, what the broker said when it closed the
+// channelCause returns, in place of the driver's ErrClosed, what the broker said when it closed the
 // channel, if it did.
-func (s *session) saidByBroker(err error) error {
+func (s *session) channelCause(err error) error {
 	if !errors.Is(err, amqp.ErrClosed) {
 		return err
 	}
@@ -679,7 +679,7 @@ const (
 func (s *scope) waiting(host string, step *step) (over func()) {
 	timer := time.AfterFunc(slowConnect, func() {
 		if left, ok := s.notices.connecting.allow(slowInterval); ok {
-			attrs := []slog.Attr{slog.String("queue", s.config.queue), slog.String("step", step.String()), lasting("for", slowConnect), suppressed(left)}
+			attrs := []slog.Attr{slog.String("queue", s.config.queue), slog.String("step", step.String()), durationAttr("for", slowConnect), suppressed(left)}
 			if host != "" { // it is unknown until WithURLFunc has returned
 				attrs = append(attrs, slog.String("host", host))
 			}
@@ -701,7 +701,7 @@ func (s *session) overdue(d *Delivery) (returned func()) {
 		now := s.stats.overdue.Add(1)
 		if left, ok := s.notices.overdue.allow(time.Minute); ok {
 			s.warn("a handler is running past its timeout, it ignores the end of its context",
-				lasting("timeout", limit), messageID(id), slog.Uint64("delivery_tag", d.fence.tag),
+				durationAttr("timeout", limit), messageID(id), slog.Uint64("delivery_tag", d.fence.tag),
 				slog.Int64("overdue", now), suppressed(left))
 		}
 	})
@@ -750,7 +750,7 @@ func (p *backlog) look() {
 	if late && s.notices.slow.CompareAndSwap(false, true) {
 		s.warn("handlers are so slow that deliveries wait for them longer than half of the consumer timeout, "+
 			"after which the broker takes them back: lower WithPrefetch, or raise WithConcurrency",
-			lasting("consumer_timeout", p.timeout), slog.Int("prefetch", s.config.prefetch),
+			durationAttr("consumer_timeout", p.timeout), slog.Int("prefetch", s.config.prefetch),
 			slog.Int("concurrency", s.config.concurrency))
 	}
 	p.mu.Lock()
