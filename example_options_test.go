@@ -49,19 +49,19 @@ func ExampleWithQueue() {
 	// dead: 1
 }
 
-// Every instance of a service has a queue of its own, which the broker names, and gets all messages.
+// Every instance of a service has a queue of its own, which the broker names, and gets all
+// messages.
 func ExampleWithQueue_broadcast() {
 	broker := emptyBroker()
 	defer broker.Close()
 	broker.DeclareExchange("prices", "fanout")
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	go func() { // a publisher
-		_ = broker.WaitConnections(ctx, 1)
-		for queues := 0; queues == 0 && ctx.Err() == nil; {
-			_, queues = broker.PublishExchange("prices", "", steadymqtest.Message{Body: []byte("tea 3.20")})
+	publish := func(c steadymq.StateChange) {
+		if c.To == steadymq.Consuming {
+			broker.PublishExchange("prices", "", steadymqtest.Message{Body: []byte("tea 3.20")})
 		}
-	}()
+	}
 	err := steadymq.Consume(ctx, broker.URL, "", func(_ context.Context, d *steadymq.Delivery) error {
 		fmt.Printf("%s\n", d.Body)
 		stop()
@@ -72,7 +72,8 @@ func ExampleWithQueue_broadcast() {
 			Type:      "classic",
 			Exclusive: true, // gone with its connection
 			Bindings:  []steadymq.Binding{{Exchange: "prices"}},
-		}))
+		}),
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: publish}))
 	fmt.Println("stopped:", err)
 	fmt.Println("queues:", broker.Queues())
 	// Output:
@@ -338,7 +339,7 @@ func ExampleWithHandlerTimeout() {
 	}
 	err := steadymq.Consume(ctx, broker.URL, "orders", handle,
 		steadymq.WithDialer(broker.Dialer()),
-		steadymq.WithHandlerTimeout(20*time.Millisecond),
+		steadymq.WithHandlerTimeout(100*time.Millisecond),
 		steadymq.WithRequeueDelay(10*time.Millisecond, time.Minute)) // default: 1 s, 15 min
 	fmt.Println("stopped:", err)
 	// Output:
@@ -454,7 +455,8 @@ func ExampleWithLogger() {
 }
 
 // A quorum queue without majority: the broker confirms the consumer and sends heartbeats, and no
-// message comes. The queue is asked then, and the session is replaced, on another host if there is one.
+// message comes. The queue is asked then, and the session is replaced, on another host if there is
+// one.
 func ExampleWithStallDetector() {
 	broker := emptyBroker()
 	defer broker.Close()

@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -19,7 +20,8 @@ import (
 )
 
 // exampleBroker is the broker of most examples, with a queue of orders and one for dead letters. It
-// lives in this process and is reached by WithDialer; yours is at an AMQP URL and needs no such option.
+// lives in this process and is reached by WithDialer; yours is at an AMQP URL and needs no such
+// option.
 func exampleBroker(orders ...string) *steadymqtest.Broker {
 	broker := emptyBroker()
 	broker.DeclareQueue("orders.dead", steadymqtest.QueueOptions{Type: "quorum"})
@@ -406,19 +408,20 @@ func ExampleInvoke() {
 }
 
 func ExamplePanicError() {
-	handle := func(context.Context, *steadymq.Delivery) error {
-		var prices map[string]int
-		prices["tea"] = 3
+	handle := func(_ context.Context, d *steadymq.Delivery) error {
+		fields := strings.Split(string(d.Body), ";")
+		fmt.Println("price:", fields[1])
 		return nil
 	}
-	outcome, err := steadymq.Invoke(context.Background(), handle, steadymq.NewDelivery(amqp.Delivery{}))
+	tea := steadymq.NewDelivery(amqp.Delivery{Body: []byte("tea")})
+	outcome, err := steadymq.Invoke(context.Background(), handle, tea)
 	fmt.Println(outcome, err)
 	var panicked *steadymq.PanicError
 	if errors.As(err, &panicked) {
 		fmt.Println("the stack is known:", len(panicked.Stack) > 0)
 	}
 	// Output:
-	// requeued steadymq: panic: assignment to entry in nil map
+	// requeued steadymq: panic: runtime error: index out of range [1] with length 1
 	// the stack is known: true
 }
 
