@@ -348,27 +348,29 @@ func ExampleWithHandlerTimeout() {
 	// stopped: <nil>
 }
 
-// A message that is too large is given to no handler. It is told, held and put back.
+// A message that is too large is given to no handler. It is told, held, and put back in the end.
 func ExampleWithMaxMessageSize() {
-	broker := exampleBroker("an order as long as a book", "tea")
+	broker := exampleBroker("an order as long as a book")
 	defer broker.Close()
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
+	alarm := func(e *steadymq.MessageError) {
+		fmt.Println(e)
+		fmt.Println("too large:", errors.Is(e, steadymq.ErrMessageTooLarge))
+		stop()
+	}
 	err := steadymq.Consume(ctx, broker.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
 		fmt.Printf("%s\n", d.Body)
-		stop()
 		return nil
 	},
 		steadymq.WithDialer(broker.Dialer()),
 		steadymq.WithMaxMessageSize(10),
-		steadymq.WithHooks(steadymq.Hooks{Unreadable: func(e *steadymq.MessageError) {
-			fmt.Println(e.RoutingKey, e.Size, errors.Is(e, steadymq.ErrMessageTooLarge))
-		}}))
+		steadymq.WithHooks(steadymq.Hooks{Unreadable: alarm}))
 	fmt.Println("stopped:", err)
 	fmt.Println("left:", broker.QueueLen("orders"))
-	// Unordered output:
-	// tea
-	// orders 26 true
+	// Output:
+	// steadymq: queue orders: the message with delivery tag 1 (exchange "", routing key "orders", 26 bytes) is given to no handler: the message is larger than the limit (WithMaxMessageSize) of 10 bytes: raise it, or take the message out of the queue
+	// too large: true
 	// stopped: <nil>
 	// left: 1
 }

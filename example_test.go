@@ -93,38 +93,45 @@ func ExampleConsumer_Run_gracefulStop() {
 
 // A readiness probe, such as Kubernetes sends.
 func ExampleConsumer_Stats() {
-	broker := exampleBroker("tea")
+	broker := exampleBroker()
 	defer broker.Close()
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	c, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()))
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
+	var c *steadymq.Consumer
 	ready := func(w http.ResponseWriter, _ *http.Request) {
 		stats := c.Stats()
 		if stats.State != steadymq.Consuming {
 			w.WriteHeader(http.StatusServiceUnavailable)
 		}
-		fmt.Fprintf(w, "%v, sessions: %d, handling: %d, acked: %d", stats.State, stats.Sessions, stats.Handling, stats.Acked)
+		fmt.Fprintf(w, "%v, sessions: %d, acked: %d", stats.State, stats.Sessions, stats.Acked)
 	}
 	probe := func() {
 		answer := httptest.NewRecorder()
 		ready(answer, nil)
 		fmt.Println(answer.Code, answer.Body)
 	}
+	changed := func(change steadymq.StateChange) {
+		if change.To == steadymq.Consuming {
+			probe()
+			broker.Publish("orders", "tea")
+		}
+	}
+	c, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()),
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: changed}))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
 	probe()
 	_ = c.Run(ctx, func(context.Context, *steadymq.Delivery) error {
-		probe()
 		stop()
 		return nil
 	})
 	probe()
 	// Output:
-	// 503 idle, sessions: 0, handling: 0, acked: 0
-	// 200 consuming, sessions: 1, handling: 1, acked: 0
-	// 503 stopped, sessions: 1, handling: 0, acked: 1
+	// 503 idle, sessions: 0, acked: 0
+	// 200 consuming, sessions: 1, acked: 0
+	// 503 stopped, sessions: 1, acked: 1
 }
 
 // What a handler returns decides what becomes of the message.
