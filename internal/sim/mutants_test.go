@@ -440,7 +440,7 @@ var mutants = []mutant{
 	inTest("TestAcksArriveBeforeASessionIsEndedForGarbage", change("garbage takes acks along that were given", "internal/wire/inbound.go",
 		"\t\t\ts.dismiss(err)\n", "\t\t\ts.kill(err)\n")),
 
-	inTest("TestSocketWhosePeerIsSilentIsResetNotClosed", change("a silent peer is sent a FIN", "internal/wire/socket.go",
+	inTest("TestSocketWhosePeerIsSilentIsResetNotClosed", change("a silent peer is sent a FIN", "internal/wire/inbound.go",
 		"s.end(!errors.Is(err, io.EOF))", "s.end(false)")),
 
 	// Sessions that share a connection, and functions of the user.
@@ -833,9 +833,9 @@ var mutants = []mutant{
 		"s.told.consumed.CompareAndSwap(false, true)", "true")),
 
 	// When acks leave.
-	inTest("TestDriverWhoseFramesCannotBeFollowedEndsTheSocket", change("a session without a place for acks goes on", "internal/wire/socket.go",
+	inTest("TestDriverWhoseFramesCannotBeFollowedEndsTheSocket", change("a session without a place for acks goes on", "internal/wire/outbound.go",
 		"if s.out.off {", "if false {")),
-	inTest("TestDeadlineOfTheDriverLengthensNoWriteUnderWay", change("a deadline of the driver lengthens a write", "internal/wire/socket.go",
+	inTest("TestDeadlineOfTheDriverLengthensNoWriteUnderWay", change("a deadline of the driver lengthens a write", "internal/wire/outbound.go",
 		"return s.conn.SetWriteDeadline(earlier(t, s.limit))", "return s.conn.SetWriteDeadline(t)")),
 	inTest("TestAcksLeaveAtOnceOrShareTheirWrite", change("a lone ack waits for company", "internal/wire/flush.go",
 		"alone || starving", "alone && false || starving")),
@@ -851,7 +851,7 @@ var mutants = []mutant{
 		"\tf.timed = false\n", "\tf.timed = f.batched == 0\n")),
 	inTest("TestCloseToASlowReaderIsBounded", change("a close waits as long as the peer takes something", "internal/wire/socket.go",
 		"\t\tlimit = timer.C\n", "")),
-	inTest("TestSocketDismissedUnderAFullPipeEndsWithinTheGrace", change("a socket that is dismissed waits for its peer", "internal/wire/socket.go",
+	inTest("TestSocketDismissedUnderAFullPipeEndsWithinTheGrace", change("a socket that is dismissed waits for its peer", "internal/wire/inbound.go",
 		"time.AfterFunc(drainGrace, func() { s.end(true) })", "time.AfterFunc(10*drainGrace, func() { s.end(true) })")),
 
 	// Paths that are seldom walked.

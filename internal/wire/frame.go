@@ -357,3 +357,67 @@ func mechanismsOf(b []byte) string {
 // FrameSize is what the driver's own dial asks for. A broker that proposes no
 // limit would get none otherwise.
 const FrameSize = 128 << 10
+
+// scanner follows the frames in a stream, by their first bytes only. What makes no
+// sense to it turns it off.
+type scanner struct {
+	visit func(head []byte) // sees each frame's beginning
+	skip  uint64            // bytes to the next frame
+	part  [headerHead]byte  // the beginning of a frame that a read cut
+	have  int               // bytes in part
+	off   bool              // what came were no frames
+}
+
+// next goes over the following bytes of the stream.
+func (c *scanner) next(b []byte) {
+	for len(b) > 0 && !c.off {
+		if c.skip > 0 {
+			b = b[c.pass(b):]
+			continue
+		}
+		head := c.head(b)
+		if head == nil {
+			break
+		}
+		length := uint64(binary.BigEndian.Uint32(head[3:]))
+		need := needed(head[0])
+		if need == 0 || length+frameHead < uint64(need) {
+			c.off = true
+			break
+		}
+		c.visit(head)
+		b = b[need-c.have:]
+		c.have = 0
+		c.skip = length + frameHead + 1 - uint64(need)
+	}
+}
+
+// between tells whether the stream is between two frames.
+func (c *scanner) between() bool { return c.skip == 0 && c.have == 0 && !c.off }
+
+// within tells whether the rest of a frame is still to come.
+func (c *scanner) within() bool { return !c.off && (c.skip > 0 || c.have > 0) }
+
+// pass goes over the rest of a frame.
+func (c *scanner) pass(b []byte) int {
+	n := int(min(c.skip, uint64(len(b))))
+	c.skip -= uint64(n)
+	if c.skip == 0 && b[n-1] != frameEnd {
+		c.off = true
+	}
+	return n
+}
+
+// head returns the beginning of a frame, joined where a read cut it; nil as
+// long as too little of it is there.
+func (c *scanner) head(b []byte) []byte {
+	if c.have == 0 && len(b) >= len(c.part) {
+		return b
+	}
+	have := c.have + copy(c.part[c.have:], b)
+	if have < frameHead || have < needed(c.part[0]) {
+		c.have = have
+		return nil
+	}
+	return c.part[:]
+}

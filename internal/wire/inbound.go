@@ -2,9 +2,15 @@ package wire
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"math"
+	"os"
+	"syscall"
 	"time"
+
+	"github.com/steadymq/steadymq/internal/errtext"
 )
 
 const (
@@ -320,4 +326,50 @@ func (in *inbound) takeBody() error {
 	}
 	in.lane.add(b[:end], true)
 	return nil
+}
+
+// dismiss ends the socket for what the broker sent. The acks that handlers have
+// given go out before, within drainGrace: a reset would take them along, and so would
+// a plain close while there is more to read. Read's caller calls it.
+func (s *Socket) dismiss(cause error) {
+	s.blame(cause)
+	limit := time.AfterFunc(drainGrace, func() { s.end(true) })
+	defer limit.Stop()
+	s.mu.Lock()
+	s.closing = true
+	s.mu.Unlock()
+	s.nudge()
+	select {
+	case <-s.writer:
+	case <-s.ended:
+	}
+	if c, ok := s.raw.(interface{ CloseWrite() error }); ok && s.in.begun {
+		_ = c.CloseWrite()
+		_, _ = io.Copy(io.Discard, s.raw)
+	}
+	s.end(false)
+}
+
+// readFailed ends the socket for the reason of a failed read.
+func (s *Socket) readFailed(err error) error {
+	if err == nil {
+		return nil
+	}
+	s.blame(readCause(err))
+	s.end(!errors.Is(err, io.EOF)) // a peer that is silent takes no FIN: the kernel would go on sending it
+	return s.err()
+}
+
+func readCause(err error) error {
+	switch {
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return ErrPeerClosed
+	case errors.Is(err, syscall.ECONNRESET):
+		return errtext.Because(ErrPeerReset, err)
+	case errors.Is(err, syscall.ETIMEDOUT):
+		return errtext.Because(ErrUnconfirmed, err)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return errtext.Because(ErrReadTimeout, err)
+	}
+	return err
 }

@@ -1,21 +1,14 @@
 package wire
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
-
-	"github.com/steadymq/steadymq/internal/errtext"
 )
 
 const (
@@ -31,16 +24,6 @@ const (
 	// drainGrace is how long the reader may go on after a failed write: a
 	// broker that closes says why first, and that frame may still be unread.
 	drainGrace = 100 * time.Millisecond
-)
-
-var (
-	ErrPeerClosed   = errtext.Because(errors.New("the peer closed the connection"), io.EOF)
-	ErrPeerReset    = errors.New("the peer reset the connection")
-	ErrUnconfirmed  = errors.New("the path to the peer is dead: nothing sent is confirmed")
-	ErrReadTimeout  = errors.New("the peer went silent: read deadline passed")
-	ErrWatchdog     = errors.New("no byte from the broker")
-	ErrWriteTimeout = errors.New("the peer takes no more data: write deadline passed")
-	errAstray       = errors.New("the driver has written what is no AMQP frame: there is no place left for an ack")
 )
 
 // Options are the limits of one socket; zero switches a limit off.
@@ -199,28 +182,6 @@ func (s *Socket) Kill(cause error) {
 	s.end(true)
 }
 
-// dismiss ends the socket for what the broker sent. The acks that handlers have
-// given go out before, within drainGrace: a reset would take them along, and so would
-// a plain close while there is more to read. Read's caller calls it.
-func (s *Socket) dismiss(cause error) {
-	s.blame(cause)
-	limit := time.AfterFunc(drainGrace, func() { s.end(true) })
-	defer limit.Stop()
-	s.mu.Lock()
-	s.closing = true
-	s.mu.Unlock()
-	s.nudge()
-	select {
-	case <-s.writer:
-	case <-s.ended:
-	}
-	if c, ok := s.raw.(interface{ CloseWrite() error }); ok && s.in.begun {
-		_ = c.CloseWrite()
-		_, _ = io.Copy(io.Discard, s.raw)
-	}
-	s.end(false)
-}
-
 // blame keeps the first cause.
 func (s *Socket) blame(cause error) {
 	s.first.CompareAndSwap(nil, &ending{cause})
@@ -310,233 +271,6 @@ func (d *watchdog) bites(now, heard time.Duration) bool {
 	return true
 }
 
-// readFailed ends the socket for the reason of a failed read.
-func (s *Socket) readFailed(err error) error {
-	if err == nil {
-		return nil
-	}
-	s.blame(readCause(err))
-	s.end(!errors.Is(err, io.EOF)) // a peer that is silent takes no FIN: the kernel would go on sending it
-	return s.err()
-}
-
-func readCause(err error) error {
-	switch {
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		return ErrPeerClosed
-	case errors.Is(err, syscall.ECONNRESET):
-		return errtext.Because(ErrPeerReset, err)
-	case errors.Is(err, syscall.ETIMEDOUT):
-		return errtext.Because(ErrUnconfirmed, err)
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return errtext.Because(ErrReadTimeout, err)
-	}
-	return err
-}
-
-// Write takes p for the wire. It blocks only while the buffer is full: the
-// driver holds its locks meanwhile, so the wire must not.
-func (s *Socket) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	s.await(func() bool { return s.full(len(p)) })
-	if s.closing || s.over.Load() {
-		s.mu.Unlock()
-		return 0, s.err()
-	}
-	s.follow(p)
-	if s.out.off {
-		s.mu.Unlock()
-		s.Kill(errAstray)
-		return 0, s.err()
-	}
-	s.pending = append(s.pending, p...)
-	if !s.out.within() {
-		s.letGo() // who waits for the end of a long frame
-	}
-	tell := s.flush.now()
-	s.mu.Unlock()
-	if tell {
-		s.nudge()
-	}
-	return len(p), nil
-}
-
-// await returns once nothing is in the way of a frame, or the socket ends. It is
-// called with mu held and gives it back while it waits.
-func (s *Socket) await(blocked func() bool) {
-	for blocked() && !s.closing && !s.over.Load() {
-		if s.room == nil {
-			s.room = make(chan struct{})
-		}
-		room := s.room
-		s.mu.Unlock()
-		select {
-		case <-room:
-		case <-s.ended:
-		}
-		s.mu.Lock()
-	}
-}
-
-// idle tells whether no settlement can follow for now. It is called with mu held.
-func (s *Socket) idle() bool { return s.resting.Load() && !s.lanes.busy() }
-
-// rest is called before Read waits for the broker.
-func (s *Socket) rest() {
-	s.resting.Store(true)
-	s.mu.Lock()
-	tell := s.flush.rested()
-	s.mu.Unlock()
-	if tell {
-		s.nudge()
-	}
-}
-
-// follow looks at what the driver writes, except for its very first words,
-// which are no frame.
-func (s *Socket) follow(p []byte) {
-	if s.out.between() && bytes.HasPrefix(p, []byte("AMQP")) {
-		return
-	}
-	s.out.next(p)
-}
-
-func (s *Socket) full(n int) bool {
-	return len(s.pending) > 0 && len(s.pending)+n > maxPending
-}
-
-// letGo lets those look again who wait in await.
-func (s *Socket) letGo() {
-	if s.room != nil {
-		close(s.room)
-		s.room = nil
-	}
-}
-
-// nudge wakes the writer.
-func (s *Socket) nudge() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
-}
-
-// writeLoop puts what is pending on the wire until the socket ends, or is
-// closing and nothing is left.
-func (s *Socket) writeLoop() {
-	defer close(s.writer)
-	defer s.delay.Stop()
-	for {
-		batch, closing := s.take()
-		if len(batch) > 0 {
-			if err := s.writeOut(batch); err != nil {
-				s.writeFailed(err)
-				return
-			}
-			continue
-		}
-		if closing {
-			s.farewell()
-			return
-		}
-		select {
-		case <-s.wake:
-		case <-s.delay.C:
-			s.expire()
-		case <-s.ended:
-			return
-		}
-	}
-}
-
-// farewell tells a TLS peer that nothing was cut off. Close bounds it.
-func (s *Socket) farewell() {
-	if c, ok := s.conn.(*tls.Conn); ok {
-		_ = c.CloseWrite()
-	}
-}
-
-// expire lets go out what has waited long enough.
-func (s *Socket) expire() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if wait := s.flush.expired(time.Since(s.start)); wait > 0 {
-		s.delay.Reset(wait)
-	}
-}
-
-// take swaps the buffers: what is pending goes out, the other fills up.
-func (s *Socket) take() (batch []byte, closing bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.flush.urgent && !s.closing {
-		return nil, false
-	}
-	batch = s.pending
-	s.pending, s.spare = s.spare[:0], batch
-	s.flush.taken()
-	s.letGo()
-	return batch, s.closing
-}
-
-// writeOut writes in chunks, each under its own deadline.
-func (s *Socket) writeOut(b []byte) error {
-	for len(b) > 0 {
-		s.armWrite()
-		n, err := s.opts.transfer(s.conn.Write, b[:min(len(b), writeChunk)], s.Kill)
-		if err != nil {
-			return err
-		}
-		b = b[n:]
-	}
-	return nil
-}
-
-// armWrite begins the time of one write.
-func (s *Socket) armWrite() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.opts.WriteTimeout > 0 {
-		s.limit = time.Now().Add(s.opts.WriteTimeout)
-	}
-	_ = s.conn.SetWriteDeadline(earlier(s.deadline, s.limit))
-}
-
-// earlier returns the earlier deadline; zero is none.
-func earlier(a, b time.Time) time.Time {
-	if a.IsZero() || !b.IsZero() && b.Before(a) {
-		return b
-	}
-	return a
-}
-
-// writeFailed ends the socket for the reason of a failed write, after the
-// reader had the chance to find the broker's own words for it.
-func (s *Socket) writeFailed(err error) {
-	s.blame(s.writeCause(err))
-	if !errors.Is(err, os.ErrDeadlineExceeded) {
-		grace := time.NewTimer(drainGrace)
-		defer grace.Stop()
-		select {
-		case <-s.ended:
-		case <-grace.C:
-		}
-	}
-	s.end(true)
-}
-
-func (s *Socket) writeCause(err error) error {
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return errtext.Because(fmt.Errorf("%w after %v", ErrWriteTimeout, s.opts.WriteTimeout), err)
-	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		return errtext.Because(ErrPeerReset, err)
-	case errors.Is(err, syscall.ETIMEDOUT):
-		return errtext.Because(ErrUnconfirmed, err)
-	}
-	return err
-}
-
 // Close flushes what is pending, for at most the write timeout, and closes.
 func (s *Socket) Close() error {
 	s.mu.Lock()
@@ -561,7 +295,8 @@ func (s *Socket) Close() error {
 	return s.Cause()
 }
 
-func (s *Socket) LocalAddr() net.Addr  { return s.conn.LocalAddr() }
+func (s *Socket) LocalAddr() net.Addr { return s.conn.LocalAddr() }
+
 func (s *Socket) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }
 
 func (s *Socket) SetDeadline(t time.Time) error {
@@ -569,76 +304,3 @@ func (s *Socket) SetDeadline(t time.Time) error {
 }
 
 func (s *Socket) SetReadDeadline(t time.Time) error { return s.conn.SetReadDeadline(t) }
-
-// SetWriteDeadline shortens the deadline of the write under way and of those that
-// follow; it never lengthens the write timeout.
-func (s *Socket) SetWriteDeadline(t time.Time) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.deadline = t
-	return s.conn.SetWriteDeadline(earlier(t, s.limit))
-}
-
-// scanner follows the frames in a stream, by their first bytes only. What makes no
-// sense to it turns it off.
-type scanner struct {
-	visit func(head []byte) // sees each frame's beginning
-	skip  uint64            // bytes to the next frame
-	part  [headerHead]byte  // the beginning of a frame that a read cut
-	have  int               // bytes in part
-	off   bool              // what came were no frames
-}
-
-// next goes over the following bytes of the stream.
-func (c *scanner) next(b []byte) {
-	for len(b) > 0 && !c.off {
-		if c.skip > 0 {
-			b = b[c.pass(b):]
-			continue
-		}
-		head := c.head(b)
-		if head == nil {
-			break
-		}
-		length := uint64(binary.BigEndian.Uint32(head[3:]))
-		need := needed(head[0])
-		if need == 0 || length+frameHead < uint64(need) {
-			c.off = true
-			break
-		}
-		c.visit(head)
-		b = b[need-c.have:]
-		c.have = 0
-		c.skip = length + frameHead + 1 - uint64(need)
-	}
-}
-
-// between tells whether the stream is between two frames.
-func (c *scanner) between() bool { return c.skip == 0 && c.have == 0 && !c.off }
-
-// within tells whether the rest of a frame is still to come.
-func (c *scanner) within() bool { return !c.off && (c.skip > 0 || c.have > 0) }
-
-// pass goes over the rest of a frame.
-func (c *scanner) pass(b []byte) int {
-	n := int(min(c.skip, uint64(len(b))))
-	c.skip -= uint64(n)
-	if c.skip == 0 && b[n-1] != frameEnd {
-		c.off = true
-	}
-	return n
-}
-
-// head returns the beginning of a frame, joined where a read cut it; nil as
-// long as too little of it is there.
-func (c *scanner) head(b []byte) []byte {
-	if c.have == 0 && len(b) >= len(c.part) {
-		return b
-	}
-	have := c.have + copy(c.part[c.have:], b)
-	if have < frameHead || have < needed(c.part[0]) {
-		c.have = have
-		return nil
-	}
-	return c.part[:]
-}
