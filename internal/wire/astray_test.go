@@ -25,19 +25,19 @@ func TestDriverWhoseFramesCannotBeFollowedEndsTheSocket(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			for cut := range written {
 				inBubble(t, func(t *testing.T) {
-					l, _, far := consumer(t, socketLimits, 10)
+					sub, _, far := consumer(t, socketLimits, 10)
 					collect(far)
 					deliver(t, far, 1)
 					var err error
 					for _, part := range [][]byte{written[:cut], written[cut:], heartbeatFrame, heartbeatFrame} {
 						if err == nil {
-							_, err = l.socket.Write(part)
+							_, err = sub.socket.Write(part)
 						}
 					}
 					require.ErrorIs(t, err, errAstray)
-					<-l.socket.Done()
-					assert.ErrorIs(t, l.socket.Cause(), errAstray)
-					assert.ErrorIs(t, l.settle(basicAck, 1, 0), errAstray)
+					<-sub.socket.Done()
+					assert.ErrorIs(t, sub.socket.Cause(), errAstray)
+					assert.ErrorIs(t, sub.settle(basicAck, 1, 0), errAstray)
 				})
 			}
 		})
@@ -54,7 +54,7 @@ func TestDeadlineOfTheDriverLengthensNoWriteUnderWay(t *testing.T) {
 		for range 20 {
 			time.Sleep(time.Second)
 			synctest.Wait()
-			if s.over.Load() {
+			if s.end.closed.Load() {
 				break
 			}
 			require.NoError(t, s.SetWriteDeadline(time.Now().Add(time.Hour)))
@@ -118,25 +118,24 @@ func TestCloseToASlowReaderIsBounded(t *testing.T) {
 // Acks are given a moment where the broker's frames make no sense, and no more.
 func TestSocketDismissedUnderAFullPipeEndsWithinTheGrace(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, _, far := consumer(t, socketLimits, 1) // its peer takes nothing
+		sub, _, far := consumer(t, socketLimits, 1) // its peer takes nothing
 		deliver(t, far, 1)
-		require.NoError(t, l.settle(basicAck, 1, 0))
+		require.NoError(t, sub.settle(basicAck, 1, 0))
 		began := time.Now()
 		bad := deliveryOf(2, []byte("body"))
 		bad[len(bad)-1] = 0
 		_, err := far.Write(bad)
 		require.NoError(t, err)
-		<-l.socket.Done()
-		assert.ErrorIs(t, l.socket.Cause(), errGarbled)
+		<-sub.socket.Done()
+		assert.ErrorIs(t, sub.socket.Cause(), errGarbled)
 		assert.Equal(t, drainGrace, time.Since(began))
 	})
 }
 
 func TestCutPathIsToldWhereverItIsNoticed(t *testing.T) {
-	s := &Socket{opts: socketLimits}
 	for err, want := range map[error]error{
 		syscall.ETIMEDOUT: ErrUnconfirmed, syscall.ECONNRESET: ErrPeerReset, syscall.EPIPE: ErrPeerReset, os.ErrDeadlineExceeded: ErrWriteTimeout,
 	} {
-		assert.ErrorIs(t, s.writeCause(&net.OpError{Op: "write", Err: err}), want)
+		assert.ErrorIs(t, writeCause(&net.OpError{Op: "write", Err: err}, socketLimits.WriteTimeout), want)
 	}
 }

@@ -35,8 +35,8 @@ func messageOf(channel uint16, tag uint64, properties []byte, bodies ...string) 
 	return frames
 }
 
-// sorted lets a socket with a lane of consumer t on channel 1 read stream in
-// pieces. It returns what the driver gets, the lane's deliveries, and the cause
+// sorted lets a socket with a subscription of consumer t on channel 1 read stream in
+// pieces. It returns what the driver gets, its deliveries, and the cause
 // of the socket's end.
 func sorted(t testing.TB, stream []byte, limit uint64, piece func(left int) int) (driver []byte, deliveries []amqp.Delivery, cause error) {
 	driver, deliveries, _, cause = sortedAll(t, stream, limit, piece)
@@ -53,7 +53,7 @@ func sortedAll(t testing.TB, stream []byte, limit uint64, piece func(left int) i
 	s := NewSocket(ours, o)
 	defer s.Wait()
 	defer s.Kill(nil)
-	l := openLane(s, 1, 1)
+	sub := openSubscription(s, 1, 1)
 	go func() {
 		for len(stream) > 0 {
 			n := piece(len(stream))
@@ -72,15 +72,15 @@ func sortedAll(t testing.TB, stream []byte, limit uint64, piece func(left int) i
 			break
 		}
 	}
-	for _, d := range l.all {
+	for _, d := range sub.all {
 		deliveries = append(deliveries, *d)
 	}
-	return driver, deliveries, l.aside, s.Cause()
+	return driver, deliveries, sub.aside, s.Cause()
 }
 
 func whole(left int) int { return left }
 
-func TestLaneTakesItsDeliveriesAndTheDriverAllElse(t *testing.T) {
+func TestSubscriptionTakesItsDeliveriesAndTheDriverAllElse(t *testing.T) {
 	others := bytes.Replace(messageOf(1, 7, []byte{0, 0}, "theirs"), []byte{1, 't'}, []byte{1, 'u'}, 1)
 	got := methodOf(1, 60, 71, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 'q', 0, 0, 0, 0)
 	reply := headerOf(3)
@@ -106,10 +106,10 @@ func TestLaneTakesItsDeliveriesAndTheDriverAllElse(t *testing.T) {
 }
 
 // On two channels of one connection frames of two messages may alternate.
-func TestLanesOfTwoChannelsReadInterleavedMessages(t *testing.T) {
+func TestSubscriptionsOfTwoChannelsReadInterleavedMessages(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		first, _, far := consumer(t, socketLimits, 1)
-		second := openLane(first.socket, 2, 1)
+		second := openSubscription(first.socket, 2, 1)
 		a, b := messageOf(1, 1, []byte{0, 0}, "first"), messageOf(2, 1, []byte{0, 0}, "second")
 		for len(a)+len(b) > 0 {
 			for _, stream := range []*[]byte{&a, &b} {
@@ -219,10 +219,10 @@ func TestChannelOpenedAgainIsAnotherChannel(t *testing.T) {
 		_, err = first.socket.Write(slicesOf(methodOf(1, 20, 41), methodOf(1, 20, 10, 0)))
 		require.NoError(t, err)
 		s := first.socket
-		s.mu.Lock()
-		assert.Nil(t, s.lanes.on(1), "a channel.close of the broker is the driver's again")
-		s.mu.Unlock()
-		second := openLane(s, 1, 1)
+		s.out.mu.Lock()
+		assert.Nil(t, s.out.subscriptions.on(1), "a channel.close of the broker is the driver's again")
+		s.out.mu.Unlock()
+		second := openSubscription(s, 1, 1)
 		deliver(t, far, 1)
 		d := second.take()
 		assert.EqualValues(t, 1, d.DeliveryTag)
@@ -230,14 +230,14 @@ func TestChannelOpenedAgainIsAnotherChannel(t *testing.T) {
 	})
 }
 
-// driven is a lane on a connection of the driver, with heartbeats of 10 s.
+// driven is a subscription on a connection of the driver, with heartbeats of 10 s.
 func driven(t *testing.T) (*consumed, *amqp.Connection, net.Conn) {
 	t.Helper()
 	s, _, far := pipe(t, socketLimits)
 	conn := open(t, s, far)
-	l := openLane(s, 1, 1)
+	sub := openSubscription(s, 1, 1)
 	collect(far)
-	return l, conn, far
+	return sub, conn, far
 }
 
 // The driver ends a connection that is silent for 1.5 heartbeats, and does not
@@ -245,16 +245,16 @@ func driven(t *testing.T) (*consumed, *amqp.Connection, net.Conn) {
 // come.
 func TestDeliveriesAreASignOfLifeForTheDriver(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, conn, far := driven(t)
+		sub, conn, far := driven(t)
 		for tag := range uint64(300) {
 			time.Sleep(time.Second)
 			deliver(t, far, 1)
-			_ = l.take()
-			require.NoError(t, l.settle(basicAck, tag+1, 0))
+			_ = sub.take()
+			require.NoError(t, sub.settle(basicAck, tag+1, 0))
 		}
 		require.False(t, conn.IsClosed())
 		began := time.Now()
-		<-l.socket.Done()
+		<-sub.socket.Done()
 		assert.LessOrEqual(t, time.Since(began), 15*time.Second+beatEvery, "1.5 heartbeats")
 		_ = conn.Close()
 	})
@@ -324,20 +324,20 @@ func FuzzMessage(f *testing.F) {
 
 func TestAnnouncedSizeIsNotBelieved(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, _, far := consumer(t, socketLimits, 1)
+		sub, _, far := consumer(t, socketLimits, 1)
 		announced := messageOf(1, 1, []byte{0, 0})
 		binary.BigEndian.PutUint64(announced[len(announced)-11:], 1<<40)
 		_, err := far.Write(announced)
 		require.NoError(t, err)
 		synctest.Wait()
-		assert.LessOrEqual(t, cap(l.message.Body), FrameSize)
+		assert.LessOrEqual(t, cap(sub.message.Body), FrameSize)
 	})
 }
 
 // A body in many frames may take longer than the driver allows silence.
 func TestMessageThatTricklesInIsASignOfLifeForTheDriver(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, conn, far := driven(t)
+		sub, conn, far := driven(t)
 		parts := make([]string, 60)
 		for i := range parts {
 			parts[i] = "part"
@@ -351,10 +351,10 @@ func TestMessageThatTricklesInIsASignOfLifeForTheDriver(t *testing.T) {
 			_, err := far.Write(b[:frameHead+len("part")+1])
 			require.NoError(t, err)
 		}
-		d := l.take()
+		d := sub.take()
 		assert.Len(t, d.Body, 240)
 		assert.False(t, conn.IsClosed())
-		l.socket.Kill(nil)
+		sub.socket.Kill(nil)
 		_ = conn.Close()
 	})
 }
@@ -368,21 +368,21 @@ func TestDeliveryOfAnotherConsumerInterruptsAMessage(t *testing.T) {
 	assert.Empty(t, deliveries)
 }
 
-func TestLaneThatIsDoneWithKeepsNothing(t *testing.T) {
+func TestSubscriptionThatIsDoneWithKeepsNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, _, far := consumer(t, socketLimits, 10)
-		s := l.socket
+		sub, _, far := consumer(t, socketLimits, 10)
+		s := sub.socket
 		collect(far)
 		deliver(t, far, 5)
 		_, err := s.Write(methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0))
 		require.NoError(t, err)
-		l.LeaveTombstone()
-		s.mu.Lock()
-		assert.NotSame(t, l.Subscription, s.lanes.on(1))
-		assert.Nil(t, s.lanes.on(1).receiver)
-		s.mu.Unlock()
+		sub.LeaveTombstone()
+		s.out.mu.Lock()
+		assert.NotSame(t, sub.Subscription, s.out.subscriptions.on(1))
+		assert.Nil(t, s.out.subscriptions.on(1).receiver)
+		s.out.mu.Unlock()
 		deliver(t, far, 5)
-		assert.Equal(t, 5, l.count(), "dropped")
+		assert.Equal(t, 5, sub.count(), "dropped")
 	})
 }
 

@@ -33,9 +33,9 @@ var socketLimits = Options{
 	WriteDelay:   time.Millisecond,
 }
 
-// wire is the connection under a socket: it counts writes and can fail, cut
+// faultyConn is the connection under a socket: it counts writes and can fail, cut
 // and stop them.
-type wire struct {
+type faultyConn struct {
 	net.Conn
 	mu     sync.Mutex
 	sizes  []int
@@ -45,7 +45,7 @@ type wire struct {
 	gate   <-chan struct{} // writes wait for it
 }
 
-func (w *wire) Write(p []byte) (int, error) {
+func (w *faultyConn) Write(p []byte) (int, error) {
 	w.mu.Lock()
 	broken, gate := w.broken, w.gate
 	w.sizes = append(w.sizes, len(p))
@@ -62,14 +62,14 @@ func (w *wire) Write(p []byte) (int, error) {
 	return w.Conn.Write(p)
 }
 
-func (w *wire) SetLinger(int) error {
+func (w *faultyConn) SetLinger(int) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.linger = true
 	return nil
 }
 
-func (w *wire) writes() int {
+func (w *faultyConn) writes() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return len(w.sizes)
@@ -77,10 +77,10 @@ func (w *wire) writes() int {
 
 // pipe returns a socket on an in-memory connection without buffers, and its
 // peer's end: a peer that does not read is a zero window.
-func pipe(t *testing.T, o Options) (*Socket, *wire, net.Conn) {
+func pipe(t *testing.T, o Options) (*Socket, *faultyConn, net.Conn) {
 	t.Helper()
 	near, far := net.Pipe()
-	w := &wire{Conn: near}
+	w := &faultyConn{Conn: near}
 	s := NewSocket(w, o)
 	s.WatchPeer()
 	t.Cleanup(func() {
@@ -204,26 +204,26 @@ func atMost(limit uint64) func(uint64) error {
 	}
 }
 
-// openLane is the lane of consumer t on a channel, as if the driver had just
+// openSubscription is the subscription of consumer t on a channel, as if the driver had just
 // written its basic.consume.
-func openLane(s *Socket, channel uint16, prefetch int) *consumed {
+func openSubscription(s *Socket, channel uint16, prefetch int) *consumed {
 	k := &kept{more: make(chan struct{}, 1)}
-	l := &consumed{s.Subscribe("t", prefetch, k), k}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.lanes.learn(consumeFrame(channel, "t"))
-	return l
+	sub := &consumed{s.Subscribe("t", prefetch, k), k}
+	s.out.mu.Lock()
+	defer s.out.mu.Unlock()
+	s.out.subscriptions.learn(consumeFrame(channel, "t"))
+	return sub
 }
 
-// consumer is a socket with a driver that reads and a lane on channel 1.
-func consumer(t *testing.T, o Options, prefetch int) (*consumed, *wire, net.Conn) {
+// consumer is a socket with a driver that reads and a subscription on channel 1.
+func consumer(t *testing.T, o Options, prefetch int) (*consumed, *faultyConn, net.Conn) {
 	t.Helper()
 	s, w, far := pipe(t, o)
 	go func() { _, _ = io.Copy(io.Discard, s) }()
-	return openLane(s, 1, prefetch), w, far
+	return openSubscription(s, 1, prefetch), w, far
 }
 
-// deliver returns once n deliveries have reached their lane, in a bubble.
+// deliver returns once n deliveries have reached their subscription, in a bubble.
 func deliver(t *testing.T, far net.Conn, n int) {
 	t.Helper()
 	var b []byte
@@ -383,14 +383,14 @@ func TestWatchdogIsFedByWhatTheDriverReads(t *testing.T) {
 
 func TestWatchdogForgivesAMachineThatStoodStill(t *testing.T) {
 	dog := watchdog{idle: 20 * time.Second, due: 20 * time.Second}
-	assert.False(t, dog.bites(20*time.Second, 7*time.Second), "fed meanwhile")
+	assert.False(t, dog.expired(20*time.Second, 7*time.Second), "fed meanwhile")
 	assert.Equal(t, 27*time.Second, dog.due)
-	assert.False(t, dog.bites(300*time.Second, 7*time.Second), "timer far too late")
+	assert.False(t, dog.expired(300*time.Second, 7*time.Second), "timer far too late")
 	assert.Equal(t, 310*time.Second, dog.due, "half an interval more")
-	assert.True(t, dog.bites(310*time.Second, 7*time.Second), "still nothing")
+	assert.True(t, dog.expired(310*time.Second, 7*time.Second), "still nothing")
 
 	dog = watchdog{idle: 20 * time.Second, due: 20 * time.Second}
-	assert.True(t, dog.bites(21*time.Second, 0), "a timer a little late is not forgiven")
+	assert.True(t, dog.expired(21*time.Second, 0), "a timer a little late is not forgiven")
 }
 
 func TestBlackHole(t *testing.T) {
@@ -441,11 +441,11 @@ func beat(s *Socket, w io.Writer) {
 
 // settleInto settles until the socket takes no more; the peer must not read.
 func settleInto(s *Socket, acks int) <-chan error {
-	l := openLane(s, 1, 1)
+	sub := openSubscription(s, 1, 1)
 	result := make(chan error, 1)
 	go func() {
 		for tag := range acks {
-			if err := l.settle(basicAck, uint64(tag+1), 0); err != nil {
+			if err := sub.settle(basicAck, uint64(tag+1), 0); err != nil {
 				result <- err
 				return
 			}
@@ -462,9 +462,9 @@ func TestZeroWindowUnderAHundredThousandAcks(t *testing.T) {
 			began := time.Now()
 			written := settleInto(s, 100_000)
 			synctest.Wait()
-			s.mu.Lock()
-			assert.LessOrEqual(t, len(s.pending), maxPending)
-			s.mu.Unlock()
+			s.out.mu.Lock()
+			assert.LessOrEqual(t, len(s.out.pending), maxPending)
+			s.out.mu.Unlock()
 			assert.ErrorIs(t, <-written, ErrWriteTimeout)
 			assert.Equal(t, 10*time.Second, time.Since(began))
 		})
@@ -526,9 +526,9 @@ func TestZeroWindowUnderTheDriverOnARealSocket(t *testing.T) {
 		}
 	}()
 	require.Eventually(t, func() bool {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.room != nil
+		s.out.mu.Lock()
+		defer s.out.mu.Unlock()
+		return s.out.room != nil
 	}, 30*time.Second, time.Millisecond, "Ack blocks")
 
 	began := time.Now()
@@ -564,12 +564,12 @@ func TestSlowReaderStaysAlive(t *testing.T) {
 
 func TestLoneSettlementLeavesAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, w, far := consumer(t, socketLimits, 1)
+		sub, w, far := consumer(t, socketLimits, 1)
 		arrived := collect(far)
 		began := time.Now()
 		for tag := range uint64(10) {
 			deliver(t, far, 1)
-			require.NoError(t, l.settle(basicAck, tag+1, 0))
+			require.NoError(t, sub.settle(basicAck, tag+1, 0))
 			synctest.Wait()
 			assert.Len(t, arrived.bytes(), int(tag+1)*settlementSize)
 		}
@@ -580,12 +580,12 @@ func TestLoneSettlementLeavesAtOnce(t *testing.T) {
 
 func TestSettlementOfASlowHandlerLeavesAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, _, far := consumer(t, socketLimits, 32)
+		sub, _, far := consumer(t, socketLimits, 32)
 		arrived := collect(far)
 		deliver(t, far, 32)
 		for tag := range uint64(10) {
 			time.Sleep(2 * time.Millisecond)
-			require.NoError(t, l.settle(basicAck, tag+1, 0))
+			require.NoError(t, sub.settle(basicAck, tag+1, 0))
 			synctest.Wait()
 			assert.Len(t, arrived.bytes(), int(tag+1)*settlementSize, "no company comes within the write delay")
 		}
@@ -594,12 +594,12 @@ func TestSettlementOfASlowHandlerLeavesAtOnce(t *testing.T) {
 
 func TestBurstOfSettlementsSharesWrites(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, w, far := consumer(t, socketLimits, 256)
+		sub, w, far := consumer(t, socketLimits, 256)
 		arrived := collect(far)
 		deliver(t, far, 256)
 		began := time.Now()
 		for tag := range uint64(256) {
-			require.NoError(t, l.settle(basicAck, tag+1, 0))
+			require.NoError(t, sub.settle(basicAck, tag+1, 0))
 			synctest.Wait() // the writer is never behind
 		}
 		assert.Len(t, arrived.bytes(), 256*settlementSize, "the last one waits for nobody")
@@ -610,12 +610,12 @@ func TestBurstOfSettlementsSharesWrites(t *testing.T) {
 
 func TestSettlementWaitsNoLongerThanTheWriteDelay(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, _, far := consumer(t, socketLimits, 100)
+		sub, _, far := consumer(t, socketLimits, 100)
 		arrived := collect(far)
 		deliver(t, far, 100)
 		began := time.Now()
 		for tag := range uint64(10) {
-			require.NoError(t, l.settle(basicAck, tag+1, 0))
+			require.NoError(t, sub.settle(basicAck, tag+1, 0))
 		}
 		synctest.Wait()
 		require.Less(t, len(arrived.bytes()), 10*settlementSize)
@@ -634,7 +634,7 @@ func TestLostChannelDoesNotMakeTheNextOneWait(t *testing.T) {
 		closed := methodOf(1, 20, 41)
 		_, err := first.socket.Write(closed) // before they are settled
 		require.NoError(t, err)
-		second := openLane(first.socket, 2, 100)
+		second := openSubscription(first.socket, 2, 100)
 		_, err = far.Write(slicesOf(messageOf(2, 1, []byte{0, 0}), messageOf(2, 2, []byte{0, 0})))
 		require.NoError(t, err)
 		synctest.Wait()
@@ -655,15 +655,15 @@ func TestOtherFramesTakeHeldSettlementsAlong(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
-				l, _, far := consumer(t, socketLimits, 100)
+				sub, _, far := consumer(t, socketLimits, 100)
 				arrived := collect(far)
 				deliver(t, far, 100)
 				want := slicesOf(ackOf(1), ackOf(2), ackOf(3), frame)
 				began := time.Now()
 				for tag := range uint64(3) {
-					require.NoError(t, l.settle(basicAck, tag+1, 0))
+					require.NoError(t, sub.settle(basicAck, tag+1, 0))
 				}
-				_, err := l.socket.Write(frame)
+				_, err := sub.socket.Write(frame)
 				require.NoError(t, err)
 				synctest.Wait()
 				assert.Equal(t, want, arrived.bytes(), "in order")
@@ -679,11 +679,11 @@ func TestWriteDelayZeroNeverWaits(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		o := socketLimits
 		o.WriteDelay = 0
-		l, _, far := consumer(t, o, 100)
+		sub, _, far := consumer(t, o, 100)
 		arrived := collect(far)
 		deliver(t, far, 100)
 		for tag := range uint64(5) {
-			require.NoError(t, l.settle(basicAck, tag+1, 0))
+			require.NoError(t, sub.settle(basicAck, tag+1, 0))
 			synctest.Wait()
 			assert.Len(t, arrived.bytes(), int(tag+1)*settlementSize)
 		}
@@ -710,14 +710,14 @@ func TestFramesWrittenDuringAWriteShareTheNext(t *testing.T) {
 
 func TestCloseFlushesWhatIsHeld(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, w, far := consumer(t, socketLimits, 100)
-		s := l.socket
+		sub, w, far := consumer(t, socketLimits, 100)
+		s := sub.socket
 		arrived := collect(far)
 		deliver(t, far, 100)
 		var want []byte
 		for tag := range uint64(20) {
 			want = append(want, ackOf(tag+1)...)
-			require.NoError(t, l.settle(basicAck, tag+1, 0))
+			require.NoError(t, sub.settle(basicAck, tag+1, 0))
 		}
 		require.NoError(t, s.Close())
 		<-arrived.ended
@@ -857,7 +857,7 @@ func TestFailedWriteEndsTheSocketWithinTheGrace(t *testing.T) {
 	})
 }
 
-func TestTooLargeMessageOfNoLaneNeverReachesTheDriver(t *testing.T) {
+func TestTooLargeMessageOfNoSubscriptionNeverReachesTheDriver(t *testing.T) {
 	o := socketLimits
 	o.Refuse = atMost(1000)
 	good := deliveryOf(1, make([]byte, 1000))
@@ -911,8 +911,8 @@ func FuzzWrites(f *testing.F) {
 
 func playWrites(t *testing.T, script []byte, r *mathrand.Rand) {
 	near, far := net.Pipe()
-	s := NewSocket(&wire{Conn: near, cut: mathrand.New(mathrand.NewPCG(r.Uint64(), 0))}, socketLimits)
-	l := openLane(s, 1, 100)
+	s := NewSocket(&faultyConn{Conn: near, cut: mathrand.New(mathrand.NewPCG(r.Uint64(), 0))}, socketLimits)
+	sub := openSubscription(s, 1, 100)
 	go func() { _, _ = io.Copy(io.Discard, s) }()
 	var got bytes.Buffer
 	ended := make(chan struct{})
@@ -945,7 +945,7 @@ func playWrites(t *testing.T, script []byte, r *mathrand.Rand) {
 		}
 		if frame == nil {
 			want = append(want, ackOf(uint64(i+1))...)
-			require.NoError(t, l.settle(basicAck, uint64(i+1), 0))
+			require.NoError(t, sub.settle(basicAck, uint64(i+1), 0))
 			continue
 		}
 		want = append(want, frame...)
@@ -986,9 +986,9 @@ func TestKillOverTLSDoesNotWaitForThePeer(t *testing.T) {
 		}
 	}()
 	require.Eventually(t, func() bool {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.room != nil
+		s.out.mu.Lock()
+		defer s.out.mu.Unlock()
+		return s.out.room != nil
 	}, 30*time.Second, time.Millisecond, "the peer takes no more")
 
 	began, reason := time.Now(), errors.New("stop")
@@ -1043,17 +1043,17 @@ type swallow struct{ net.Conn }
 func (swallow) Write(p []byte) (int, error)      { return len(p), nil }
 func (swallow) SetWriteDeadline(time.Time) error { return nil }
 
-// BenchmarkLaneSettle is one ack put on its way.
-func BenchmarkLaneSettle(b *testing.B) {
+// BenchmarkSubscriptionSettle is one ack put on its way.
+func BenchmarkSubscriptionSettle(b *testing.B) {
 	near, far := net.Pipe()
 	defer far.Close()
 	s := NewSocket(swallow{near}, socketLimits)
 	defer s.Wait()
 	defer s.Kill(nil)
-	l := openLane(s, 1, 1000)
+	sub := openSubscription(s, 1, 1000)
 	b.ReportAllocs()
 	for b.Loop() {
-		if err := l.settle(basicAck, 1, 0); err != nil {
+		if err := sub.settle(basicAck, 1, 0); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -1074,22 +1074,22 @@ func BenchmarkSocketWriteHeartbeat(b *testing.B) {
 	}
 }
 
-// BenchmarkLaneDeliver is one delivery made of its three frames and taken.
-func BenchmarkLaneDeliver(b *testing.B) {
+// BenchmarkSubscriptionDeliver is one delivery made of its three frames and taken.
+func BenchmarkSubscriptionDeliver(b *testing.B) {
 	near, far := net.Pipe()
 	defer far.Close()
 	s := NewSocket(near, socketLimits)
 	defer s.Wait()
 	defer s.Kill(nil)
-	l := openLane(s, 1, 1)
+	sub := openSubscription(s, 1, 1)
 	delivery := deliveryOf(1, make([]byte, 100))
 	b.ReportAllocs()
 	for b.Loop() {
 		s.in.r, s.in.w = 0, copy(s.in.buf, delivery)
-		if _, err := s.sift(nil); err != nil {
+		if _, err := s.in.demux(nil); err != nil {
 			b.Fatal(err)
 		}
-		if d := l.take(); len(d.Body) != 100 {
+		if d := sub.take(); len(d.Body) != 100 {
 			b.Fatal("not the delivery")
 		}
 	}
@@ -1097,19 +1097,19 @@ func BenchmarkLaneDeliver(b *testing.B) {
 
 // The driver writes a frame of more than 4 KiB, such as a renewed token, in
 // several parts: no settlement may come between these.
-func TestLaneKeepsOutOfALongFrame(t *testing.T) {
+func TestSubscriptionKeepsOutOfALongFrame(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		s, _, far := pipe(t, socketLimits)
 		arrived := collect(far)
 		consume := methodOf(1, 60, 20, 0, 0, 1, 'q', 1, 't', 0, 0, 0, 0, 0)
 		long := methodOf(0, 10, 70, make([]byte, 6000)...)
-		l := s.Subscribe("t", 1, &kept{})
+		sub := s.Subscribe("t", 1, &kept{})
 		_, err := s.Write(consume)
 		require.NoError(t, err)
 		_, err = s.Write(long[:4096])
 		require.NoError(t, err)
 		settled := make(chan error, 1)
-		go func() { settled <- l.settle(basicAck, 7, 0) }()
+		go func() { settled <- sub.settle(basicAck, 7, 0) }()
 		synctest.Wait()
 		assert.Empty(t, settled, "it waits for the rest of the frame")
 		closing := methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0)
@@ -1121,15 +1121,15 @@ func TestLaneKeepsOutOfALongFrame(t *testing.T) {
 	})
 }
 
-// Several frames may share a write of the driver: the lane ends with any.
-func TestLaneEndsWithACloseThatSharesAWrite(t *testing.T) {
+// Several frames may share a write of the driver: a subscription ends with any of them.
+func TestSubscriptionEndsWithACloseThatSharesAWrite(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		s, _, far := pipe(t, socketLimits)
 		collect(far)
-		l := openLane(s, 1, 1)
+		sub := openSubscription(s, 1, 1)
 		_, err := s.Write(slicesOf(frameOf(frameBody, 2, 1, 2, 3), methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0)))
 		require.NoError(t, err)
-		assert.ErrorIs(t, l.settle(basicAck, 7, 0), net.ErrClosed)
+		assert.ErrorIs(t, sub.settle(basicAck, 7, 0), net.ErrClosed)
 	})
 }
 

@@ -26,7 +26,7 @@ func consumeFrame(channel uint16, tag string) []byte {
 }
 
 // onSocket runs test with a socket whose peer keeps what it reads.
-func onSocket(t *testing.T, test func(s *Socket, wire func() []byte)) {
+func onSocket(t *testing.T, test func(s *Socket, written func() []byte)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		ours, theirs := net.Pipe()
@@ -44,7 +44,7 @@ func onSocket(t *testing.T, test func(s *Socket, wire func() []byte)) {
 	})
 }
 
-func TestLaneIsClosedForGoodWithItsChannel(t *testing.T) {
+func TestSubscriptionIsClosedForGoodWithItsChannel(t *testing.T) {
 	ends := map[string][]byte{
 		"channel.close":       methodFrame(1, channelClose),
 		"channel.close-ok":    methodFrame(1, channelCloseOk),
@@ -54,7 +54,7 @@ func TestLaneIsClosedForGoodWithItsChannel(t *testing.T) {
 	}
 	for name, end := range ends {
 		t.Run(name, func(t *testing.T) {
-			onSocket(t, func(s *Socket, wire func() []byte) {
+			onSocket(t, func(s *Socket, written func() []byte) {
 				write := func(p []byte) {
 					_, err := s.Write(p)
 					require.NoError(t, err)
@@ -72,7 +72,7 @@ func TestLaneIsClosedForGoodWithItsChannel(t *testing.T) {
 				require.ErrorIs(t, first.settle(basicAck, 3, 0), net.ErrClosed, "its number is used again, it is not")
 				require.NoError(t, second.settle(basicReject, 1, rejectRequeue))
 				var settled []byte
-				for p := wire(); len(p) > 0; {
+				for p := written(); len(p) > 0; {
 					n := frameHead + int(binary.BigEndian.Uint32(p[3:])) + 1
 					if id := methodID(p[:n]); id == basicAck || id == basicReject {
 						settled = append(settled, p[methodHead+7])
@@ -85,30 +85,30 @@ func TestLaneIsClosedForGoodWithItsChannel(t *testing.T) {
 	}
 }
 
-func TestLaneIsUsedAfterTheDriverCutAFrame(t *testing.T) {
-	onSocket(t, func(s *Socket, wire func() []byte) {
+func TestSubscriptionIsUsedAfterTheDriverCutAFrame(t *testing.T) {
+	onSocket(t, func(s *Socket, written func() []byte) {
 		long := methodFrame(1, channelOpen, make([]byte, 5000)...)
 		_, err := s.Write(long[:4096])
 		require.NoError(t, err)
 		_, err = s.Write(long[4096:])
 		require.NoError(t, err)
-		l := s.Subscribe("tag", 1, &kept{})
+		sub := s.Subscribe("tag", 1, &kept{})
 		_, err = s.Write(consumeFrame(1, "tag"))
 		require.NoError(t, err)
-		assert.NoError(t, l.settle(basicAck, 1, 0), "the frame is complete")
-		wire()
+		assert.NoError(t, sub.settle(basicAck, 1, 0), "the frame is complete")
+		written()
 	})
 }
 
-func TestLaneWritesTheFramesTheDriverWrites(t *testing.T) {
-	onSocket(t, func(s *Socket, wire func() []byte) {
+func TestSubscriptionWritesTheFramesTheDriverWrites(t *testing.T) {
+	onSocket(t, func(s *Socket, written func() []byte) {
 		before := consumeFrame(7, "tag")
-		l := s.Subscribe("tag", 1, &kept{})
+		sub := s.Subscribe("tag", 1, &kept{})
 		_, err := s.Write(before)
 		require.NoError(t, err)
-		require.NoError(t, l.settle(basicAck, 0x0102, 0))
-		require.NoError(t, l.settle(basicNack, 3, nackRequeue))
+		require.NoError(t, sub.settle(basicAck, 0x0102, 0))
+		require.NoError(t, sub.settle(basicNack, 3, nackRequeue))
 		want := append(methodFrame(7, basicAck, 0, 0, 0, 0, 0, 0, 1, 2, 0), methodFrame(7, basicNack, 0, 0, 0, 0, 0, 0, 0, 3, 2)...)
-		assert.Equal(t, want, wire()[len(before):])
+		assert.Equal(t, want, written()[len(before):])
 	})
 }
