@@ -8,6 +8,9 @@ import (
 	"io"
 	mathrand "math/rand/v2"
 	"net"
+	"os"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,68 +20,124 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// messageOf is a delivery with the given properties, flags first, in the frames
-// of its body.
-func messageOf(channel uint16, tag uint64, properties []byte, bodies ...string) []byte {
-	size := 0
-	for _, b := range bodies {
-		size += len(b)
+func TestTooLargeMessageOfNoSubscriptionNeverReachesTheDriver(t *testing.T) {
+	o := socketLimits
+	o.Refuse = atMost(1000)
+	good := deliveryOf(1, make([]byte, 1000))
+	bad := slicesOf(methodOf(1, 60, 60, 1, 't', 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 1, 'q'), headerOf(1<<63))
+	stream := slicesOf(good, heartbeatFrame, bad)
+	allowed := len(stream) - len(headerOf(0))
+
+	for cut := 1; cut < len(stream); cut++ {
+		inBubble(t, func(t *testing.T) {
+			s, _, far := pipe(t, o)
+			go func() {
+				_, _ = far.Write(stream[:cut])
+				_, _ = far.Write(stream[cut:])
+			}()
+			got, err := io.ReadAll(s)
+
+			require.ErrorIs(t, err, errTooLarge)
+			require.ErrorContains(t, err, "message of 9223372036854775808 bytes")
+			require.GreaterOrEqual(t, len(got), allowed, "what came before is not lost")
+			require.Less(t, len(got), allowed+headerHead, "the header is not complete")
+			require.Equal(t, stream[:len(got)], got)
+			assert.ErrorIs(t, s.Cause(), err)
+		})
 	}
-	args := binary.BigEndian.AppendUint64([]byte{1, 't'}, tag)
-	args = append(args, 1, 1, 'x', 3, 'k', 'e', 'y') // redelivered, exchange x, routing key key
-	frames := methodOf(channel, 60, 60, args...)
-	header := binary.BigEndian.AppendUint64([]byte{0, 60, 0, 0}, uint64(size))
-	frames = append(frames, frameOf(frameHeader, channel, append(header, properties...)...)...)
-	for _, b := range bodies {
-		frames = append(frames, frameOf(frameBody, channel, []byte(b)...)...)
-	}
-	return frames
 }
 
-// sorted lets a socket with a subscription of consumer t on channel 1 read stream in
-// pieces. It returns what the driver gets, its deliveries, and the cause
-// of the socket's end.
-func sorted(t testing.TB, stream []byte, limit uint64, piece func(left int) int) (driver []byte, deliveries []amqp.Delivery, cause error) {
-	driver, deliveries, _, cause = sortedAll(t, stream, limit, piece)
-	return driver, deliveries, cause
+func TestSizeLimitOffLetsEverythingPass(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		b := headerOf(1 << 63)
+		go func() { _, _ = far.Write(b) }()
+		_, err := io.ReadFull(s, make([]byte, len(b)))
+		require.NoError(t, err)
+	})
 }
 
-// sortedAll also returns what no handler could be given.
-func sortedAll(t testing.TB, stream []byte, limit uint64, piece func(left int) int) (driver []byte, deliveries []amqp.Delivery, aside []unfit, cause error) {
-	ours, theirs := net.Pipe()
-	o := Options{}
-	if limit > 0 {
-		o.Refuse = atMost(limit)
-	}
-	s := NewSocket(ours, o)
+func TestCauseOfAReadIsInTheChainOfWhatItMeans(t *testing.T) {
+	reset := &net.OpError{Op: "read", Net: "tcp", Err: os.NewSyscallError("read", syscall.ECONNRESET)}
+	assert.ErrorIs(t, readCause(reset), syscall.ECONNRESET)
+	assert.ErrorIs(t, readCause(reset), ErrPeerReset)
+	assert.ErrorIs(t, ErrPeerClosed, io.EOF)
+}
+
+// BenchmarkSubscriptionDeliver is one delivery made of its three frames and taken.
+func BenchmarkSubscriptionDeliver(b *testing.B) {
+	near, far := net.Pipe()
+	defer far.Close()
+	s := NewSocket(near, socketLimits)
 	defer s.Wait()
 	defer s.Kill(nil)
 	sub := openSubscription(s, 1, 1)
-	go func() {
-		for len(stream) > 0 {
-			n := piece(len(stream))
-			if _, err := theirs.Write(stream[:n]); err != nil {
-				return
-			}
-			stream = stream[n:]
+	delivery := deliveryOf(1, make([]byte, 100))
+	b.ReportAllocs()
+	for b.Loop() {
+		s.in.r, s.in.w = 0, copy(s.in.buf, delivery)
+		if _, err := s.in.demux(nil); err != nil {
+			b.Fatal(err)
 		}
-		_ = theirs.Close()
-	}()
-	buf := make([]byte, 100)
-	for {
-		n, err := s.Read(buf)
-		driver = append(driver, buf[:n]...)
-		if err != nil {
-			break
+		if d := sub.take(); len(d.Body) != 100 {
+			b.Fatal("not the delivery")
 		}
 	}
-	for _, d := range sub.all {
-		deliveries = append(deliveries, *d)
-	}
-	return driver, deliveries, sub.aside, s.Cause()
 }
 
-func whole(left int) int { return left }
+// lingering is a connection whose read deadline passes, and which notes how it is closed.
+type lingering struct {
+	net.Conn
+	err   error
+	reset *atomic.Bool
+}
+
+func (l lingering) Read([]byte) (int, error) { return 0, l.err }
+
+func (l lingering) SetLinger(sec int) error {
+	l.reset.Store(sec == 0)
+	return nil
+}
+
+// The kernel goes on sending a FIN to a peer that confirms nothing, for minutes.
+func TestSocketWhosePeerIsSilentIsResetNotClosed(t *testing.T) {
+	for name, c := range map[string]struct {
+		err   error
+		reset bool
+	}{
+		"silent":      {os.ErrDeadlineExceeded, true},
+		"unconfirmed": {syscall.ETIMEDOUT, true},
+		"closed":      {io.EOF, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			near, far := net.Pipe()
+			defer far.Close()
+			s := NewSocket(lingering{near, c.err, new(atomic.Bool)}, Options{})
+			_, err := s.Read(make([]byte, 1))
+			require.Error(t, err)
+			s.Kill(nil)
+			s.Wait()
+			assert.Equal(t, c.reset, s.raw.(lingering).reset.Load())
+		})
+	}
+}
+
+// Acks are given a moment where the broker's frames make no sense, and no more.
+func TestSocketDismissedUnderAFullPipeEndsWithinTheGrace(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		sub, _, far := consumer(t, socketLimits, 1) // its peer takes nothing
+		deliver(t, far, 1)
+		require.NoError(t, sub.settle(basicAck, 1, 0))
+		began := time.Now()
+		bad := deliveryOf(2, []byte("body"))
+		bad[len(bad)-1] = 0
+		_, err := far.Write(bad)
+		require.NoError(t, err)
+		<-sub.socket.Done()
+		assert.ErrorIs(t, sub.socket.Cause(), errGarbled)
+		assert.Equal(t, drainGrace, time.Since(began))
+	})
+}
 
 func TestSubscriptionTakesItsDeliveriesAndTheDriverAllElse(t *testing.T) {
 	others := bytes.Replace(messageOf(1, 7, []byte{0, 0}, "theirs"), []byte{1, 't'}, []byte{1, 'u'}, 1)
