@@ -17,8 +17,8 @@ var (
 	ErrWatchdog     = errors.New("no byte from the broker")
 	ErrWriteTimeout = errors.New("the peer takes no more data: write deadline passed")
 
-	// Settlements go between the driver's frames. Where those cannot be followed, a session must end
-	// instead of going on without settling.
+	// Settlements go between the driver's frames. Where those cannot be followed, a session must
+	// end instead of going on without settling.
 	errAstray = errors.New("the driver has written what is no AMQP frame: there is no place left for an ack")
 
 	// Where the next frame begins, or which message is meant, is anybody's guess.

@@ -3,11 +3,12 @@ package wire
 import "time"
 
 // flushPolicy decides when what is pending goes out to the broker. Everything but a settlement goes
-// out at once, and takes along what waits. Nobody waits for an answer to a settlement, so it may wait
-// while more are on their way that can share its system call, and the broker has window left.
+// out at once, and takes along what waits. Nobody waits for an answer to a settlement, so it may
+// wait while others that can share its system call are on their way, and the broker has window
+// left.
 //
-// It is only told what happens, and when; its times count from the start of the socket. The mutex of
-// outbound guards it.
+// It is only told what happens, and when; its times count from the start of the socket. The mutex
+// of outbound guards it.
 type flushPolicy struct {
 	delay time.Duration // the longest wait of a settlement; none waits at 0
 	idle  func() bool   // no further settlement can be on its way
@@ -26,8 +27,9 @@ func (f *flushPolicy) flushNow() (wake bool) {
 	return wake
 }
 
-// settled adds a settlement of a consumer with this prefetch. It returns true if the writer has to be
-// woken. Otherwise wait, unless it is 0, is how long the caller has to wait before it calls expired.
+// settled adds a settlement of a consumer with this prefetch. It returns true if the writer has to
+// be woken. Otherwise wait, unless it is 0, is how long the caller has to wait before it calls
+// expired.
 func (f *flushPolicy) settled(at time.Duration, prefetch int64) (wake bool, wait time.Duration) {
 	alone := at-f.last > f.delay
 	f.last = at

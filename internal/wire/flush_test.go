@@ -13,7 +13,7 @@ import (
 const (
 	settles   = "a settlement"
 	writes    = "another frame"
-	rests     = "the reader waits"
+	idles     = "the reader waits"
 	expires   = "the wait is over"
 	goes      = "the writer takes all"
 	goesFirst = "the writer was told and took all"
@@ -92,13 +92,13 @@ func TestAcksLeaveAtOnceOrShareTheirWrite(t *testing.T) {
 		"what waits leaves when the reader finds nothing more": {100, ms, false, []flushStep{
 			{10 * ms, goesFirst, false, 0},
 			{10*ms + 1, settles, false, ms},
-			{10*ms + 2, rests, false, 0}, // others are at work still
+			{10*ms + 2, idles, false, 0}, // others are at work still
 			{10*ms + 3, "nobody is at work", false, 0},
-			{10*ms + 4, rests, true, 0},
-			{10*ms + 5, rests, false, 0}, // told already
+			{10*ms + 4, idles, true, 0},
+			{10*ms + 5, idles, false, 0}, // told already
 		}},
-		"a reader that rests sends nothing by itself": {100, ms, true, []flushStep{
-			{10 * ms, rests, false, 0},
+		"a reader that idles sends nothing by itself": {100, ms, true, []flushStep{
+			{10 * ms, idles, false, 0},
 		}},
 		"without a write delay none waits": {100, 0, false, []flushStep{
 			{10 * ms, goesFirst, false, 0},
@@ -119,7 +119,7 @@ func TestAcksLeaveAtOnceOrShareTheirWrite(t *testing.T) {
 					tell, wait = f.settled(step.at, c.prefetch)
 				case writes:
 					tell = f.flushNow()
-				case rests:
+				case idles:
 					tell = f.flushIfIdle()
 				case expires:
 					wait = f.expired(step.at)

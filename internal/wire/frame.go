@@ -56,8 +56,8 @@ func methodID(p []byte) uint32 {
 	return binary.BigEndian.Uint32(p[frameHead:])
 }
 
-// needed is how many bytes of a frame of this type tell what to do with it; 0 means that there is no
-// such type.
+// needed is how many bytes of a frame of this type tell what to do with it; 0 means that there is
+// no such type.
 func needed(typ byte) int {
 	switch typ {
 	case frameMethod:
@@ -70,12 +70,12 @@ func needed(typ byte) int {
 	return 0
 }
 
-// decoder reads the payload of a frame. It takes what the driver takes, and gives values the same Go
-// types. It takes more, for the driver refuses headers that RabbitMQ accepts: any number of them,
-// nested deeper, of the type L.
+// decoder reads the payload of a frame. It takes what the driver takes, and gives values the same
+// Go types. It takes more, for the driver refuses headers that RabbitMQ accepts: any number of
+// them, nested deeper, of the type L.
 //
-// Those who judge the library (steadymqtest, internal/faultproxy and its replay) read frames with code
-// of their own, on purpose: with a decoder in common they would share its mistakes.
+// Those who judge the library (steadymqtest, internal/faultproxy and its replay) read frames with
+// code of their own, on purpose: with a decoder in common they would share its mistakes.
 type decoder struct {
 	b   []byte
 	err error // the first one; what is read after it is zero
@@ -373,8 +373,8 @@ func (c *scanner) skipRest(b []byte) int {
 	return n
 }
 
-// frameStart returns the beginning of a frame, joined where a write cut it; nil as long as too little
-// of it is there.
+// frameStart returns the beginning of a frame, joined where a write cut it; nil as long as too
+// little of it is there.
 func (c *scanner) frameStart(b []byte) []byte {
 	if c.have == 0 && len(b) >= len(c.part) {
 		return b

@@ -60,8 +60,8 @@ func TestHeadersThatTheDriverRefusesAreRead(t *testing.T) {
 	}
 }
 
-// Whoever goes over the headers later must not run out of stack either, which no
-// recover could stop.
+// Whoever goes over the headers later must not run out of stack either, which no recover could
+// stop.
 func TestDeepestHeadersAndTheirReaderNeedLittleStack(t *testing.T) {
 	done := make(chan struct{})
 	go func() { // a stack of its own
@@ -173,8 +173,8 @@ func TestSkippedBodyTakesNoMemory(t *testing.T) {
 	})
 }
 
-// The broker may have sent so much behind the garbage that a plain close would be a
-// reset, which takes along what we have written.
+// The broker may have sent so much behind the garbage that a plain close would be a reset, which
+// takes along what we have written.
 func TestGarbageEndsTheSocketWithinTheGrace(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		sub, _, far := consumer(t, socketLimits, 100)

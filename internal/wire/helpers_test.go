@@ -28,8 +28,7 @@ var socketLimits = Options{
 	WriteDelay:   time.Millisecond,
 }
 
-// faultyConn is the connection under a socket: it counts writes and can fail, cut
-// and stop them.
+// faultyConn is the connection under a socket: it counts writes and can fail, cut and stop them.
 type faultyConn struct {
 	net.Conn
 	mu     sync.Mutex
@@ -70,8 +69,8 @@ func (w *faultyConn) writes() int {
 	return len(w.sizes)
 }
 
-// pipe returns a socket on an in-memory connection without buffers, and its
-// peer's end: a peer that does not read is a zero window.
+// pipe returns a socket on an in-memory connection without buffers, and its peer's end: a peer that
+// does not read is a zero window.
 func pipe(t *testing.T, o Options) (*Socket, *faultyConn, net.Conn) {
 	t.Helper()
 	near, far := net.Pipe()
@@ -261,8 +260,8 @@ func (k *sink) bytes() []byte {
 	return bytes.Clone(k.b)
 }
 
-// broker plays the broker's half of the driver's handshake on far, answers
-// what a consumer asks, and hands over the stream then.
+// broker plays the broker's half of the driver's handshake on far, answers what a consumer asks,
+// and hands over the stream then.
 func broker(far net.Conn) error {
 	if _, err := io.ReadFull(far, make([]byte, 8)); err != nil {
 		return err
@@ -374,8 +373,7 @@ func certificates(t *testing.T) (server, client *tls.Config) {
 		&tls.Config{RootCAs: roots}
 }
 
-// messageOf is a delivery with the given properties, flags first, in the frames
-// of its body.
+// messageOf is a delivery with the given properties, flags first, in the frames of its body.
 func messageOf(channel uint16, tag uint64, properties []byte, bodies ...string) []byte {
 	size := 0
 	for _, b := range bodies {
@@ -392,9 +390,8 @@ func messageOf(channel uint16, tag uint64, properties []byte, bodies ...string) 
 	return frames
 }
 
-// sorted lets a socket with a subscription of consumer t on channel 1 read stream in
-// pieces. It returns what the driver gets, its deliveries, and the cause
-// of the socket's end.
+// sorted lets a socket with a subscription of consumer t on channel 1 read stream in pieces. It
+// returns what the driver gets, what the receiver gets, and why the socket ended.
 func sorted(t testing.TB, stream []byte, limit uint64, piece func(left int) int) (driver []byte, deliveries []amqp.Delivery, cause error) {
 	driver, deliveries, _, cause = sortedAll(t, stream, limit, piece)
 	return driver, deliveries, cause

@@ -19,8 +19,8 @@ const (
 	readBuffer = 64 << 10
 
 	// maxHeader is how large the frame with the headers of a message may be. It may be larger than
-	// agreed: RabbitMQ adds headers to what a publisher sent, x-death above all, and cuts only bodies
-	// into frames.
+	// agreed: RabbitMQ adds headers to what a publisher sent, x-death above all, and cuts only
+	// bodies into frames.
 	maxHeader = 1 << 20
 
 	// beatEvery is how often the driver hears that the broker lives while the broker sends nothing
@@ -28,13 +28,14 @@ const (
 	// heartbeat of 1 s.
 	beatEvery = 250 * time.Millisecond
 
-	// firstFrame is the longest frame before both sides have agreed on a length (AMQP 0-9-1, 4.2.3).
+	// firstFrame is the longest frame before both sides have agreed on a length (AMQP 0-9-1,
+	// 4.2.3).
 	firstFrame = 4096
 )
 
 // inbound is the read side of a socket. It parts the broker's frames: the deliveries of a
-// subscription go there, all others to the driver, which would spend 27 allocations and two goroutine
-// hops on a delivery (37 allocations with its ack).
+// subscription go there, all others to the driver, which would spend 27 allocations and two
+// goroutine hops on a delivery (37 allocations with its ack).
 //
 // It runs on the goroutine of Read's caller, the driver's reader. What is not atomic is that
 // goroutine's alone.
@@ -139,8 +140,8 @@ func (in *inbound) makeRoom() {
 	in.buf = append(make([]byte, 0, size), in.buf[:in.w]...)[:size]
 }
 
-// demux goes over what was read. It gives the subscriptions what is theirs and returns as soon as it
-// has copied something to p, for the driver; 0 means that more has to be read first.
+// demux goes over what was read. It gives the subscriptions what is theirs and returns as soon as
+// it has copied something to p, for the driver; 0 means that more has to be read first.
 func (in *inbound) demux(p []byte) (int, error) {
 	for {
 		var err error
@@ -221,8 +222,8 @@ func (in *inbound) next() (complete bool, err error) {
 	}
 }
 
-// leaveToDriver leaves a frame to the driver. The driver cannot skip a body, and allocates as much as
-// its header announces.
+// leaveToDriver leaves a frame to the driver. The driver cannot skip a body, and allocates as much
+// as its header announces.
 func (in *inbound) leaveToDriver(b []byte, whole uint64) (complete bool, err error) {
 	if b[0] == frameHeader {
 		size := binary.BigEndian.Uint64(b[frameHead+4:])
@@ -348,8 +349,8 @@ func (in *inbound) takeBody() error {
 }
 
 // dismiss ends the socket for what the broker sent. The acks that handlers have given go out first,
-// within drainGrace: a reset would take them along, and so would a plain close while there is more to
-// read.
+// within drainGrace: a reset would take them along, and so would a plain close while there is more
+// to read.
 func (in *inbound) dismiss(cause error) {
 	s := in.socket
 	s.end.blame(cause)

@@ -248,8 +248,7 @@ func TestAnotherProtocolEndsTheSocketAndIsNamed(t *testing.T) {
 	}
 }
 
-// A method of the same channel ends a message that is not complete, as it does
-// in the driver.
+// A method of the same channel ends a message that is not complete, as it does in the driver.
 func TestMethodInterruptsAMessage(t *testing.T) {
 	cut := messageOf(1, 1, []byte{0, 0}, "one")
 	method := methodOf(1, 60, 30, 1, 't', 0)
@@ -299,9 +298,8 @@ func driven(t *testing.T) (*consumed, *amqp.Connection, net.Conn) {
 	return sub, conn, far
 }
 
-// The driver ends a connection that is silent for 1.5 heartbeats, and does not
-// see the deliveries: it must hear from them all the same, and no longer than they
-// come.
+// The driver ends a connection that is silent for 1.5 heartbeats, and does not see the deliveries:
+// it must hear from them all the same, and no longer than they come.
 func TestDeliveriesAreASignOfLifeForTheDriver(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		sub, conn, far := driven(t)
@@ -340,8 +338,8 @@ func FuzzInbound(f *testing.F) {
 	})
 }
 
-// FuzzMessage checks that what the driver can read is read alike, and that what
-// nobody can read costs no other message.
+// FuzzMessage checks that what the driver can read is read alike, and that what nobody can read
+// costs no other message.
 func FuzzMessage(f *testing.F) {
 	table := func(fields ...byte) []byte {
 		return append(binary.BigEndian.AppendUint32([]byte{0x20, 0}, uint32(len(fields))), fields...)
@@ -464,8 +462,7 @@ func driverReads(t *testing.T, message []byte) (amqp.Delivery, bool) {
 	return d, ok
 }
 
-// playConsume is a broker up to one message behind a consume-ok; then it only
-// reads.
+// playConsume is a broker up to one message behind a consume-ok; then it only reads.
 func playConsume(far net.Conn, message []byte) error {
 	if err := broker(far); err != nil {
 		return err

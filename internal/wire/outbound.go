@@ -115,8 +115,8 @@ func (o *outbound) settle(sub *Subscription, frame []byte) error {
 	return nil
 }
 
-// await returns once nothing blocks a frame any more, or the socket ends. The caller holds mu, which
-// is released while await waits.
+// await returns once nothing blocks a frame any more, or the socket ends. The caller holds mu,
+// which is released while await waits.
 func (o *outbound) await(blocked func() bool) {
 	s := o.socket
 	for blocked() && !o.closed && !s.end.closed.Load() {
@@ -183,8 +183,8 @@ func (o *outbound) wakeWriter() {
 	}
 }
 
-// writeLoop is the writer. It puts what is pending on the connection until the socket ends, or until
-// it was asked to stop and nothing is left.
+// writeLoop is the writer. It puts what is pending on the connection until the socket ends, or
+// until it was asked to stop and nothing is left.
 func (o *outbound) writeLoop() {
 	defer close(o.done)
 	defer o.delay.Stop()

@@ -284,8 +284,8 @@ func TestFramesWrittenDuringAWriteShareTheNext(t *testing.T) {
 	})
 }
 
-// A broker that closes says why and hangs up: the write that runs into that
-// must not keep the driver from reading it.
+// A broker that closes says why and hangs up: the write that runs into that must not keep the
+// driver from reading it.
 func TestFailedWriteLeavesTheBrokersLastWords(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		s, w, far := pipe(t, socketLimits)
@@ -326,8 +326,7 @@ func TestFailedWriteEndsTheSocketWithinTheGrace(t *testing.T) {
 	})
 }
 
-// FuzzWrites checks order and integrity under random frames, delays and
-// partial writes.
+// FuzzWrites checks order and integrity under random frames, delays and partial writes.
 func FuzzWrites(f *testing.F) {
 	f.Add([]byte{0, 0, 0, 0, 1, 2, 3}, uint64(1))
 	f.Add(bytes.Repeat([]byte{0}, 300), uint64(2))

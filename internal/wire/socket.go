@@ -34,9 +34,9 @@ type Socket struct {
 	in  inbound
 }
 
-// cacheLine keeps apart what the reader writes for every message and what the workers read for every
-// message: on one cache line they take turns, at the cost of half of the throughput. It is the
-// largest that a processor has on which Go runs, or the pair that is fetched together.
+// cacheLine keeps apart what the reader writes for every message and what the workers read for
+// every message: on one cache line they take turns, at the cost of half of the throughput. These
+// are two lines of the usual size, because many processors fetch them in pairs.
 const cacheLine = 128
 
 // Options are the limits of one socket; zero switches a limit off.

@@ -22,8 +22,8 @@ func TestPeerThatDiesRightAfterOpenIsNoticed(t *testing.T) {
 		conn := open(t, s, far)
 		collect(far) // reads, and never says a word again
 		synctest.Wait()
-		// The driver clears its deadline after open-ok, and arms it with the
-		// next frame only, if its heartbeater did not come late by chance.
+		// The driver clears its deadline after open-ok, and arms it with the next frame only, if
+		// its heartbeater did not come late by chance.
 		require.NoError(t, s.SetReadDeadline(time.Time{}))
 		began := time.Now()
 

@@ -8,8 +8,8 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// Subscription is one consumer on one channel, as the wire sees it: its deliveries go straight to the
-// workers and its settlements straight to the connection, past the driver, which spends 37
+// Subscription is one consumer on one channel, as the wire sees it: its deliveries go straight to
+// the workers and its settlements straight to the connection, past the driver, which spends 37
 // allocations, two locks and two goroutine hops on a message and its ack. It fences as the driver's
 // own Channel does: it is closed for good with its channel, also if the channel's number is used
 // again.
@@ -35,8 +35,8 @@ type Subscription struct {
 }
 
 // Receiver takes the messages of one subscription, in their order, on the goroutine that reads from
-// the broker. Its methods must not block. What that goroutine writes for every message belongs into a
-// struct of its own: on a cache line that the workers read it costs half of the throughput.
+// the broker. Its methods must not block. What that goroutine writes for every message belongs into
+// a struct of its own: on a cache line that the workers read it costs half of the throughput.
 type Receiver interface {
 	// New returns memory for the message that begins. A message that is cut off by the end of its
 	// channel is never completed.
@@ -105,8 +105,8 @@ func (sub *Subscription) header(payload []byte) {
 	sub.finish()
 }
 
-// oversizedHeader begins a content header that is too large to be read. It comes piece by piece, as a
-// body does.
+// oversizedHeader begins a content header that is too large to be read. It comes piece by piece, as
+// a body does.
 func (sub *Subscription) oversizedHeader(size uint64) {
 	sub.size = size
 	sub.setUnfit(errHeaderSize)
@@ -132,7 +132,8 @@ func (sub *Subscription) checkBody(part uint64) error {
 	return nil
 }
 
-// setUnfit notes why no handler can be given the message that is being read. The first reason stays.
+// setUnfit notes why no handler can be given the message that is being read. The first reason
+// stays.
 func (sub *Subscription) setUnfit(reason error) {
 	if sub.unfit == nil {
 		sub.unfit = reason
@@ -171,7 +172,8 @@ func (sub *Subscription) finish() {
 // channel is closed. It blocks as the socket's Write does.
 func (sub *Subscription) Ack(tag uint64) error { return sub.settle(basicAck, tag, 0) }
 
-// Reject writes one basic.reject: with requeue the message goes back to its queue. Otherwise as Ack.
+// Reject writes one basic.reject: with requeue the message goes back to its queue. Otherwise as
+// Ack.
 func (sub *Subscription) Reject(tag uint64, requeue bool) error {
 	var bits byte
 	if requeue {
@@ -287,8 +289,8 @@ func consumerTag(p []byte) string {
 	return string(d.shortstr())
 }
 
-// Subscribe makes the subscription of a consumer that is about to be. It opens with the basic.consume
-// of this tag, which the driver writes.
+// Subscribe makes the subscription of a consumer that is about to be. It opens with the
+// basic.consume of this tag, which the driver writes.
 func (s *Socket) Subscribe(tag string, prefetch int, to Receiver) *Subscription {
 	sub := &Subscription{socket: s, receiver: to, tag: tag, prefetch: int64(prefetch), closed: true}
 	s.out.mu.Lock()

@@ -10,8 +10,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The driver writes a frame of more than 4 KiB, such as a renewed token, in
-// several parts: no settlement may come between these.
+// The driver writes a frame of more than 4 KiB, such as a renewed token, in several parts: no
+// settlement may come between these.
 func TestSubscriptionKeepsOutOfALongFrame(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		s, _, far := pipe(t, socketLimits)
