@@ -527,7 +527,7 @@ var mutants = []mutant{
 		"\tif s.conn != nil {\n\t\treturn s.conn.socket.WithSilence(", "\tif false {\n\t\treturn s.conn.socket.WithSilence(")),
 	inTest("TestLimitIsOverInTheEndWhateverComes", change("deliveries put a limit off for ever", "internal/wire/silence.go",
 		"left := min(l.limit-l.socket.in.sinceDelivery(), time.Until(l.latest))", "left := l.limit - l.socket.in.sinceDelivery()")),
-	inTest("TestLimitThatIsCalledOffDoesNothing", change("a limit that was called off goes on", "internal/wire/silence.go",
+	inTest("TestLimitThatIsCalledOffWhileItLooksStaysOff", change("a limit that was called off goes on", "internal/wire/silence.go",
 		"\tl.timer.Stop()\n\tl.timer = nil\n", "\tl.timer.Stop()\n")),
 	inTest("TestNodeThatDoesNotAnswerTheDetectorIsLeft", change("a queue that does not answer is no stall", "probe.go",
 		"\t\treturn s.stall(\"and the queue does not answer\")\n", "\t\treturn nil\n")),
