@@ -19,7 +19,7 @@ var (
 
 	// Settlements go between the driver's frames. Where those cannot be followed, a session must
 	// end instead of going on without settling.
-	errAstray = errors.New("the driver has written what is no AMQP frame: there is no place left for an ack")
+	errDriverGarbled = errors.New("the driver has written what is no AMQP frame: there is no place left for an ack")
 
 	// Where the next frame begins, or which message is meant, is anybody's guess.
 	errGarbled = errors.New("the broker sent frames that cannot be read")

@@ -74,8 +74,8 @@ func needed(typ byte) int {
 // Go types. It takes more, for the driver refuses headers that RabbitMQ accepts: any number of
 // them, nested deeper, of the type L.
 //
-// Those who judge the library (steadymqtest, internal/faultproxy and its replay) read frames with
-// code of their own, on purpose: with a decoder in common they would share its mistakes.
+// What judges the library (steadymqtest, internal/faultproxy, bench/internal/replay) reads frames
+// with code of its own, on purpose: with a decoder in common it would share its mistakes.
 type decoder struct {
 	b   []byte
 	err error // the first one; what is read after it is zero

@@ -14,25 +14,6 @@ import (
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
-const (
-	// readBuffer makes one read of the socket serve many small frames.
-	readBuffer = 64 << 10
-
-	// maxHeader is how large the frame with the headers of a message may be. It may be larger than
-	// agreed: RabbitMQ adds headers to what a publisher sent, x-death above all, and cuts only
-	// bodies into frames.
-	maxHeader = 1 << 20
-
-	// beatEvery is how often the driver hears that the broker lives while the broker sends nothing
-	// but deliveries, which the driver does not see. The shortest silence it allows is 1.5 s, at a
-	// heartbeat of 1 s.
-	beatEvery = 250 * time.Millisecond
-
-	// firstFrame is the longest frame before both sides have agreed on a length (AMQP 0-9-1,
-	// 4.2.3).
-	firstFrame = 4096
-)
-
 // inbound is the read side of a socket. It parts the broker's frames: the deliveries of a
 // subscription go there, all others to the driver, which would spend 27 allocations and two
 // goroutine hops on a delivery (37 allocations with its ack).
@@ -61,6 +42,25 @@ type inbound struct {
 	deliveredSince bool          // a subscription got bytes after lastPassed
 	deliveredNow   bool          // a subscription got bytes of what was read last
 }
+
+const (
+	// readBuffer makes one read of the socket serve many small frames.
+	readBuffer = 64 << 10
+
+	// maxHeader is how large the frame with the headers of a message may be. It may be larger than
+	// agreed: RabbitMQ adds headers to what a publisher sent, x-death above all, and cuts only
+	// bodies into frames.
+	maxHeader = 1 << 20
+
+	// beatEvery is how often the driver hears that the broker lives while the broker sends nothing
+	// but deliveries, which the driver does not see. The shortest silence it allows is 1.5 s, at a
+	// heartbeat of 1 s.
+	beatEvery = 250 * time.Millisecond
+
+	// firstFrame is the longest frame before both sides have agreed on a length (AMQP 0-9-1,
+	// 4.2.3).
+	firstFrame = 4096
+)
 
 func (in *inbound) init(s *Socket) {
 	in.socket = s

@@ -14,22 +14,9 @@ import (
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
-const (
-	// maxPending bounds what waits for the connection. It holds some 50,000 acks: a peer that reads
-	// at all never fills it, and one that does not is ended by the write deadline.
-	maxPending = 1 << 20
-
-	// writeChunk is what one write deadline covers. A slow reader that takes this much per deadline
-	// is alive, however much is still waiting.
-	writeChunk = 64 << 10
-
-	// drainGrace is how long the reader may go on after a failed write: a broker that closes says
-	// why first, and that frame may still be unread.
-	drainGrace = 100 * time.Millisecond
-)
-
-// outbound is the write side of a socket. The driver and the workers append to a buffer, and the
-// writer, a goroutine of the socket, puts it on the connection: many acks share one system call.
+// outbound is the write side of a socket, the twin of inbound. The driver and the workers append to
+// a buffer, and the writer, a goroutine of the socket, puts it on the connection: many acks share
+// one system call.
 type outbound struct {
 	socket *Socket
 
@@ -50,6 +37,20 @@ type outbound struct {
 	deadline      time.Time // the driver's own write deadline
 	limit         time.Time // the deadline of the write under way; zero before the first
 }
+
+const (
+	// maxPending bounds what waits for the connection. It holds some 50,000 acks: a peer that reads
+	// at all never fills it, and one that does not is ended by the write deadline.
+	maxPending = 1 << 20
+
+	// writeChunk is what one write deadline covers. A slow reader that takes this much per deadline
+	// is alive, however much is still waiting.
+	writeChunk = 64 << 10
+
+	// drainGrace is how long the reader may go on after a failed write: a broker that closes says
+	// why first, and that frame may still be unread.
+	drainGrace = 100 * time.Millisecond
+)
 
 func (o *outbound) init(s *Socket) {
 	o.socket = s
@@ -77,7 +78,7 @@ func (o *outbound) write(p []byte) (int, error) {
 	o.observe(p)
 	if o.scanner.opaque {
 		o.mu.Unlock()
-		s.Kill(errAstray)
+		s.Kill(errDriverGarbled)
 		return 0, s.err()
 	}
 	o.pending = append(o.pending, p...)
@@ -255,7 +256,8 @@ func (o *outbound) writeOut(b []byte) error {
 	return nil
 }
 
-// armWrite begins the time of one write.
+// armWrite begins the time of one write. Setting a deadline does not block, and under mu none that
+// is out of date can overwrite a later one.
 func (o *outbound) armWrite() {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -448,10 +448,10 @@ func TestDriverWhoseFramesCannotBeFollowedEndsTheSocket(t *testing.T) {
 							_, err = sub.socket.Write(part)
 						}
 					}
-					require.ErrorIs(t, err, errAstray)
+					require.ErrorIs(t, err, errDriverGarbled)
 					<-sub.socket.Done()
-					assert.ErrorIs(t, sub.socket.Cause(), errAstray)
-					assert.ErrorIs(t, sub.settle(basicAck, 1, 0), errAstray)
+					assert.ErrorIs(t, sub.socket.Cause(), errDriverGarbled)
+					assert.ErrorIs(t, sub.settle(basicAck, 1, 0), errDriverGarbled)
 				})
 			}
 		})
