@@ -59,7 +59,7 @@ bench-diff: ## run the same and compare it with bench/base.txt
 
 .PHONY: matrix
 matrix: ## every fault on every broker generation and a cluster
-	STEADYMQ_REQUIRE_BROKER=1 STEADYMQ_MATRIX=full $(GO) test -run '^TestMatrix' -timeout 0 -v .
+	STEADYMQ_REQUIRE_BROKER=1 STEADYMQ_MATRIX=full $(GO) test -run '^TestMatrix' -timeout 0 -v ./internal/matrix
 
 .PHONY: router
 router: ## faults of a real router (root on Linux), into docs/ROUTER.md
@@ -67,7 +67,7 @@ router: ## faults of a real router (root on Linux), into docs/ROUTER.md
 
 .PHONY: soak
 soak: ## random faults on a cluster: make soak DURATION=30m
-	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -run '^TestSoak$$' -timeout 0 -v . -soak $(DURATION)
+	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -run '^TestSoak$$' -timeout 0 -v ./internal/matrix -soak $(DURATION)
 
 .PHONY: lint
 lint: ## vet, staticcheck, gofumpt, golangci-lint and the team's rules

@@ -4,32 +4,31 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"sync/atomic"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// Outcome is what became of a delivery.
+// Outcome is what became of a [Delivery].
 type Outcome uint32
 
 const (
 	// Unsettled: no settlement yet. The broker holds the message for this session.
 	Unsettled Outcome = iota
-	// Acked: basic.ack, the message is done.
+	// Acked: the message is done (basic.ack).
 	Acked
-	// Requeued: basic.reject with requeue, the message goes back to its queue. Of a
-	// stream nothing is sent: the message is given to a handler again.
+	// Requeued: the message goes back to its queue (basic.reject with requeue). Of a stream nothing
+	// is sent: the message is given to a handler again.
 	Requeued
-	// Discarded: basic.reject without requeue, the message is dropped or, if
-	// its queue has a dead-letter exchange, dead-lettered.
+	// Discarded: the message is dropped, or dead-lettered if its queue has a dead-letter exchange
+	// (basic.reject without requeue).
 	Discarded
-	// Stale: the session ended first. The broker delivers the message again.
+	// Stale: the session ended first and nothing was sent. The broker delivers the message again.
 	Stale
 )
 
-// String gives the outcome in lower case.
+// String returns the outcome in lower case.
 func (o Outcome) String() string {
 	switch o {
 	case Unsettled:
@@ -46,18 +45,19 @@ func (o Outcome) String() string {
 	return "unknown"
 }
 
-// Delivery is one message as one session delivered it. Its embedded
-// amqp.Delivery has the body, headers and properties.
+// Delivery is one message as one session delivered it. Its embedded [amqp.Delivery] has the body,
+// headers and properties, which belong to the handler. On a stream, do not write into the bytes of
+// Body or the entries of Headers: the next try in place is given the same ones.
 //
-// A delivery is settled at most once, with multiple=false, on the channel that
-// delivered it and no other; all methods are safe for concurrent use. A copy of a
-// Delivery, made by value, is the same delivery and shares its outcome. The
-// embedded Acknowledger is the same fence, so amqp.Delivery's own Ack, Nack and
-// Reject are safe too, and refuse multiple=true with ErrMultiple.
+// A delivery is settled at most once, with multiple=false, on the channel that delivered it and no
+// other. All methods are safe for concurrent use. A copy of a Delivery, made by value, is the same
+// delivery and shares its outcome. The Ack, Nack and Reject of the embedded amqp.Delivery are as
+// safe, and refuse multiple=true with [ErrMultiple].
 //
-// Inside a Handler there is usually nothing to settle by hand: the handler's
-// error decides. A handler that settles by itself is respected. One that was refused that and
-// returns nil has failed, with that refusal: its message is put back, not acked.
+// Inside a [Handler] there is usually nothing to settle by hand: the handler's error decides. A
+// handler that has settled its delivery is respected, whatever it returns. If a settlement by hand
+// was refused, the delivery is still unsettled and the handler returns nil, then the handler has
+// failed with that refusal: its message is put back, not acked.
 type Delivery struct {
 	amqp.Delivery
 
@@ -123,34 +123,38 @@ func (d *Delivery) again() *Delivery {
 	return next
 }
 
-// NewDelivery makes a Delivery of no session, for testing handlers. If m has an
-// Acknowledger the settlement is passed on to it, once; else it is only
-// recorded, see Outcome. For an Attempt above 1 set Redelivered too, as a broker
-// does.
+// NewDelivery makes a [Delivery] of no session, for tests of handlers; see [Invoke]. If m has an
+// Acknowledger the settlement is passed on to it, once; else it is only recorded, see
+// [Delivery.Outcome]. For a [Delivery.Attempt] above 1 set Redelivered too, as a broker does.
 func NewDelivery(m amqp.Delivery) *Delivery {
 	d := newDelivery()
 	d.Delivery = m
-	d.init(loose{m.Acknowledger})
+	d.init(detached{m.Acknowledger})
 	return d
 }
 
-// Ack settles the delivery as done. It returns nil when the frame was handed to
-// the connection: basic.ack has no reply, only a clean stop proves it (see Run).
-// It returns ErrStale if the session is over and ErrSettled if the delivery was
-// settled before. It does not wait for the broker.
+// Ack settles the delivery as done (basic.ack). It returns nil when the frame was handed to the
+// connection. It does not wait for the broker, for basic.ack has no reply: only a clean stop proves
+// it, see [Consumer.Run]. Where the connection takes no more bytes Ack waits for room, until the
+// connection is given up.
+//
+// The error is, by [errors.Is], [ErrStale] if the session is over, and [ErrSettled] if the delivery
+// was settled before. Then nothing was sent.
 func (d *Delivery) Ack() error { return d.settle(Acked) }
 
-// Requeue puts the message back into its queue at once (basic.reject with
-// requeue, which counts towards a quorum queue's delivery limit). Errors as Ack.
-// A stream has nothing to requeue into; there a handler gets the message again, as
-// another Delivery with Attempt one higher, after 10 ms.
+// Requeue puts the message back into its queue at once (basic.reject with requeue, which counts
+// towards a quorum queue's delivery limit). A stream has nothing to requeue into: there a handler
+// gets the message again after 10 ms, as another [Delivery] with [Delivery.Attempt] one higher. The
+// errors are those of [Delivery.Ack].
 func (d *Delivery) Requeue() error { return d.settle(Requeued) }
 
-// Discard drops the message, or dead-letters it if its queue has a dead-letter
-// exchange (basic.reject without requeue). Errors as Ack.
+// Discard drops the message, or dead-letters it if its queue has a dead-letter exchange
+// (basic.reject without requeue, https://www.rabbitmq.com/docs/dlx). The errors are those of
+// [Delivery.Ack].
 func (d *Delivery) Discard() error { return d.settle(Discarded) }
 
-// Outcome returns what became of the delivery so far.
+// Outcome returns what became of the delivery so far. A message that is held (see
+// [WithRequeueDelay]) is [Unsettled].
 func (d *Delivery) Outcome() Outcome {
 	if d.fence == nil {
 		return Unsettled
@@ -158,9 +162,9 @@ func (d *Delivery) Outcome() Outcome {
 	return Outcome(d.fence.outcome.Load())
 }
 
-// Session returns the number of the session that delivered the message, counted
-// from 1 in each Run; 0 for NewDelivery. (Session, DeliveryTag) is the only
-// identity AMQP 0-9-1 gives a delivery.
+// Session returns the number of the session that delivered the message, counted from 1 in each Run;
+// 0 for [NewDelivery]. Session and DeliveryTag together are the only identity that AMQP 0-9-1 gives
+// a delivery.
 func (d *Delivery) Session() uint64 {
 	if d.fence == nil {
 		return 0
@@ -168,8 +172,8 @@ func (d *Delivery) Session() uint64 {
 	return d.fence.settler.number()
 }
 
-// Queue returns the queue the message came from, the broker's own name for it if
-// it has one; "" for NewDelivery.
+// Queue returns the queue that the message came from, by the name that the broker has given it if
+// New was given none; "" for [NewDelivery].
 func (d *Delivery) Queue() string {
 	if d.fence == nil {
 		return ""
@@ -178,8 +182,8 @@ func (d *Delivery) Queue() string {
 	return queue
 }
 
-// Host returns the address of the broker that delivered the message; "" for
-// NewDelivery.
+// Host returns the address (host:port) of the broker that delivered the message; "" for
+// [NewDelivery].
 func (d *Delivery) Host() string {
 	if d.fence == nil {
 		return ""
@@ -265,14 +269,14 @@ func rejected(requeue bool) Outcome {
 	return Discarded
 }
 
-// loose settles the deliveries of NewDelivery.
-type loose struct{ to amqp.Acknowledger }
+// detached settles the deliveries of NewDelivery.
+type detached struct{ to amqp.Acknowledger }
 
-func (l loose) number() uint64 { return 0 }
+func (l detached) number() uint64 { return 0 }
 
-func (l loose) source() (queue, host string) { return "", "" }
+func (l detached) source() (queue, host string) { return "", "" }
 
-func (l loose) settle(d *Delivery, o Outcome) error {
+func (l detached) settle(d *Delivery, o Outcome) error {
 	if l.to == nil {
 		return nil
 	}
@@ -282,105 +286,88 @@ func (l loose) settle(d *Delivery, o Outcome) error {
 	return l.to.Reject(d.fence.tag, o == Requeued)
 }
 
-// verdict is an outcome that travels in a handler's error.
-type verdict struct {
+// outcomeError is an outcome that travels in a handler's error.
+type outcomeError struct {
 	outcome Outcome
 	delay   time.Duration
 	err     error
 }
 
-func (v *verdict) Error() string {
+func (v *outcomeError) Error() string {
 	if v.err == nil {
 		return "steadymq: message " + v.outcome.String()
 	}
 	return v.err.Error()
 }
 
-func (v *verdict) Unwrap() error { return v.err }
+func (v *outcomeError) Unwrap() error { return v.err }
 
-// Requeue returns an error that makes a handler put its message back at once,
-// without the hold of WithRequeueDelay. The message may come straight back, to
-// this consumer too: use it for "another consumer should take this". On a quorum
-// queue with a delivery limit (20 by default since RabbitMQ 4.0) that many tries
-// take milliseconds, and then the broker drops the message. A message of a stream
-// is tried again in place after 10 ms. err may be nil; errors.Is and errors.As see
-// through to it.
-func Requeue(err error) error { return &verdict{outcome: Requeued, err: err} }
+// Requeue returns an error that makes a [Handler] put its message back at once, without the hold of
+// [WithRequeueDelay]. The message may come straight back, to this consumer too: use it for "another
+// consumer should take this". On a quorum queue with a delivery limit (20 by default since RabbitMQ
+// 4.0) that many tries take milliseconds, and then the broker drops the message. A message of a
+// stream is tried again in place after 10 ms.
+//
+// err may be nil. [errors.Is] and [errors.As] see through to it.
+func Requeue(err error) error { return &outcomeError{outcome: Requeued, err: err} }
 
-// RequeueAfter returns an error that makes a handler put its message back, or try
-// it again in place if it is one of a stream, after d. It counts towards a delivery
-// limit like any other way back. Until then the message stays unsettled and occupies
-// one place of the prefetch (see WithRequeueDelay), but no worker. When the consumer
-// stops it goes back at once. Keep d well below the broker's consumer timeout (30
-// minutes by default). A d of zero or less means at once. err may be nil.
+// RequeueAfter returns an error that makes a [Handler] put its message back after d, or try it
+// again in place if it is one of a stream. It counts towards a delivery limit like any other way
+// back. Until then the message stays unsettled and occupies one place of the prefetch (see
+// [WithRequeueDelay]), but no worker. When the consumer stops it goes back at once.
+//
+// Keep d well below the broker's consumer timeout (30 min by default). A d of zero or less means at
+// once. err may be nil. [errors.Is] and [errors.As] see through to it.
 func RequeueAfter(err error, d time.Duration) error {
-	return &verdict{outcome: Requeued, delay: max(d, 0), err: err}
+	return &outcomeError{outcome: Requeued, delay: max(d, 0), err: err}
 }
 
-// Discard returns an error that makes a handler drop its message, or
-// dead-letter it if the queue has a dead-letter exchange. err may be nil.
-func Discard(err error) error { return &verdict{outcome: Discarded, err: err} }
+// Discard returns an error that makes a [Handler] drop its message, or dead-letter it if the queue
+// has a dead-letter exchange. err may be nil. [errors.Is] and [errors.As] see through to it.
+func Discard(err error) error { return &outcomeError{outcome: Discarded, err: err} }
 
-// OutcomeOf returns the outcome that a handler's error asks for, and whether it does
-// so explicitly: true for nil, which acks, and for what Discard, Requeue and
-// RequeueAfter return, wrapped or not; false for any other error, which puts the
-// message back after a hold. A middleware that has a policy for failures leaves the
-// explicit ones alone.
+// OutcomeOf returns the outcome that a handler's error asks for, and whether it does so explicitly:
+// true for nil, which acks, and for what [Discard], [Requeue] and [RequeueAfter] return, wrapped or
+// not; false for any other error, which puts the message back after a hold. A [Middleware] that has
+// a policy for failures leaves the explicit ones alone.
 func OutcomeOf(err error) (o Outcome, explicit bool) {
 	if err == nil {
 		return Acked, true
 	}
-	if v := (*verdict)(nil); errors.As(err, &v) {
+	if v := (*outcomeError)(nil); errors.As(err, &v) {
 		return v.outcome, true
 	}
 	return Requeued, false
 }
 
-// Invoke runs h on d as a Consumer does, without its holds, so that a test of a
-// handler can assert what becomes of the message: a panic is an error
-// (*PanicError), and the error settles d unless h has settled it by itself. It
-// returns the outcome and the error. Make d with NewDelivery: any other is refused, without a
-// call of h. Middleware wraps h before: Invoke(ctx, policy(handle), d).
-func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) {
-	if d == nil || d.fence == nil {
-		return Unsettled, errUndelivered
-	}
-	returned := false
-	defer func() {
-		if !returned {
-			err = panicked(recover())
-		}
-		if err == nil {
-			err = d.overlooked()
-		}
-		if d.Outcome() == Unsettled {
-			wanted, _ := OutcomeOf(err)
-			_ = d.settle(wanted)
-		}
-		o = d.Outcome()
-	}()
-	err = sound(h(ctx, d))
-	returned = true
-	return o, err
-}
+// Handler handles one delivery. Its error decides the outcome: nil acks the message; [Discard]
+// drops or dead-letters it; [Requeue] and [RequeueAfter] put it back; any other error, and a panic,
+// puts it back after the hold of [WithRequeueDelay], which grows with every failure. The library
+// drops nothing unless the handler says so.
+//
+// Up to [WithConcurrency] handlers run at once. ctx carries the values of Run's context. It ends
+// when the delivery's session is lost ([context.Cause] is a [*SessionError]), after
+// [WithHandlerTimeout] ([ErrHandlerTimeout]), or when the drain limit has passed ([*DrainError]).
+// It does not end with Run's context, so that running handlers can finish. Work done for a session
+// that was lost is done again, since the broker delivers the message once more: make it idempotent.
+// An error returned after ctx has ended because the session was lost, or the drain limit has
+// passed, is no failure: the broker has the message back already.
+//
+// A failed message comes later than those behind it, also with one worker, and is held until then:
+// as many failing messages as the prefetch stop everything behind them. A stream has no way back:
+// there a message that was not acked or discarded is given to a handler again, in place, with
+// [Delivery.Attempt] one higher, and no ack overtakes it.
+//
+// RabbitMQ itself may drop a message: a quorum queue with a delivery limit
+// (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling), which is 20 by default
+// since RabbitMQ 4.0 and none before, drops a message that was put back more often, or dead-letters
+// it. Up to 4.2 every way back counts, also that of messages that no handler has seen; since 4.3
+// only what a handler has failed with. With the default holds a message that always fails gets
+// there after two to three hours. Classic queues and streams do not count. A queue that [WithQueue]
+// declares has no such limit unless you give one.
+type Handler func(ctx context.Context, d *Delivery) error
 
-// judge turns a handler's error into an outcome and how long to hold d before it.
-func judge(err error, d *Delivery, c *config) (Outcome, time.Duration) {
-	if err == nil {
-		return Acked, 0
-	}
-	var v *verdict
-	if errors.As(err, &v) {
-		return v.outcome, v.delay
-	}
-	return Requeued, c.hold(d.Attempt())
-}
-
-// jitter spreads d over [d/2, d*3/2), so that messages that failed together do
-// not come back together.
-func jitter(d time.Duration) time.Duration {
-	if d <= 0 {
-		return 0
-	}
-	return d/2 + rand.N(d)
-}
+// Middleware wraps a [Handler], see [WithMiddleware]; the first one given is the outermost. It may
+// look at the error and replace it, and with it the outcome; see [OutcomeOf]. It is called once in
+// every Run, and the handler it returns by several goroutines at once.
+type Middleware func(next Handler) Handler

@@ -12,47 +12,12 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-const (
-	maxShortString = 255 // bytes, of what AMQP calls a short string
-
-	// maxArguments is how large a table may be. It is sent in one frame, with at most
-	// three short strings beside it; a broker closes the connection for a longer one.
-	maxArguments = wire.FrameSize - 1<<10
-
-	// maxNesting ends the look at a table that holds itself.
-	maxNesting = 100
-)
-
 // arguments copies a table that the user gives, so that nothing changes what is sent later, and
 // finds in it what AMQP cannot carry. Whatever New takes as a table goes through it.
 type arguments struct {
 	size     int // of what was copied, in bytes of a frame
 	problems []string
 	over     bool // too much of it: no further look
-}
-
-// takeTable returns a copy of t, and refuses what in it AMQP cannot carry. place tells where in
-// the option it is, "" if it is the option itself.
-func (c *config) takeTable(option, place string, t amqp.Table) amqp.Table {
-	if t == nil {
-		return nil
-	}
-	var a arguments
-	copied := a.table(t, "", 0)
-	for _, problem := range a.problems {
-		if place != "" {
-			problem = place + ": " + problem
-		}
-		c.refuse(option, "%s", problem)
-	}
-	return copied
-}
-
-// shortString refuses what cannot be one: RabbitMQ closes the connection for it, or the driver.
-func (c *config) shortString(option, what, text string) {
-	if problem := noShortString(text); problem != "" {
-		c.refuse(option, "%s %s", what, problem)
-	}
 }
 
 func noShortString(text string) string {
@@ -168,3 +133,14 @@ func sizeOf(v any) int {
 	}
 	return 5
 }
+
+const (
+	maxShortString = 255 // bytes, of what AMQP calls a short string
+
+	// maxArguments is how large a table may be. It is sent in one frame, with at most
+	// three short strings beside it; a broker closes the connection for a longer one.
+	maxArguments = wire.FrameSize - 1<<10
+
+	// maxNesting ends the look at a table that holds itself.
+	maxNesting = 100
+)

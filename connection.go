@@ -4,8 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -13,33 +14,6 @@ import (
 	"github.com/steadymq/steadymq/internal/errtext"
 	"github.com/steadymq/steadymq/internal/wire"
 )
-
-// Credentials log in to the broker; see WithCredentials. They print without the
-// password.
-type Credentials struct {
-	// Username and Password are for the mechanism PLAIN. For OAuth 2 the
-	// password is the token and the user name is not looked at.
-	Username, Password string
-	// Expires is when the password stops being valid; zero for never. One that
-	// has passed is used all the same: the broker decides, by its own clock.
-	Expires time.Time
-}
-
-// String tells the user name and the expiry.
-func (c Credentials) String() string {
-	expires := "never"
-	if !c.Expires.IsZero() {
-		expires = c.Expires.Format(time.RFC3339)
-	}
-	return fmt.Sprintf("%s (password not shown, expires %s)", c.Username, expires)
-}
-
-// Format implements fmt.Formatter: no verb prints the password.
-func (c Credentials) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
-
-// MarshalText implements encoding.TextMarshaler, for encoding/json, log/slog and
-// others: none of them shows the password.
-func (c Credentials) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
 
 // connection is one socket with one *amqp.Connection on it. It is never
 // repaired, only replaced. One goroutine, watch, owns its end.
@@ -50,17 +24,17 @@ type connection struct {
 	amqp         *amqp.Connection
 	closeTimeout time.Duration
 
-	closed  chan *amqp.Error // the driver's NotifyClose
-	end     *notifier        // the first cause of its end
-	tenants tenants          // the sessions on it
-	leave   chan departure   // asks for an orderly close
-	left    bool             // leave was asked; its owner's
-	gone    chan struct{}    // closed when nothing of it is left
+	closed  chan *amqp.Error  // the driver's NotifyClose
+	end     *notifier         // the first cause of its end
+	leases  leases            // the sessions on it
+	stop    chan closeRequest // asks for an orderly close
+	stopped bool              // leave was asked; its owner's
+	done    chan struct{}     // closed when nothing of it is left
 
-	channelFailures []time.Time  // recent ones, for the escalation; the supervisor's
-	served          bool         // it has had a session; the supervisor's
-	queue           string       // of its sessions, once it has a name; of the try on it
-	litter          atomic.Int32 // how often a TopologyFunc has failed on it
+	channelFailures  []time.Time  // recent ones, for the escalation; the supervisor's
+	served           bool         // it has had a session; the supervisor's
+	queue            string       // of its sessions, once it has a name; of the try on it
+	failedTopologies atomic.Int32 // how often a TopologyFunc has failed on it
 
 	stopRefresh context.CancelFunc
 	refreshed   chan struct{} // closed when the credentials are no longer refreshed
@@ -75,17 +49,17 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 	if err != nil {
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
-	mechanisms, expires, err := c.login(ctx, e, abandoned)
+	mechanisms, expires, err := mechanisms(ctx, c, e, abandoned)
 	if err != nil {
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
-	config := c.amqpConfig(e)
+	config := amqpConfig(c, e)
 	login, err := newLogin(ctx, mechanisms, config.Properties, abandoned)
 	if err != nil {
 		return nil, &SessionError{Host: e.address, Op: "open", Err: err}
 	}
 	config.SASL = login.mechanisms
-	socket, err := openSocket(ctx, c.dialer(e, step, abandoned), e.address, tlsConfig, c.socketOptions(e), abandoned)
+	socket, err := openSocket(ctx, dialer(c, e, step, abandoned), e.address, tlsConfig, socketOptions(c, e), abandoned)
 	if err != nil {
 		// A TCP connect that fails costs the broker nothing; a TLS handshake does.
 		op := step.String()
@@ -117,8 +91,8 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 		closeTimeout: c.closeTimeout,
 		closed:       conn.NotifyClose(make(chan *amqp.Error, 1)),
 		end:          newNotifier(),
-		leave:        make(chan departure, 1),
-		gone:         make(chan struct{}),
+		stop:         make(chan closeRequest, 1),
+		done:         make(chan struct{}),
 		refreshed:    make(chan struct{}),
 	}
 	// The refresh lives as long as the connection, not as this try.
@@ -129,19 +103,19 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 	return opened, nil
 }
 
-// login returns the mechanisms for this dial and, if they expire, when.
-func (c *config) login(ctx context.Context, e endpoint, abandoned func()) ([]amqp.Authentication, time.Time, error) {
+// mechanisms returns the mechanisms for this dial and, if they expire, when.
+func mechanisms(ctx context.Context, c *config, e endpoint, abandoned func()) ([]amqp.Authentication, time.Time, error) {
 	if c.credentials == nil {
 		return e.login(c.sasl), time.Time{}, nil
 	}
-	fresh, err := c.askCredentials(ctx, abandoned)
+	fresh, err := askCredentials(ctx, c, abandoned)
 	if err != nil {
 		return nil, time.Time{}, err
 	}
 	return []amqp.Authentication{&amqp.PlainAuth{Username: fresh.Username, Password: fresh.Password}}, fresh.Expires, nil
 }
 
-func (c *config) askCredentials(ctx context.Context, abandoned func()) (Credentials, error) {
+func askCredentials(ctx context.Context, c *config, abandoned func()) (Credentials, error) {
 	return userCall[Credentials]{option: "WithCredentials", f: c.credentials, left: abandoned}.run(ctx)
 }
 
@@ -166,7 +140,7 @@ func (c *connection) refresh(life context.Context, cfg *config, expires time.Tim
 			return
 		}
 		ctx, cancel := context.WithTimeoutCause(life, cfg.setupTimeout, cfg.setupPassed())
-		if fresh, err := cfg.askCredentials(ctx, abandoned); err == nil && c.updateSecret(ctx, fresh.Password) == nil {
+		if fresh, err := askCredentials(ctx, cfg, abandoned); err == nil && c.updateSecret(ctx, fresh.Password) == nil {
 			if expires = fresh.Expires; time.Until(expires) > minRefresh {
 				again.failures = 0
 			}
@@ -189,7 +163,7 @@ func (c *connection) updateSecret(ctx context.Context, secret string) error {
 	return c.amqp.UpdateSecret(secret, "the old one expires")
 }
 
-func (c *config) socketOptions(e endpoint) wire.Options {
+func socketOptions(c *config, e endpoint) wire.Options {
 	interval := c.heartbeatOf(e)
 	return wire.Options{
 		IdleTimeout:  2 * interval,
@@ -203,7 +177,7 @@ func (c *config) socketOptions(e endpoint) wire.Options {
 // amqpConfig is made anew for every dial: the driver writes into its maps.
 // Recovery stays nil, always: it reuses the channel, so that a late ack settles
 // another message.
-func (c *config) amqpConfig(e endpoint) amqp.Config {
+func amqpConfig(c *config, e endpoint) amqp.Config {
 	properties := maps.Clone(amqp.NewConnectionProperties())
 	properties["product"] = "steadymq"
 	if c.connectionName != "" {
@@ -229,9 +203,9 @@ func handshakeCause(err error, s *wire.Socket, l *login, e endpoint) error {
 	if refused := l.refusal(err, s); refused != nil {
 		return refused
 	}
-	var said *amqp.Error
-	if errors.As(err, &said) && said.Server {
-		return said
+	var brokerErr *amqp.Error
+	if errors.As(err, &brokerErr) && brokerErr.Server {
+		return brokerErr
 	}
 	lost := s.Cause()
 	switch {
@@ -248,8 +222,8 @@ func handshakeCause(err error, s *wire.Socket, l *login, e endpoint) error {
 // explain prefers what the broker said, and to what, then what the socket saw, to
 // the driver's catch-all "501".
 func (c *connection) explain(err error) error {
-	var said *amqp.Error
-	if errors.As(err, &said) && said.Server {
+	var brokerErr *amqp.Error
+	if errors.As(err, &brokerErr) && brokerErr.Server {
 		return err
 	}
 	if cause := c.socket.Cause(); cause != nil {
@@ -264,32 +238,32 @@ func (c *connection) explain(err error) error {
 // watch waits for the end of the connection and then sees to it that nothing of
 // it stays: driver, socket and goroutines.
 func (c *connection) watch() {
-	defer close(c.gone)
+	defer close(c.done)
 	limit := c.closeTimeout
 	select {
 	case err := <-c.closed:
 		c.end.notify(c.explain(errorOrNil(err)))
 	case <-c.socket.Done():
 		c.end.notify(c.endOfSocket())
-	case asked := <-c.leave:
-		limit = c.awaitTenants(asked)
+	case asked := <-c.stop:
+		limit = c.awaitLeases(asked)
 	}
 	c.teardown(limit)
 	c.end.notify(errStopped)
 }
 
-// awaitTenants lets the sessions that still live on the connection go first. It returns the limit
+// awaitLeases lets the sessions that the connection is still lent to go first. It returns the limit
 // of the close that follows.
-func (c *connection) awaitTenants(asked departure) time.Duration {
-	vacated := c.tenants.vacated()
-	over := time.NewTimer(asked.stay)
+func (c *connection) awaitLeases(asked closeRequest) time.Duration {
+	returned := c.leases.allReturned()
+	over := time.NewTimer(asked.grace)
 	defer over.Stop()
 	for {
 		select {
-		case asked = <-c.leave:
-			over.Reset(asked.stay)
+		case asked = <-c.stop:
+			over.Reset(asked.grace)
 			continue
-		case <-vacated:
+		case <-returned:
 		case err := <-c.closed:
 			c.end.notify(c.explain(errorOrNil(err)))
 		case <-c.socket.Done():
@@ -341,31 +315,88 @@ func (c *connection) teardown(limit time.Duration) {
 	c.socket.Wait()
 }
 
-// departure is how a connection is asked to close.
-type departure struct {
-	stay  time.Duration // how long sessions may stay on it
+// closeRequest is how a connection is asked to close.
+type closeRequest struct {
+	grace time.Duration // how long sessions may stay on it
 	limit time.Duration // how long the close may take after that
 }
 
 // close asks for an orderly close and returns at once; gone tells the end. Only the owner of
 // the connection calls it.
-func (c *connection) close(d departure) {
-	if !c.left {
-		c.left = true
-		c.leave <- d
+func (c *connection) close(d closeRequest) {
+	if !c.stopped {
+		c.stopped = true
+		c.stop <- d
 	}
 }
 
 // hurry shortens a departure that has been asked for, unless it is the first one still.
-func (c *connection) hurry(d departure) {
+func (c *connection) hurry(d closeRequest) {
 	select {
-	case <-c.leave: // the first one, which watch has not seen yet
+	case <-c.stop: // the first one, which watch has not seen yet
 	default:
 	}
-	c.leave <- d
+	c.stop <- d
 }
 
 // alive tells whether a new session may be opened on it.
 func (c *connection) alive() bool {
-	return !c.left && c.end.cause() == nil && !c.amqp.IsClosed() && !c.tenants.wornOut()
+	return !c.stopped && c.end.Cause() == nil && !c.amqp.IsClosed() && !c.leases.isRetired()
+}
+
+// tooManyChannelFailures notes a channel-level failure on c and tells whether the connection
+// is to be replaced too.
+func (c *connection) tooManyChannelFailures(now time.Time) bool {
+	recent := c.channelFailures[:0]
+	for _, t := range c.channelFailures {
+		if now.Sub(t) < escalateWithin {
+			recent = append(recent, t)
+		}
+	}
+	c.channelFailures = append(recent, now)
+	return len(c.channelFailures) >= escalateAfter
+}
+
+// major is the first number of the server's version, 0 if that cannot be read.
+func (c *connection) major() int {
+	version, _ := c.amqp.Properties["version"].(string)
+	first, _, _ := strings.Cut(version, ".")
+	major, _ := strconv.Atoi(first)
+	return major
+}
+
+// own notes the queue of the sessions of c. The tries on c come one after the other.
+func (c *connection) own(queue string) { c.queue = queue }
+
+// owned is the queue that the broker has named for an earlier session of c, "" if there is none.
+func (c *connection) owned(of *config) string {
+	if of.declare == nil || of.queue != "" {
+		return ""
+	}
+	return c.queue
+}
+
+// sameQueue refuses the queue of a TopologyFunc if that has left another one behind on this
+// connection: as a rule one that the broker has named, which would live on, bound and unread.
+func (c *connection) sameQueue(queue string) error {
+	left := c.queue != queue
+	if c.queue == "" {
+		left = c.failedTopologies.Load() > 0 && strings.HasPrefix(queue, "amq.") // which only a broker names
+	}
+	if left {
+		return &leftBehindError{was: c.queue, is: queue}
+	}
+	c.own(queue)
+	return nil
+}
+
+// topologyFails tells whether a TopologyFunc has failed so often on the connection that the queues it
+// may have left behind, one each time, have to go with it.
+func (c *connection) topologyFails() bool { return c.failedTopologies.Load() >= escalateAfter }
+
+// leftBehindError is a TopologyFunc that has left a queue behind on the connection.
+type leftBehindError struct{ was, is string }
+
+func (e *leftBehindError) Error() string {
+	return fmt.Sprintf("the topology function returned the queue %q, and has left another one behind on the same connection", e.is)
 }

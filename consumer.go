@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -14,61 +15,34 @@ import (
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
-// Handler handles one delivery. Its error decides the outcome: nil acks the
-// message; Discard drops or dead-letters it; Requeue and RequeueAfter put it
-// back; any other error, and a panic, puts it back after the hold of
-// WithRequeueDelay, which grows with every failure. The library drops nothing
-// unless the handler says so.
-//
-// RabbitMQ does: a quorum queue with a delivery limit, which is 20 by default since
-// RabbitMQ 4.0 (none before), drops a message, or dead-letters it, that was put back
-// more often. Up to 4.2 every way back counts, also that of messages no handler has
-// seen; since 4.3 only what a handler failed with. With the default holds a message
-// that always fails gets there after some hours. Classic queues and streams count
-// nothing.
-//
-// A failed message comes later than those behind it, also with one worker, and is
-// held until then: as many failing messages as the prefetch stop everything behind
-// them (see WithRequeueDelay). A stream has no way back: there a message that was not
-// acked or discarded is given to a handler again, in place, with Attempt one higher,
-// and no ack overtakes it.
-//
-// An error returned after ctx ended because the session was lost or the drain limit
-// passed is no failure: the broker has the message back already.
-//
-// Up to WithConcurrency handlers run at once. ctx carries the values of Run's
-// context and ends when the delivery's session is lost (context.Cause is a
-// *SessionError), after WithHandlerTimeout (ErrHandlerTimeout), or when the drain
-// limit has passed (*DrainError); it does not end with Run's context, so that
-// running handlers can finish. Work done after the session is lost is done
-// again, for the broker delivers the message once more: make it idempotent.
-type Handler func(ctx context.Context, d *Delivery) error
-
-// Consumer keeps one subscription to one queue alive. Make it with New. All
-// methods are safe for concurrent use.
+// Consumer keeps one subscription to one queue alive. Make it with [New], run it with
+// [Consumer.Run]. All methods are safe for concurrent use.
 type Consumer struct {
 	config  *config
 	running atomic.Bool
 	state   atomic.Int32
 	stats   *counters
-	broken  atomic.Pointer[brokenError]
+	fault   atomic.Pointer[faultError]
 }
 
-// New checks url, queue and options and returns a Consumer. It dials nothing.
+// New checks url, queue and options and returns a [Consumer]. It dials nothing. The error joins one
+// [*OptionError] per problem; it never holds the URL.
 //
-// url is amqp://user:password@host:port/vhost, or amqps for TLS; see
-// https://www.rabbitmq.com/docs/uri-spec. Special characters in user, password and
-// vhost are percent-encoded (net/url.UserPassword does it); a URL that one of them
-// may have cut wrongly is refused. Without a port it is 5672, or 5671 for TLS. Of the parameters
-// (https://www.rabbitmq.com/docs/uri-query-parameters) these count: heartbeat (1 to
-// 600 s), connection_timeout (ms), channel_max, auth_mechanism (plain, amqplain,
-// external; several times, best first) and, for TLS, cacertfile, certfile with
-// keyfile, server_name_indication, verify=verify_peer. Others are refused.
+// url is amqp://user:password@host:port/vhost, or amqps for TLS, see
+// https://www.rabbitmq.com/docs/uri-spec. Without a port it is 5672, or 5671 for TLS. Special
+// characters in user, password and vhost are percent-encoded ([net/url.UserPassword] does it); a
+// URL that one of them may have cut wrongly is refused. These parameters count
+// (https://www.rabbitmq.com/docs/uri-query-parameters), others are refused:
 //
-// queue must exist when the consumer subscribes (until then it keeps asking), unless
-// WithQueue or WithTopology declares it.
+//   - heartbeat (1 to 600 s) and connection_timeout (ms), see [WithHeartbeat] and
+//     [WithDialTimeout];
+//   - channel_max (0 to 65535);
+//   - auth_mechanism (plain, amqplain, external; several times, best first);
+//   - with amqps cacertfile, certfile with keyfile, server_name_indication, verify=verify_peer.
 //
-// The error joins one *OptionError per problem; it never holds the URL.
+// queue must exist when the consumer subscribes (until then it is asked for again), unless
+// [WithQueue] or [WithTopology] declares it. It may be "" if a [TopologyFunc] names it, or the
+// broker does: that is an exclusive classic [Queue].
 func New(url, queue string, opts ...Option) (*Consumer, error) {
 	c, err := build(url, queue, opts)
 	if err != nil {
@@ -77,7 +51,7 @@ func New(url, queue string, opts ...Option) (*Consumer, error) {
 	return &Consumer{config: c, stats: new(counters)}, nil
 }
 
-// Consume is New and Run in one call.
+// Consume is [New] and [Consumer.Run] in one call. Its error is that of either.
 func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) error {
 	c, err := New(url, queue, opts...)
 	if err != nil {
@@ -86,30 +60,32 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 	return c.Run(ctx, h)
 }
 
-// Run consumes until ctx ends, and heals from everything on the way. It blocks.
+// Run consumes until ctx ends, and heals from everything on the way. It blocks. A Consumer may be
+// run again after Run has returned.
 //
-// When ctx ends, Run takes no new work (basic.cancel), puts back what no handler
-// has started, waits for running handlers within the drain limit, has their acks
-// confirmed by the broker's close-ok, closes the connection and returns nil.
+// h is called by up to [WithConcurrency] goroutines at once; its contexts carry the values of ctx
+// but do not end with it, see [Handler]. When ctx ends, Run takes no new work (basic.cancel), puts
+// back what no handler has started, waits for running handlers within the limit of
+// [WithDrainTimeout], has their acks confirmed by the broker's close-ok, closes the connection and
+// returns nil.
 //
-// It returns an error that matches
-//   - ErrDrainTimeout if handlers were still running at the drain limit (errors.As
-//     with *DrainError tells how many); the broker delivers their messages again;
-//   - *SessionError with Op "lost" if the connection was lost while draining:
-//     the last acks may not have arrived and their messages come again;
-//   - *SessionError before the first session only, when the broker says plainly
-//     that the configuration cannot work (refused login, no such virtual host, no
-//     permission, inequivalent queue, refused combination) or refuses the login
-//     three times in a row where it does so without a word or WithURLFunc or
-//     WithCredentials give the login, see ErrLoginRefused. Once there has
-//     been a session Run never gives up. WithFatal replaces this rule;
-//   - *OptionError if h or the handler of a middleware is nil, or if a hook or the log handler
-//     has panicked (with the *PanicError);
-//   - *PanicError if the making of a middleware, or WithFatal, has panicked; an error that names
-//     it if it does not return within the set-up limit;
-//   - ErrRunning if the Consumer is running already.
+// Any other end is an error. It may join several; use [errors.Is] and [errors.As]:
 //
-// A Consumer may be run again after Run has returned.
+//   - [ErrDrainTimeout] if handlers were still running at the drain limit ([*DrainError] tells how
+//     many); the broker delivers their messages again.
+//   - [*SessionError] with Op "lost" if the connection was lost while draining: the last acks may
+//     not have arrived, and their messages come again.
+//   - [*SessionError] before the first session, if the broker says plainly that the configuration
+//     cannot work (refused login, no such virtual host, no permission, inequivalent queue, refused
+//     combination), or refuses the login three times in a row if it does so without a word, or if
+//     [WithURLFunc] or [WithCredentials] give the login, see [ErrLoginRefused]. Once there has been
+//     a session Run never gives up. [WithFatal] replaces this rule.
+//   - [*OptionError] if ctx or h is nil or a [Middleware] returns a nil handler, or if a hook or
+//     the log handler has panicked (with the [*PanicError]).
+//   - [*PanicError] if the making of a middleware, or the function of WithFatal, has panicked; an
+//     error that names the option if one of them does not return within the limit of
+//     [WithSetupTimeout].
+//   - [ErrRunning] if the Consumer is running already.
 func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if h == nil {
 		return &OptionError{"Run", "the handler must not be nil"}
@@ -117,68 +93,27 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if ctx == nil {
 		return &OptionError{"Run", "the context must not be nil"}
 	}
-	if broken := c.broken.Load(); broken != nil {
-		return broken
+	if fault := c.fault.Load(); fault != nil {
+		return fault
 	}
 	if !c.running.CompareAndSwap(false, true) {
 		return ErrRunning
 	}
 	defer c.running.Store(false)
-	h, err := c.config.wrap(ctx, h, func() { c.stats.abandoned.Add(1) })
+	h, err := wrap(ctx, c.config, h, func() { c.stats.abandoned.Add(1) })
 	if err != nil {
 		return err
 	}
 	return newSupervisor(ctx, c, h).run()
 }
 
-// Queue returns the queue given to New, "" if a TopologyFunc or the broker names it.
+// Queue returns the queue given to [New], "" if a [TopologyFunc] or the broker names it.
 func (c *Consumer) Queue() string { return c.config.queue }
 
-// State returns what the Consumer is doing.
+// State returns what the Consumer is doing. A Consumer whose Run has returned is [Stopped].
 func (c *Consumer) State() State { return State(c.state.Load()) }
 
-// Stats is a snapshot of a Consumer's counters, over all its Runs.
-type Stats struct {
-	// State is what the Consumer is doing.
-	State State
-	// Sessions counts sessions that reached consuming, Connections the
-	// connections opened, Dials the tries.
-	Sessions, Connections, Dials uint64
-	// Handling is the number of handlers running now.
-	Handling int
-	// Held is the number of messages that failed, or that cannot be read, and wait,
-	// unsettled, until they go back to the queue or, of a stream, are tried again. They take up the
-	// prefetch: once all of it is held nothing else is delivered.
-	Held int
-	// Overdue is the number of handlers that are still running a second or more
-	// after their timeout (WithHandlerTimeout).
-	Overdue int
-	// Delivered counts deliveries given to a handler, each try in place included.
-	// It is the sum of Acked, Requeued, Discarded and Stale plus those not settled yet.
-	Delivered uint64
-	// Acked, Requeued and Discarded count settlements that were sent. Of a stream they
-	// count what was decided: the ack of a message that was acked or discarded waits for
-	// those before it, and Requeued counts the tries in place, which send nothing.
-	Acked, Requeued, Discarded uint64
-	// Stale counts settlements that came after the end of their session and
-	// were not sent; the broker delivers those messages again.
-	Stale uint64
-	// Failed counts handlers that returned an error or panicked. An error after the
-	// end of the handler's session, or after the drain limit, is none: it cost
-	// nothing, for the broker has the message back.
-	Failed uint64
-	// Unreadable counts deliveries that no handler could be given, see MessageError.
-	// Of the numbers above only Held counts them, for as long as they are held.
-	Unreadable uint64
-	// Abandoned counts what could not be ended in time: a user's function
-	// that ignored its context, or a teardown that outlasted its limit.
-	Abandoned uint64
-	// EventsDropped counts changes of state no hook or log line told, because
-	// the hook or the logger was too slow.
-	EventsDropped uint64
-}
-
-// Stats returns the counters. They are read one after the other, not at one instant.
+// Stats returns the counters, over all Runs. They are read one after the other, not at one instant.
 func (c *Consumer) Stats() Stats {
 	n := c.stats
 	return Stats{
@@ -201,15 +136,6 @@ func (c *Consumer) Stats() Stats {
 	}
 }
 
-type counters struct {
-	sessions, connections, dials atomic.Uint64
-	handling, held, overdue      atomic.Int64
-	delivered, failed, stale     atomic.Uint64
-	unreadable                   atomic.Uint64
-	outcomes                     [Stale]atomic.Uint64 // by Outcome
-	abandoned, eventsDropped     atomic.Uint64
-}
-
 // supervisor is one Run. Its goroutine, Run's caller, is the only one that
 // changes the state: one function per state, each returning the next.
 type supervisor struct {
@@ -225,13 +151,14 @@ type supervisor struct {
 
 	conn    *connection
 	session *session
+	probed  <-chan struct{} // closed when nobody probes the session any more
 	number  uint64
 	scope   *scope // what its sessions share
 	tag     string
 	host    string
 	next    endpoint // of the next dial, once it is known
 
-	leaving []leaver
+	closing []closer
 	cause   error // of the last failure
 	retryIn time.Duration
 	err     error // what Run returns
@@ -281,7 +208,7 @@ func (s *supervisor) run() error {
 	s.ctx = ctx
 	go func() { // ends with ctx, which ends with Run
 		select {
-		case <-s.reporter.broken.ended:
+		case <-s.reporter.fault.Done():
 			stop(errStopped)
 		case <-ctx.Done():
 		}
@@ -297,10 +224,10 @@ func (s *supervisor) run() error {
 
 // result puts the panic of a hook or of the log handler before everything else.
 func (s *supervisor) result() error {
-	var broken *brokenError
-	if errors.As(s.reporter.broken.cause(), &broken) {
-		s.consumer.broken.Store(broken)
-		return errtext.Join(broken, s.err)
+	var fault *faultError
+	if errors.As(s.reporter.fault.Cause(), &fault) {
+		s.consumer.fault.Store(fault)
+		return errtext.Join(fault, s.err)
 	}
 	return s.err
 }
@@ -312,7 +239,7 @@ func (s *supervisor) connecting() stateFunc {
 		return s.draining
 	}
 	if s.conn != nil && !s.conn.alive() { // ended while it waited for the next try
-		s.hosts.failed(s.conn.host, s.conn.end.cause(), time.Now())
+		s.hosts.failed(s.conn.host, s.conn.end.Cause(), time.Now())
 		s.dropConnection()
 	}
 	if s.conn == nil && s.next.address == "" {
@@ -331,7 +258,7 @@ func (s *supervisor) connecting() stateFunc {
 	step := newStep("dial")
 	defer s.scope.waiting(s.host, step)()
 	try := s.scope.begin()
-	a := within(ctx, func() attempt { return s.open(ctx, conn, e, number, try, step) }, step)
+	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, e, number, try, step) }, step)
 	if a.conn != nil {
 		s.conn, s.host = a.conn, a.conn.host
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
@@ -348,7 +275,7 @@ func (s *supervisor) connecting() stateFunc {
 		}
 		return s.failed(a.err)
 	}
-	s.number, s.session = number, a.session
+	s.number, s.session, s.probed = number, a.session, probe(a.session)
 	return s.consuming
 }
 
@@ -373,7 +300,7 @@ func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, num
 	}
 	// A tag is never used again, not even by the next try for this session.
 	tag := fmt.Sprintf("%s.%d-%d", s.tag, try, number)
-	session, err := conn.openSession(ctx, s.scope, number, try, tag, step)
+	session, err := openSession(ctx, conn, s.scope, number, try, tag, step)
 	return attempt{conn: conn, own: own, session: session, err: err}
 }
 
@@ -408,15 +335,15 @@ func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
 	s.conn.served = true
 	s.retry.consuming()
-	s.hosts.worked(s.host)
+	s.hosts.connected(s.host)
+	s.enter(Consuming, nil) // first: a handler may ask for the state
 	s.pool.serve(s.session)
-	s.enter(Consuming, nil)
 	select {
-	case <-s.session.ended.ended:
+	case <-s.session.end.Done():
 		session := s.session
 		s.release()
 		s.proved(session)
-		return s.failed(session.ended.cause())
+		return s.failed(session.end.Cause())
 	case <-s.ctx.Done():
 		s.proved(s.session)
 		return s.draining
@@ -429,15 +356,15 @@ func (s *supervisor) proved(session *session) {
 	if session.healthy(now) {
 		s.retry.healthy()
 	}
-	if now.Sub(session.since) >= hostLasts {
-		s.hosts.lasted()
+	if now.Sub(session.since) >= provenAfter {
+		s.hosts.outlived()
 	}
 }
 
 // release lets the session go its way out, and with it its connection if that is
 // not worth keeping.
 func (s *supervisor) release() {
-	s.leaving = append(s.leaving, leaver{gone: s.session.gone, session: s.session}, leaver{gone: s.session.probed})
+	s.closing = append(s.closing, closer{done: s.session.done, session: s.session}, closer{done: s.probed})
 	s.pool.serve(nil)
 	s.session = nil
 }
@@ -451,8 +378,8 @@ func (s *supervisor) failed(err error) stateFunc {
 	}
 	s.hosts.failed(s.host, err, now)
 	s.keepOrReplace(err, now)
-	if gives, broken := s.givesUp(err); gives || broken != nil {
-		s.note(broken)
+	if gives, fault := s.givesUp(err); gives || fault != nil {
+		s.note(fault)
 		s.note(err)
 		return s.draining
 	}
@@ -477,7 +404,7 @@ func (s *supervisor) givesUp(err error) (bool, error) {
 	if s.config.fatal == nil {
 		return gives, nil
 	}
-	return s.config.isFatal(s.ctx, err, s.scope.abandoned)
+	return isFatal(s.ctx, s.config, err, s.scope.abandoned)
 }
 
 // keepOrReplace gives the connection up unless it stands, has not failed its sessions too often or
@@ -486,8 +413,8 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	if s.conn == nil {
 		return
 	}
-	keep := s.conn.alive() && !s.conn.littered() && !leavesNode(err)
-	if keep && (s.owns() || s.blameless(classify(err)) || !s.conn.escalates(now)) {
+	keep := s.conn.alive() && !s.conn.topologyFails() && !leavesNode(err)
+	if keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)) {
 		return
 	}
 	s.dropConnection()
@@ -507,29 +434,29 @@ func (s *supervisor) blameless(kind class) bool {
 // dropConnection gives the connection up. It closes when the handlers of a session that the
 // broker has cancelled have settled there, at the latest after the drain limit.
 func (s *supervisor) dropConnection() {
-	s.closeConnection(departure{stay: s.config.drainTimeout + s.config.closeTimeout, limit: s.config.closeTimeout})
+	s.closeConnection(closeRequest{grace: s.config.drainTimeout + s.config.closeTimeout, limit: s.config.closeTimeout})
 	s.sweep()
 }
 
-func (s *supervisor) closeConnection(d departure) {
+func (s *supervisor) closeConnection(d closeRequest) {
 	if s.conn == nil {
 		return
 	}
 	s.conn.close(d)
-	s.leaving = append(s.leaving, leaver{gone: s.conn.gone, conn: s.conn})
+	s.closing = append(s.closing, closer{done: s.conn.done, conn: s.conn})
 	s.conn = nil
 }
 
-// leaver is an old session or connection on its way out.
-type leaver struct {
-	gone    <-chan struct{}
+// closer is an old session or connection on its way out.
+type closer struct {
+	done    <-chan struct{}
 	session *session    // nil if it is something else
 	conn    *connection // the same
 }
 
-func (l leaver) left() bool {
+func (l closer) isDone() bool {
 	select {
-	case <-l.gone:
+	case <-l.done:
 		return true
 	default:
 		return false
@@ -537,7 +464,7 @@ func (l leaver) left() bool {
 }
 
 // sweep forgets what has gone.
-func (s *supervisor) sweep() { s.leaving = slices.DeleteFunc(s.leaving, leaver.left) }
+func (s *supervisor) sweep() { s.closing = slices.DeleteFunc(s.closing, closer.isDone) }
 
 // backoff waits for the next try.
 func (s *supervisor) backoff() stateFunc {
@@ -570,25 +497,25 @@ func (s *supervisor) draining() stateFunc {
 	left := s.config.closeTimeout
 	if s.session != nil {
 		close(s.session.stop)
-		<-s.session.gone // bounded by the drain limit and the close limit
-		s.leaving = append(s.leaving, leaver{gone: s.session.probed})
+		<-s.session.done // bounded by the drain limit and the close limit
+		s.closing = append(s.closing, closer{done: s.probed})
 		s.note(s.session.drained)
-		left -= s.session.closing
+		left -= s.session.closeTook
 	}
 	if !s.handlersDone(limit.C) && !errors.Is(s.err, ErrDrainTimeout) {
 		s.note(s.scope.drainError())
 	}
 	left = max(left, time.Millisecond)
-	s.closeConnection(departure{stay: left / 2, limit: left / 2})
+	s.closeConnection(closeRequest{grace: left / 2, limit: left / 2})
 	s.awaitLeaving()
 	return nil
 }
 
 // hurryLeaving holds connections on their way out to the limits of the stop.
 func (s *supervisor) hurryLeaving() {
-	for _, l := range s.leaving {
+	for _, l := range s.closing {
 		if l.conn != nil {
-			l.conn.hurry(departure{stay: s.config.drainTimeout, limit: s.config.closeTimeout})
+			l.conn.hurry(closeRequest{grace: s.config.drainTimeout, limit: s.config.closeTimeout})
 		}
 	}
 }
@@ -630,14 +557,14 @@ func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 func (s *supervisor) awaitLeaving() {
 	limit := time.NewTimer(s.config.closeTimeout + teardownGrace)
 	defer limit.Stop()
-	for i, l := range s.leaving {
+	for i, l := range s.closing {
 		select {
-		case <-l.gone:
+		case <-l.done:
 			if l.session != nil {
 				s.note(l.session.drained)
 			}
 		case <-limit.C:
-			s.stats.abandoned.Add(uint64(len(s.leaving) - i))
+			s.stats.abandoned.Add(uint64(len(s.closing) - i))
 			return
 		}
 	}
@@ -663,4 +590,37 @@ func (s *supervisor) enter(to State, cause error) {
 		change.RetryIn = s.retryIn
 	}
 	s.reporter.changed(change)
+}
+
+// leftBehind tells whether err is a queue that would be left behind on the connection, and gives
+// that up. A new one leaves nothing behind, so the next try goes there, at once.
+func (s *supervisor) leftBehind(err error) bool {
+	var left *leftBehindError
+	if s.ctx.Err() != nil || !errors.As(err, &left) {
+		return false
+	}
+	if left.was != "" && !s.scope.told.renamed.Swap(true) {
+		s.reporter.warn("the topology function names another queue for every session, so every session gets a connection of its own; "+
+			"what is in a queue that the broker has named is lost with the session. WithQueue keeps such a queue as long as the connection lives",
+			slog.String("queue", left.is), slog.String("before", left.was), slog.String("host", s.host))
+	}
+	s.dropConnection()
+	return true
+}
+
+// owns tells whether the end of the connection would take a queue with it that WithQueue has
+// declared and that has been consumed from.
+func (s *supervisor) owns() bool {
+	return s.conn != nil && s.conn.served && s.config.declare != nil && s.config.declare.Exclusive
+}
+
+// isFatal asks the user's function whether err ends Run. Nothing heals meanwhile.
+func isFatal(ctx context.Context, c *config, err error, left func()) (bool, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
+	defer cancel()
+	return userCall[bool]{
+		option: "WithFatal",
+		f:      func(context.Context) (bool, error) { return c.fatal(err), nil },
+		left:   left,
+	}.run(ctx)
 }

@@ -1,58 +1,62 @@
 package steadymq
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
+	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
-// Errors of settling a delivery. All of them leave the wire untouched.
+// Errors of settling a [Delivery]. All of them leave the wire untouched. Match them by [errors.Is].
 var (
-	// ErrStale is returned by a settlement that comes too late: the session
-	// that delivered the message is over, the broker has put the message back
-	// and will deliver it again. Nothing was sent. A handler that sees it has
-	// done work that will be done once more; make the work idempotent.
+	// ErrStale is returned by a settlement that comes too late: the session that delivered the
+	// message is over, the broker has put the message back and will deliver it again. Nothing was
+	// sent. A handler that sees it has done work that will be done once more; make the work
+	// idempotent. It may be wrapped: use [errors.Is].
 	ErrStale = errors.New("steadymq: stale delivery: its session is over and the broker delivers the message again; nothing was sent")
 
-	// ErrSettled is returned by the second and every later settlement of one
-	// delivery, whatever the outcomes. Nothing was sent.
+	// ErrSettled is returned by the second and every later settlement of one [Delivery], whatever
+	// the outcomes. Nothing was sent.
 	ErrSettled = errors.New("steadymq: this delivery is already settled; nothing was sent")
 
-	// ErrMultiple is returned by a settlement with multiple=true: it would
-	// settle the deliveries of other handlers that are still at work. Nothing
-	// was sent and the delivery is still unsettled. A handler that leaves it so and
-	// returns nil has failed with this error.
+	// ErrMultiple is returned by a settlement with multiple=true: it would settle the deliveries of
+	// other handlers that are still at work. Nothing was sent and the delivery is still unsettled.
+	// A handler that leaves it so and returns nil has failed with this error.
 	ErrMultiple = errors.New("steadymq: multiple=true is refused, it would settle deliveries that other handlers still work on; settle each delivery on its own")
 )
 
-// Errors of Run.
+// Errors of [Consumer.Run], of its sessions and of the contexts of handlers. Match them by
+// [errors.Is].
 var (
-	// ErrRunning is returned by a second Run of a Consumer that is running.
-	// Make another Consumer for a second subscription.
+	// ErrRunning is returned by [Consumer.Run] of a [Consumer] that is running already. Make
+	// another Consumer for a second subscription.
 	ErrRunning = errors.New("steadymq: this Consumer is already running; make another Consumer with New for a second subscription")
 
-	// ErrDrainTimeout is returned by Run when handlers were still running at
-	// the end of the drain limit. errors.As with *DrainError tells how many.
+	// ErrDrainTimeout is returned by [Consumer.Run] if handlers were still running when the limit
+	// of [WithDrainTimeout] had passed. [errors.As] with [*DrainError] tells how many.
 	ErrDrainTimeout = errors.New("steadymq: drain limit passed")
 
-	// ErrLoginRefused is inside a SessionError with Op "open" when the broker did
-	// not let us in: it said so (403, an *amqp.Error is inside, too), it offers
-	// none of our mechanisms, or it ended the socket after 3 s of silence, which
-	// is how RabbitMQ refuses clients that do not want to be told, and how other
-	// brokers may refuse all. Before the first session it ends Run: at once, or at
-	// the third refusal in a row where that was silence, or where WithURLFunc or
-	// WithCredentials give the login.
+	// ErrLoginRefused is inside a [*SessionError] with Op "open" when the broker did not let the
+	// consumer in: it said so (403; an *amqp.Error is inside, too), it offers none of the login
+	// mechanisms, or it ended the socket after 3 s of silence, which is how RabbitMQ refuses
+	// clients that do not want to be told, and how other brokers may refuse all
+	// (https://www.rabbitmq.com/docs/auth-notification).
+	//
+	// Before the first session it ends [Consumer.Run]: at once, or at the third refusal in a row if
+	// the refusal was silence or if [WithURLFunc] or [WithCredentials] give the login.
 	ErrLoginRefused = errors.New("login refused")
 
-	// ErrHandlerTimeout is the cause (context.Cause) of a handler's context
-	// that ended by the limit of WithHandlerTimeout.
+	// ErrHandlerTimeout is the cause ([context.Cause]) of a handler's context that ended by the
+	// limit of [WithHandlerTimeout].
 	ErrHandlerTimeout = errors.New("steadymq: handler timeout")
 )
 
-// ErrMessageTooLarge is the reason in a MessageError for a message with a larger body
-// than WithMaxMessageSize accepts.
+// ErrMessageTooLarge is inside a [*MessageError] about a message with a larger body than
+// [WithMaxMessageSize] accepts.
 var ErrMessageTooLarge = errors.New("the message is larger than the limit (WithMaxMessageSize)")
 
 // Reasons the library ends something by itself. They appear as causes inside
@@ -66,39 +70,33 @@ var (
 	errStopped      = errors.New("the consumer was stopped")
 )
 
-// setupPassed is errSetupTimeout with its value and what to do.
-func (c *config) setupPassed() error {
-	return errtext.Because(fmt.Errorf("setup limit of %v passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)", c.setupTimeout), errSetupTimeout)
-}
-
-// SessionError says at which step a session failed and why. It is the error
-// of Run when it gives up, the cause (context.Cause) of a handler's context
-// whose session was lost, and what hooks and log lines carry.
+// SessionError says at which step a session failed and why. It is the error of [Consumer.Run] when
+// it gives up, the cause ([context.Cause]) of a handler's context whose session was lost, and what
+// hooks and log lines carry. Get it by [errors.As].
 //
-// Unwrap gives the reason: one that holds an *amqp.Error with Server set when the
-// broker said it, else ErrLoginRefused, the error of the network (net.Error, io.EOF,
-// *tls.CertificateVerificationError) or one of the library's limits. It never holds a
-// password.
+// Unwrap returns the reason: one that holds an *amqp.Error with Server set if the broker said it,
+// else [ErrLoginRefused], the error of the network ([net.Error], [io.EOF],
+// [*tls.CertificateVerificationError]) or one of the library's limits. It never holds a password.
 type SessionError struct {
-	// Queue is the queue consumed from, "" as long as the broker or a
-	// TopologyFunc has still to name it.
+	// Queue is the queue consumed from, "" as long as the broker or a [TopologyFunc] has not named
+	// it.
 	Queue string
-	// Host is the broker's address, "" where none was involved.
+	// Host is the broker's address, "" if no host was involved.
 	Host string
-	// Op is the step: "dial" (TCP, DNS), "open" (TLS, login, virtual host),
-	// "channel", "qos", "topology" (the text says "declare" where it is WithQueue that
-	// failed), "consume", or "lost" for a session that was consuming.
+	// Op is the step: "dial" (TCP, DNS), "open" (TLS, login, virtual host), "channel", "qos",
+	// "topology" (the text says "declare" if it is [WithQueue] that failed), "consume", or "lost"
+	// for a session that was consuming.
 	Op string
-	// Session is the number of the session, counted from 1 in each Run; it
-	// is the number the session would have got when it failed before consuming.
+	// Session is the number of the session, counted from 1 in each Run. If the try failed before
+	// consuming it is the number that the session would have got.
 	Session uint64
 	// Err is the reason.
 	Err error
 }
 
-// Error tells queue, session, step, host, reason and, where the broker refuses, what to do, in one
-// line and each once: errors of net are quoted without their addresses, those of the broker as
-// "403 ACCESS_REFUSED - ...".
+// Error tells queue, session, step, host, reason and, if the broker refuses, what to do, in one
+// line and each once: errors of the network are quoted without their addresses, those of the broker
+// as "403 ACCESS_REFUSED - ...".
 func (e *SessionError) Error() string {
 	where := ""
 	if e.Queue != "" {
@@ -122,33 +120,31 @@ func (e *SessionError) step() string {
 // Unwrap returns the reason.
 func (e *SessionError) Unwrap() error { return e.Err }
 
-// MessageError tells of a message that no handler can be given: its headers cannot be
-// read, or its body is larger than WithMaxMessageSize accepts. It is given to
-// Hooks.Unreadable and ends no session.
+// MessageError tells of a message that no handler can be given: its headers cannot be read, or its
+// body is larger than [WithMaxMessageSize] accepts. It is given to [Hooks].Unreadable and ends no
+// session.
 //
-// The message is kept unsettled for 7.5 to 15 minutes, whatever WithRequeueDelay says, where it
-// occupies one place of the prefetch, and then put back into its queue (basic.nack with requeue, which a
-// quorum queue's delivery limit counts up to RabbitMQ 4.2 only); a stop puts it back at
-// once. So another consumer may get it, and it is told again when it comes back. To get
-// rid of it, take it out of the queue with a client that can read it. As many of them as
-// the prefetch stop what stands behind them. A stream keeps its messages, so there it is
-// stepped over as if a handler had acked it.
+// The message is kept unsettled for 7.5 to 15 min, whatever [WithRequeueDelay] says, and occupies
+// one place of the prefetch. Then it is put back into its queue (basic.nack with requeue, which
+// counts towards a quorum queue's delivery limit up to RabbitMQ 4.2 only); a stop puts it back at
+// once. So another consumer may get it, and it is told again when it comes back here. To get rid of
+// it, take it out of the queue with a client that can read it. As many of them as the prefetch stop
+// everything behind them. A stream keeps its messages, so there it is stepped over as if a handler
+// had acked it.
 type MessageError struct {
-	// Queue is the queue the message came from, Host the address of the broker,
-	// Session the number of the session.
+	// Queue is the queue that the message came from, Host the address of the broker, Session the
+	// number of the session.
 	Queue, Host string
 	Session     uint64
-	// Exchange and RoutingKey are what it was published with, "" where they cannot be
-	// read.
+	// Exchange and RoutingKey are what it was published with, "" if they cannot be read.
 	Exchange, RoutingKey string
 	// DeliveryTag is the broker's number for this delivery in its session.
 	DeliveryTag uint64
-	// Redelivered tells whether the broker has delivered it before, to anyone.
+	// Redelivered tells whether the broker has delivered it before, to any consumer.
 	Redelivered bool
-	// Size is the number of bytes of the body that the broker announced. None of them
-	// were kept.
+	// Size is the number of bytes that the broker announced for the body. None of them were kept.
 	Size uint64
-	// Err is the reason; errors.Is with ErrMessageTooLarge tells a large one.
+	// Err is the reason; it is [ErrMessageTooLarge], by [errors.Is], for a large body.
 	Err error
 }
 
@@ -161,10 +157,10 @@ func (e *MessageError) Error() string {
 // Unwrap returns the reason.
 func (e *MessageError) Unwrap() error { return e.Err }
 
-// OptionError is one refused argument of New, of an option or of Run. New
-// joins all of them (errors.Join), so that one call shows every problem.
+// OptionError is one refused argument of [New], of an option or of [Consumer.Run]. New joins all of
+// them ([errors.Join]), so that one call shows every problem; [errors.As] finds the first.
 type OptionError struct {
-	// Option is the name of the option, "New" or "Run".
+	// Option is the name of the option, or "New" or "Run" for one of their own arguments.
 	Option string
 	// Reason says what was wrong and what is allowed.
 	Reason string
@@ -175,13 +171,13 @@ func (e *OptionError) Error() string {
 	return "steadymq: " + e.Option + ": " + e.Reason
 }
 
-// PanicError is a panic of a function that the user has given, turned into an error: one bad
-// message must not end the process. So is an error of the user that panics when it is read, as
-// a nil pointer in an error does.
+// PanicError is a panic of a function that the user has given, turned into an error, so that one
+// bad message does not end the process. An error of the user that panics when it is read, as a nil
+// pointer in an error does, becomes one too.
 type PanicError struct {
-	// Value is what the function panicked with, or a text in its place if that panics
-	// when it is read. It is nil for a function that ended its goroutine by
-	// runtime.Goexit, as testing.T.FailNow does.
+	// Value is what the function panicked with, or a text in its place if that panics when it is
+	// read. It is nil for a function that ended its goroutine by [runtime.Goexit], as
+	// [testing.T.FailNow] does.
 	Value any
 	// Stack is the stack of the goroutine at the panic.
 	Stack []byte
@@ -201,13 +197,13 @@ func (e *PanicError) Unwrap() error {
 	return err
 }
 
-// DrainError tells how many handlers were still running when the drain limit
-// passed. errors.Is(err, ErrDrainTimeout) holds for it.
+// DrainError tells how many handlers were still running when the limit of [WithDrainTimeout] had
+// passed. It is an [ErrDrainTimeout], by [errors.Is].
 type DrainError struct {
-	// Handlers is the number of handlers left. Their contexts are cancelled
-	// and their deliveries unsettled: the broker delivers them again.
+	// Handlers is the number of handlers left. Their contexts are cancelled and their deliveries
+	// unsettled: the broker delivers them again.
 	Handlers int
-	// Limit is the drain limit that passed.
+	// Limit is the drain limit that has passed.
 	Limit time.Duration
 }
 
@@ -216,5 +212,76 @@ func (e *DrainError) Error() string {
 	return fmt.Sprintf("%v: %d handlers still running after %v; their messages go back to the queue (let handlers end when their context does, or raise WithDrainTimeout)", ErrDrainTimeout, e.Handlers, e.Limit)
 }
 
-// Unwrap returns ErrDrainTimeout.
+// Unwrap returns [ErrDrainTimeout].
 func (e *DrainError) Unwrap() error { return ErrDrainTimeout }
+
+// advice says what to do about a refusal of the broker, whose own text says only what it refuses.
+// Code and step decide, never the text: it repeats names of queues and users.
+func advice(op string, err error) string {
+	var brokerErr *amqp.Error
+	if !errors.As(err, &brokerErr) || !brokerErr.Server {
+		return adviceTLS(err)
+	}
+	switch kind := classifySaid(brokerErr); {
+	case kind == classAbsent:
+		return "; it is asked for again until someone has declared it, which WithQueue or WithTopology can do"
+	case kind != classOperator:
+		return ""
+	case op == "open" && brokerErr.Code == amqp.NotAllowed:
+		return "; the path of the URL names the virtual host: it must exist, and the user needs permissions on it"
+	case op == "open":
+		return ""
+	case brokerErr.Code == amqp.AccessRefused:
+		return "; give the user the permission (rabbitmqctl set_permissions)"
+	case op == "topology" && brokerErr.Code == amqp.PreconditionFailed:
+		return "; what exists was declared otherwise: declare it alike, or delete it (its messages go with it)"
+	}
+	return ""
+}
+
+// adviceTLS says what to do about a certificate that is not trusted.
+func adviceTLS(err error) string {
+	var invalid x509.CertificateInvalidError
+	switch {
+	case errors.As(err, new(x509.UnknownAuthorityError)):
+		return "; trust its CA by cacertfile in the URL or by WithTLSConfig (RootCAs)"
+	case errors.As(err, new(x509.HostnameError)):
+		return "; use a host name of the certificate in the URL, or name one by server_name_indication in the URL or by WithTLSConfig (ServerName)"
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return "; renew the broker's certificate, or set the clock of this host"
+	}
+	return ""
+}
+
+// reason is the text of Err without what the rest of the sentence says: step and
+// host, which the errors of net repeat, and whose error it is.
+func (e *SessionError) reason() string {
+	text := errtext.Plain(fmt.Sprint(e.Err), e.Err, e.Host != "")
+	if e.Host != "" {
+		text = strings.NewReplacer("dial "+e.Host+": ", "", " with "+e.Host, "").Replace(text)
+	}
+	return errtext.OneLine(strings.ReplaceAll(text, "steadymq: ", ""))
+}
+
+// reasonOf is the text of a cause for a log line that names queue, session and host
+// by itself.
+func reasonOf(cause error) string {
+	at, ok := cause.(*SessionError) //nolint:errorlint // what wraps it has a text of its own
+	if !ok {
+		return errtext.Brief(cause)
+	}
+	return errtext.Brief(errors.New(at.step()+": "+at.reason())) + advice(at.Op, at.Err)
+}
+
+// declareError is a failure of what WithQueue declares.
+type declareError struct{ err error }
+
+func (e *declareError) Error() string { return e.err.Error() }
+
+func (e *declareError) Unwrap() error { return e.err }
+
+// errStalled is the cause of a session that WithStallDetector ended.
+var errStalled = errors.New("stalled")
+
+// errSilentRefusal is what the end of the socket after 3 s most probably means.
+var errSilentRefusal = fmt.Errorf("%w: the broker ended the socket after 3s of silence, which is how RabbitMQ refuses a login without saying so: check user name, password and mechanism (a cut network path can look the same)", ErrLoginRefused)

@@ -5,6 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 
@@ -12,19 +19,25 @@ import (
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// The broker of these examples lives in this process; yours is at an AMQP URL.
-func exampleBroker(bodies ...string) (*steadymqtest.Broker, []steadymq.Option) {
-	broker := steadymqtest.NewBroker(nil)
-	broker.DeclareQueue("orders", steadymqtest.QueueOptions{})
-	broker.Publish("orders", bodies...)
-	return broker, []steadymq.Option{
-		steadymq.WithDialer(broker.Dialer()),
-		steadymq.WithLogger(slog.New(slog.DiscardHandler)),
-	}
+// exampleBroker is the broker of most examples, with a queue of orders and one for dead letters. It
+// lives in this process and is reached by WithDialer; yours is at an AMQP URL and needs no such
+// option.
+func exampleBroker(orders ...string) *steadymqtest.Broker {
+	broker := emptyBroker()
+	broker.DeclareQueue("orders.dead", steadymqtest.QueueOptions{Type: "quorum"})
+	broker.DeclareQueue("orders", steadymqtest.QueueOptions{Type: "quorum", DeadLetter: "orders.dead"})
+	broker.Publish("orders", orders...)
+	return broker
+}
+
+// emptyBroker has no queues. ExampleWithLogger shows what is logged, the others are quiet.
+func emptyBroker(opts ...steadymqtest.Option) *steadymqtest.Broker {
+	slog.SetDefault(slog.New(slog.DiscardHandler))
+	return steadymqtest.NewBroker(nil, opts...)
 }
 
 func ExampleConsume() {
-	broker, options := exampleBroker("tea", "milk")
+	broker := exampleBroker("tea", "milk")
 	defer broker.Close()
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
@@ -34,7 +47,7 @@ func ExampleConsume() {
 			stop()
 		}
 		return nil // nil acks, an error puts the message back
-	}, options...)
+	}, steadymq.WithDialer(broker.Dialer()))
 	fmt.Println("stopped:", err)
 	// Output:
 	// tea
@@ -42,12 +55,214 @@ func ExampleConsume() {
 	// stopped: <nil>
 }
 
-func ExampleDiscard() {
-	broker, options := exampleBroker("poison")
+// All problems are told at once, before anything is dialled.
+func ExampleNew_refused() {
+	_, err := steadymq.New("amqp://app:secret@mq1/", "orders",
+		steadymq.WithPrefetch(0),
+		steadymq.WithDrainTimeout(30))
+	fmt.Println(err)
+	// Output:
+	// steadymq: WithPrefetch: must be between 1 and 65535, got 0
+	// steadymq: WithDrainTimeout: must be between 1ms and 24h0m0s, got 30ns (a bare number counts nanoseconds: write 30*time.Second)
+}
+
+// At SIGTERM the running handler finishes and its ack is confirmed by the broker. What no handler
+// has started goes back to the queue.
+func ExampleConsumer_Run_gracefulStop() {
+	broker := exampleBroker("tea", "milk", "bread")
+	defer broker.Close()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	c, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	err = c.Run(ctx, func(ctx context.Context, d *steadymq.Delivery) error {
+		stop() // as if SIGTERM came now
+		fmt.Printf("working on %s, context: %v\n", d.Body, ctx.Err())
+		return nil
+	})
+	fmt.Println("stopped:", err)
+	fmt.Println("acked:", c.Stats().Acked, "left for others:", broker.QueueLen("orders"))
+	// Output:
+	// working on tea, context: <nil>
+	// stopped: <nil>
+	// acked: 1 left for others: 2
+}
+
+// A readiness probe, such as Kubernetes sends.
+func ExampleConsumer_Stats() {
+	broker := exampleBroker()
 	defer broker.Close()
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	c, err := steadymq.New(broker.URL, "orders", options...)
+	var c *steadymq.Consumer
+	ready := func(w http.ResponseWriter, _ *http.Request) {
+		stats := c.Stats()
+		if stats.State != steadymq.Consuming {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+		fmt.Fprintf(w, "%v, sessions: %d, acked: %d", stats.State, stats.Sessions, stats.Acked)
+	}
+	probe := func() {
+		answer := httptest.NewRecorder()
+		ready(answer, nil)
+		fmt.Println(answer.Code, answer.Body)
+	}
+	changed := func(change steadymq.StateChange) {
+		if change.To == steadymq.Consuming {
+			probe()
+			broker.Publish("orders", "tea")
+		}
+	}
+	c, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()),
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: changed}))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	probe()
+	_ = c.Run(ctx, func(context.Context, *steadymq.Delivery) error {
+		stop()
+		return nil
+	})
+	probe()
+	// Output:
+	// 503 idle, sessions: 0, acked: 0
+	// 200 consuming, sessions: 1, acked: 0
+	// 503 stopped, sessions: 1, acked: 1
+}
+
+// What a handler returns decides what becomes of the message.
+func ExampleHandler() {
+	broker := exampleBroker("tea", "large order", "early order", "no order")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	handle := func(_ context.Context, d *steadymq.Delivery) error {
+		order, first := string(d.Body), d.Attempt() == 1
+		fmt.Printf("%s, attempt %d\n", order, d.Attempt())
+		switch {
+		case order == "no order":
+			return steadymq.Discard(errors.New("cannot be parsed")) // to the dead-letter queue
+		case order == "large order" && first:
+			return steadymq.Requeue(errors.New("for another worker")) // back at once
+		case order == "early order" && first:
+			return steadymq.RequeueAfter(errors.New("the shop is closed"), 50*time.Millisecond)
+		case order == "early order":
+			stop() // it is the last one
+		}
+		return nil // ack
+	}
+	err := steadymq.Consume(ctx, broker.URL, "orders", handle, steadymq.WithDialer(broker.Dialer()))
+	fmt.Println("stopped:", err)
+	fmt.Println("left:", broker.QueueLen("orders"), "dead:", broker.QueueLen("orders.dead"))
+	// Output:
+	// tea, attempt 1
+	// large order, attempt 1
+	// early order, attempt 1
+	// no order, attempt 1
+	// large order, attempt 2
+	// early order, attempt 2
+	// stopped: <nil>
+	// left: 0 dead: 1
+}
+
+// The context ends with the session: the broker has the message back, so the work is given up.
+func ExampleHandler_lostSession() {
+	broker := exampleBroker("tea")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	paid := make(chan struct{}) // by a payment provider that takes its time
+	handle := func(ctx context.Context, d *steadymq.Delivery) error {
+		if d.Session() == 1 {
+			broker.CloseConnections(320, "broker forced connection closure with reason 'shutdown'")
+		} else {
+			close(paid)
+		}
+		select {
+		case <-paid:
+			fmt.Printf("%s is paid in session %d\n", d.Body, d.Session())
+			stop()
+			return nil
+		case <-ctx.Done():
+			cause := context.Cause(ctx)
+			var lost *steadymq.SessionError
+			if errors.As(cause, &lost) {
+				fmt.Printf("session %d is %s\n", lost.Session, lost.Op)
+			}
+			fmt.Println(cause)
+			return cause // no failure of the handler
+		}
+	}
+	err := steadymq.Consume(ctx, broker.URL, "orders", handle, steadymq.WithDialer(broker.Dialer()))
+	fmt.Println("stopped:", err)
+	// Output:
+	// session 1 is lost
+	// steadymq: queue orders: session 1: lost mq1.test:5672: 320 CONNECTION_FORCED - broker forced connection closure with reason 'shutdown'
+	// tea is paid in session 2
+	// stopped: <nil>
+}
+
+// One instance does not serve all shops: the others are offered what is not for it.
+func ExampleRequeue() {
+	broker := exampleBroker()
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	serve := func(shop string) error {
+		return steadymq.Consume(ctx, broker.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) != "order of "+shop {
+				return steadymq.Requeue(nil)
+			}
+			fmt.Printf("%s takes the %s\n", shop, d.Body)
+			stop()
+			return nil
+		}, steadymq.WithDialer(broker.Dialer()), steadymq.WithPrefetch(1))
+	}
+	stopped := make(chan error)
+	go func() { stopped <- serve("shop 1") }()
+	go func() { stopped <- serve("shop 2") }()
+	_ = broker.WaitConsumers(ctx, "orders", 2)
+	broker.Publish("orders", "order of shop 2")
+	fmt.Println(<-stopped, <-stopped)
+	// Output:
+	// shop 2 takes the order of shop 2
+	// <nil> <nil>
+}
+
+// A provider that limits the rate says when to come again. No worker waits for it.
+func ExampleRequeueAfter() {
+	broker := exampleBroker("tea", "milk")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	err := steadymq.Consume(ctx, broker.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
+		if string(d.Body) == "tea" && d.Attempt() == 1 {
+			retryAfter := 20 * time.Millisecond // of the answer
+			return steadymq.RequeueAfter(errors.New("429 Too Many Requests"), retryAfter)
+		}
+		fmt.Printf("%s\n", d.Body)
+		if string(d.Body) == "tea" {
+			stop()
+		}
+		return nil
+	}, steadymq.WithDialer(broker.Dialer()))
+	fmt.Println("stopped:", err)
+	// Output:
+	// milk
+	// tea
+	// stopped: <nil>
+}
+
+func ExampleDiscard() {
+	broker := exampleBroker("poison")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	c, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()))
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -56,44 +271,11 @@ func ExampleDiscard() {
 		stop()
 		return steadymq.Discard(errors.New("cannot be parsed"))
 	})
-	fmt.Println("discarded:", c.Stats().Discarded, "left:", broker.QueueLen("orders"))
-	// Output: discarded: 1 left: 0
-}
-
-func ExampleWithMiddleware() {
-	// A policy is a middleware that rewrites the error.
-	discardAfter := func(n int) steadymq.Middleware {
-		return func(next steadymq.Handler) steadymq.Handler {
-			return func(ctx context.Context, d *steadymq.Delivery) error {
-				err := next(ctx, d)
-				if err != nil && d.Attempt() >= n {
-					return steadymq.Discard(err)
-				}
-				return err
-			}
-		}
-	}
-	broker, options := exampleBroker("flaky")
-	defer broker.Close()
-	ctx, stop := context.WithCancel(context.Background())
-	defer stop()
-	c, err := steadymq.New(broker.URL, "orders", append(options, steadymq.WithMiddleware(discardAfter(2)))...)
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	_ = c.Run(ctx, func(_ context.Context, d *steadymq.Delivery) error {
-		fmt.Println("attempt", d.Attempt())
-		if d.Attempt() == 2 {
-			stop()
-		}
-		return steadymq.Requeue(errors.New("not today"))
-	})
 	fmt.Println("discarded:", c.Stats().Discarded)
+	fmt.Println("left:", broker.QueueLen("orders"), "dead:", broker.QueueLen("orders.dead"))
 	// Output:
-	// attempt 1
-	// attempt 2
 	// discarded: 1
+	// left: 0 dead: 1
 }
 
 func ExampleOutcomeOf() {
@@ -117,6 +299,108 @@ func ExampleOutcomeOf() {
 	// discarded cannot be parsed
 }
 
+// Settled by hand before work that must not be done twice: at most once in place of at least once.
+func ExampleDelivery_Ack() {
+	broker := exampleBroker("tea")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	handle := func(_ context.Context, d *steadymq.Delivery) error {
+		defer stop()
+		if err := d.Ack(); err != nil {
+			return err // nothing was sent, the message comes again
+		}
+		fmt.Printf("%s is %v, a mail is sent\n", d.Body, d.Outcome())
+		return nil // it is settled already, and that is respected
+	}
+	err := steadymq.Consume(ctx, broker.URL, "orders", handle, steadymq.WithDialer(broker.Dialer()))
+	fmt.Println("stopped:", err)
+	fmt.Println("left:", broker.QueueLen("orders"))
+	// Output:
+	// tea is acked, a mail is sent
+	// stopped: <nil>
+	// left: 0
+}
+
+// An ack that comes after the end of the session says so, and settles no other message.
+func ExampleDelivery_Ack_stale() {
+	broker := exampleBroker("tea")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	handle := func(ctx context.Context, d *steadymq.Delivery) error {
+		if d.Session() == 1 {
+			broker.Reset() // the connection is lost while the handler works
+			<-ctx.Done()
+		}
+		err := d.Ack()
+		if errors.Is(err, steadymq.ErrStale) {
+			fmt.Printf("%s: too late, undo what was done\n", d.Body)
+			return err
+		}
+		fmt.Printf("%s: %v in session %d\n", d.Body, d.Outcome(), d.Session())
+		stop()
+		return err
+	}
+	err := steadymq.Consume(ctx, broker.URL, "orders", handle, steadymq.WithDialer(broker.Dialer()))
+	fmt.Println("stopped:", err)
+	// Output:
+	// tea: too late, undo what was done
+	// tea: acked in session 2
+	// stopped: <nil>
+}
+
+// A message that fails three times is parked in the dead-letter queue.
+func ExampleDelivery_Attempt() {
+	broker := exampleBroker("poison")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	handle := func(_ context.Context, d *steadymq.Delivery) error {
+		err := errors.New("the database refuses it")
+		fmt.Printf("attempt %d: %v\n", d.Attempt(), err)
+		if d.Attempt() < 3 {
+			return err // again, after a hold that grows
+		}
+		stop()
+		return steadymq.Discard(err)
+	}
+	err := steadymq.Consume(ctx, broker.URL, "orders", handle,
+		steadymq.WithDialer(broker.Dialer()),
+		steadymq.WithRequeueDelay(10*time.Millisecond, time.Minute)) // default: 1 s, 15 min
+	fmt.Println("stopped:", err)
+	fmt.Println("left:", broker.QueueLen("orders"), "parked:", broker.QueueLen("orders.dead"))
+	// Output:
+	// attempt 1: the database refuses it
+	// attempt 2: the database refuses it
+	// attempt 3: the database refuses it
+	// stopped: <nil>
+	// left: 0 parked: 1
+}
+
+// A test of a handler needs no broker: what does it do at the fifth attempt?
+func ExampleNewDelivery() {
+	handle := func(_ context.Context, d *steadymq.Delivery) error {
+		if d.Attempt() >= 5 {
+			return steadymq.Discard(errors.New("given up"))
+		}
+		return errors.New("not today")
+	}
+	fresh := steadymq.NewDelivery(amqp.Delivery{Body: []byte("tea")})
+	tried := steadymq.NewDelivery(amqp.Delivery{
+		Body:        []byte("tea"),
+		Redelivered: true,
+		Headers:     amqp.Table{"x-delivery-count": int64(4)},
+	})
+	for _, d := range []*steadymq.Delivery{fresh, tried} {
+		outcome, err := steadymq.Invoke(context.Background(), handle, d)
+		fmt.Printf("attempt %d: %v, %v\n", d.Attempt(), outcome, err)
+	}
+	// Output:
+	// attempt 1: requeued, not today
+	// attempt 5: discarded, given up
+}
+
 func ExampleInvoke() {
 	// In a test of the handler: what becomes of this message?
 	handle := func(_ context.Context, d *steadymq.Delivery) error {
@@ -130,34 +414,64 @@ func ExampleInvoke() {
 	// Output: discarded empty order
 }
 
-func ExampleHooks_settled() {
-	broker, options := exampleBroker("tea", "poison")
+func ExamplePanicError() {
+	handle := func(_ context.Context, d *steadymq.Delivery) error {
+		fields := strings.Split(string(d.Body), ";")
+		fmt.Println("price:", fields[1])
+		return nil
+	}
+	tea := steadymq.NewDelivery(amqp.Delivery{Body: []byte("tea")})
+	outcome, err := steadymq.Invoke(context.Background(), handle, tea)
+	fmt.Println(outcome, err)
+	var panicked *steadymq.PanicError
+	if errors.As(err, &panicked) {
+		fmt.Println("the stack is known:", len(panicked.Stack) > 0)
+	}
+	// Output:
+	// requeued steadymq: panic: runtime error: index out of range [1] with length 1
+	// the stack is known: true
+}
+
+// Before the first session Run gives up on what only an operator can mend.
+func ExampleSessionError() {
+	broker := exampleBroker()
+	defer broker.Close()
+	handle := func(context.Context, *steadymq.Delivery) error { return nil }
+	err := steadymq.Consume(context.Background(), "amqp://guest:secert@mq1.test/", "orders", handle,
+		steadymq.WithDialer(broker.Dialer()))
+	var failed *steadymq.SessionError
+	if errors.As(err, &failed) {
+		fmt.Println("step:", failed.Op, "host:", failed.Host)
+	}
+	fmt.Println("login refused:", errors.Is(err, steadymq.ErrLoginRefused))
+	fmt.Println(err)
+	// Output:
+	// step: open host: mq1.test:5672
+	// login refused: true
+	// steadymq: queue orders: session 1: open mq1.test:5672: login refused: 403 ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN. For details see the broker logfile: check user name, password and mechanism; RabbitMQ lets the user guest in from its own host only, so make another user (https://www.rabbitmq.com/docs/access-control#loopback-users)
+}
+
+// A handler that takes no notice of its context outlasts the drain limit.
+func ExampleDrainError() {
+	broker := exampleBroker("tea")
 	defer broker.Close()
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	settled := func(d *steadymq.Delivery, o steadymq.Outcome) {
-		fmt.Printf("%s: %v\n", d.Body, o)
-		if string(d.Body) == "poison" {
-			stop()
-		}
-	}
-	_ = steadymq.Consume(ctx, broker.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
-		if string(d.Body) == "poison" {
-			return steadymq.Discard(nil)
-		}
+	stuck := make(chan struct{})
+	defer close(stuck)
+	err := steadymq.Consume(ctx, broker.URL, "orders", func(context.Context, *steadymq.Delivery) error {
+		stop()
+		<-stuck
 		return nil
-	}, append(options, steadymq.WithHooks(steadymq.Hooks{Settled: settled}))...)
-	// Output:
-	// tea: acked
-	// poison: discarded
-}
-
-func ExampleNew_refused() {
-	_, err := steadymq.New("amqp://app:secret@mq1/", "orders",
-		steadymq.WithPrefetch(0),
-		steadymq.WithDrainTimeout(30))
+	}, steadymq.WithDialer(broker.Dialer()), steadymq.WithDrainTimeout(20*time.Millisecond))
+	var left *steadymq.DrainError
+	if errors.As(err, &left) {
+		fmt.Println("handlers left:", left.Handlers)
+	}
 	fmt.Println(err)
+	fmt.Println("back in the queue:", broker.QueueLen("orders"))
 	// Output:
-	// steadymq: WithPrefetch: must be between 1 and 65535, got 0
-	// steadymq: WithDrainTimeout: must be between 1ms and 24h0m0s, got 30ns (a bare number counts nanoseconds: write 30*time.Second)
+	// handlers left: 1
+	// steadymq: drain limit passed: 1 handlers still running after 20ms; their messages go back to the queue (let handlers end when their context does, or raise WithDrainTimeout)
+	// back in the queue: 1
 }

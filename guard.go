@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"runtime/debug"
 	"time"
 )
 
@@ -68,7 +69,7 @@ func (c userCall[T]) answer(ctx context.Context, done chan<- answer[T]) {
 		done <- a
 	}()
 	a.value, a.err = c.f(ctx)
-	a.err = sound(a.err)
+	a.err = safeError(a.err)
 	returned = true
 }
 
@@ -86,40 +87,8 @@ func (c userCall[T]) named(err error) error {
 	return fmt.Errorf("%s: %w", c.option, err)
 }
 
-// wrap makes the handler of a Run out of the user's and the middleware around it.
-func (c *config) wrap(ctx context.Context, h Handler, left func()) (Handler, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
-	defer cancel()
-	for i := len(c.middleware) - 1; i >= 0; i-- {
-		made, err := userCall[Handler]{
-			option: "WithMiddleware",
-			f:      func(context.Context) (Handler, error) { return c.middleware[i](h), nil },
-			left:   left,
-		}.run(ctx)
-		if err != nil {
-			return nil, fmt.Errorf("steadymq: %w", err)
-		}
-		if made == nil {
-			return nil, &OptionError{"WithMiddleware", fmt.Sprintf("middleware %d of %d returned a nil handler", i+1, len(c.middleware))}
-		}
-		h = made
-	}
-	return h, nil
-}
-
 // errNoAnswer ends a function that has no context to watch.
 var errNoAnswer = errors.New("no answer within the setup limit (WithSetupTimeout)")
-
-// isFatal asks the user's function whether err ends Run. Nothing heals meanwhile.
-func (c *config) isFatal(ctx context.Context, err error, left func()) (bool, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
-	defer cancel()
-	return userCall[bool]{
-		option: "WithFatal",
-		f:      func(context.Context) (bool, error) { return c.fatal(err), nil },
-		left:   left,
-	}.run(ctx)
-}
 
 // isNil tells whether a value of the user is nil, or a nil pointer in an interface, which is not.
 func isNil(value any) bool {
@@ -130,16 +99,108 @@ func isNil(value any) bool {
 // transfer calls Read or Write of a connection that may be the user's, or run callbacks of the
 // user's TLS configuration. What panics there, or ends the goroutine, ends the socket: broken is
 // told why, and it is the error of a panic.
-func transfer(f func([]byte) (int, error), p []byte, broken func(error)) (n int, err error) {
+func transfer(f func([]byte) (int, error), p []byte, fault func(error)) (n int, err error) {
 	returned := false
 	defer func() {
 		if !returned {
 			n, err = 0, fmt.Errorf("a function of the connection or of its TLS configuration: %w", panicked(recover()))
-			broken(err)
+			fault(err)
 		}
 	}()
 	n, err = f(p)
-	err = sound(err)
+	err = safeError(err)
 	returned = true
 	return n, err
 }
+
+// safeError returns an error of the user as it is if it can be read, else a *PanicError in its place.
+// What Discard, Requeue and RequeueAfter ask for stays.
+func safeError(err error) error {
+	if err == nil {
+		return nil
+	}
+	return readable(err)
+}
+
+func readable(err error) error {
+	var r reading
+	stack := r.all(err)
+	if stack == nil {
+		return err
+	}
+	fault := &PanicError{
+		Value: fmt.Sprintf("the error %T panics when it is read; is it a nil pointer, which is an error that is not nil?", r.at),
+		Stack: stack,
+	}
+	if v := r.verdict; v != nil {
+		return &outcomeError{outcome: v.outcome, delay: v.delay, err: fault}
+	}
+	return fault
+}
+
+// causeOf is context.Cause: the context may be Run's, and its cause the user's.
+func causeOf(ctx context.Context) error { return safeError(context.Cause(ctx)) }
+
+// panicked makes the error of a panic out of what recover returned.
+func panicked(value any) *PanicError {
+	e := &PanicError{Value: value, Stack: debug.Stack()}
+	if new(reading).all(e) != nil {
+		e.Value = fmt.Sprintf("a %T that panics when it is read", value)
+	}
+	return e
+}
+
+// reading goes over an error and all that it wraps.
+type reading struct {
+	at      error         // the one it has come to
+	verdict *outcomeError // the first one on the way
+}
+
+// all reads err, and returns the stack of the panic if that panics.
+func (r *reading) all(err error) (stack []byte) {
+	defer func() {
+		if recover() != nil {
+			stack = debug.Stack()
+		}
+	}()
+	r.read(err, 0)
+	return nil
+}
+
+// maxChain is how deep errors may wrap each other; one that wraps itself has no end.
+const maxChain = 1000
+
+// read calls all that fmt, errors.Is and errors.As do.
+func (r *reading) read(err error, depth int) {
+	if err == nil {
+		return
+	}
+	r.at = err
+	if v, ok := err.(*outcomeError); ok && r.verdict == nil { //nolint:errorlint // every error of the tree is looked at
+		r.verdict = v
+	}
+	if depth > maxChain {
+		panic("an error without an end")
+	}
+	if e, ok := err.(interface{ Is(error) bool }); ok {
+		e.Is(errNobodys)
+	}
+	if e, ok := err.(interface{ As(any) bool }); ok {
+		e.As(new(*nobodys))
+	}
+	switch e := err.(type) { //nolint:errorlint // as above
+	case interface{ Unwrap() error }:
+		r.read(e.Unwrap(), depth+1)
+	case interface{ Unwrap() []error }:
+		for _, inner := range e.Unwrap() {
+			r.read(inner, depth+1)
+		}
+	}
+	r.at = err
+	_ = err.Error() // after those it wraps, whose texts it may ask for
+}
+
+// nobodys is an error that no other one is.
+type nobodys struct{ error }
+
+var errNobodys = &nobodys{}

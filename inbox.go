@@ -11,11 +11,11 @@ import (
 type inbox struct {
 	next chan *Delivery
 
-	mu   sync.Mutex
-	shut bool
-	rest []*Delivery // more than the prefetch, or after the inbox was shut
-	done bool        // it was cleared
-	more atomic.Bool // rest is not empty
+	mu      sync.Mutex
+	closed  bool
+	rest    []*Delivery // more than the prefetch, or after the inbox was shut
+	cleared bool        // it was cleared
+	more    atomic.Bool // rest is not empty
 }
 
 // receiver is what the wire gives the messages of one subscription to. Only the goroutine that
@@ -52,7 +52,7 @@ func newInbox(size int) *inbox {
 func (i *inbox) put(d *Delivery) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if !i.shut && len(i.rest) == 0 {
+	if !i.closed && len(i.rest) == 0 {
 		select {
 		case i.next <- d:
 			return
@@ -77,7 +77,7 @@ func (i *inbox) take() (*Delivery, bool) {
 
 // refill is called with mu held.
 func (i *inbox) refill() {
-	for len(i.rest) > 0 && !i.shut {
+	for len(i.rest) > 0 && !i.closed {
 		select {
 		case i.next <- i.rest[0]:
 			i.rest[0] = nil // the array outlives it
@@ -97,7 +97,7 @@ func (i *inbox) refill() {
 func (i *inbox) takeBack(d *Delivery) bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.done {
+	if i.cleared {
 		return false
 	}
 	i.rest = append(i.rest, d)
@@ -116,8 +116,8 @@ func (i *inbox) waiting() int {
 func (i *inbox) close() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if !i.shut {
-		i.shut = true
+	if !i.closed {
+		i.closed = true
 		close(i.next)
 	}
 }
@@ -130,6 +130,42 @@ func (i *inbox) clear() []*Delivery {
 	for d := range i.next {
 		all = append(all, d)
 	}
-	all, i.rest, i.done = append(all, i.rest...), nil, true
+	all, i.rest, i.cleared = append(all, i.rest...), nil, true
+	return all
+}
+
+// unreadable is a message that no handler can be given, and why.
+type unreadable struct {
+	delivery *Delivery
+	err      *MessageError
+}
+
+// aside is where the socket's Read puts what is unreadable. It goes past the workers,
+// who may all be busy, to the session.
+type aside struct {
+	more chan struct{} // has a value once there is something
+
+	mu  sync.Mutex
+	all []unreadable
+}
+
+func newAside() *aside { return &aside{more: make(chan struct{}, 1)} }
+
+// put never blocks.
+func (a *aside) put(d *Delivery, err *MessageError) {
+	a.mu.Lock()
+	a.all = append(a.all, unreadable{d, err})
+	a.mu.Unlock()
+	select {
+	case a.more <- struct{}{}:
+	default:
+	}
+}
+
+func (a *aside) take() []unreadable {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	all := a.all
+	a.all = nil
 	return all
 }

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/steadymq/steadymq/internal/errtext"
@@ -152,7 +153,7 @@ func (j *journal) changed(c StateChange) {
 		clear(j.causes)
 	}
 	level := slog.LevelInfo
-	attrs := c.attrs()
+	attrs := attrsOf(c)
 	switch c.To {
 	case Connecting:
 		if c.From == Backoff {
@@ -199,7 +200,7 @@ func (j *journal) left(now time.Time) {
 	j.settle.Stop()
 }
 
-func (c *StateChange) attrs() []slog.Attr {
+func attrsOf(c StateChange) []slog.Attr {
 	attrs := []slog.Attr{slog.String("queue", c.Queue)}
 	if c.ConsumerTag != "" {
 		attrs = append(attrs, slog.String("consumer", c.ConsumerTag))
@@ -299,7 +300,7 @@ func (a *allowance) spend(now time.Time, lines int) bool {
 // told before or it was away for long.
 func (j *journal) consuming(c StateChange) {
 	j.since = c.Time
-	attrs := c.attrs()
+	attrs := attrsOf(c)
 	down := c.Time.Sub(j.away)
 	if c.Attempt > 0 {
 		attrs = append(attrs, lasting("down", down))
@@ -339,9 +340,13 @@ func (j *journal) recovered(record slog.Record) {
 	j.write(record)
 }
 
+// source is what a line is about: its attributes name queue, consumer, session and host.
+type source interface{ attrs() []slog.Attr }
+
 // failure is what came of a handler that returned an error or panicked.
 type failure struct {
-	session  *session
+	of       source
+	timeout  time.Duration // of handlers, 0 for none
 	delivery *Delivery
 	held     time.Duration // until it goes back, 0 if it is settled
 	err      error
@@ -402,13 +407,13 @@ func (f *failures) step(now time.Time, what failure) (left uint64, due bool) {
 		return 0, false
 	}
 	left = f.left
-	f.left, f.last, f.told, f.attrs = 0, nil, now, what.session.attrs()
+	f.left, f.last, f.told, f.attrs = 0, nil, now, what.of.attrs()
 	return left, true
 }
 
 func (f failure) attrs(left uint64) []slog.Attr {
 	d := f.delivery
-	attrs := append(f.session.attrs(),
+	attrs := append(f.of.attrs(),
 		slog.String("exchange", d.Exchange), slog.String("routing_key", d.RoutingKey),
 		messageID(d.MessageId), slog.Uint64("delivery_tag", d.fence.tag), slog.Int("attempt", d.Attempt()), slog.Bool("redelivered", d.Redelivered))
 	if f.held > 0 {
@@ -429,7 +434,7 @@ func (f failure) text() string {
 	if !strings.Contains(text, ErrHandlerTimeout.Error()) {
 		return text
 	}
-	limit := fmt.Sprintf("%v after %v (WithHandlerTimeout)", ErrHandlerTimeout, f.session.config.handlerTimeout)
+	limit := fmt.Sprintf("%v after %v (WithHandlerTimeout)", ErrHandlerTimeout, f.timeout)
 	return strings.Replace(text, ErrHandlerTimeout.Error(), limit, 1)
 }
 
@@ -456,4 +461,34 @@ func (j *journal) sumOf(f *failures, level slog.Level, message string) {
 	if left > 0 {
 		j.writeFailure(newRecord(now, level, message, append(attrs, suppressed(left), slog.String("error", errtext.Brief(last)))...))
 	}
+}
+
+// notices is what the sessions of one Run have told, so that a mistake that every
+// message shows is no flood.
+type notices struct {
+	held, overdue, limit, unreadable thinned
+	connecting                       thinned
+	slow, limitKept, renamed         atomic.Bool
+	blind, consumed                  atomic.Bool
+}
+
+// thinned lets one line pass at a time and counts the others.
+type thinned struct {
+	mu   sync.Mutex
+	last time.Time
+	left uint64
+}
+
+// pass tells whether a line may be told, at most one each interval, and how many
+// were left out before it.
+func (t *thinned) pass(interval time.Duration) (left uint64, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now := time.Now()
+	if !t.last.IsZero() && now.Sub(t.last) < interval {
+		t.left++
+		return 0, false
+	}
+	left, t.last, t.left = t.left, now, 0
+	return left, true
 }

@@ -12,27 +12,30 @@ import (
 // reports later about the same end, or what the teardown itself causes, does not
 // hide it.
 type notifier struct {
-	once  sync.Once
-	ended chan struct{} // closed once there is a cause
-	err   error         // written before ended is closed
+	once sync.Once
+	done chan struct{} // closed once there is a cause
+	err  error         // written before ended is closed
 }
 
 func newNotifier() *notifier {
-	return &notifier{ended: make(chan struct{})}
+	return &notifier{done: make(chan struct{})}
 }
 
 // notify ends it with cause, unless it has ended already. It never blocks.
 func (n *notifier) notify(cause error) {
 	n.once.Do(func() {
 		n.err = cause
-		close(n.ended)
+		close(n.done)
 	})
 }
 
-// cause returns the first cause, nil while there is none.
-func (n *notifier) cause() error {
+// Done returns what is closed once there is a cause.
+func (n *notifier) Done() <-chan struct{} { return n.done }
+
+// Cause returns the first cause, nil while there is none.
+func (n *notifier) Cause() error {
 	select {
-	case <-n.ended:
+	case <-n.done:
 		return n.err
 	default:
 		return nil
@@ -47,116 +50,6 @@ func drain[T any](c <-chan T) {
 	}
 }
 
-// State is what a Consumer is doing.
-type State int32
-
-const (
-	// Idle: Run has not been called yet.
-	Idle State = iota
-	// Connecting: dialling, logging in, or setting up a session.
-	Connecting
-	// Consuming: the broker has confirmed the consumer (consume-ok).
-	Consuming
-	// Backoff: waiting before the next try.
-	Backoff
-	// Draining: stopping; running handlers finish.
-	Draining
-	// Stopped: Run has returned, or is about to.
-	Stopped
-)
-
-// String gives the state in lower case.
-func (s State) String() string {
-	switch s {
-	case Idle:
-		return "idle"
-	case Connecting:
-		return "connecting"
-	case Consuming:
-		return "consuming"
-	case Backoff:
-		return "backoff"
-	case Draining:
-		return "draining"
-	case Stopped:
-		return "stopped"
-	}
-	return "unknown"
-}
-
-// Hooks are told what happens. Any of them may be nil. A hook must not call Run, and
-// none is called any more once Run has returned.
-//
-// A panic in a hook is a fault of the program, not of the path to the broker: it
-// is recovered, no hook is called any more, Run drains and returns an *OptionError for
-// WithHooks with the *PanicError inside, and so does every later Run of that Consumer.
-// A panic in the handler of WithLogger ends Run likewise.
-type Hooks struct {
-	// StateChanged is called for every change of state, in order and never
-	// concurrently, on a goroutine of its own: a slow hook delays no
-	// recovery. If it falls 1,024 changes behind, further ones are dropped
-	// and counted in Stats.EventsDropped. The last call, with To == Stopped,
-	// is made before Run returns; none comes after.
-	StateChanged func(StateChange)
-
-	// HandlerFailed is called when a handler returned an error or panicked
-	// (*PanicError), but not for an error after its session was lost or the drain
-	// limit had passed. It is called on the goroutine of its worker, concurrently
-	// with other workers, after the outcome was decided. It delays that worker.
-	HandlerFailed func(d *Delivery, err error)
-
-	// Unreadable is called for every delivery of a message that no handler can be
-	// given, because its headers cannot be read or its body is too large. It is called
-	// where StateChanged is, with the same limits. See MessageError for what becomes of
-	// the message.
-	Unreadable func(*MessageError)
-
-	// Settled is called once for every delivery given to a handler, when its
-	// outcome is decided: Acked, Requeued and Discarded when it is sent, by the
-	// handler's error or by hand; Stale when it came too late and was not sent. A
-	// held message (WithRequeueDelay, RequeueAfter) is told when it goes back, or as
-	// Stale if its session ended first. d is the delivery that the handler got, also
-	// where a copy of it was settled.
-	//
-	// On a stream Acked and Discarded tell that the handler is done with the message,
-	// not yet that it was sent: acks go in the order of the stream, so the ack waits for
-	// the messages before it, and if the session is lost meanwhile the message comes
-	// again. Requeued tells of a try in place that follows, and nothing is sent;
-	// where the consumer stops first, a later one starts at that message.
-	//
-	// It is called on the goroutine that settles, which it delays, concurrently
-	// with others; for messages that were held when their session ended on that of
-	// StateChanged, and with its limit. A delivery whose handler is still running
-	// when Run returns is not told.
-	Settled func(d *Delivery, o Outcome)
-}
-
-// StateChange is one change of a Consumer's state.
-type StateChange struct {
-	// Time is when it happened.
-	Time time.Time
-	// From and To are the states.
-	From, To State
-	// Queue is the queue consumed from: the one given to New until a session
-	// knows better.
-	Queue string
-	// ConsumerTag is the tag of the current session's subscription, which the
-	// broker's management page lists; "" where there is no session.
-	ConsumerTag string
-	// Session is the number of the current or last session, 0 before the first.
-	Session uint64
-	// Host is the broker's address, "" where none is involved.
-	Host string
-	// Attempt counts the failures in a row, 0 while all is well. A row ends with a
-	// session that proves itself: by a settlement and 10 s, or by 70 s.
-	Attempt int
-	// RetryIn is the wait before the next try, in Backoff only.
-	RetryIn time.Duration
-	// Cause is why: a *SessionError in Backoff, why Run gives up in Draining (nil if its context
-	// has ended), Run's error in Stopped.
-	Cause error
-}
-
 const (
 	reportBacklog = 1024
 	reportGrace   = 500 * time.Millisecond
@@ -168,23 +61,23 @@ type reporter struct {
 	hooks   Hooks
 	journal *journal
 
-	events  chan func() // what to tell, in order
-	quit    chan struct{}
-	done    chan struct{}
-	muted   atomic.Bool
-	dropped *atomic.Uint64
-	broken  *notifier // ended by the first panic of a hook or of the log handler
+	events   chan func() // what to tell, in order
+	stopping chan struct{}
+	done     chan struct{}
+	muted    atomic.Bool
+	dropped  *atomic.Uint64
+	fault    *notifier // ended by the first panic of a hook or of the log handler
 }
 
 func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *reporter {
 	r := &reporter{
-		hooks:   c.hooks,
-		journal: newJournal(ctx, c.logger),
-		events:  make(chan func(), reportBacklog),
-		quit:    make(chan struct{}),
-		done:    make(chan struct{}),
-		dropped: dropped,
-		broken:  newNotifier(),
+		hooks:    c.hooks,
+		journal:  newJournal(ctx, c.logger),
+		events:   make(chan func(), reportBacklog),
+		stopping: make(chan struct{}),
+		done:     make(chan struct{}),
+		dropped:  dropped,
+		fault:    newNotifier(),
 	}
 	go r.run()
 	return r
@@ -275,7 +168,7 @@ func (r *reporter) run() {
 			r.log(func() { r.journal.settled(now) })
 		case <-r.journal.quiet.C:
 			r.log(r.journal.sum)
-		case <-r.quit:
+		case <-r.stopping:
 			for len(r.events) > 0 {
 				(<-r.events)()
 			}
@@ -288,7 +181,7 @@ func (r *reporter) run() {
 // stop delivers what is queued and returns, at the latest after the grace a
 // hook that never returns is given; nothing is told after that.
 func (r *reporter) stop() {
-	close(r.quit)
+	close(r.stopping)
 	select {
 	case <-r.done:
 	case <-time.After(reportGrace):
@@ -299,7 +192,7 @@ func (r *reporter) stop() {
 
 // hook calls a hook, unless one has panicked before.
 func (r *reporter) hook(f func()) {
-	if r.broken.cause() == nil {
+	if r.fault.Cause() == nil {
 		r.call(f, "WithHooks", "a hook")
 	}
 }
@@ -316,25 +209,25 @@ func (r *reporter) call(f func(), option, what string) {
 	returned := false
 	defer func() {
 		if !returned {
-			r.broken.notify(&brokenError{option, what, panicked(recover())})
+			r.fault.notify(&faultError{option, what, panicked(recover())})
 		}
 	}()
 	f()
 	returned = true
 }
 
-// brokenError is the OptionError of a hook or a log handler that panicked.
-type brokenError struct {
+// faultError is the OptionError of a hook or a log handler that panicked.
+type faultError struct {
 	option, what string
 	panicked     *PanicError
 }
 
-func (e *brokenError) Error() string {
+func (e *faultError) Error() string {
 	return e.refused(": " + e.panicked.Error()).Error()
 }
 
-func (e *brokenError) Unwrap() []error { return []error{e.refused(""), e.panicked} }
+func (e *faultError) Unwrap() []error { return []error{e.refused(""), e.panicked} }
 
-func (e *brokenError) refused(why string) *OptionError {
+func (e *faultError) refused(why string) *OptionError {
 	return &OptionError{e.option, e.what + " panicked, mend it and make a new Consumer" + why}
 }

@@ -1,513 +1,31 @@
 package steadymq
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"slices"
-	"strings"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
-	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// Option configures a Consumer. Options are checked by New; a later option
-// overrides an earlier one of the same name.
+// Option configures a [Consumer]. [New] checks all options and returns every problem at once, also
+// one of an option that a later one overrides. A later option overrides an earlier one of the same
+// name; only [WithMiddleware] adds up. The package comment lists the options by concern.
 type Option func(*config)
 
-// Middleware wraps a handler. The first one given is the outermost. It may look
-// at and replace the error, and with it the outcome.
-type Middleware func(next Handler) Handler
+// Connection: where the broker is, how to log in there, and when a path counts as dead.
 
-// TopologyFunc declares what a session needs on the session's own channel and
-// returns the queue to consume from; "" means the queue given to New. It runs
-// for every session, on its fresh channel, so everything in it must be
-// idempotent. ctx ends with the setup limit, which also ends what the function waits for
-// on the channel, by closing the socket; while a cancelled session still lives on that
-// connection, it closes with the last of its handlers. An error is retried like any failure of the setup; wrap the
-// *amqp.Error of the channel with %w so that it can be classified.
+// WithURLs adds hosts of the same cluster to the URL given to [New]. The host that worked last is
+// tried first, then the others in random order. A host that refused, fell silent, said that it
+// shuts down, showed a certificate that is not trusted or does not speak AMQP goes last for a
+// minute.
 //
-// The channel is the session's: it must not be used after the function has returned, nor be
-// consumed from, for nobody settles what is delivered there. A function that makes it
-// transactional (Tx), which would keep every ack from taking effect, is refused, and so is the
-// name of a queue that AMQP cannot carry. Confirm mode does no harm. Publish on a connection of
-// your own: RabbitMQ stops reading one that has published while memory or disk run low, acks
-// included.
-//
-// A queue that is exclusive, or that the broker names, lives as long as the
-// connection, and a connection has many sessions: the next one is on the same
-// connection unless that was lost. Let the function return the same name again, which
-// a declare of an exclusive queue by name does. If it returns another name than before
-// on the same connection, as one does that lets the broker name the queue, then the
-// connection is replaced and the function called once more, on the new one: the queue
-// from before would stay behind, bound and unread. What was in it is lost. Nor can it
-// be known what a function has declared: a connection on which it has failed three
-// times is replaced, for each time it may have left a queue behind, and so is one whose
-// sessions fail three times within 30 s. [WithQueue] keeps an exclusive queue over all
-// that, whoever names it.
-type TopologyFunc func(ctx context.Context, ch *amqp.Channel) (queue string, err error)
-
-// Queue is the common declare, for WithQueue. The zero value is a durable quorum
-// queue, RabbitMQ's default for messages that must not get lost.
-type Queue struct {
-	// Type is "quorum" (default), "classic" or "stream".
-	Type string
-	// Transient makes the queue not survive a broker restart. Only for
-	// exclusive classic queues: RabbitMQ 4.3 refuses shared transient queues.
-	Transient bool
-	// Exclusive limits the queue to this connection. It is gone with it, and what
-	// is in it is lost. Only for classic queues. If New was given no name, the
-	// broker names it.
-	//
-	// As long as the connection lives the next session consumes from the same
-	// queue, under the same name, and misses nothing; if it is gone it is declared
-	// anew at once. Failures of sessions do not replace the connection then. What
-	// does is that it ends, that a set-up on it outlasts its limit, or a stall on it
-	// (WithStallDetector): a queue that delivers nothing is given up, messages and all.
-	Exclusive bool
-	// AutoDelete deletes the queue when its last consumer leaves, and a session
-	// that is lost is one: what is in it is lost then. Only for classic queues.
-	AutoDelete bool
-	// Exchange is declared before the queue, for Bindings that name no other.
-	// nil: they name exchanges that exist already.
-	Exchange *Exchange
-	// Bindings are made after the declare.
-	Bindings []Binding
-	// DeadLetter is where messages go that the queue gives up: discarded ones,
-	// those that expire or overflow, and those that the delivery limit takes.
-	// nil: Args says so, or nowhere: they are gone. Not for streams.
-	DeadLetter *DeadLetter
-	// Args are further arguments of the declare, such as "x-delivery-limit"
-	// or "x-message-ttl".
-	//
-	// Since 4.0 RabbitMQ drops a message of a quorum queue that has come back
-	// more than 20 times. So a quorum queue that has no dead-letter exchange,
-	// and no x-delivery-limit here, is declared with x-delivery-limit=-1 there:
-	// no limit. Everybody else who declares that queue has to say the same, or
-	// gets 406. A queue that was declared before with a limit is taken as it
-	// is, with one warning per Run. Before 4.0 nothing is said, for there is no
-	// limit, and -1 would drop a message at its first return.
-	Args amqp.Table
-}
-
-// Exchange is the common declare of an exchange, for Queue.Exchange.
-type Exchange struct {
-	// Name of the exchange, 1 to 255 bytes.
-	Name string
-	// Kind is "direct" (default), "fanout", "topic", "headers" or that of a
-	// plugin, which begins with "x-".
-	Kind string
-	// Transient makes the exchange not survive a broker restart.
-	Transient bool
-	// Args are further arguments of the declare, such as "alternate-exchange".
-	Args amqp.Table
-}
-
-// DeadLetter is where a queue sends what it gives up: to a queue, or to an exchange.
-type DeadLetter struct {
-	// Queue is the name of a queue, reached through the default exchange. It is
-	// declared before the queue itself: durable, a quorum queue without a
-	// delivery limit where the queue is a quorum queue, else a classic one. If
-	// it exists in another form it is taken as it is. Nothing consumes it
-	// unless you do.
-	//
-	// A quorum queue that you declare yourself for dead letters should have
-	// x-delivery-limit=-1 from RabbitMQ 4.0 on: since 4.3 a message arrives there
-	// with the count of its old life, and beyond the limit its first return
-	// drops it.
-	Queue string
-	// Exchange, in place of Queue, is an exchange that exists. "" is the default
-	// exchange, which leads to the queue that Key names.
-	Exchange string
-	// Key is the routing key to it, in place of the message's own.
-	Key string
-}
-
-// Binding binds the queue to an exchange.
-type Binding struct {
-	// Exchange is the name of an exchange that exists; "" is Queue.Exchange.
-	Exchange string
-	// Key is the routing key, or pattern on a topic exchange.
-	Key string
-	// Args are the arguments of the binding, for headers exchanges.
-	Args amqp.Table
-}
-
-const (
-	minDuration = time.Millisecond // below it a unit was forgotten
-	maxDuration = 24 * time.Hour
-
-	maxWriteDelay = 100 * time.Millisecond
-	maxTagPrefix  = 200 // a consumer tag holds 255 bytes, the rest makes it unique
-)
-
-// config is everything New was told, checked and completed. It is behind a
-// pointer wherever it is kept, so that no %+v prints its URLs.
-type config struct {
-	urls  []string
-	queue string
-
-	concurrency int
-	prefetch    int
-
-	retryInitial, retryCap time.Duration
-	fatal                  func(error) bool
-
-	heartbeat      time.Duration
-	dialTimeout    time.Duration
-	setupTimeout   time.Duration
-	closeTimeout   time.Duration
-	drainTimeout   time.Duration
-	handlerTimeout time.Duration
-	requeueFirst   time.Duration
-	requeueLongest time.Duration
-	writeDelay     time.Duration
-	maxMessage     uint64
-	stallAfter     time.Duration
-	insecure       bool
-
-	topology    TopologyFunc
-	declare     *Queue
-	consumeArgs amqp.Table
-	exclusive   bool
-	tagPrefix   string
-
-	connectionName string
-	urlFunc        func(context.Context) (string, error)
-	tls            *tls.Config
-	sasl           []amqp.Authentication
-	credentials    func(context.Context) (Credentials, error)
-	dial           wire.DialFunc
-
-	middleware []Middleware
-	logger     *slog.Logger
-	hooks      Hooks
-
-	set      map[string]bool // options given, where a default depends on it
-	problems []error
-}
-
-func defaults(url, queue string) *config {
-	return &config{
-		urls:           []string{url},
-		queue:          queue,
-		concurrency:    1,
-		prefetch:       32,
-		retryInitial:   250 * time.Millisecond,
-		retryCap:       10 * time.Second,
-		heartbeat:      10 * time.Second,
-		dialTimeout:    5 * time.Second,
-		setupTimeout:   15 * time.Second,
-		closeTimeout:   5 * time.Second,
-		drainTimeout:   20 * time.Second,
-		requeueFirst:   time.Second,
-		requeueLongest: 15 * time.Minute,
-		writeDelay:     time.Millisecond,
-		tagPrefix:      "steadymq",
-		set:            make(map[string]bool),
-	}
-}
-
-func (c *config) refuse(option, format string, args ...any) {
-	c.problems = append(c.problems, &OptionError{Option: option, Reason: fmt.Sprintf(format, args...)})
-}
-
-// duration checks that d lies in [minDuration, maxDuration].
-func (c *config) duration(option string, d time.Duration) {
-	if d < minDuration || d > maxDuration {
-		c.refuse(option, "must be between %v and %v, got %v (a bare number counts nanoseconds: write 30*time.Second)", minDuration, maxDuration, d)
-	}
-}
-
-func (c *config) count(option string, n int) {
-	if n < 1 || n > 65535 {
-		c.refuse(option, "must be between 1 and 65535, got %d", n)
-	}
-}
-
-// WithConcurrency sets how many handlers run at once, across reconnects too.
-// Default 1, which also starts handlers in the order of a session's deliveries; a
-// message that failed comes later than those behind it. Range 1 to 65535.
-func WithConcurrency(n int) Option {
-	return func(c *config) { c.concurrency = n; c.count("WithConcurrency", n) }
-}
-
-// WithPrefetch sets how many unsettled messages the broker may send ahead
-// (basic.qos, per consumer). Default 32, or the concurrency where that is
-// higher. Range: from the concurrency to 65535. 0 would mean "no limit" to a
-// broker and the whole queue in memory here, and is refused.
-//
-// It is also the most messages that can be delivered twice when a session is
-// lost. Up to RabbitMQ 4.2 each of them counts towards a quorum queue's delivery
-// limit (20 since RabbitMQ 4.0), also those no handler has seen, and so it is when a
-// consumer stops in order: 21 restarts while the same messages are prefetched, and
-// the broker drops them. Keep it small there, or set x-delivery-limit. Since 4.3 only
-// failures count.
-//
-// What is prefetched here no other consumer gets: two consumers with slow work share
-// the queue prefetch by prefetch, and one may be idle while the other has a prefetch
-// to do. The last prefetched message waits prefetch/concurrency handlers long; keep
-// that below half the broker's consumer timeout
-// (https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout), or it is logged,
-// once in a Run.
-func WithPrefetch(n int) Option {
-	return func(c *config) { c.prefetch = n; c.set["WithPrefetch"] = true; c.count("WithPrefetch", n) }
-}
-
-// WithBackoff sets the pace of retries: the wait before try n of a row of
-// failures is drawn from [0, min(limit, initial*2^n)]. Default 250 ms and 10 s.
-// The first retry of a healthy session is always at once (within 20 ms), and so is
-// the first try of another host. Some failures have a pace of their own: while dials
-// are refused, which costs the broker nothing, the limit is at most 1 s; a queue that
-// does not exist is asked for after 1 s, then up to 5 s; what an operator has to mend
-// is tried again after 1 s, then up to 30 s; what is locked every 0.5 to 1 s, for as
-// long as the broker may need to notice that its owner is gone. No wait exceeds a limit
-// given here. initial: 1 ms to limit; limit: up to 24 h. For fleets choose a limit
-// of at least (number of consumers)/100 seconds.
-func WithBackoff(initial, limit time.Duration) Option {
-	return func(c *config) {
-		c.retryInitial, c.retryCap = initial, limit
-		c.set["WithBackoff"] = true
-		c.duration("WithBackoff", initial)
-		c.duration("WithBackoff", limit)
-		if limit < initial {
-			c.refuse("WithBackoff", "the limit must not be below the initial wait, got %v and %v", initial, limit)
-		}
-	}
-}
-
-// WithFatal lets Run give up: it ends with the error for which fatal returns
-// true, and with no other. fatal sees every *SessionError, the first connection
-// included. It is called on a goroutine of its own, once at a time, and Run does not go
-// on before it has returned; one that panics, or does not return within the setup limit,
-// ends Run with an error that says so. Without it Run gives up only before the first
-// session, see Run.
-func WithFatal(fatal func(error) bool) Option {
-	return func(c *config) {
-		c.fatal = fatal
-		if fatal == nil {
-			c.refuse("WithFatal", "must not be nil; leave it out to retry for ever")
-		}
-	}
-}
-
-// WithHeartbeat sets the heartbeat interval asked of the broker, in whole
-// seconds from 1 s to 10 min; the lower of the broker's and this one is used.
-// Default 10 s, or the heartbeat parameter of the URL dialled. A silent peer is noticed
-// within 1.5 intervals. Below 5 s a busy network raises false alarms
-// (https://www.rabbitmq.com/docs/heartbeats#false-positives).
-func WithHeartbeat(d time.Duration) Option {
-	return func(c *config) {
-		c.heartbeat = d
-		c.set["WithHeartbeat"] = true
-		if d < time.Second || d > 10*time.Minute || d%time.Second != 0 {
-			c.refuse("WithHeartbeat", "must be whole seconds between 1s and 10m, got %v", d)
-		}
-	}
-}
-
-// WithDialTimeout bounds one TCP connect, name resolution included. Default 5 s, or the
-// connection_timeout parameter of the URL dialled, in milliseconds; range 1 ms to 24 h.
-// WithSetupTimeout bounds it as well.
-func WithDialTimeout(d time.Duration) Option {
-	return func(c *config) { c.dialTimeout = d; c.set["WithDialTimeout"] = true; c.duration("WithDialTimeout", d) }
-}
-
-// WithSetupTimeout bounds a whole try, from dial to the broker's consume-ok,
-// topology included. Past it the socket is closed, once no other session lives there.
-// Default 15 s, which leaves a broker its own 10 s of handshake and 3 s of silence after
-// a wrong password; range 1 ms to 24 h.
-//
-// A try for a session on a connection that stands already may find deliveries in its
-// way, which on a slow path take minutes: there the limit counts the silence after the
-// last bytes of a delivery, and the try takes ten times the limit at most.
-func WithSetupTimeout(d time.Duration) Option {
-	return func(c *config) { c.setupTimeout = d; c.duration("WithSetupTimeout", d) }
-}
-
-// WithCloseTimeout bounds the orderly end of a session, and of its connection; past it
-// the socket is closed under it. Default 5 s, range 1 ms to 24 h. For a session it counts
-// the silence after the last bytes of a delivery, which may be in the way of the broker's
-// answer, as long as the drain limit allows.
-func WithCloseTimeout(d time.Duration) Option {
-	return func(c *config) { c.closeTimeout = d; c.duration("WithCloseTimeout", d) }
-}
-
-// WithDrainTimeout bounds how long running handlers may take to finish once the
-// consumer stops, or once the broker has cancelled it and handlers still hold
-// deliveries of the old channel. Default 20 s, which with the close limit and a
-// second more is less than the 30 s Kubernetes gives (terminationGracePeriodSeconds);
-// range 1 ms to 24 h.
-func WithDrainTimeout(d time.Duration) Option {
-	return func(c *config) { c.drainTimeout = d; c.duration("WithDrainTimeout", d) }
-}
-
-// WithHandlerTimeout ends a handler's context after d with the cause
-// ErrHandlerTimeout; what the handler then returns decides the outcome as ever. One
-// that goes on all the same keeps its worker: it is logged, at most once a minute,
-// and counted in Stats.Overdue.
-// Off by default; range 1 ms to 24 h. Keep it below half the broker's consumer
-// timeout (30 minutes by default), which would otherwise end the session.
-func WithHandlerTimeout(d time.Duration) Option {
-	return func(c *config) { c.handlerTimeout = d; c.duration("WithHandlerTimeout", d) }
-}
-
-// WithRequeueDelay sets how long a message whose handler returned a plain error is
-// held, unsettled, before it goes back to the queue: first, then twice as long for
-// every delivery the broker has counted (Delivery.Attempt), up to longest. Each hold
-// is drawn from half to one and a half of that, and is never above longest. Default 1 s
-// and 15 min, half of RabbitMQ's consumer timeout; range 1 ms to 24 h, and longest not
-// below first. Classic queues count nothing, so there a hold is at most 3 times first.
-// On a stream the message is not put back but tried again in place, with the same
-// holds.
-//
-// It keeps a failing message from spinning between broker and consumer, and the
-// default delivery limit of RabbitMQ (20 since 4.0) from being used up while a
-// dependency is away: that takes two to three hours instead of 25 s.
-//
-// A held message occupies one place of the prefetch but no worker. Fewer failing
-// messages than the prefetch do not stop the others; as many as the prefetch do, and
-// one is enough on a stream, where nothing behind it is acked. From half of the
-// prefetch on this is logged, and Stats.Held tells it. Return Discard for messages that
-// can never succeed.
-func WithRequeueDelay(first, longest time.Duration) Option {
-	return func(c *config) {
-		c.requeueFirst, c.requeueLongest = first, longest
-		c.duration("WithRequeueDelay", first)
-		c.duration("WithRequeueDelay", longest)
-		if longest < first {
-			c.refuse("WithRequeueDelay", "the longest hold must not be below the first, got %v and %v", longest, first)
-		}
-	}
-}
-
-// WithWriteDelay is the upper bound on how long an ack may wait for others to
-// share its system call with. It waits only while more deliveries are at hand
-// whose acks will follow and the broker has prefetch left; a lone ack leaves at
-// once. Default 1 ms, range 0 to 100 ms; 0 shares only what piles up during
-// another write.
-func WithWriteDelay(d time.Duration) Option {
-	return func(c *config) {
-		c.writeDelay = d
-		if d < 0 || d > maxWriteDelay {
-			c.refuse("WithWriteDelay", "must be between 0 and %v, got %v", maxWriteDelay, d)
-		}
-	}
-}
-
-// WithMaxMessageSize gives no handler a message with a larger body, in bytes. None of
-// the body is kept in memory, but all of it crosses the network. The session goes on;
-// Hooks.Unreadable and a log line tell, and MessageError says what becomes of the
-// message. It will come again, so set the limit well above what publishers may send and
-// treat the hook as an alarm. A larger message that a TopologyFunc fetches (basic.get)
-// ends the connection. Off by default (the broker's own max_message_size, 16 MiB since RabbitMQ 4.0,
-// applies to publishers). Range: 1 and up.
-func WithMaxMessageSize(bytes int64) Option {
-	return func(c *config) {
-		if bytes < 1 {
-			c.refuse("WithMaxMessageSize", "must be at least 1 byte, got %d; leave it out for no limit", bytes)
-			return
-		}
-		c.maxMessage = uint64(bytes)
-	}
-}
-
-// WithTopology sets the function that declares what a session needs; see
-// TopologyFunc. It takes the place of WithQueue.
-func WithTopology(declare TopologyFunc) Option {
-	return func(c *config) {
-		c.topology = declare
-		if declare == nil {
-			c.refuse("WithTopology", "must not be nil; leave it out when the queue exists already")
-		}
-	}
-}
-
-// WithQueue declares the queue given to New, and what goes with it, before every
-// session. Without WithQueue or WithTopology the queue must exist, and is waited
-// for while it does not. q is copied, with all that it holds.
-func WithQueue(q Queue) Option {
-	return func(c *config) {
-		own := q // New completes it
-		c.declare = &own
-	}
-}
-
-// WithConsumeArgs sets arguments of basic.consume, such as "x-priority",
-// "x-consumer-timeout" or "x-stream-offset". The table is copied, with all that it
-// holds.
-//
-// A stream is consumed like any queue, but must be named as one, by
-// "x-stream-offset" here (first, last, next, a number, a time or an interval such as
-// "1h") or by WithQueue: later sessions of the same Run then resume at the first
-// message not yet settled, instead of skipping what was published while away. A
-// stream has no requeue: a message put back is given to a handler again, see
-// WithRequeueDelay. A number that the stream has not come to is waited for.
-//
-// The place is known before the first delivery, too: what is published once the
-// consumer has said that it is consuming is not skipped, however its session ends.
-// What next, last, an interval and a time of the last five minutes or to come stand
-// for is therefore looked up before the first session of a Run, by consumers that the
-// broker shows for a moment, that settle nothing and read the last chunk of the
-// stream. RabbitMQ answers from its messages at once; where none has come after some
-// 30 ms, as in an empty stream, or the look is cut off, the place is a time, five
-// minutes earlier than it was here. Then a session that is lost before its first
-// delivery is followed by one that may be given messages from five minutes before,
-// and none is skipped as long as the clock here is at most five minutes fast. All of
-// that is so on RabbitMQ 3.10, 4.0 and 4.3. Last is the last chunk, as RabbitMQ has it.
-//
-// Where the stream itself is found to be gone, the next one of its name is read
-// from its beginning; one that others delete and declare anew within a moment, or
-// while the consumer is away, looks like the old one: give it a new name. It is looked
-// for where this consumer would declare it, by a passive declare, which needs the
-// configure permission on RabbitMQ 4.3: without it, a new one looks like the old one.
-func WithConsumeArgs(args amqp.Table) Option {
-	return func(c *config) {
-		c.consumeArgs = c.takeTable("WithConsumeArgs", "", args)
-	}
-}
-
-// WithExclusive asks to be the queue's only consumer. While another one is
-// there the broker refuses (403 "in exclusive use") and the library keeps trying.
-func WithExclusive() Option {
-	return func(c *config) { c.exclusive = true }
-}
-
-// WithConsumerTag sets the prefix of the consumer tags, which are what the
-// broker's management page lists. Every subscription gets a tag of its own: the
-// prefix, a random part, the number of the try and that of the session. Default "steadymq"; 1 to 200
-// bytes.
-func WithConsumerTag(prefix string) Option {
-	return func(c *config) {
-		c.tagPrefix = prefix
-		if prefix == "" || len(prefix) > maxTagPrefix {
-			c.refuse("WithConsumerTag", "must have 1 to %d bytes, got %d", maxTagPrefix, len(prefix))
-			return
-		}
-		c.shortString("WithConsumerTag", "the tag", prefix)
-	}
-}
-
-// WithConnectionName sets the name the broker's management page and logs show
-// for the connection. Default: none. 1 to 255 bytes.
-func WithConnectionName(name string) Option {
-	return func(c *config) {
-		c.connectionName = name
-		if name == "" || len(name) > 255 {
-			c.refuse("WithConnectionName", "must have 1 to 255 bytes, got %d", len(name))
-		}
-	}
-}
-
-// WithURLs adds hosts of the same cluster to the URL given to New. The last good
-// one is tried first, then the others in random order; one that refused, fell
-// silent, said that it shuts down, showed a certificate that is not trusted or
-// does not speak AMQP goes last for a minute.
+// Default: only the URL of [New]. New refuses an empty list, a URL that it would refuse itself, and
+// [WithURLFunc] beside it.
 func WithURLs(urls ...string) Option {
 	return func(c *config) {
 		c.urls = append(c.urls[:1:1], urls...)
@@ -517,12 +35,16 @@ func WithURLs(urls ...string) Option {
 	}
 }
 
-// WithURLFunc asks f for the URL before every dial, for credentials that rotate
-// or hosts that move. It takes the place of the URL given to New, which may then
-// be "". ctx ends with the setup limit; an error is retried like a failed dial
-// and must not hold a secret, for it is logged. A URL that New would refuse is not
-// dialled: so is amqp where WithTLSConfig is given. It is retried as slowly as what
-// someone has to mend, every 1 to 30 s.
+// WithURLFunc asks f for the URL before every dial: for credentials that rotate or hosts that move.
+// It takes the place of the URL given to [New], which is then not looked at and may be "".
+//
+// ctx ends with the limit of [WithSetupTimeout]. An error of f is retried like a refused dial, see
+// [WithBackoff]; it must not hold a secret, for it is logged. A URL that [New] would refuse, or
+// that contradicts an option (amqp beside [WithTLSConfig]), is not dialled: f is asked again after
+// 1 s, then up to 30 s. f is called by one goroutine at a time, unless a call that ignored the end
+// of its ctx was left behind.
+//
+// Default: none. New refuses nil, and [WithURLs] beside it.
 func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
 	return func(c *config) {
 		c.urlFunc = f
@@ -532,29 +54,38 @@ func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
 	}
 }
 
-// WithTLSConfig sets the TLS configuration of amqps URLs. It is copied, with its root and
-// own certificates: for those that change set GetClientCertificate or VerifyConnection. Its
-// ServerName is filled per host if empty. TLS below 1.2 is refused.
-// Without it the system's roots and the URL's own parameters (cacertfile,
-// certfile, keyfile, server_name_indication) are used.
-func WithTLSConfig(t *tls.Config) Option {
+// WithCredentials asks f for user name and password before every dial, in place of those in the
+// URL: for passwords that rotate and tokens that expire. The login mechanism is PLAIN.
+//
+// If they expire ([Credentials]), f is asked again at 70 % of their life, and the broker is given
+// the new password on the connection that stands (connection.update-secret,
+// https://www.rabbitmq.com/docs/oauth2#token-expiration); another user name counts from the next
+// dial. Where that fails it is tried again in 70 % of what is left of their life, then after 1 s
+// and up to 30 s.
+//
+// ctx ends with the limit of [WithSetupTimeout]. An error of f is retried at the pace of
+// [WithBackoff], with the next host if there is one; it must not hold a secret, for it is logged.
+// Each connection calls f from one goroutine at a time; several connections, as for a moment after
+// a reconnect, may call it at once.
+//
+// Default: none. New refuses nil, [WithSASL] beside it, and a URL with auth_mechanism.
+func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
 	return func(c *config) {
-		c.tls = copyTLS(t)
-		switch {
-		case t == nil:
-			c.refuse("WithTLSConfig", "must not be nil; leave it out for the system's roots")
-		case t.MinVersion != 0 && t.MinVersion < tls.VersionTLS12,
-			t.MaxVersion != 0 && t.MaxVersion < tls.VersionTLS12:
-			c.refuse("WithTLSConfig", "TLS below 1.2 is refused; raise MinVersion and MaxVersion")
+		c.credentials = f
+		if f == nil {
+			c.refuse("WithCredentials", "must not be nil")
 		}
 	}
 }
 
-// WithSASL sets the login mechanisms, best first, in place of the URL's user and
-// password: for example &amqp.ExternalAuth{} with client certificates. A mechanism is
-// asked for its name and its response at every dial, concurrently by consumers
-// that share it; one that panics or does not answer within the set-up limit is a
-// failed try.
+// WithSASL sets the login mechanisms (https://www.rabbitmq.com/docs/access-control#mechanisms),
+// best first, in place of the URL's user and password: for example &amqp.ExternalAuth{} with a
+// client certificate. The first one that the broker offers is used.
+//
+// A mechanism is asked for its name and its response at every dial, concurrently by consumers that
+// share it. One that panics, or does not answer within the limit of [WithSetupTimeout], is a failed
+// try. Default: PLAIN, or the auth_mechanism of the URL. New refuses an empty list, a mechanism
+// that is nil, [WithCredentials] beside it, and a URL with auth_mechanism.
 func WithSASL(mechanisms ...amqp.Authentication) Option {
 	return func(c *config) {
 		c.sasl = slices.Clone(mechanisms)
@@ -569,86 +100,43 @@ func WithSASL(mechanisms ...amqp.Authentication) Option {
 	}
 }
 
-// WithCredentials asks f for user name and password before every dial, in place
-// of those in the URL: for passwords that rotate and tokens that expire. If they
-// expire, f is asked again at 70 % of their life and the broker is told
-// (connection.update-secret, https://www.rabbitmq.com/docs/oauth2#token-expiration),
-// so the connection stays up; where that fails, again in 70 % of what is left, later
-// after 1 s and up to 30 s. ctx ends with the setup limit; an error is retried
-// like a failed login and must not hold a secret, for it is logged. f is called by
-// one goroutine at a time per connection.
-func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
+// WithTLSConfig sets the TLS configuration of amqps URLs (https://www.rabbitmq.com/docs/ssl). It is
+// copied, with its RootCAs and Certificates: for certificates that change set GetClientCertificate
+// or VerifyConnection, which are called at every dial. ServerName, if it is empty, is that of the
+// host dialled. MinVersion is at least TLS 1.2.
+//
+// Default: the roots of the system and the URL's own cacertfile, certfile, keyfile and
+// server_name_indication. New refuses nil, TLS below 1.2, a URL with the scheme amqp or with one of
+// those parameters, and InsecureSkipVerify without VerifyConnection or VerifyPeerCertificate,
+// unless [WithInsecureSkipVerify] is given as well.
+func WithTLSConfig(t *tls.Config) Option {
 	return func(c *config) {
-		c.credentials = f
-		if f == nil {
-			c.refuse("WithCredentials", "must not be nil")
+		c.tls = copyTLS(t)
+		switch {
+		case t == nil:
+			c.refuse("WithTLSConfig", "must not be nil; leave it out for the system's roots")
+		case t.MinVersion != 0 && t.MinVersion < tls.VersionTLS12,
+			t.MaxVersion != 0 && t.MaxVersion < tls.VersionTLS12:
+			c.refuse("WithTLSConfig", "TLS below 1.2 is refused; raise MinVersion and MaxVersion")
 		}
 	}
 }
 
-// WithStallDetector looks for a consumer that is alive on paper only: for the given
-// time no byte of a delivery came and nothing was settled, although the prefetch is not
-// full. It then asks the queue, by a passive declare on a channel of its own, which
-// needs the configure permission on RabbitMQ 4.3. The silence is a stall if one of
-// these is so, and is so still up to 5 s later:
-//
-//   - The queue has messages and this consumer is its only one (a quorum queue
-//     without majority), or it knows of no consumer at all (a forgotten one).
-//   - It is a stream, and has grown since the last look; not as long as it may be
-//     shorter than a number that x-stream-offset begins at.
-//   - Most of all hosts, three or more being given, say that messages wait for this
-//     consumer, or that the stream is longer (this host is cut off). They are asked
-//     over a connection for one question each, not counted in [Stats].
-//   - The queue does not answer within the setup limit. Here that counts the silence
-//     after the last bytes of a delivery, which may be in the way of the answer, and is
-//     over after ten times as long in any case.
-//
-// Then the session is lost with a cause that says so, and its connection is given up:
-// the next one is opened to another host if there is one, and behind one URL (a load
-// balancer) or WithURLFunc wherever that leads. From the start of the silence that
-// takes at most twice the given time and 5 s, on a stream three times, plus the time
-// the answers take.
-//
-// If the broker does not let it ask, or the connection has no channel left (channel_max),
-// it notices nothing; a warning says so, once in a Run.
-//
-// With other consumers on the queue silence is normal (single active consumer,
-// priorities) and nothing is done. A quorum queue counts only its active consumer:
-// where x-single-active-consumer is set, declare the queue by WithQueue so that this
-// is known, or leave the detector out. Nor is it for a stream that the consumer does
-// not know to be one, by WithQueue or x-stream-offset, or as long as that offset is
-// ahead of the stream.
-//
-// What it cannot see: a leader that lost its majority answers from what it knew
-// before. What is published through it since is in no queue and not confirmed until
-// the majority is back (seen on RabbitMQ 4.0 and 4.3: "0 messages, 1 consumer"), so
-// the consumer of a queue that was empty waits for that, and nothing tells. With one
-// or two hosts nothing tells what the other side of a partition has, either, nor with
-// one URL of a load balancer or WithURLFunc: whom to ask is not known. No
-// session, old or new, gets messages from a queue without majority: replacing it
-// helps where another host has one.
-//
-// Off by default; a good value is 1 minute, range 1 s to 24 h.
-func WithStallDetector(after time.Duration) Option {
-	return func(c *config) {
-		c.stallAfter = after
-		if after < time.Second || after > maxDuration {
-			c.refuse("WithStallDetector", "must be between 1s and %v, got %v", maxDuration, after)
-		}
-	}
-}
-
-// WithInsecureSkipVerify switches the verification of the broker's certificate off, as
-// InsecureSkipVerify of a tls.Config does, which New refuses without this option: anyone on the
-// path can then read the password. For tests. New refuses it for amqp URLs, which have no TLS.
+// WithInsecureSkipVerify does not verify the broker's certificate, as InsecureSkipVerify of a
+// [tls.Config] does: anyone on the path can then read the password. For tests only. Off by default.
+// New refuses it for URLs with the scheme amqp, which have no TLS.
 func WithInsecureSkipVerify() Option {
 	return func(c *config) { c.insecure = true }
 }
 
-// WithDialer replaces the TCP dial, with net.Dialer.DialContext's signature: for
-// proxies, tunnels and tests (steadymqtest.Broker.Dialer). TLS is done on top of
-// what it returns. A connection that it returns together with an error is closed. The default dialer sets keep-alive and, on Linux,
-// TCP_USER_TIMEOUT; a dialer of your own should too.
+// WithDialer replaces the TCP dial: for proxies, tunnels and tests (Broker.Dialer of package
+// steadymqtest). dial has the signature of [net.Dialer.DialContext]; TLS is done on top of what it
+// returns. ctx ends with the limits of [WithDialTimeout] and [WithSetupTimeout]. It may be called
+// by several goroutines at once. A connection that it returns together with an error is closed.
+//
+// Default: a [net.Dialer] with TCP keep-alive and, on Linux, TCP_USER_TIMEOUT at 1.5 heartbeats,
+// which notices a path that loses only what is sent; a dialer of your own should set both. New
+// refuses nil.
 func WithDialer(dial func(ctx context.Context, network, address string) (net.Conn, error)) Option {
 	return func(c *config) {
 		c.dial = dial
@@ -658,8 +146,157 @@ func WithDialer(dial func(ctx context.Context, network, address string) (net.Con
 	}
 }
 
-// WithMiddleware wraps the handler; given several times they add up. The wrapping is done at the
-// beginning of Run, within the setup limit.
+// WithHeartbeat sets the heartbeat that is asked for when a connection is opened (connection.tune,
+// https://www.rabbitmq.com/docs/heartbeats). The lower of the broker's and this one is used. A
+// silent peer is noticed within 1.5 heartbeats.
+//
+// Default 10 s, or the heartbeat parameter of the URL dialled. Range: whole seconds, 1 s to 10 min;
+// New refuses anything else. Below 5 s a busy network raises false alarms.
+func WithHeartbeat(d time.Duration) Option {
+	return func(c *config) {
+		c.heartbeat = d
+		c.set["WithHeartbeat"] = true
+		if d < time.Second || d > 10*time.Minute || d%time.Second != 0 {
+			c.refuse("WithHeartbeat", "must be whole seconds between 1s and 10m, got %v", d)
+		}
+	}
+}
+
+// WithDialTimeout bounds one TCP connect, name resolution included. [WithSetupTimeout] bounds it as
+// well. Default 5 s, or the connection_timeout parameter of the URL dialled, in milliseconds. Range
+// 1 ms to 24 h.
+func WithDialTimeout(d time.Duration) Option {
+	return func(c *config) { c.dialTimeout = d; c.set["WithDialTimeout"] = true; c.duration("WithDialTimeout", d) }
+}
+
+// WithConnectionName sets the name that the broker's management page and log show for the
+// connection (the client property connection_name,
+// https://www.rabbitmq.com/docs/connections#client-provided-names). Default: none. 1 to 255 bytes.
+func WithConnectionName(name string) Option {
+	return func(c *config) {
+		c.connectionName = name
+		if name == "" || len(name) > 255 {
+			c.refuse("WithConnectionName", "must have 1 to 255 bytes, got %d", len(name))
+		}
+	}
+}
+
+// Queue: what is consumed, what is declared before, and the arguments of the subscription.
+
+// WithQueue declares the queue given to [New], and what goes with it, before every session (see
+// [Queue]): exchange, dead-letter queue, queue, bindings. q is copied, with all that it holds.
+//
+// Default: the queue must exist; as long as it does not, it is asked for again. New refuses a q
+// that contradicts itself or that RabbitMQ is known to refuse, and [WithTopology] beside it.
+func WithQueue(q Queue) Option {
+	return func(c *config) {
+		own := q // New completes it
+		c.declare = &own
+	}
+}
+
+// WithTopology sets the function that declares what a session needs, where [WithQueue] cannot say
+// it; see [TopologyFunc] for what it may do. Default: none. New refuses nil, and [WithQueue] beside
+// it.
+func WithTopology(declare TopologyFunc) Option {
+	return func(c *config) {
+		c.topology = declare
+		if declare == nil {
+			c.refuse("WithTopology", "must not be nil; leave it out when the queue exists already")
+		}
+	}
+}
+
+// WithConsumeArgs sets the arguments of basic.consume, such as "x-priority"
+// (https://www.rabbitmq.com/docs/consumer-priority), "x-consumer-timeout" or "x-stream-offset". The
+// table is copied, with all that it holds. Default: none. New refuses what AMQP cannot carry.
+//
+// A stream (https://www.rabbitmq.com/docs/streams) is consumed like any queue, but the consumer has
+// to know that it is one: by "x-stream-offset" here ("first", "last", "next", a number, a
+// [time.Time] or an interval such as "1h"), or by [WithQueue]. Then later sessions of the same Run
+// resume at the first message not yet settled, and skip nothing that was published meanwhile. A
+// stream has no requeue: a message put back is given to a handler again, see [WithRequeueDelay].
+// "last" is the last chunk, as RabbitMQ has it. A number that the stream has not reached yet is
+// waited for.
+//
+// Without an offset, and for "next", "last", an interval, and a time in the future or of the last
+// five minutes, the place is looked up before the first session of a Run, so that a session lost
+// before its first delivery skips nothing either. The look takes consumers that the broker shows
+// for a moment; they settle nothing and read about a chunk of the stream. RabbitMQ answers from its
+// messages at once. Where none comes within some 30 ms, as in an empty stream, or where the look is
+// cut off, the place is a time by the clock here, less five minutes: a session that follows one
+// without a delivery may then be given messages from up to five minutes earlier, and skips none as
+// long as the clock here is at most five minutes fast. This was checked on RabbitMQ 3.10, 4.0 and
+// 4.3.
+//
+// If the stream itself was deleted, the next one of its name is read from its beginning. A stream
+// that others delete and declare anew within a moment, or while the consumer is away, looks like
+// the old one: give it a new name. Where the consumer declares the stream it looks for it first, by
+// a passive declare, which needs the configure permission on RabbitMQ 4.3; without that, a new
+// stream looks like the old one.
+func WithConsumeArgs(args amqp.Table) Option {
+	return func(c *config) {
+		c.consumeArgs = c.takeTable("WithConsumeArgs", "", args)
+	}
+}
+
+// WithExclusive asks to be the only consumer of the queue (the exclusive flag of basic.consume,
+// https://www.rabbitmq.com/docs/consumers). As long as the queue has another consumer the broker
+// refuses (403 "in exclusive use"), and the try is repeated. Off by default. New refuses it beside
+// a [WithQueue] of a type other than "classic": quorum queues and streams ignore it, use
+// x-single-active-consumer in [Queue].Args.
+func WithExclusive() Option {
+	return func(c *config) { c.exclusive = true }
+}
+
+// WithConsumerTag sets the prefix of the consumer tags, which the broker's management page lists
+// and log lines show. Every subscription has a tag of its own: the prefix, a random part, the
+// number of the try and that of the session. Default "steadymq". 1 to 200 bytes of UTF-8.
+func WithConsumerTag(prefix string) Option {
+	return func(c *config) {
+		c.tagPrefix = prefix
+		if prefix == "" || len(prefix) > maxTagPrefix {
+			c.refuse("WithConsumerTag", "must have 1 to %d bytes, got %d", maxTagPrefix, len(prefix))
+			return
+		}
+		c.shortString("WithConsumerTag", "the tag", prefix)
+	}
+}
+
+// Work: how many handlers run, what is sent ahead to them, and how acks leave.
+
+// WithConcurrency sets how many handlers run at once. It holds across reconnects: a handler that is
+// still busy with a delivery of a lost session counts. Default 1, which also starts handlers in the
+// order in which a session's messages are delivered; a message that failed comes later than those
+// behind it. Range 1 to 65535.
+func WithConcurrency(n int) Option {
+	return func(c *config) { c.concurrency = n; c.count("WithConcurrency", n) }
+}
+
+// WithPrefetch sets how many unsettled messages the broker may send ahead (basic.qos
+// prefetch_count, per consumer, https://www.rabbitmq.com/docs/consumer-prefetch). Default 32, or
+// the concurrency where that is higher. Range: the concurrency to 65535; New refuses 0, which would
+// mean "no limit" to the broker and the whole queue in memory here.
+//
+// It is also the most messages that can be delivered twice when a session is lost. Up to RabbitMQ
+// 4.2 each of them counts towards a quorum queue's delivery limit (20 by default since 4.0), also
+// those that no handler has seen, and also when a consumer stops in order: after 21 restarts with
+// the same messages prefetched the broker drops them. Keep the prefetch small there, or set
+// x-delivery-limit. Since 4.3 only failures count.
+//
+// No other consumer gets what is prefetched here: two consumers with slow handlers share the queue
+// prefetch by prefetch, and one may be idle while the other has a whole prefetch to do. The last
+// prefetched message waits for prefetch/concurrency handlers. Keep that below half of the broker's
+// consumer timeout (https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout); more is
+// logged, once in a Run.
+func WithPrefetch(n int) Option {
+	return func(c *config) { c.prefetch = n; c.set["WithPrefetch"] = true; c.count("WithPrefetch", n) }
+}
+
+// WithMiddleware wraps the handler. The first [Middleware] is the outermost. Given several times,
+// the options add up. The wrapping is done at the beginning of every Run and bounded by
+// [WithSetupTimeout]. Default: none. New refuses nil; [Consumer.Run] refuses a middleware that
+// returns a nil handler.
 func WithMiddleware(m ...Middleware) Option {
 	return func(c *config) {
 		for _, f := range m {
@@ -671,23 +308,230 @@ func WithMiddleware(m ...Middleware) Option {
 	}
 }
 
-// WithLogger sets where the library logs. Default slog.Default(), as it is when Run
-// begins. For silence give slog.New(slog.DiscardHandler).
+// WithHandlerTimeout ends a handler's context after d, with the cause [ErrHandlerTimeout]. What the
+// handler then returns decides the outcome as usual. A handler that does not return keeps its
+// worker: it is logged, at most once a minute, and counted in [Stats].Overdue.
 //
-// Each change of state is one line, with queue and consumer tag: WARN for a failure,
-// ERROR when Run gives up, else INFO. A failure whose cause repeats is told at its 1st, 2nd,
-// 4th, 8th ... time and at least every minute, with the count (repeated), every 90 s where it
-// ends sessions that have just begun to consume. Once such a failure was told, "consuming" is told
-// as well, with how long the consumer was away (down): at once, or after 2 s (up) where the session
-// before had not lasted that long. A new cause is told at once; where causes change all the
-// time, the log tells 12 of them and then one every 5 minutes, beside the one a minute. Causes
-// that differ in the host, an IP address or a number of more than three digits are one. What is
-// left out, and the tries, are DEBUG. Counting starts anew once a session has lasted 10 minutes. An
-// hour of any outage is at most 100 lines of INFO and above.
+// Off by default. Range 1 ms to 24 h. Keep it below half of the broker's consumer timeout (30 min
+// by default), which would otherwise end the session.
+func WithHandlerTimeout(d time.Duration) Option {
+	return func(c *config) { c.handlerTimeout = d; c.duration("WithHandlerTimeout", d) }
+}
+
+// WithWriteDelay sets the longest that an ack may wait for others, to share a system call with
+// them. It waits only while more deliveries are at hand whose acks will follow, and the broker has
+// prefetch left; a lone ack leaves at once. Each message still has an ack of its own
+// (multiple=false). Default 1 ms. Range 0 to 100 ms; 0 shares only what piles up during another
+// write.
+func WithWriteDelay(d time.Duration) Option {
+	return func(c *config) {
+		c.writeDelay = d
+		if d < 0 || d > maxWriteDelay {
+			c.refuse("WithWriteDelay", "must be between 0 and %v, got %v", maxWriteDelay, d)
+		}
+	}
+}
+
+// WithMaxMessageSize keeps messages with a body of more bytes from the handlers. None of such a
+// body is kept in memory, but all of it crosses the network. The session goes on;
+// [Hooks].Unreadable and a log line tell of the message, and [MessageError] says what becomes of
+// it. It will come again: set the limit well above what publishers may send, and treat the hook as
+// an alarm. A larger message that a [TopologyFunc] fetches (basic.get) ends the connection.
 //
-// What handlers return is told at WARN, a panic with its stack at ERROR: at most one
-// line a second, less often if it goes on and at least every minute, with the count of
-// those left out (suppressed). Hooks.HandlerFailed is told of all. Durations are texts, as 1.5s.
+// Default: no limit (the broker's max_message_size, 16 MiB since RabbitMQ 4.0, applies to
+// publishers). Range: 1 and up.
+func WithMaxMessageSize(bytes int64) Option {
+	return func(c *config) {
+		if bytes < 1 {
+			c.refuse("WithMaxMessageSize", "must be at least 1 byte, got %d; leave it out for no limit", bytes)
+			return
+		}
+		c.maxMessage = uint64(bytes)
+	}
+}
+
+// Failure: what follows when a handler fails, a session is lost or the queue goes silent.
+
+// WithRequeueDelay sets how long a message whose handler returned a plain error, or panicked, is
+// held before it goes back to the queue (basic.reject with requeue). The hold is first, and twice
+// as long for every delivery that the broker has counted ([Delivery.Attempt]), up to longest. Each
+// hold is drawn from half to one and a half of that, and is never above longest. Classic queues do
+// not count, so there a hold is at most 3 times first. On a stream the message is not put back but
+// tried again in place, after the same holds.
+//
+// Default 1 s and 15 min, half of RabbitMQ's consumer timeout. Range 1 ms to 24 h; New refuses a
+// longest below first.
+//
+// The holds keep a failing message from spinning between broker and consumer. They also make the
+// default delivery limit of quorum queues (20 since RabbitMQ 4.0) last two to three hours while a
+// dependency is away, instead of 25 s.
+//
+// A held message is unsettled: it occupies one place of the prefetch, but no worker. Fewer failing
+// messages than the prefetch do not stop the others; as many do, and on a stream one is enough,
+// since nothing behind it is acked. From half of the prefetch on this is logged, and [Stats].Held
+// shows it. Return [Discard] for messages that can never succeed.
+func WithRequeueDelay(first, longest time.Duration) Option {
+	return func(c *config) {
+		c.requeueFirst, c.requeueLongest = first, longest
+		c.duration("WithRequeueDelay", first)
+		c.duration("WithRequeueDelay", longest)
+		if longest < first {
+			c.refuse("WithRequeueDelay", "the longest hold must not be below the first, got %v and %v", longest, first)
+		}
+	}
+}
+
+// WithBackoff sets the pace of retries: the n-th wait in a row for the same kind of failure is
+// drawn from 0 to initial*2^(n-1), at most limit. Default 250 ms and 10 s. Range: 1 ms to 24 h
+// each; New refuses a limit below initial. For a fleet choose a limit of at least (number of
+// consumers)/100 seconds.
+//
+// When a healthy session is lost the first retry is at once (within 20 ms), and so is the first try
+// of another host. No wait exceeds a limit given here, but some failures have a pace of their own:
+//
+//   - A refused dial costs the broker nothing, so its waits are at most 1 s.
+//   - A queue or an exchange that does not exist is asked for after 1 s, then up to 5 s.
+//   - What an operator has to mend (permissions, arguments, certificates) is tried again after 1 s,
+//     then up to 30 s.
+//   - What is locked by another connection is tried every 0.5 to 1 s, for as long as the broker may
+//     need to notice that its owner is gone (3 heartbeats and 5 s), then as what an operator has to
+//     mend.
+func WithBackoff(initial, limit time.Duration) Option {
+	return func(c *config) {
+		c.retryInitial, c.retryCap = initial, limit
+		c.set["WithBackoff"] = true
+		c.duration("WithBackoff", initial)
+		c.duration("WithBackoff", limit)
+		if limit < initial {
+			c.refuse("WithBackoff", "the limit must not be below the initial wait, got %v and %v", initial, limit)
+		}
+	}
+}
+
+// WithFatal decides which failures end [Consumer.Run]: Run returns the error for which fatal
+// returns true. fatal is given every failure, a [*SessionError], those before the first session
+// included. It takes the place of the rule that Run follows by default: to give up on what the
+// broker states plainly before the first session, and never after it.
+//
+// fatal is called on a goroutine of its own, one call at a time, and Run waits for its answer. If
+// it panics, or does not return within the limit of [WithSetupTimeout], Run ends with an error that
+// says so. Default: none. New refuses nil.
+func WithFatal(fatal func(error) bool) Option {
+	return func(c *config) {
+		c.fatal = fatal
+		if fatal == nil {
+			c.refuse("WithFatal", "must not be nil; leave it out to retry for ever")
+		}
+	}
+}
+
+// WithStallDetector replaces a session that is alive on paper only: heartbeats pass, and messages
+// do not. It acts when for the given time no byte of a delivery came and nothing was settled,
+// although the prefetch is not full. Then it asks for the queue, by a passive declare on a channel
+// of its own. The silence is a stall if one of these holds, and still holds up to 5 s later:
+//
+//   - The queue has messages and this consumer is its only one (a quorum queue without majority),
+//     or the queue has no consumer at all (a forgotten one).
+//   - It is a stream, and has grown since the last look.
+//   - A majority of the hosts, of three or more, say that messages wait for this consumer, or that
+//     the stream is longer than here: this host is cut off. They are asked over connections for one
+//     question each, which [Stats] does not count.
+//   - The queue does not answer within the limit of [WithSetupTimeout], which here counts the
+//     silence after the last bytes of a delivery, and at most ten times as long.
+//
+// The session then ends with a cause that says so, and its connection with it. The next one is
+// opened to another host if there is one; behind one URL of a load balancer, or with [WithURLFunc],
+// wherever that leads. From the beginning of the silence this takes at most twice the given time
+// and 5 s, on a stream three times, plus the time of the answers.
+//
+// It cannot see a stall in these cases:
+//
+//   - The queue has other consumers, for then silence is normal (single active consumer,
+//     priorities).
+//   - It is a stream that the consumer does not know to be one, see [WithConsumeArgs], or whose
+//     x-stream-offset is a number ahead of it.
+//   - The broker does not let it ask (RabbitMQ 4.3 wants the configure permission), or the
+//     connection has no channel left (channel_max). A warning says so, once in a Run.
+//   - The queue was empty when its leader lost the majority: what is published since is in no queue
+//     before the majority is back (seen on RabbitMQ 4.0 and 4.3: "0 messages, 1 consumer").
+//   - There are only one or two hosts, or one URL of a load balancer, or [WithURLFunc], and the
+//     node is on the wrong side of a partition: there is nobody else to ask.
+//
+// It may take a consumer that waits for its turn for a stalled one if x-single-active-consumer is
+// set, since a quorum queue counts only the active consumer. Declare such a queue by [WithQueue],
+// so that this is known, or leave the detector out.
+//
+// No session gets messages from a queue without majority. Replacing it helps where another host has
+// one.
+//
+// Off by default; 1 minute is a good value. Range 1 s to 24 h. New refuses it beside
+// x-stream-filter, which makes silence normal.
+func WithStallDetector(after time.Duration) Option {
+	return func(c *config) {
+		c.stallAfter = after
+		if after < time.Second || after > maxDuration {
+			c.refuse("WithStallDetector", "must be between 1s and %v, got %v", maxDuration, after)
+		}
+	}
+}
+
+// Limits: how long setting up and ending may take.
+
+// WithSetupTimeout bounds a whole try, from the dial to the broker's consume-ok, [WithQueue] and
+// [WithTopology] included. When it has passed, the socket is closed, as soon as no other session
+// lives on it. Default 15 s, which leaves a broker its own 10 s of handshake (handshake_timeout)
+// and 3 s of silence after a wrong password. Range 1 ms to 24 h.
+//
+// On a connection that stands already, deliveries may be in the way of the broker's answers, on a
+// slow path for minutes. There the limit counts the silence after the last bytes of a delivery, and
+// a try takes ten times the limit at most.
+func WithSetupTimeout(d time.Duration) Option {
+	return func(c *config) { c.setupTimeout = d; c.duration("WithSetupTimeout", d) }
+}
+
+// WithCloseTimeout bounds the orderly end of a session (basic.cancel, channel.close) and that of
+// its connection (connection.close). When it has passed the socket is closed. Default 5 s. Range 1
+// ms to 24 h. For a session it counts the silence after the last bytes of a delivery, which may be
+// in the way of the broker's answer, as long as the limit of [WithDrainTimeout] allows.
+func WithCloseTimeout(d time.Duration) Option {
+	return func(c *config) { c.closeTimeout = d; c.duration("WithCloseTimeout", d) }
+}
+
+// WithDrainTimeout bounds how long running handlers may take to finish once the consumer stops, or
+// once the broker has cancelled it (https://www.rabbitmq.com/docs/consumer-cancel) and handlers
+// still work on its deliveries. When it has passed their contexts end, with a [*DrainError] as the
+// cause if the consumer stops, and the broker delivers their messages again.
+//
+// Default 20 s: with [WithCloseTimeout] and a second more that is less than the 30 s that
+// Kubernetes gives by default (terminationGracePeriodSeconds). Range 1 ms to 24 h.
+func WithDrainTimeout(d time.Duration) Option {
+	return func(c *config) { c.drainTimeout = d; c.duration("WithDrainTimeout", d) }
+}
+
+// Observation: log and hooks.
+
+// WithLogger sets the logger. Default: [slog.Default], as it is when Run begins. For silence give
+// slog.New(slog.DiscardHandler). New refuses nil. Its [slog.Handler] is called on a goroutine of
+// its own, one line at a time, so that a slow one delays no recovery; what it cannot keep up with
+// is dropped and counted in [Stats].EventsDropped. There is no line for each message. A panic of
+// the [slog.Handler] ends Run, see [Hooks].
+//
+// A change of state is one line, with queue and consumer tag: WARN for a failure, ERROR when Run
+// gives up, else INFO; tries, and what is left out, are DEBUG. An hour of any outage is at most 100
+// lines of INFO and above:
+//
+//   - A failure whose cause repeats is told at its 1st, 2nd, 4th, 8th ... time and at least every
+//     minute, with the count (repeated); where it ends sessions that have just begun to consume, at
+//     least every 90 s. Counting starts anew once a session has lasted 10 minutes.
+//   - A new cause is told at once. Where causes change all the time, at most 12 are told and then
+//     one every 5 minutes, beside the one a minute. Causes that differ only in the host, an IP
+//     address or a number of more than three digits are the same.
+//   - After a failure that was told, "consuming" is told too, with how long the consumer was away
+//     (down): at once, or after 2 s (up) where the session before had not lasted that long.
+//
+// What handlers return is told at WARN, a panic with its stack at ERROR: at most one line a second,
+// fewer if it goes on, and at least one a minute, with the count of those left out (suppressed).
+// [Hooks].HandlerFailed is told of every one. Durations are texts, such as "1.5s".
 func WithLogger(logger *slog.Logger) Option {
 	return func(c *config) {
 		c.logger = logger
@@ -697,7 +541,8 @@ func WithLogger(logger *slog.Logger) Option {
 	}
 }
 
-// WithHooks sets the functions that are told what happens; see Hooks.
+// WithHooks sets the functions that are told what happens, see [Hooks]. Default: none. New refuses
+// hooks of which all are nil.
 func WithHooks(hooks Hooks) Option {
 	return func(c *config) {
 		c.hooks = hooks
@@ -721,225 +566,4 @@ func build(url, queue string, opts []Option) (*config, error) {
 	c.checkQueue()
 	c.checkTogether()
 	return c, errors.Join(c.problems...)
-}
-
-func (c *config) checkURLs() {
-	if c.urlFunc != nil {
-		if len(c.urls) > 1 {
-			c.refuse("WithURLFunc", "cannot be combined with WithURLs; let the function choose the host")
-		}
-		return
-	}
-	for i, u := range c.urls {
-		e, err := parseEndpoint(u)
-		switch {
-		case err != nil && i == 0:
-			c.refuse("New", "%v", err)
-			continue
-		case err != nil:
-			c.refuse("WithURLs", "URL %d: %v", i, err)
-			continue
-		}
-		which := "the URL"
-		if i > 0 {
-			which = fmt.Sprintf("URL %d of WithURLs", i)
-		}
-		for _, problem := range c.contradicts(e, which) {
-			c.problems = append(c.problems, problem)
-		}
-	}
-}
-
-// contradicts returns what the options make of a URL that is fine in itself. It shows none of it.
-func (c *config) contradicts(e endpoint, which string) (problems []*OptionError) {
-	refuse := func(option, reason string) {
-		problems = append(problems, &OptionError{option, fmt.Sprintf(reason, which)})
-	}
-	u := e.uri
-	if u.Scheme == "amqp" && c.tls != nil {
-		refuse("WithTLSConfig", "%s has the scheme amqp, which is not encrypted; use amqps")
-	}
-	if u.Scheme == "amqp" && c.insecure {
-		refuse("WithInsecureSkipVerify", "%s has the scheme amqp, which has no TLS and no certificate to verify; leave the option out, or use amqps")
-	}
-	if c.tls != nil && (u.CACertFile != "" || u.CertFile != "" || u.ServerName != "") {
-		refuse("WithTLSConfig", "takes the place of cacertfile, certfile, keyfile and server_name_indication, but %s has some; use RootCAs, Certificates and ServerName of the configuration in their place")
-	}
-	if u.AuthMechanism != nil && c.sasl != nil {
-		refuse("WithSASL", "takes the place of auth_mechanism, but %s has it; leave one of them out")
-	}
-	if u.AuthMechanism != nil && c.credentials != nil {
-		refuse("WithCredentials", "logs in by the mechanism PLAIN, but %s has an auth_mechanism; leave that out")
-	}
-	return problems
-}
-
-// endpointOf reads a URL that WithURLFunc returned as New would.
-func (c *config) endpointOf(text string) (endpoint, error) {
-	e, err := parseEndpoint(text)
-	if err != nil {
-		return endpoint{}, err
-	}
-	for _, problem := range c.contradicts(e, "the URL") {
-		return endpoint{}, &urlError{reason: problem.Option + ": " + problem.Reason}
-	}
-	return e, nil
-}
-
-// heartbeatOf returns the heartbeat to ask for at e: that of its own URL, unless WithHeartbeat is
-// given.
-func (c *config) heartbeatOf(e endpoint) time.Duration {
-	if e.heartbeat != 0 && !c.set["WithHeartbeat"] {
-		return e.heartbeat
-	}
-	return c.heartbeat
-}
-
-// dialTimeoutOf is to connection_timeout and WithDialTimeout what heartbeatOf is to heartbeats.
-func (c *config) dialTimeoutOf(e endpoint) time.Duration {
-	if e.dialTimeout != 0 && !c.set["WithDialTimeout"] {
-		return e.dialTimeout
-	}
-	return c.dialTimeout
-}
-
-func (c *config) checkQueue() {
-	if c.topology != nil && c.declare != nil {
-		c.refuse("WithQueue", "cannot be combined with WithTopology; declare the queue in the function")
-	}
-	q := c.declare
-	if c.queue == "" && c.topology == nil && (q == nil || q.Type != "classic" || !q.Exclusive) {
-		c.refuse("New", "the queue name is empty; give it, or WithTopology, or WithQueue with an exclusive classic queue, whose name the broker may choose")
-	}
-	c.shortString("New", "the queue name", c.queue)
-	if strings.ContainsAny(c.queue, "\r\n") {
-		c.refuse("New", "the queue name %q has a line break, and RabbitMQ takes those out of the names of queues: none has this one", c.queue)
-	}
-	if q != nil {
-		c.checkDeclare(q)
-		c.checkExchange(q)
-		c.checkDeadLetter(q)
-	}
-}
-
-// checkDeclare also completes q.
-func (c *config) checkDeclare(q *Queue) {
-	switch q.Type {
-	case "":
-		q.Type = "quorum"
-	case "quorum", "classic", "stream":
-	default:
-		c.refuse("WithQueue", `Type must be "quorum", "classic" or "stream", got %q`, q.Type)
-	}
-	if q.Type != "classic" && c.exclusive {
-		c.refuse("WithExclusive", "a %s queue takes no notice of an exclusive consumer; declare it with Args x-single-active-consumer instead", q.Type)
-	}
-	if q.Type != "classic" && (q.Exclusive || q.AutoDelete || q.Transient) {
-		c.refuse("WithQueue", "a %s queue can be neither exclusive, auto-delete nor transient; use a classic queue", q.Type)
-	}
-	if q.Transient && !q.Exclusive {
-		c.refuse("WithQueue", "a transient queue must be exclusive: RabbitMQ 4.3 refuses shared transient queues (541)")
-	}
-	if q.Args = c.takeTable("WithQueue", "Args", q.Args); q.Args == nil {
-		q.Args = amqp.Table{}
-	}
-	if t, ok := q.Args["x-queue-type"]; ok && t != q.Type {
-		c.refuse("WithQueue", "Args has x-queue-type %v, Type says %q", t, q.Type)
-	}
-}
-
-// checkExchange also gives the bindings their exchange.
-func (c *config) checkExchange(q *Queue) {
-	own := ""
-	if q.Exchange != nil {
-		x := *q.Exchange
-		x.Args = c.takeTable("WithQueue", "Exchange.Args", x.Args)
-		if x.Kind == "" {
-			x.Kind = "direct"
-		}
-		c.checkKind(&x)
-		own, q.Exchange = x.Name, &x
-	}
-	q.Bindings = slices.Clone(q.Bindings)
-	used := false
-	for i := range q.Bindings {
-		b := &q.Bindings[i]
-		place := fmt.Sprintf("Bindings[%d]", i)
-		b.Args = c.takeTable("WithQueue", place+".Args", b.Args)
-		c.shortString("WithQueue", place+".Key", b.Key)
-		c.shortString("WithQueue", place+".Exchange", b.Exchange)
-		if b.Exchange == "" && q.Exchange == nil {
-			c.refuse("WithQueue", "%s names no exchange; the default exchange leads to every queue by its name already, and takes no bindings", place)
-			continue
-		}
-		b.Exchange = cmp.Or(b.Exchange, own)
-		used = used || b.Exchange == own
-	}
-	if q.Exchange != nil && !used {
-		c.refuse("WithQueue", "Exchange %q is declared, and none of Bindings uses it; add Binding{Key: ...}, which is bound to it", own)
-	}
-}
-
-func (c *config) checkKind(x *Exchange) {
-	switch {
-	case x.Name == "":
-		c.refuse("WithQueue", "Exchange needs a Name")
-	case !slices.Contains([]string{"direct", "fanout", "topic", "headers"}, x.Kind) && !strings.HasPrefix(x.Kind, "x-"):
-		c.refuse("WithQueue", `Exchange.Kind must be "direct", "fanout", "topic", "headers" or begin with "x-", got %q`, x.Kind)
-	}
-	c.shortString("WithQueue", "Exchange.Name", x.Name)
-	c.shortString("WithQueue", "Exchange.Kind", x.Kind)
-}
-
-// checkDeadLetter also turns it into arguments.
-func (c *config) checkDeadLetter(q *Queue) {
-	if q.DeadLetter == nil {
-		return
-	}
-	dead := *q.DeadLetter
-	q.DeadLetter = &dead
-	_, exchange := q.Args["x-dead-letter-exchange"]
-	_, key := q.Args["x-dead-letter-routing-key"]
-	switch {
-	case q.Type == "stream":
-		c.refuse("WithQueue", "DeadLetter is not for streams: they keep all messages and give up none")
-	case exchange || key:
-		c.refuse("WithQueue", "DeadLetter and x-dead-letter-exchange or x-dead-letter-routing-key in Args say the same; leave one out")
-	case dead.Queue != "" && (dead.Exchange != "" || dead.Key != ""):
-		c.refuse("WithQueue", "DeadLetter takes either Queue, which is declared, or Exchange and Key, which exist already")
-	case dead == DeadLetter{}:
-		c.refuse("WithQueue", "DeadLetter is empty; give it a Queue, or an Exchange, or leave it out")
-	case dead.Queue != "" && dead.Queue == c.queue, dead.Exchange == "" && dead.Key != "" && dead.Key == c.queue:
-		c.refuse("WithQueue", "DeadLetter leads back into the queue %q itself, at once and for ever", c.queue)
-	}
-	c.shortString("WithQueue", "DeadLetter.Queue", dead.Queue)
-	c.shortString("WithQueue", "DeadLetter.Exchange", dead.Exchange)
-	c.shortString("WithQueue", "DeadLetter.Key", dead.Key)
-	q.Args["x-dead-letter-exchange"] = dead.Exchange
-	if to := cmp.Or(dead.Queue, dead.Key); to != "" {
-		q.Args["x-dead-letter-routing-key"] = to
-	}
-}
-
-func (c *config) checkTogether() {
-	if !c.set["WithPrefetch"] {
-		c.prefetch = max(c.prefetch, c.concurrency)
-	} else if c.prefetch < c.concurrency && c.prefetch > 0 {
-		c.refuse("WithPrefetch", "must be at least the concurrency (%d), got %d: workers would wait for nothing", c.concurrency, c.prefetch)
-	}
-	if c.credentials != nil && c.sasl != nil {
-		c.refuse("WithCredentials", "cannot be combined with WithSASL, which has credentials of its own")
-	}
-	if _, filtered := c.consumeArgs["x-stream-filter"]; filtered && c.stallAfter > 0 {
-		c.refuse("WithStallDetector", "is not for filtered streams: they grow by what the filter leaves out, so silence means nothing")
-	}
-	if c.tls != nil && c.tls.InsecureSkipVerify && c.tls.VerifyConnection == nil && c.tls.VerifyPeerCertificate == nil && !c.insecure {
-		c.refuse("WithTLSConfig", "InsecureSkipVerify lets anyone on the path read the password; set RootCAs instead, or add WithInsecureSkipVerify in tests")
-	}
-}
-
-// stream tells whether the consumer reads a stream, as far as it was told.
-func (c *config) stream() bool {
-	_, offset := c.consumeArgs["x-stream-offset"]
-	return offset || c.declare != nil && c.declare.Type == "stream"
 }

@@ -3,15 +3,10 @@ package steadymq
 import (
 	"context"
 	"math"
-	"strconv"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
-
-// clockMargin is how far the clocks of broker and client may be apart where a time has to stand
-// for a place. Messages from as long before the subscription may come then.
-const clockMargin = 5 * time.Minute
 
 // What a stream holds is there within a few milliseconds after consume-ok, and one that holds
 // nothing says nothing. It is waited for so long, and as many times as long as consume-ok took.
@@ -19,21 +14,6 @@ const (
 	locateWait  = 25 * time.Millisecond
 	locateTrips = 4
 )
-
-// shifts tells whether an offset stands for another message each time it is asked for: next, last,
-// an interval such as 1h, and a time that is not over yet, which RabbitMQ takes for next. Asked for
-// a second time, it skips what was published since the first.
-func shifts(offset any, now time.Time) bool {
-	switch at := offset.(type) {
-	case nil:
-		return true
-	case string:
-		return at != "first"
-	case time.Time:
-		return at.After(now.Add(-clockMargin))
-	}
-	return false
-}
 
 // locate finds out before the first subscription which message an offset that shifts stands for.
 // No method of AMQP 0-9-1 tells: what a passive declare counts is up to 5 s old (RabbitMQ 3.10, 4.0
@@ -127,9 +107,9 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 	case <-s.cancels:
 		s.place().doubt()
 		return nil, errCancelled
-	case <-s.channelEnd.ended:
+	case <-s.channelEnd.Done():
 		return nil, amqp.ErrClosed
-	case <-s.conn.end.ended:
+	case <-s.conn.end.Done():
 		return nil, amqp.ErrClosed
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
@@ -177,26 +157,53 @@ func (s *session) listen(offset any) (first <-chan int64, err error) {
 	return got, nil
 }
 
-func offsetOf(d *Delivery) int64 {
-	if at, ok := headerInt(d.Headers[offsetKey]); ok {
-		return at
+// A busy broker may cancel the consumers of a stream that is deleted a moment
+// before it forgets the stream, so after a cancel it is looked for again and
+// again: as long as streamDoubt, at most half of the setup limit.
+const (
+	streamDoubt = 2 * time.Second
+	streamLook  = 20 * time.Millisecond
+)
+
+// checkStream looks whether the stream is there still, before it is declared:
+// afterwards a new one looks like the old one. The broker closes the channel if it is
+// not, or if the question is not allowed: then the session needs another one.
+func (s *session) checkStream(ctx context.Context) error {
+	if s.place() == nil || s.terms.looked {
+		return nil
 	}
-	return unknownOffset
+	s.stream.mu.Lock()
+	queue, fresh, doubted := s.stream.queue, s.stream.fresh(), s.stream.doubted
+	s.stream.mu.Unlock()
+	declares := s.config.topology != nil || s.config.declare != nil
+	if fresh || !declares && !doubted {
+		return nil
+	}
+	for since := time.Now(); ; {
+		_, err := s.channel.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{})
+		switch {
+		case err != nil:
+			if noQueue(s.saidByBroker(err), queue) {
+				s.place().startOver()
+			}
+			return &freshChannelError{looked: true}
+		case !doubted, time.Since(since) >= min(streamDoubt, s.config.setupTimeout/2):
+			return nil
+		}
+		if err := sleep(ctx, streamLook); err != nil {
+			return err
+		}
+	}
 }
 
-// interval reads an offset such as 1h, as RabbitMQ does. It is 0 for last.
-func interval(offset any) time.Duration {
-	text, _ := offset.(string)
-	if text == "" {
-		return 0
+// sleep waits, or returns why ctx has ended.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return causeOf(ctx)
 	}
-	const day = 24 * time.Hour
-	unit := map[byte]time.Duration{
-		'Y': 365 * day, 'M': 30 * day, 'D': day, 'h': time.Hour, 'm': time.Minute, 's': time.Second,
-	}[text[len(text)-1]]
-	n, err := strconv.ParseUint(text[:len(text)-1], 10, 63)
-	if err != nil || unit == 0 {
-		return 0
-	}
-	return time.Duration(min(n, uint64(math.MaxInt64/unit))) * unit
 }

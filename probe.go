@@ -14,9 +14,6 @@ import (
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// errStalled is the cause of a session that WithStallDetector ended.
-var errStalled = errors.New("stalled")
-
 // stallConfirm is how long a suspicion has to hold. For a moment a queue may have
 // messages that are on their way to us, and RabbitMQ answers "no messages, no
 // consumers" for a quorum queue whose leader it does not reach within 250 ms, as
@@ -35,21 +32,41 @@ type prober struct {
 	refused   bool      // the broker does not let it ask
 }
 
-func (s *session) probe() {
-	defer close(s.probed)
-	p := &prober{s: s, moves: s.moves(), length: -1}
+// probe watches s for as long as it consumes, if the consumer has a stall detector. done closes
+// when nobody watches it any more.
+func probe(s *session) (done <-chan struct{}) {
+	over := make(chan struct{})
+	if s.config.stallAfter <= 0 {
+		close(over)
+		return over
+	}
+	go func() {
+		defer close(over)
+		newProber(s).run()
+	}()
+	return over
+}
+
+func newProber(s *session) *prober {
+	p := &prober{s: s, length: -1}
+	p.moves = p.moved()
+	return p
+}
+
+func (p *prober) run() {
+	s := p.s
 	defer p.finish()
 	look := time.NewTimer(s.config.stallAfter)
 	defer look.Stop()
 	for {
 		select {
 		case <-look.C:
-		case <-s.ended.ended:
+		case <-s.end.Done():
 			return
 		}
 		err := p.look()
 		if err != nil && p.suspected {
-			s.broken.notify(err)
+			s.stall.notify(err)
 			return
 		}
 		p.suspected = err != nil
@@ -64,7 +81,7 @@ func (s *session) probe() {
 // look returns why the session seems to be stalled. As long as something moves,
 // or may not move because the prefetch is full, nobody is asked.
 func (p *prober) look() error {
-	if moves := p.s.moves(); moves != p.moves || p.s.full() {
+	if moves := p.moved(); moves != p.moves || p.full() {
 		p.moves, p.length = moves, -1
 		return nil
 	}
@@ -72,16 +89,17 @@ func (p *prober) look() error {
 		return nil
 	}
 	err := p.ask()
-	if p.s.moves() != p.moves {
+	if p.moved() != p.moves {
 		return nil
 	}
 	return err
 }
 
-// moves changes with every byte of a delivery, with what was given to handlers and with
+// moved changes with every byte of a delivery, with what was given to handlers and with
 // what was settled: a settlement makes room, so the silence that counts begins after the
 // last one. A message may take long to arrive.
-func (s *session) moves() uint64 {
+func (p *prober) moved() uint64 {
+	s := p.s
 	n := s.received.Load() + uint64(s.wire.Heard())
 	for o := range s.stats.outcomes {
 		n += s.stats.outcomes[o].Load()
@@ -91,7 +109,7 @@ func (s *session) moves() uint64 {
 
 // full tells whether the broker may give no more: what it gave waits for a worker,
 // is with one, or waits for its requeue or, of a stream, for its turn to be acked.
-func (s *session) full() bool { return s.wire.Unsettled() >= int64(s.config.prefetch) }
+func (p *prober) full() bool { return p.s.wire.Unsettled() >= int64(p.s.config.prefetch) }
 
 // ask returns why what the queue says makes the silence a stall. Behind a single
 // active consumer, or one of higher priority, silence is normal.
@@ -100,18 +118,18 @@ func (p *prober) ask() error {
 	q, err := p.inspect()
 	switch {
 	case errors.Is(err, errUnanswered):
-		return s.stall("and the queue does not answer")
+		return p.stall("and the queue does not answer")
 	case err != nil:
 		p.cannotAsk(err)
 		return nil
 	case s.stream != nil && p.grew(q.Messages):
-		return s.stall("though the stream has grown")
+		return p.stall("though the stream has grown")
 	case s.stream == nil && q.Consumers == 0:
-		return s.stall("and the queue knows of no consumer")
-	case s.stream == nil && s.waits(q):
-		return s.stall("though the queue has %d messages and this is its only consumer", q.Messages)
+		return p.stall("and the queue knows of no consumer")
+	case s.stream == nil && p.waits(q):
+		return p.stall("though the queue has %d messages and this is its only consumer", q.Messages)
 	}
-	return s.elsewhere(q)
+	return p.elsewhere(q)
 }
 
 // grew tells whether the stream is longer than at the first look at this silence.
@@ -126,8 +144,8 @@ func (p *prober) grew(length int) bool {
 
 // waits tells whether the queue has messages for nobody but us. A quorum queue
 // counts of single active consumers only the active one, so we may be behind it.
-func (s *session) waits(q amqp.Queue) bool {
-	declared := s.config.declare
+func (p *prober) waits(q amqp.Queue) bool {
+	declared := p.s.config.declare
 	single := declared != nil && declared.Args["x-single-active-consumer"] == true
 	return q.Messages > 0 && q.Consumers <= 1 && !single
 }
@@ -136,37 +154,39 @@ func (s *session) waits(q amqp.Queue) bool {
 // from what it knew, while the others elect a new one, and so does every host that
 // is cut off: so most of all hosts have to say that messages wait for us, and it
 // takes three.
-func (s *session) elsewhere(here amqp.Queue) error {
+func (p *prober) elsewhere(here amqp.Queue) error {
+	s := p.s
 	hosts := newHosts(s.config).endpoints
 	others := slices.DeleteFunc(slices.Clone(hosts), func(e endpoint) bool { return e.address == s.conn.host })
 	rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
 	need := len(hosts)/2 + 1
 	for left := len(others); need > 0; left-- {
-		if left < need || s.ended.cause() != nil {
+		if left < need || s.end.Cause() != nil {
 			return nil
 		}
-		if there, err := s.inspectAt(others[left-1]); err == nil && s.contradicts(here, there) {
+		if there, err := p.inspectAt(others[left-1]); err == nil && p.contradicts(here, there) {
 			need--
 		}
 	}
-	return s.stall("though the other hosts say that messages wait: this one seems to be cut off")
+	return p.stall("though the other hosts say that messages wait: this one seems to be cut off")
 }
 
 // contradicts compares what two hosts say. All of a cluster ask the same leader,
 // so a stream is as long wherever one asks.
-func (s *session) contradicts(here, there amqp.Queue) bool {
-	if s.stream != nil {
+func (p *prober) contradicts(here, there amqp.Queue) bool {
+	if p.s.stream != nil {
 		return there.Messages > here.Messages
 	}
-	return s.waits(there)
+	return p.waits(there)
 }
 
 // inspectAt opens a connection for one question, within the setup limit.
-func (s *session) inspectAt(e endpoint) (amqp.Queue, error) {
+func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
+	s := p.s
 	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 	defer cancel()
 	step := newStep("dial")
-	a := within(ctx, func() attempt {
+	a := runBounded(ctx, func() attempt {
 		c, err := openConnection(ctx, s.config, e, step, s.abandoned)
 		return attempt{conn: c, own: true, err: err}
 	}, step)
@@ -175,16 +195,16 @@ func (s *session) inspectAt(e endpoint) (amqp.Queue, error) {
 	}
 	unguard := context.AfterFunc(ctx, func() { a.conn.socket.Kill(causeOf(ctx)) })
 	defer func() {
-		a.conn.close(departure{limit: s.config.closeTimeout})
-		<-a.conn.gone
+		a.conn.close(closeRequest{limit: s.config.closeTimeout})
+		<-a.conn.done
 		unguard()
 	}()
-	return a.conn.inspect(s.queue)
+	return inspect(a.conn, s.queue)
 }
 
 // inspect asks for the queue, on a channel of its own, which the broker closes if it
 // refuses.
-func (c *connection) inspect(queue string) (amqp.Queue, error) {
+func inspect(c *connection, queue string) (amqp.Queue, error) {
 	channel, err := c.amqp.Channel()
 	if err != nil {
 		return amqp.Queue{}, err
@@ -207,17 +227,17 @@ type question struct {
 	err     error
 }
 
-func (s *session) question() *question {
+func ask(s *session) *question {
 	q := &question{overdue: make(chan struct{}), done: make(chan struct{})}
 	limit := s.config.setupTimeout
 	answered := s.conn.socket.AfterSilence(limit, wire.MostSilences*limit, func() {
 		close(q.overdue)
-		s.conn.wear(errUnanswered)
+		s.conn.retire(errUnanswered)
 	})
 	go func() {
 		defer close(q.done)
 		defer answered()
-		q.queue, q.err = s.conn.inspect(s.queue)
+		q.queue, q.err = inspect(s.conn, s.queue)
 	}()
 	return q
 }
@@ -226,13 +246,13 @@ func (s *session) question() *question {
 // counts as unanswered until there is an answer after all.
 func (p *prober) inspect() (amqp.Queue, error) {
 	if p.question == nil {
-		p.question = p.s.question()
+		p.question = ask(p.s)
 	}
 	q := p.question
 	select {
 	case <-q.done:
 	case <-q.overdue:
-	case <-p.s.ended.ended:
+	case <-p.s.end.Done():
 	}
 	select {
 	case <-q.done:
@@ -254,23 +274,23 @@ func (p *prober) finish() {
 // like health. A broker that refuses is not asked again by this session, for its log has
 // a line of every refusal. That the queue is gone is told by basic.cancel.
 func (p *prober) cannotAsk(err error) {
-	var said *amqp.Error
+	var brokerErr *amqp.Error
 	why := ""
 	switch {
 	case errors.Is(err, amqp.ErrChannelMax):
 		why = "the connection has no channel left for it: raise channel_max"
-	case !errors.As(err, &said) || !said.Server || !said.Recover || said.Code == amqp.NotFound:
+	case !errors.As(err, &brokerErr) || !brokerErr.Server || !brokerErr.Recover || brokerErr.Code == amqp.NotFound:
 		return
-	case said.Code == amqp.AccessRefused:
+	case brokerErr.Code == amqp.AccessRefused:
 		why = "the user needs the configure permission for a passive declare"
 	}
-	p.refused = said != nil && said.Server
+	p.refused = brokerErr != nil && brokerErr.Server
 	if p.s.told.blind.CompareAndSwap(false, true) {
 		p.s.warn("the stall detector cannot ask for the queue, so it notices no stall",
 			slog.String("advice", why), slog.String("error", errtext.Brief(err)))
 	}
 }
 
-func (s *session) stall(format string, args ...any) error {
-	return fmt.Errorf("%w: nothing delivered for %v "+format, append([]any{errStalled, s.config.stallAfter}, args...)...)
+func (p *prober) stall(format string, args ...any) error {
+	return fmt.Errorf("%w: nothing delivered for %v "+format, append([]any{errStalled, p.s.config.stallAfter}, args...)...)
 }

@@ -2,58 +2,25 @@ package steadymq
 
 import (
 	"cmp"
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"math"
 	"math/rand/v2"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
-// class is a kind of failure, by what to do about it.
-type class int
-
-const (
-	// classNetwork: the path or the peer is gone, or misbehaves. Everything
-	// with Server=false is this: the driver reports every I/O failure as 501,
-	// and a socket lost in the handshake as 403.
-	classNetwork class = iota
-	// classRefused: no TCP connection, so trying costs the broker nothing.
-	classRefused
-	// classForced: 320, the broker closes: a stop, a drain, an operator, an
-	// expired token. Another host first.
-	classForced
-	// classChannel: channel.close or basic.cancel while the connection stands.
-	classChannel
-	// classLocked: another owner, most likely our own dead connection, still
-	// holds an exclusive queue, the exclusive consumer or a connection slot.
-	// It clears when the broker buries that connection, within 3 heartbeats.
-	classLocked
-	// classAbsent: a queue or an exchange is not there. Whoever declares it may do
-	// so any moment, and asking takes a channel only.
-	classAbsent
-	// classOperator: someone has to change something: permissions, a virtual
-	// host, arguments. It may happen any moment, so keep asking, slowly.
-	classOperator
-	// classPeer: the host is not the broker we want: its certificate is not
-	// trusted, or it speaks another protocol. Another host first, and this one
-	// as slowly as what an operator has to mend.
-	classPeer
-)
-
 // classify is the one place that decides what a failure means. What the broker
 // said itself counts first; the driver's own codes say nothing: it has 501 for every failure of
 // I/O, and 403 for a socket lost in the handshake.
 func classify(err error) class {
-	var said *amqp.Error
-	if errors.As(err, &said) && said.Server {
-		return classifySaid(said)
+	var brokerErr *amqp.Error
+	if errors.As(err, &brokerErr) && brokerErr.Server {
+		return classifySaid(brokerErr)
 	}
 	switch {
 	case errors.Is(err, errCancelled), errors.Is(err, errChannelEnded):
@@ -68,34 +35,6 @@ func classify(err error) class {
 		return classRefused // refused, no route, no answer to SYN, no such name
 	}
 	return classNetwork
-}
-
-// classifySaid classifies a connection.close or channel.close by RabbitMQ's own phrases
-// where it uses one code for several things, else by code.
-func classifySaid(e *amqp.Error) class {
-	for _, p := range phrases {
-		if p.is(e) {
-			return p.class
-		}
-	}
-	switch e.Code {
-	case amqp.ConnectionForced: // 320: stop, drain, close_connection, "credential expired"
-		return classForced
-	case amqp.ResourceLocked: // 405: exclusive queue of a connection the broker has not buried yet
-		return classLocked
-	case amqp.NotFound: // 404: queue not declared yet
-		return classAbsent
-	case amqp.AccessRefused, // 403: permissions
-		amqp.NotAllowed,         // 530: virtual host
-		amqp.PreconditionFailed, // 406: declared otherwise
-		amqp.NotImplemented,     // 540: combination the queue type refuses
-		amqp.InternalError:      // 541: virtual host down, quorum queue without leader, deprecated feature
-		return classOperator
-	}
-	if e.Recover {
-		return classChannel
-	}
-	return classNetwork // 501 to 505, 506: protocol errors end the connection
 }
 
 // wrongPeer tells one that will be no better on the next try: a certificate nobody
@@ -113,14 +52,14 @@ func wrongPeer(err error) bool {
 		errors.As(err, &port)
 }
 
-// stated tells whether the broker stated plainly, before the first session, that
+// permanent tells whether the broker stated plainly, before the first session, that
 // the configuration cannot work.
-func stated(err error) bool {
-	var said *amqp.Error
-	if !errors.As(err, &said) || !said.Server || classifySaid(said) != classOperator {
+func permanent(err error) bool {
+	var brokerErr *amqp.Error
+	if !errors.As(err, &brokerErr) || !brokerErr.Server || classifySaid(brokerErr) != classOperator {
 		return false
 	}
-	switch said.Code {
+	switch brokerErr.Code {
 	case amqp.NotAllowed, amqp.AccessRefused, amqp.PreconditionFailed, amqp.NotImplemented:
 		return true
 	}
@@ -128,7 +67,7 @@ func stated(err error) bool {
 }
 
 const (
-	atOnce      = 20 * time.Millisecond // the first retry of a healthy session; another host
+	firstRetry  = 20 * time.Millisecond // the first retry of a healthy session; another host
 	operatorCap = 30 * time.Second
 	lockedExtra = 5 * time.Second
 
@@ -145,12 +84,12 @@ type retry struct {
 	rules  map[class]rule
 	limit  time.Duration // given by WithBackoff: no wait is longer; else none
 
-	failures int       // in a row, since the last healthy session
-	passed   []*pace   // of hosts that failed in this round and are not waited for yet
-	locked   time.Time // since when the resource has been locked
-	lockSeen time.Time // when it was found locked, the last time
-	refusals int       // logins refused in a row
-	proven   bool      // there has been a session
+	failures   int       // in a row, since the last healthy session
+	passed     []*pace   // of hosts that failed in this round and are not waited for yet
+	locked     time.Time // since when the resource has been locked
+	lockSeen   time.Time // when it was found locked, the last time
+	refusals   int       // logins refused in a row
+	hadSession bool      // there has been a session
 
 	heartbeat time.Duration // the longest of the connections so far, 0 before the first
 }
@@ -188,7 +127,7 @@ func newRetry(c *config) *retry {
 // another owner has to do, for that is done: consume-ok proves neither a queue's
 // leader nor a path.
 func (r *retry) consuming() {
-	r.proven = true
+	r.hadSession = true
 	r.refusals = 0
 	r.locked, r.lockSeen = time.Time{}, time.Time{}
 	r.rules[classAbsent].failures = 0
@@ -211,13 +150,13 @@ func (r *retry) givesUp(err error) bool {
 	} else {
 		r.refusals = 0
 	}
-	if r.proven {
+	if r.hadSession {
 		return false
 	}
 	if refused && (errors.Is(err, errSilentRefusal) || r.config.asksForLogin()) {
 		return r.refusals >= givenUpLogins // a cut path looks like silence, and what is asked for may be stale
 	}
-	return refused || stated(err)
+	return refused || permanent(err)
 }
 
 // wait returns how long to wait after err. fresh tells that the next try goes to a
@@ -231,17 +170,17 @@ func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	if errors.As(err, &at) && at.Op == "lost" {
 		kind = classNetwork // whatever ended it, it had been set up
 		if r.failures == 1 {
-			return r.atOnce()
+			return r.retryNow()
 		}
 	}
-	if kind == classLocked && !r.patient(now) {
+	if kind == classLocked && !r.lockIsFresh(now) {
 		kind = classOperator
 	}
 	rule := r.rules[kind]
 	rule.failures++
 	if fresh && rule.another {
 		r.pass(rule.pace)
-		return r.atOnce()
+		return r.retryNow()
 	}
 	wait := rule.draw()
 	for _, p := range r.passed {
@@ -259,11 +198,11 @@ func (r *retry) pass(p *pace) {
 	}
 }
 
-func (r *retry) atOnce() time.Duration { return rand.N(min(atOnce, r.limit)) }
+func (r *retry) retryNow() time.Duration { return rand.N(min(firstRetry, r.limit)) }
 
-// patient tells whether a lock is young enough to be that of a connection the broker
+// lockIsFresh tells whether a lock is young enough to be that of a connection the broker
 // has yet to bury. What else fails meanwhile makes it no younger.
-func (r *retry) patient(now time.Time) bool {
+func (r *retry) lockIsFresh(now time.Time) bool {
 	buried := 3*cmp.Or(r.heartbeat, r.config.heartbeat) + lockedExtra
 	if now.Sub(r.lockSeen) > buried+operatorCap {
 		r.locked = now // another one
@@ -294,86 +233,123 @@ func (p *pace) draw() time.Duration {
 	return p.floor + rand.N(top-p.floor+1)
 }
 
-// escalates notes a channel-level failure on c and tells whether the connection
-// is to be replaced too.
-func (c *connection) escalates(now time.Time) bool {
-	recent := c.channelFailures[:0]
-	for _, t := range c.channelFailures {
-		if now.Sub(t) < escalateWithin {
-			recent = append(recent, t)
+const (
+	avoidFor    = time.Minute
+	provenAfter = 10 * time.Second // a session this long makes all hosts untried
+)
+
+// hosts is the order in which hosts are tried: the last good one, then the others
+// at random, and last those that refused, said they close, fell silent or are not the
+// broker, for a minute.
+type hosts struct {
+	endpoints []endpoint
+	avoid     map[string]time.Time // address -> until when it goes last
+	tries     map[string]int       // address -> of this row of failures
+	good      string
+}
+
+func newHosts(c *config) *hosts {
+	h := &hosts{avoid: make(map[string]time.Time), tries: make(map[string]int)}
+	if c.urlFunc != nil {
+		return h
+	}
+	for _, u := range c.urls {
+		e, err := parseEndpoint(u)
+		if err == nil { // New has refused all others
+			h.endpoints = append(h.endpoints, e)
 		}
 	}
-	c.channelFailures = append(recent, now)
-	return len(c.channelFailures) >= escalateAfter
+	return h
 }
 
-// attempt is one try to get a session.
-type attempt struct {
-	conn    *connection // that the session is on
-	own     bool        // this try has opened the connection
-	session *session
-	err     error
+// next picks the host of the next try. It is fresh if it is one of several and has not
+// been tried in this row of failures, or not as often as others: their failures say
+// nothing about it. Without endpoints, where a function of the user names the host,
+// there is none to pick.
+func (h *hosts) next(now time.Time) (e endpoint, fresh bool) {
+	if len(h.endpoints) == 0 {
+		return endpoint{}, false
+	}
+	order := slices.Clone(h.endpoints)
+	rand.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
+	most := 0
+	for _, other := range order {
+		most = max(most, h.tries[other.address])
+	}
+	e = slices.MinFunc(order, func(a, b endpoint) int { return h.compare(a.address, b.address, now) })
+	tries := h.tries[e.address]
+	fresh = len(order) > 1 && (tries == 0 || tries < most)
+	h.tries[e.address]++
+	return e, fresh
 }
 
-var errNoResult = errors.New("the try ended without a result: did a function of yours call runtime.Goexit?")
-
-// step is how far a try has come. It may be read while the try goes on.
-type step struct{ name atomic.Value }
-
-func newStep(name string) *step {
-	s := new(step)
-	s.at(name)
-	return s
+// compare tells which of two hosts has its turn first. One that goes last is a round
+// behind the others, so that those tried before it have another turn, and it still has
+// one when all of them fail.
+func (h *hosts) compare(a, b string, now time.Time) int {
+	roundA, untilA := h.turn(a, now)
+	roundB, untilB := h.turn(b, now)
+	return cmp.Or(
+		cmp.Compare(roundA, roundB),
+		untilA.Compare(untilB),
+		cmp.Compare(h.rank(a), h.rank(b)),
+	)
 }
 
-func (s *step) at(name string) { s.name.Store(name) }
-func (s *step) String() string { return s.name.Load().(string) }
-
-// tryGrace is how long a try may outlive its context: a moment longer than the user's
-// function in it may.
-const tryGrace = abandonGrace + 100*time.Millisecond
-
-// within runs try and returns its result, or an error once ctx has ended and try does not
-// come back: a call of the driver that hangs returns with the end of its connection, which
-// waits until no other session lives there. A result that comes too late is closed. step
-// tells how far the try has come.
-func within(ctx context.Context, try func() attempt, step *step) attempt {
-	result := make(chan attempt)
-	give := make(chan struct{})
-	go func() {
-		a := attempt{err: &SessionError{Op: step.String(), Err: errNoResult}} // of a runtime.Goexit
-		defer func() {
-			select {
-			case result <- a:
-			case <-give:
-				a.discard()
-			}
-		}()
-		a = try()
-	}()
-	select {
-	case a := <-result:
-		return a
-	case <-ctx.Done():
+// turn returns the round a host is due in, and until when it goes last, if it does.
+func (h *hosts) turn(address string, now time.Time) (round int, until time.Time) {
+	round = h.tries[address]
+	if until = h.avoid[address]; now.Before(until) {
+		return round + 1, until
 	}
-	grace := time.NewTimer(tryGrace)
-	defer grace.Stop()
-	select {
-	case a := <-result:
-		return a
-	case <-grace.C:
-		close(give)
-		return attempt{err: &SessionError{Op: step.String(), Err: causeOf(ctx)}}
+	return round, time.Time{}
+}
+
+func (h *hosts) rank(address string) int {
+	if address == h.good {
+		return 0
+	}
+	return 1
+}
+
+// connected notes that a session was set up on address. It does not make the hosts
+// untried again: an untried one is dialled at once, so sessions that are lost
+// right after their consume-ok would go round in a hot loop.
+func (h *hosts) connected(address string) {
+	h.good = address
+	delete(h.avoid, address)
+}
+
+// outlived notes that the session that just ended was up for a while.
+func (h *hosts) outlived() {
+	clear(h.tries)
+}
+
+// failed notes a failure of address.
+func (h *hosts) failed(address string, err error, now time.Time) {
+	if goesLast(err) {
+		h.avoid[address] = now.Add(avoidFor)
 	}
 }
 
-// discard closes what a late try has opened. The connection it was given belongs to another.
-func (a attempt) discard() {
-	if a.session != nil {
-		close(a.session.stop)
-		<-a.session.gone
+// goesLast tells that the host had better be left alone for a while. One that fell
+// silent may still accept, and then a dial there costs the whole set-up limit before
+// another host has a turn.
+func goesLast(err error) bool {
+	switch classify(err) {
+	case classForced, classRefused, classPeer:
+		return true
 	}
-	if a.own && a.conn != nil {
-		a.conn.close(departure{limit: a.conn.closeTimeout})
+	return fellSilent(err)
+}
+
+// fellSilent tells a peer or a path that is dead without having said so, and a
+// node that serves nothing.
+func fellSilent(err error) bool {
+	for _, silence := range []error{wire.ErrReadTimeout, wire.ErrWatchdog, wire.ErrUnconfirmed, wire.ErrWriteTimeout, errSetupTimeout, errStalled} {
+		if errors.Is(err, silence) {
+			return true
+		}
 	}
+	return false
 }

@@ -1,18 +1,24 @@
 package steadymq
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
+	"math"
 	"net"
+	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/steadymq/steadymq/internal/wire"
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 )
 
 func said(code int, text string) error {
@@ -169,7 +175,7 @@ func TestOnlyAHealthySessionResetsTheBackoff(t *testing.T) {
 	}
 	assert.Equal(t, 20, r.failures, "consume-ok proves nothing")
 	r.healthy()
-	assert.LessOrEqual(t, r.wait(lost, time.Now(), false), atOnce)
+	assert.LessOrEqual(t, r.wait(lost, time.Now(), false), firstRetry)
 
 	s := &session{since: time.Now()}
 	assert.False(t, s.healthy(s.since.Add(69*time.Second)))
@@ -207,21 +213,21 @@ func TestARefusingHostDoesNotQuickenThePaceOfOneThatFlaps(t *testing.T) {
 func TestAnUntriedHostIsTriedAtOnceButNotWhenTheBrokerRefuses(t *testing.T) {
 	r := newTestRetry()
 	for range 100 {
-		assert.LessOrEqual(t, r.wait(at("dial", syscall.ECONNREFUSED), time.Now(), true), atOnce)
+		assert.LessOrEqual(t, r.wait(at("dial", syscall.ECONNREFUSED), time.Now(), true), firstRetry)
 	}
 	assert.GreaterOrEqual(t, r.wait(at("open", said(530, "vhost")), time.Now(), true), time.Second)
 
 	wrong := at("open", &wire.NotAMQPError{First: 'H'})
-	assert.LessOrEqual(t, r.wait(wrong, time.Now(), true), atOnce, "the next host may be the right one")
+	assert.LessOrEqual(t, r.wait(wrong, time.Now(), true), firstRetry, "the next host may be the right one")
 	assert.GreaterOrEqual(t, r.wait(wrong, time.Now(), false), time.Second)
 }
 
 func TestEscalationCountsChannelFailuresOfHalfAMinute(t *testing.T) {
 	c, now := new(connection), time.Now()
-	assert.False(t, c.escalates(now))
-	assert.False(t, c.escalates(now.Add(29*time.Second)))
-	assert.False(t, c.escalates(now.Add(31*time.Second)))
-	assert.True(t, c.escalates(now.Add(32*time.Second)))
+	assert.False(t, c.tooManyChannelFailures(now))
+	assert.False(t, c.tooManyChannelFailures(now.Add(29*time.Second)))
+	assert.False(t, c.tooManyChannelFailures(now.Add(31*time.Second)))
+	assert.True(t, c.tooManyChannelFailures(now.Add(32*time.Second)))
 }
 
 func FuzzHeaderIntTakesAnyHeader(f *testing.F) {
@@ -232,4 +238,468 @@ func FuzzHeaderIntTakesAnyHeader(f *testing.F) {
 			assert.GreaterOrEqual(t, d.Attempt(), 1)
 		}
 	})
+}
+
+func threeHosts() *hosts {
+	c := defaults("amqp://a/", "q")
+	c.urls = append(c.urls, "amqp://b/", "amqp://c/")
+	return newHosts(c)
+}
+
+// turns returns the next n hosts, and how many of them are fresh.
+func (h *hosts) turns(n int, now time.Time) (addresses []string, fresh int) {
+	for range n {
+		e, f := h.next(now)
+		addresses = append(addresses, e.address)
+		if f {
+			fresh++
+		}
+	}
+	return addresses, fresh
+}
+
+func TestHostsAreTriedLastGoodFirstThenShuffled(t *testing.T) {
+	now := time.Now()
+	second := make(map[string]bool)
+	for range 200 {
+		h := threeHosts()
+		h.connected("b:5672")
+		first, _ := h.turns(1, now)
+		assert.Equal(t, []string{"b:5672"}, first)
+		h.failed("b:5672", at("lost", wire.ErrPeerReset), now)
+		others, fresh := h.turns(2, now)
+		second[others[0]] = true
+		assert.NotEqual(t, others[0], others[1])
+		assert.Equal(t, 2, fresh, "both have their turn at once")
+		again, fresh := h.turns(1, now)
+		assert.Equal(t, []string{"b:5672"}, again, "a new round starts with the last good one")
+		assert.Zero(t, fresh)
+	}
+	assert.Len(t, second, 2, "the others in random order")
+}
+
+// reasonsToGoLast are failures after which a host is left alone for a minute.
+var reasonsToGoLast = map[string]error{
+	"it drains":                 at("lost", said(320, "CONNECTION_FORCED")),
+	"it refuses":                at("dial", syscall.ECONNREFUSED),
+	"it is no broker":           at("open", &wire.NotAMQPError{First: 'H'}),
+	"it fell silent":            at("lost", wire.ErrReadTimeout),
+	"it does not finish set-up": at("open", errSetupTimeout),
+	"it serves nothing":         at("lost", errStalled),
+}
+
+func TestHostThatSaidItClosesRefusedOrFellSilentGoesLastForAMinute(t *testing.T) {
+	for reason, err := range reasonsToGoLast {
+		t.Run(reason, func(t *testing.T) {
+			now := time.Now()
+			h := threeHosts()
+			h.connected("b:5672")
+			h.failed("b:5672", err, now)
+			others, _ := h.turns(4, now)
+			assert.NotContains(t, others, "b:5672", "those tried before it have another turn")
+			last, fresh := h.turns(1, now)
+			assert.Equal(t, []string{"b:5672"}, last, "it has a turn all the same: the others may be worse")
+			assert.Equal(t, 1, fresh)
+
+			h = threeHosts()
+			h.connected("b:5672")
+			h.failed("b:5672", err, now)
+			first, _ := h.turns(1, now.Add(avoidFor))
+			assert.Equal(t, []string{"b:5672"}, first, "after the minute it is as good as any")
+		})
+	}
+}
+
+func TestLastGoodHostIsTriedAgainBeforeOneThatFellSilentBeforeIt(t *testing.T) {
+	now := time.Now()
+	for range 50 {
+		c := defaults("amqp://a/", "q")
+		c.urls = append(c.urls, "amqp://b/")
+		h := newHosts(c)
+		h.failed("a:5672", at("lost", wire.ErrWatchdog), now)
+		h.turns(1, now)
+		h.connected("b:5672")
+		h.failed("b:5672", at("lost", wire.ErrPeerReset), now)
+		order, fresh := h.turns(2, now)
+		assert.Equal(t, []string{"b:5672", "a:5672"}, order)
+		assert.Equal(t, 1, fresh, "the second turn of a host is no fresh one")
+	}
+}
+
+func TestOfHostsThatGoLastTheOneThatFailedFirstHasItsTurnFirst(t *testing.T) {
+	now := time.Now()
+	h := threeHosts()
+	h.connected("b:5672")
+	for i, address := range []string{"c:5672", "a:5672", "b:5672"} {
+		h.failed(address, at("lost", said(320, "CONNECTION_FORCED")), now.Add(time.Duration(i)*time.Second))
+	}
+	order, _ := h.turns(3, now.Add(3*time.Second))
+	assert.Equal(t, []string{"c:5672", "a:5672", "b:5672"}, order)
+}
+
+func TestEveryHostHasItsTurnHoweverTheOthersFail(t *testing.T) {
+	now := time.Now()
+	h := threeHosts()
+	h.failed("a:5672", at("lost", wire.ErrReadTimeout), now)
+	turns := make(map[string]int)
+	for range 30 {
+		order, _ := h.turns(1, now)
+		turns[order[0]]++
+		if order[0] == "a:5672" {
+			h.failed("a:5672", at("dial", syscall.ETIMEDOUT), now)
+		}
+		now = now.Add(time.Second)
+	}
+	assert.GreaterOrEqual(t, turns["a:5672"], 9)
+	assert.GreaterOrEqual(t, turns["b:5672"], 9)
+	assert.GreaterOrEqual(t, turns["c:5672"], 9)
+}
+
+// oneOfEach is a failure of every class.
+var oneOfEach = map[class]error{
+	classNetwork:  at("open", wire.ErrPeerClosed),
+	classRefused:  at("dial", syscall.ECONNREFUSED),
+	classForced:   at("open", said(320, "CONNECTION_FORCED - closed")),
+	classChannel:  at("consume", said(406, "PRECONDITION_FAILED - unknown delivery tag 5")),
+	classAbsent:   at("consume", said(404, "NOT_FOUND - no queue 'q' in vhost '/'")),
+	classLocked:   at("consume", said(405, "RESOURCE_LOCKED - locked")),
+	classOperator: at("consume", said(403, "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u'")),
+	classPeer:     at("open", &wire.NotAMQPError{First: 'H'}),
+}
+
+func TestEveryClassHasAPace(t *testing.T) {
+	r := newTestRetry()
+	for kind := classNetwork; kind <= classPeer; kind++ {
+		assert.NotNil(t, r.rules[kind].pace, "class %d", kind)
+		assert.Equal(t, kind, classify(oneOfEach[kind]))
+	}
+}
+
+func TestNoWaitExceedsAGivenLimit(t *testing.T) {
+	for _, limits := range [][2]time.Duration{
+		{minDuration, minDuration},
+		{minDuration, 100 * time.Millisecond},
+		{100 * time.Millisecond, 100 * time.Millisecond},
+		{minDuration, 700 * time.Millisecond},
+		{2 * time.Second, 3 * time.Second},
+		{time.Second, 20 * time.Second},
+		{minDuration, maxDuration},
+		{maxDuration, maxDuration},
+	} {
+		initial, limit := limits[0], limits[1]
+		for kind, err := range oneOfEach {
+			c := defaults("amqp://h/", "q")
+			WithBackoff(initial, limit)(c)
+			assert.Empty(t, c.problems)
+			r := newRetry(c)
+			now := time.Now()
+			for range 200 {
+				for _, fresh := range []bool{true, false} {
+					wait := r.wait(err, now, fresh)
+					assert.GreaterOrEqual(t, wait, time.Duration(0))
+					assert.LessOrEqual(t, wait, limit, "class %d with %v", kind, limits)
+					now = now.Add(wait)
+				}
+			}
+			r.healthy()
+			assert.LessOrEqual(t, r.wait(at("lost", wire.ErrPeerReset), now, false), limit)
+		}
+	}
+}
+
+func TestLimitsOfOneClassStandWithoutWithBackoff(t *testing.T) {
+	for kind, limit := range map[class]time.Duration{
+		classNetwork: 10 * time.Second, classForced: 10 * time.Second, classChannel: 10 * time.Second,
+		classRefused: time.Second, classAbsent: 5 * time.Second, classOperator: 30 * time.Second, classPeer: 30 * time.Second,
+	} {
+		_, most := longest(oneOfEach[kind], 40)
+		assert.LessOrEqual(t, most, limit, "class %d", kind)
+		assert.Greater(t, most, limit*8/10, "class %d", kind)
+	}
+}
+
+func TestPaceIsDrawnWithoutOverflow(t *testing.T) {
+	for _, p := range []pace{
+		{0, 0, 0, 0},
+		{0, 1, math.MaxInt64 - 1, math.MaxInt},
+		{0, math.MaxInt64 - 1, math.MaxInt64 - 1, math.MaxInt},
+		{time.Second, time.Second, math.MaxInt64, math.MaxInt},
+		{0, maxDuration, maxDuration, 1 << 40},
+	} {
+		for range 100 {
+			wait := p.draw()
+			assert.GreaterOrEqual(t, wait, p.floor)
+			assert.LessOrEqual(t, wait, p.limit)
+		}
+	}
+}
+
+func TestRefusedDialsDoNotQuickenThePaceOfWhatAnOperatorMends(t *testing.T) {
+	for _, kind := range []class{classOperator, classPeer} {
+		var total time.Duration
+		for range 100 {
+			r := newTestRetry()
+			for n := range 10 {
+				wait := r.wait(oneOfEach[kind], time.Now(), true) // the next host refuses
+				wait += r.wait(oneOfEach[classRefused], time.Now(), false)
+				if n == 9 {
+					total += wait
+				}
+			}
+		}
+		assert.Greater(t, total/100, 10*time.Second, "class %d: about half of its limit", kind)
+	}
+}
+
+func TestWhatConsumeOkProvesStartsAnew(t *testing.T) {
+	for _, kind := range []class{classAbsent, classOperator} {
+		r := newTestRetry()
+		for range 10 {
+			r.wait(oneOfEach[kind], time.Now(), false)
+		}
+		r.consuming()
+		assert.Equal(t, time.Second, r.wait(oneOfEach[kind], time.Now(), false))
+	}
+}
+
+func TestLockIsNoYoungerForWhatFailsMeanwhile(t *testing.T) {
+	r := newTestRetry()
+	now := time.Now()
+	var most time.Duration
+	for range 200 { // of two hosts one refuses dials
+		now = now.Add(r.wait(oneOfEach[classRefused], now, false))
+		wait := r.wait(oneOfEach[classLocked], now, false)
+		now, most = now.Add(wait), max(most, wait)
+	}
+	assert.Greater(t, most, 10*time.Second, "it is the operator's in the end")
+
+	now = now.Add(time.Hour)
+	assert.LessOrEqual(t, r.wait(oneOfEach[classLocked], now, false), time.Second, "another lock, an hour later")
+}
+
+func TestLockOfShortHeartbeatsIsTheOperatorsForGood(t *testing.T) {
+	c := defaults("amqp://h/", "q")
+	c.heartbeat = time.Second
+	r := newRetry(c)
+	now := time.Now()
+	for r.rules[classOperator].failures < 8 {
+		now = now.Add(r.wait(oneOfEach[classLocked], now, false))
+	}
+	for range 100 {
+		wait := r.wait(oneOfEach[classLocked], now, false)
+		assert.GreaterOrEqual(t, wait, time.Second)
+		now = now.Add(wait)
+	}
+}
+
+// receiving is a supervisor with a connection where bytes of deliveries come every second for as
+// long as given.
+func receiving(t *testing.T, during time.Duration) *supervisor {
+	near, far := net.Pipe()
+	s := wire.NewSocket(near, wire.Options{})
+	stop := make(chan struct{})
+	t.Cleanup(func() {
+		close(stop)
+		s.Kill(nil)
+		s.Wait()
+		_ = far.Close()
+	})
+	s.Subscribe("t", 1, &receiver{inbox: newInbox(1), aside: newAside()})
+	go func() { _, _ = io.Copy(io.Discard, far) }()
+	go func() { _, _ = io.Copy(io.Discard, s) }()
+	_, err := s.Write(methodOf(1, 60, 20, 0, 0, 1, 'q', 1, 't', 0, 0, 0, 0, 0))
+	require.NoError(t, err)
+	began := time.Now()
+	go func() {
+		every := time.NewTicker(time.Second)
+		defer every.Stop()
+		for time.Since(began) < during {
+			select {
+			case <-every.C:
+				_, _ = far.Write(deliveryOf(1, nil))
+			case <-stop:
+				return
+			}
+		}
+	}()
+	c := defaults("amqp://h/", "q")
+	c.setupTimeout = 10 * time.Second
+	return &supervisor{config: c, ctx: t.Context(), conn: &connection{socket: s}}
+}
+
+// took is how long a try may take.
+func (s *supervisor) took() (time.Duration, error) {
+	since := time.Now()
+	ctx, cancel := s.bounded()
+	defer cancel()
+	<-ctx.Done()
+	return time.Since(since), context.Cause(ctx)
+}
+
+func TestLimitOfATryCountsTheSilenceOfAConnectionThatStands(t *testing.T) {
+	for during, want := range map[time.Duration]time.Duration{
+		0:                10 * time.Second,
+		35 * time.Second: 45 * time.Second,
+		time.Hour:        100 * time.Second, // others' deliveries come for ever
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			took, cause := receiving(t, during).took()
+			assert.Equal(t, want, took, "deliveries for %v", during)
+			assert.ErrorIs(t, cause, errSetupTimeout)
+		})
+	}
+}
+
+func TestLimitOfATryOnANewConnectionCountsTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := receiving(t, time.Hour)
+		s.conn = nil
+		took, cause := s.took()
+		assert.Equal(t, 10*time.Second, took)
+		assert.ErrorIs(t, cause, errSetupTimeout)
+	})
+}
+
+func TestLimitThatIsCalledOffDoesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := receiving(t, 15*time.Second)
+		stop := s.conn.socket.AfterSilence(10*time.Second, time.Hour, func() { t.Error("called") })
+		time.Sleep(20 * time.Second) // it has looked once
+		stop()
+		stop()
+		time.Sleep(time.Hour)
+	})
+}
+
+func TestLimitIsOverInTheEndWhateverComes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := receiving(t, time.Hour)
+		over := make(chan struct{})
+		defer s.conn.socket.AfterSilence(10*time.Second, time.Minute, func() { close(over) })()
+		since := time.Now()
+		select {
+		case <-over:
+		case <-time.After(2 * time.Hour):
+		}
+		assert.Equal(t, time.Minute, time.Since(since))
+	})
+}
+
+// hostile are names of queues, virtual hosts and users that hold what RabbitMQ says, with
+// the quotes and ends of its sentences.
+var hostile = []string{
+	"unlimited",
+	"connection limit (5) is reached",
+	"x': connection limit (5) is reached",
+	"connection refused: node connection limit (5) is reached",
+	"x' refused for user 'y': connection limit (5) is reached",
+	"in exclusive use", "x in exclusive use", "x' in vhost '/' in exclusive use", "queue 'x' in exclusive use",
+	"is down or inaccessible", "x is down or inaccessible", "home node 'x' is down or inaccessible",
+	"x process is stopped by supervisor", "x' in vhost '/' process is stopped by supervisor",
+	"failed to perform operation on queue 'x'",
+	"x does not have a running replica on the local node", "stream queue 'x' does not have a replica on the local node",
+	"timed out", "delivery acknowledgement on channel 1 timed out", "delivery tag", "unknown delivery tag 5",
+	"no queue 'y'", "no queue 'y' in vhost '/'", "x' has crashed and failed to restart", "...", "x - y", "NOT_FOUND - x", "'", "''",
+}
+
+func TestNamesDecideNoClass(t *testing.T) {
+	rows := []struct {
+		code int
+		text string
+		want class
+	}{
+		{403, "ACCESS_REFUSED - access to queue 'QUEUE' in vhost 'VHOST' refused for user 'USER'", classOperator},
+		{403, "ACCESS_REFUSED - read access to queue 'QUEUE' in vhost 'VHOST' refused for user 'USER'", classOperator},
+		{403, "ACCESS_REFUSED - queue name 'QUEUE' contains reserved prefix 'amq.*'", classOperator},
+		{403, "ACCESS_REFUSED - queue 'QUEUE' in vhost 'VHOST' in exclusive use", classLocked},
+		{404, "NOT_FOUND - no queue 'QUEUE' in vhost 'VHOST'", classAbsent},
+		{404, "NOT_FOUND - no exchange 'QUEUE' in vhost 'VHOST'", classAbsent},
+		{404, "NOT_FOUND - home node 'rabbit@a' of durable queue 'QUEUE' in vhost 'VHOST' is down or inaccessible", classNetwork},
+		{404, "NOT_FOUND - queue 'QUEUE' in vhost 'VHOST' process is stopped by supervisor", classNetwork},
+		{404, "NOT_FOUND - queue 'QUEUE' in vhost 'VHOST' has crashed and failed to restart", classAbsent},
+		{404, "NOT_FOUND - failed to perform operation on queue 'QUEUE' in vhost 'VHOST' due to timeout", classNetwork},
+		{405, "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue 'QUEUE' in vhost 'VHOST'", classLocked},
+		{406, "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'QUEUE' in vhost 'VHOST': received 'false' but current is 'true'", classOperator},
+		{406, "PRECONDITION_FAILED - inequivalent arg 'x-dead-letter-exchange' for queue 'q' in vhost 'VHOST': received none but current is the value 'QUEUE' of type 'longstr'", classOperator},
+		{406, "PRECONDITION_FAILED - queue 'QUEUE' in vhost 'VHOST' in use", classOperator},
+		{406, "PRECONDITION_FAILED - cannot declare queue 'QUEUE': queue limit in vhost 'VHOST' (5) is reached", classOperator},
+		{406, "PRECONDITION_FAILED - consumer prefetch count is not set for stream queue 'QUEUE' in vhost 'VHOST'", classOperator},
+		{406, "PRECONDITION_FAILED - stream queue 'QUEUE' in vhost 'VHOST' does not have a running replica on the local node", classNetwork},
+		{406, "PRECONDITION_FAILED - queue 'queue 'QUEUE' in vhost 'VHOST'' does not have a running replica on the local node", classNetwork},
+		{406, "PRECONDITION_FAILED - queue 'queue 'QUEUE' in vhost 'VHOST'' does not have a replica on the local node", classNetwork},
+		{530, "NOT_ALLOWED - vhost VHOST not found", classOperator},
+		{530, "NOT_ALLOWED - access to vhost 'VHOST' refused for user 'USER'", classOperator},
+		{530, "NOT_ALLOWED - access to vhost 'VHOST' refused for user 'USER': connection limit (5) is reached", classLocked},
+		{530, "NOT_ALLOWED - access to vhost 'VHOST' refused for user 'USER': connection limit cannot be queried, timeout", classLocked},
+		{530, "NOT_ALLOWED - connection refused for user 'USER': user connection limit (5) is reached", classLocked},
+		{530, "NOT_ALLOWED - connection refused: node connection limit (5) is reached", classLocked},
+		{530, "NOT_ALLOWED - number of channels opened for user 'USER' has reached the maximum allowed user limit of (5)", classLocked},
+		{530, "NOT_ALLOWED - number of channels opened on node 'QUEUE' has reached the maximum allowed limit of 5", classLocked},
+		{530, "NOT_ALLOWED - number of channels opened (5) has reached the negotiated channel_max (5)", classOperator},
+		{530, "NOT_ALLOWED - attempt to reuse consumer tag 'QUEUE'", classOperator},
+		{541, "INTERNAL_ERROR - access to vhost 'VHOST' refused for user 'USER': vhost 'VHOST' is down", classOperator},
+		{541, "INTERNAL_ERROR - timed out consuming from quorum queue 'QUEUE' in vhost 'VHOST': {x,y}", classOperator},
+		{320, "CONNECTION_FORCED - QUEUE", classForced},
+	}
+	for _, r := range rows {
+		for _, name := range append(hostile, "orders") {
+			for _, names := range [][3]string{{name, "/", "app"}, {"orders", name, "app"}, {"orders", "/", name}, {name, name, name}} {
+				text := strings.NewReplacer("QUEUE", names[0], "VHOST", names[1], "USER", names[2]).Replace(r.text)
+				if len(text) >= 255 { // RabbitMQ would cut it
+					continue
+				}
+				assert.Equal(t, r.want, classify(at("open", said(r.code, text))), "%s", text)
+			}
+		}
+	}
+}
+
+// cut shortens a text as RabbitMQ does.
+func cut(text string) string { return text[:252] + "..." }
+
+func TestTextThatWasCutOffIsTakenForWhatPasses(t *testing.T) {
+	long := strings.Repeat("n", 250)
+	rows := []struct {
+		code int
+		text string
+		want class
+	}{
+		{403, "ACCESS_REFUSED - queue '" + long, classLocked},
+		{403, "ACCESS_REFUSED - access to queue '" + long, classOperator},
+		{404, "NOT_FOUND - no queue '" + long, classAbsent},
+		{404, "NOT_FOUND - home node 'rabbit@a' of durable queue '" + long, classNetwork},
+		{406, "PRECONDITION_FAILED - inequivalent arg 'durable' for queue '" + long, classOperator},
+		{406, "PRECONDITION_FAILED - stream queue '" + long, classNetwork},
+		{530, "NOT_ALLOWED - vhost " + long, classOperator},
+		{530, "NOT_ALLOWED - access to vhost '" + long, classLocked},
+	}
+	for _, r := range rows {
+		assert.Equal(t, r.want, classify(at("open", said(r.code, cut(r.text)))), "%s", r.text)
+	}
+}
+
+func TestStreamStartsOverOnlyIfItIsGoneItself(t *testing.T) {
+	long := strings.Repeat("n", 255)
+	rows := []struct {
+		stream, text string
+		gone         bool
+	}{
+		{"events", "NOT_FOUND - no queue 'events' in vhost '/'", true},
+		{"it's", "NOT_FOUND - no queue 'it's' in vhost '/'", true},
+		{long, cut("NOT_FOUND - no queue '" + long), true},
+		{"events", "NOT_FOUND - no queue 'other' in vhost '/'", false},
+		{"events", "NOT_FOUND - no queue 'events2' in vhost '/'", false},
+		{"events", "NOT_FOUND - no exchange 'no queue 'events' in vhost '' in vhost '/'", false},
+		{"events", "NOT_FOUND - queue 'no queue 'events'' in vhost '/' has crashed and failed to restart", false},
+		{"events", cut("NOT_FOUND - no queue '" + long), false},
+	}
+	for _, r := range rows {
+		p := &position{queue: r.stream, known: true, next: 7}
+		p.gone(at("topology", said(404, r.text)))
+		assert.Equal(t, r.gone, p.next == 0, "%s", r.text)
+	}
+	p := &position{queue: "events", known: true, next: 7}
+	p.gone(at("topology", said(403, "NOT_FOUND - no queue 'events' in vhost '/'")))
+	p.gone(at("topology", wire.ErrPeerReset))
+	assert.EqualValues(t, 7, p.next)
 }

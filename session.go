@@ -38,7 +38,7 @@ type session struct {
 	tag        string
 	cancels    chan string // the driver's NotifyCancel
 	channelEnd *notifier   // what its NotifyClose said, errChannelEnded if that was nothing
-	tenancy    *tenancy    // of the connection
+	lease      *lease      // of the connection
 	terms      terms       // of its declaration
 	limit      int         // delivery limit of its queue, 0 for none that takes messages away
 	limitKnown bool        // it was declared by us
@@ -49,21 +49,20 @@ type session struct {
 	gate    *gate         // handlers of this session at work
 	holds   holds         // deliveries that failed and wait
 	backlog backlog       // whether handlers keep up with the prefetch
-	broken  *notifier     // we ourselves want another session, and why
+	stall   *notifier     // we ourselves want another session, and why
 	stop    chan struct{} // closed to ask for the drain
-	ended   *notifier     // no more deliveries, and why
-	over    atomic.Bool   // no more settlements
+	end     *notifier     // no more deliveries, and why
+	closed  atomic.Bool   // no more settlements
 	settled atomic.Bool   // one settlement at least: the session proved itself
-	gone    chan struct{} // closed when nothing of it is left
+	done    chan struct{} // closed when nothing of it is left
 	since   time.Time     // consume-ok
-	probed  chan struct{} // closed when the stall detector has returned
 
 	settler  settler       // itself, or what tells Hooks.Settled as well
 	received atomic.Uint64 // deliveries given to handlers, for the stall detector
 
-	givenUp bool          // a call on the channel was not answered in time
-	drained error         // why acks may not have arrived, or handlers were left; read after gone
-	closing time.Duration // what the close took of the close limit; read after gone
+	givenUp   bool          // a call on the channel was not answered in time
+	drained   error         // why acks may not have arrived, or handlers were left; read after gone
+	closeTook time.Duration // what the close took of the close limit; read after gone
 }
 
 // scope is what the sessions of one Run share.
@@ -100,23 +99,23 @@ func (s *scope) drainError() error {
 // openSession opens a channel on c, sets it up and subscribes, all within ctx:
 // the driver's calls take no context, so the end of ctx ends the connection under them, or the
 // stay there if another session lives on it.
-func (c *connection) openSession(ctx context.Context, of *scope, id, try uint64, tag string, step *step) (*session, error) {
-	tenancy := c.moveIn()
-	unguard := context.AfterFunc(ctx, func() { tenancy.giveUp(causeOf(ctx)) })
+func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, step *step) (*session, error) {
+	lease := c.lend()
+	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
 
-	t := terms{limit: c.limitTerm(of.config.declare), owned: c.owned(of.config)}
+	t := terms{limit: firstTerm(c, of.config.declare), owned: c.owned(of.config)}
 	for {
-		s, err := c.trySession(ctx, of, id, try, tag, t, tenancy, step)
+		s, err := trySession(ctx, c, of, id, try, tag, t, lease, step)
 		if err != nil && t.concede(err) {
 			continue
 		}
-		if inTime := unguard(); err == nil && !inTime { // its stay is over
+		if inTime := unguard(); err == nil && !inTime { // its lease has ended
 			close(s.stop)
-			<-s.gone
+			<-s.done
 			err = s.failure(step.String(), context.Cause(ctx))
 		}
 		if err != nil {
-			tenancy.moveOut()
+			lease.giveBack()
 			return nil, err
 		}
 		return s, nil
@@ -124,7 +123,7 @@ func (c *connection) openSession(ctx context.Context, of *scope, id, try uint64,
 }
 
 // trySession is openSession on these terms.
-func (c *connection) trySession(ctx context.Context, of *scope, id, try uint64, tag string, t terms, tenancy *tenancy, step *step) (*session, error) {
+func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, t terms, lease *lease, step *step) (*session, error) {
 	step.at("channel")
 	channel, err := c.amqp.Channel()
 	if err != nil {
@@ -138,15 +137,14 @@ func (c *connection) trySession(ctx context.Context, of *scope, id, try uint64, 
 		channel:    channel,
 		tag:        tag,
 		terms:      t,
-		tenancy:    tenancy,
+		lease:      lease,
 		channelEnd: newNotifier(),
 		cancels:    channel.NotifyCancel(make(chan string, 2)), // two consumers while a place is looked for
 		gate:       newGate(),
-		broken:     newNotifier(),
+		stall:      newNotifier(),
 		stop:       make(chan struct{}),
-		ended:      newNotifier(),
-		gone:       make(chan struct{}),
-		probed:     make(chan struct{}),
+		end:        newNotifier(),
+		done:       make(chan struct{}),
 	}
 	s.holds.session = s
 	go s.watchChannel(channel.NotifyClose(make(chan *amqp.Error, 1)))
@@ -158,7 +156,7 @@ func (c *connection) trySession(ctx context.Context, of *scope, id, try uint64, 
 	if op, err := s.subscribe(ctx, step); err != nil {
 		_ = channel.Close() // also bounded by ctx, through the socket
 		s.forget()
-		err = s.said(err)
+		err = s.saidByBroker(err)
 		s.place().gone(err)
 		return nil, s.failure(op, c.explain(err))
 	}
@@ -205,7 +203,7 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 		if err := s.locate(ctx, offset); err != nil {
 			return "consume", err
 		}
-		return "consume", &again{queue: s.queue}
+		return "consume", &freshChannelError{queue: s.queue}
 	}
 	// Per consumer (global=false): RabbitMQ refuses or ignores the other form.
 	step.at("qos")
@@ -224,15 +222,15 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	return "consume", err
 }
 
-// said replaces the driver's ErrClosed by what the broker said when it closed
+// saidByBroker replaces the driver's ErrClosed by what the broker said when it closed
 // the channel, if that has arrived.
-func (s *session) said(err error) error {
+func (s *session) saidByBroker(err error) error {
 	if !errors.Is(err, amqp.ErrClosed) {
 		return err
 	}
-	<-s.channelEnd.ended // ErrClosed says that it is on its way
-	if said := s.channelEnd.cause(); !errors.Is(said, errChannelEnded) {
-		return said
+	<-s.channelEnd.Done() // ErrClosed says that it is on its way
+	if brokerErr := s.channelEnd.Cause(); !errors.Is(brokerErr, errChannelEnded) {
+		return brokerErr
 	}
 	return err
 }
@@ -248,12 +246,7 @@ func (s *session) watchChannel(closes <-chan *amqp.Error) {
 
 // run is the session's life after consume-ok.
 func (s *session) run() {
-	defer close(s.gone)
-	if s.config.stallAfter > 0 {
-		go s.probe()
-	} else {
-		close(s.probed)
-	}
+	defer close(s.done)
 	cause := s.consume()
 	hardLimit := s.config.drainTimeout
 	switch {
@@ -270,7 +263,7 @@ func (s *session) run() {
 	s.lose(cmp.Or(cause, error(errStopped)))
 	s.clear()
 	s.wire.LeaveTombstone()
-	s.tenancy.moveOut()
+	s.lease.giveBack()
 }
 
 // consume waits for the first sign of the session's end. The driver promises no
@@ -282,14 +275,14 @@ func (s *session) consume() error {
 		case <-s.aside.more:
 			s.setAside()
 			continue
-		case <-s.channelEnd.ended:
+		case <-s.channelEnd.Done():
 		case _, cancelled := <-s.cancels:
 			if cancelled {
 				return s.lost(errCancelled)
 			}
-		case <-s.conn.end.ended:
-		case <-s.broken.ended:
-			return s.lost(s.broken.cause())
+		case <-s.conn.end.Done():
+		case <-s.stall.Done():
+			return s.lost(s.stall.Cause())
 		case <-s.stop:
 			return nil
 		}
@@ -323,23 +316,23 @@ func (s *session) warn(message string, attrs ...slog.Attr) {
 
 // diagnose finds the one cause.
 func (s *session) diagnose() error {
-	if s.conn.amqp.IsClosed() || s.conn.end.cause() != nil {
-		<-s.conn.end.ended // bounded: the connection is on its way down
-		return s.conn.end.cause()
+	if s.conn.amqp.IsClosed() || s.conn.end.Cause() != nil {
+		<-s.conn.end.Done() // bounded: the connection is on its way down
+		return s.conn.end.Cause()
 	}
 	// A NotifyCancel that ended without a value: a close is right behind it, or we see a
 	// connection on its way down.
 	select {
-	case <-s.channelEnd.ended:
-	case <-s.conn.end.ended:
+	case <-s.channelEnd.Done():
+	case <-s.conn.end.Done():
 	case <-time.After(s.config.closeTimeout):
 	}
-	return cmp.Or(s.conn.end.cause(), s.channelEnd.cause(), error(errChannelEnded))
+	return cmp.Or(s.conn.end.Cause(), s.channelEnd.Cause(), error(errChannelEnded))
 }
 
-// shut lets no more handlers start.
-func (s *session) shut() {
-	s.gate.shut()
+// takeNoMore lets no more handlers start.
+func (s *session) takeNoMore() {
+	s.gate.close()
 	s.backlog.stop()
 	s.inbox.close()
 }
@@ -347,10 +340,10 @@ func (s *session) shut() {
 // lose ends a session whose channel is gone: running handlers are told, and
 // nothing they settle from now on reaches the wire.
 func (s *session) lose(cause error) {
-	s.over.Store(true)
-	s.shut()
+	s.closed.Store(true)
+	s.takeNoMore()
 	s.cancel(cause)
-	s.ended.notify(cause)
+	s.end.notify(cause)
 	s.releaseHeld()
 }
 
@@ -358,8 +351,8 @@ func (s *session) lose(cause error) {
 // handlers may settle, which saves needless duplicates; the successor consumes
 // meanwhile. What no handler has started goes back at once.
 func (s *session) retire(cause error) {
-	s.shut()
-	s.ended.notify(cause)
+	s.takeNoMore()
+	s.end.notify(cause)
 	// RabbitMQ 4.3 would serve the cancelled consumer again once its overdue
 	// deliveries are settled, and the driver has forgotten it: those messages
 	// would be stuck until the channel closes. Other versions ignore an unknown tag.
@@ -369,12 +362,12 @@ func (s *session) retire(cause error) {
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	select {
-	case <-s.gate.empty: // closeChannel proves what they have settled
+	case <-s.gate.done: // closeChannel proves what they have settled
 		return
-	case <-s.channelEnd.ended:
+	case <-s.channelEnd.Done():
 		s.drained = s.acksLost(s.diagnose())
-	case <-s.conn.end.ended:
-		s.drained = s.acksLost(s.conn.end.cause())
+	case <-s.conn.end.Done():
+		s.drained = s.acksLost(s.conn.end.Cause())
 	case <-limit.C:
 	}
 	s.lose(cause)
@@ -385,8 +378,8 @@ func (s *session) retire(cause error) {
 func (s *session) drain() {
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
-	s.shut()
-	s.ended.notify(errStopped)
+	s.takeNoMore()
+	s.end.notify(errStopped)
 	s.drained = s.unsubscribe(limit.C)
 	s.releaseHeld() // behind basic.cancel, or they would come back
 	if s.drained == nil {
@@ -417,12 +410,12 @@ func (s *session) unsubscribe(limit <-chan time.Time) error {
 
 func (s *session) awaitHandlers(limit <-chan time.Time) error {
 	select {
-	case <-s.gate.empty:
+	case <-s.gate.done:
 		return nil
-	case <-s.channelEnd.ended:
+	case <-s.channelEnd.Done():
 		return s.acksLost(s.diagnose())
-	case <-s.conn.end.ended:
-		return s.acksLost(s.conn.end.cause())
+	case <-s.conn.end.Done():
+		return s.acksLost(s.conn.end.Cause())
 	case <-limit:
 		return s.drainError()
 	}
@@ -451,7 +444,7 @@ func (s *session) call(limit <-chan time.Time, f func() error) error {
 // giveUp leaves the channel behind, which ends with its connection.
 func (s *session) giveUp(cause error) {
 	s.givenUp = true
-	s.tenancy.giveUp(cause)
+	s.lease.giveUp(cause)
 }
 
 // handBackRest returns to the queue what was delivered and no worker took.
@@ -474,7 +467,7 @@ func (s *session) unstarted(d *Delivery) {
 // handBack returns a delivery that no handler saw. Of a session that is over the
 // broker has taken back everything itself.
 func (s *session) handBack(tag uint64) {
-	if s.over.Load() || s.stream != nil {
+	if s.closed.Load() || s.stream != nil {
 		return
 	}
 	_ = s.wire.Requeue(tag)
@@ -492,18 +485,18 @@ func (s *session) closeChannel(hardLimit time.Duration) {
 	if !s.givenUp {
 		err = s.call(over.C, s.channel.Close)
 	}
-	s.closing = time.Since(since)
+	s.closeTook = time.Since(since)
 	if s.givenUp { // its goroutines end with the connection
 		err = errCloseTimeout
 		go drain(s.cancels)
 	} else {
-		<-s.channelEnd.ended
+		<-s.channelEnd.Done()
 		drain(s.cancels)
-		if cause := s.channelEnd.cause(); !errors.Is(cause, errChannelEnded) {
+		if cause := s.channelEnd.Cause(); !errors.Is(cause, errChannelEnded) {
 			err = s.diagnose()
 		}
 	}
-	if err != nil && !s.over.Load() {
+	if err != nil && !s.closed.Load() {
 		s.drained = s.acksLost(err)
 	}
 }
@@ -529,7 +522,7 @@ func (s *session) source() (queue, host string) { return s.queue, s.conn.host }
 // session's channel, or none. A failed handler is a reject, which counts towards
 // a quorum queue's delivery limit.
 func (s *session) settle(d *Delivery, o Outcome) error {
-	if s.over.Load() {
+	if s.closed.Load() {
 		s.stats.stale.Add(1)
 		return ErrStale
 	}
@@ -590,7 +583,7 @@ func (s *session) send(d *Delivery, o Outcome) error {
 		if err := s.wire.Ack(done.tag); err != nil {
 			return err
 		}
-		s.stream.told(s.try, done)
+		s.stream.toldAcked(s.try, done)
 	}
 	return nil
 }
@@ -612,7 +605,7 @@ func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
 	if d.Outcome() != Unsettled {
 		return 0
 	}
-	o, delay := judge(err, d, s.config)
+	o, delay := decide(err, d, s.config)
 	if delay > 0 {
 		if !s.holds.add(d, delay) {
 			return 0
@@ -635,12 +628,12 @@ func (s *session) healthy(now time.Time) bool {
 // closes when the last one has left.
 type gate struct {
 	count atomic.Int64 // twice the number inside, plus one when shut
-	empty chan struct{}
+	done  chan struct{}
 	once  sync.Once
 }
 
 func newGate() *gate {
-	return &gate{empty: make(chan struct{})}
+	return &gate{done: make(chan struct{})}
 }
 
 func (g *gate) enter() bool {
@@ -653,19 +646,126 @@ func (g *gate) enter() bool {
 
 func (g *gate) leave() {
 	if g.count.Add(-2) == 1 {
-		g.once.Do(func() { close(g.empty) })
+		g.once.Do(func() { close(g.done) })
 	}
 }
 
 // busy tells whether a handler is inside.
 func (g *gate) busy() bool { return g.count.Load() > 1 }
 
-// shut may be called more than once, by the session's own goroutine only.
-func (g *gate) shut() {
+// close may be called more than once, by the session's own goroutine only.
+func (g *gate) close() {
 	if g.count.Load()&1 == 1 {
 		return
 	}
 	if g.count.Add(1) == 1 {
-		g.once.Do(func() { close(g.empty) })
+		g.once.Do(func() { close(g.done) })
 	}
+}
+
+const (
+	slowConnect  = 2 * time.Second  // the longest that a try takes without a line about it
+	slowInterval = 10 * time.Minute // between two such lines
+)
+
+// waiting tells of a try that takes its time, at which step it is. The function it returns is
+// called at the end of the try.
+func (s *scope) waiting(host string, step *step) (over func()) {
+	timer := time.AfterFunc(slowConnect, func() {
+		if left, ok := s.told.connecting.pass(slowInterval); ok {
+			attrs := []slog.Attr{slog.String("queue", s.config.queue), slog.String("step", step.String()), lasting("for", slowConnect), suppressed(left)}
+			if host != "" { // WithURLFunc has named it
+				attrs = append(attrs, slog.String("host", host))
+			}
+			s.reporter.info("still connecting", attrs...)
+		}
+	})
+	return func() { timer.Stop() }
+}
+
+// overdueGrace is what a handler is given to return in once its context has ended.
+const overdueGrace = time.Second
+
+// overdue watches a handler that has a timeout. The function it returns is called
+// when the handler has returned.
+func (s *session) overdue(d *Delivery) (returned func()) {
+	limit, id := s.config.handlerTimeout, d.MessageId // the handler may change it
+	timer := time.AfterFunc(limit+overdueGrace, func() {
+		now := s.stats.overdue.Add(1)
+		if left, ok := s.told.overdue.pass(time.Minute); ok {
+			s.warn("a handler is running past its timeout, it ignores the end of its context",
+				lasting("timeout", limit), messageID(id), slog.Uint64("delivery_tag", d.fence.tag),
+				slog.Int64("overdue", now), suppressed(left))
+		}
+	})
+	return func() {
+		if !timer.Stop() {
+			s.stats.overdue.Add(-1)
+		}
+	}
+}
+
+// backlog looks, a few times within a consumer timeout, whether deliveries wait too
+// long for a worker. That costs a delivery nothing, and sees how long handlers take
+// together and not how long the odd one does.
+type backlog struct {
+	session *session
+	timeout time.Duration
+	base    uint64            // deliveries given to handlers before the session
+	arrived [looks / 2]uint64 // deliveries of the session at the last looks, oldest first
+
+	mu    sync.Mutex
+	timer *time.Timer // nil when there are no more looks
+}
+
+// looks is how often within a consumer timeout.
+const looks = 8
+
+func (s *session) watchBacklog() {
+	p := &s.backlog
+	p.session, p.timeout, p.base = s, s.config.consumerTimeout(), s.stats.delivered.Load()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !s.told.slow.Load() {
+		p.timer = time.AfterFunc(p.every(), p.look)
+	}
+}
+
+func (p *backlog) every() time.Duration { return max(p.timeout/looks, time.Second) }
+
+// look finds out whether a delivery waits that was there already half a consumer
+// timeout ago.
+func (p *backlog) look() {
+	s := p.session
+	taken := s.stats.delivered.Load() - p.base // first: what is taken meanwhile must not count twice
+	late := taken < p.arrived[0]
+	copy(p.arrived[:], p.arrived[1:])
+	p.arrived[len(p.arrived)-1] = taken + uint64(s.inbox.waiting())
+	if late && s.told.slow.CompareAndSwap(false, true) {
+		s.warn("handlers are so slow that deliveries wait for them longer than half of the consumer timeout, "+
+			"after which the broker takes them back: lower WithPrefetch, or raise WithConcurrency",
+			lasting("consumer_timeout", p.timeout), slog.Int("prefetch", s.config.prefetch),
+			slog.Int("concurrency", s.config.concurrency))
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.timer != nil && !s.told.slow.Load() {
+		p.timer.Reset(p.every())
+	}
+}
+
+func (p *backlog) stop() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.timer != nil {
+		p.timer.Stop()
+		p.timer = nil
+	}
+}
+
+// cutOff tells whether a handler returned err because its session was lost or the
+// drain limit passed: that is no failure of its own, and the broker has the message
+// already. A panic is one whenever it comes.
+func (s *session) cutOff(err error) bool {
+	return s.ctx.Err() != nil && !errors.As(err, new(*PanicError))
 }

@@ -1,9 +1,10 @@
 package steadymq
 
 import (
-	"context"
 	"errors"
 	"maps"
+	"math"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -30,30 +31,30 @@ func placed(d *Delivery) {
 // meanwhile. A nil position is that of a queue: it does nothing.
 type position struct {
 	mu      sync.Mutex
-	queue   string // the stream it is about
-	from    any    // where to resume as long as next is not known; nil before the first subscription
-	begun   bool   // there has been a subscription
-	looks   int    // how often the place was looked up
-	known   bool   // next is set
-	guessed bool   // from the first deliveries, of which none is settled yet
-	next    int64  // offset of the first message not settled for good
-	doubted bool   // the broker has cancelled the consumer, so the stream may be on its way out
-	session uint64 // the try of the session that the rows are about
-	settled row    // what handlers are done with
-	acked   row    // of that, what the broker was told
+	queue   string    // the stream it is about
+	from    any       // where to resume as long as next is not known; nil before the first subscription
+	begun   bool      // there has been a subscription
+	looks   int       // how often the place was looked up
+	known   bool      // next is set
+	guessed bool      // from the first deliveries, of which none is settled yet
+	next    int64     // offset of the first message not settled for good
+	doubted bool      // the broker has cancelled the consumer, so the stream may be on its way out
+	session uint64    // the try of the session that the rows are about
+	settled watermark // what handlers are done with
+	acked   watermark // of that, what the broker was told
 }
 
-// row is delivery tags and their offsets: all up to low, and some above it.
-type row struct {
+// watermark is delivery tags and their offsets: all up to low, and some above it.
+type watermark struct {
 	low   uint64
 	above map[uint64]int64
 }
 
-func newRow() row { return row{above: make(map[uint64]int64)} }
+func newWatermark() watermark { return watermark{above: make(map[uint64]int64)} }
 
 // add notes a tag, and returns those that now follow low without a gap, which low
 // has moved over.
-func (r *row) add(d settledAt) (unbroken []settledAt) {
+func (r *watermark) add(d settledAt) (unbroken []settledAt) {
 	r.above[d.tag] = d.offset
 	for {
 		offset, ok := r.above[r.low+1]
@@ -76,7 +77,7 @@ func newPosition(c *config) *position {
 	if !c.stream() {
 		return nil
 	}
-	return &position{settled: newRow(), acked: newRow()}
+	return &position{settled: newWatermark(), acked: newWatermark()}
 }
 
 // maxLooks is how often a look that is cut off is tried again: what the stream holds may be more
@@ -113,7 +114,7 @@ func (p *position) resume(session uint64, args amqp.Table, asked bool) amqp.Tabl
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.session, p.settled, p.acked, p.doubted = session, newRow(), newRow(), false
+	p.session, p.settled, p.acked, p.doubted = session, newWatermark(), newWatermark(), false
 	p.guessed = false
 	if !p.known && (asked || p.from == nil) {
 		return args
@@ -161,8 +162,8 @@ func (p *position) assume(since time.Time) (answered func(error) error) {
 	}
 	p.from = since
 	return func(err error) error {
-		var said *amqp.Error
-		if errors.As(err, &said) && said.Server {
+		var brokerErr *amqp.Error
+		if errors.As(err, &brokerErr) && brokerErr.Server {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			if !p.begun && p.looks == mine { // nobody has subscribed or looked since
@@ -221,57 +222,6 @@ func (p *position) doubt() {
 	p.doubted = true
 }
 
-// A busy broker may cancel the consumers of a stream that is deleted a moment
-// before it forgets the stream, so after a cancel it is looked for again and
-// again: as long as streamDoubt, at most half of the setup limit.
-const (
-	streamDoubt = 2 * time.Second
-	streamLook  = 20 * time.Millisecond
-)
-
-// checkStream looks whether the stream is there still, before it is declared:
-// afterwards a new one looks like the old one. The broker closes the channel if it is
-// not, or if the question is not allowed: then the session needs another one.
-func (s *session) checkStream(ctx context.Context) error {
-	if s.place() == nil || s.terms.looked {
-		return nil
-	}
-	s.stream.mu.Lock()
-	queue, fresh, doubted := s.stream.queue, s.stream.fresh(), s.stream.doubted
-	s.stream.mu.Unlock()
-	declares := s.config.topology != nil || s.config.declare != nil
-	if fresh || !declares && !doubted {
-		return nil
-	}
-	for since := time.Now(); ; {
-		_, err := s.channel.QueueDeclarePassive(queue, true, false, false, false, amqp.Table{})
-		switch {
-		case err != nil:
-			if noQueue(s.said(err), queue) {
-				s.place().startOver()
-			}
-			return &again{looked: true}
-		case !doubted, time.Since(since) >= min(streamDoubt, s.config.setupTimeout/2):
-			return nil
-		}
-		if err := pause(ctx, streamLook); err != nil {
-			return err
-		}
-	}
-}
-
-// pause waits, or returns why ctx has ended.
-func pause(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return causeOf(ctx)
-	}
-}
-
 // gone notes that a session could not be set up because the stream is not there. A
 // topology function may also have asked for another queue.
 func (p *position) gone(err error) {
@@ -288,11 +238,11 @@ func (p *position) gone(err error) {
 
 // noQueue tells that there is no queue of that name, from one whose node is down.
 func noQueue(err error, name string) bool {
-	var said *amqp.Error
-	if !errors.As(err, &said) || !said.Server || said.Code != amqp.NotFound {
+	var brokerErr *amqp.Error
+	if !errors.As(err, &brokerErr) || !brokerErr.Server || brokerErr.Code != amqp.NotFound {
 		return false
 	}
-	text, cut := wording(said)
+	text, cut := wording(brokerErr)
 	want := "no queue '" + name + "' in vhost '"
 	if cut {
 		text = strings.TrimSuffix(text, "...")
@@ -338,8 +288,8 @@ func (p *position) ready(session uint64, d *Delivery) []settledAt {
 	return p.settled.add(settledAt{d.fence.tag, d.fence.stream.offset})
 }
 
-// told notes that the broker was told, which moves the place to resume at.
-func (p *position) told(session uint64, d settledAt) {
+// toldAcked notes that the broker was told, which moves the place to resume at.
+func (p *position) toldAcked(session uint64, d settledAt) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if session != p.session {
@@ -353,4 +303,47 @@ func (p *position) told(session uint64, d settledAt) {
 		}
 		p.next = d.offset + 1
 	}
+}
+
+// clockMargin is how far the clocks of broker and client may be apart where a time has to stand
+// for a place. Messages from as long before the subscription may come then.
+const clockMargin = 5 * time.Minute
+
+// shifts tells whether an offset stands for another message each time it is asked for: next, last,
+// an interval such as 1h, and a time that is not over yet, which RabbitMQ takes for next. Asked for
+// a second time, it skips what was published since the first.
+func shifts(offset any, now time.Time) bool {
+	switch at := offset.(type) {
+	case nil:
+		return true
+	case string:
+		return at != "first"
+	case time.Time:
+		return at.After(now.Add(-clockMargin))
+	}
+	return false
+}
+
+func offsetOf(d *Delivery) int64 {
+	if at, ok := headerInt(d.Headers[offsetKey]); ok {
+		return at
+	}
+	return unknownOffset
+}
+
+// interval reads an offset such as 1h, as RabbitMQ does. It is 0 for last.
+func interval(offset any) time.Duration {
+	text, _ := offset.(string)
+	if text == "" {
+		return 0
+	}
+	const day = 24 * time.Hour
+	unit := map[byte]time.Duration{
+		'Y': 365 * day, 'M': 30 * day, 'D': day, 'h': time.Hour, 'm': time.Minute, 's': time.Second,
+	}[text[len(text)-1]]
+	n, err := strconv.ParseUint(text[:len(text)-1], 10, 63)
+	if err != nil || unit == 0 {
+		return 0
+	}
+	return time.Duration(min(n, uint64(math.MaxInt64/unit))) * unit
 }

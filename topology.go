@@ -39,7 +39,7 @@ func (s *session) topology(ctx context.Context) (queue string, err error) {
 func (s *session) callTopology(ctx context.Context) (queue string, err error) {
 	queue, err = s.askTopology(ctx)
 	if err != nil {
-		s.conn.litter.Add(1)
+		s.conn.failedTopologies.Add(1)
 		return "", err
 	}
 	return queue, s.conn.sameQueue(cmp.Or(queue, s.config.queue))
@@ -85,45 +85,45 @@ type terms struct {
 	queue  string // that has been declared already
 }
 
-// again ends a try of a session whose channel has served a question and is of no more use. What
+// freshChannelError ends a try of a session whose channel has served a question and is of no more use. What
 // was found out holds for the next try, on a fresh channel: so a connection needs but one at a
 // time, and its delivery tags count from 1.
-type again struct {
+type freshChannelError struct {
 	looked bool
 	queue  string
 }
 
-func (*again) Error() string { return "a fresh channel is needed" }
+func (*freshChannelError) Error() string { return "a fresh channel is needed" }
 
 // concede asks for less after err, if there is less to ask for, or goes on where a try has ended.
 func (t *terms) concede(err error) bool {
-	var next *again
+	var next *freshChannelError
 	if errors.As(err, &next) {
 		t.looked, t.queue = t.looked || next.looked, next.queue
 		return true
 	}
-	var said *amqp.Error
+	var brokerErr *amqp.Error
 	switch {
-	case !errors.As(err, &said) || !said.Server:
+	case !errors.As(err, &brokerErr) || !brokerErr.Server:
 		return false
-	case said.Code == amqp.NotFound && errors.As(err, new(*goneError)) && !t.anew:
+	case brokerErr.Code == amqp.NotFound && errors.As(err, new(*goneError)) && !t.anew:
 		t.owned, t.queue, t.anew = "", "", true
 		return true
-	case said.Code != amqp.PreconditionFailed:
+	case brokerErr.Code != amqp.PreconditionFailed:
 		return false
 	}
 	var dead *deadLetterError
 	switch {
 	case errors.As(err, &dead):
-		if t.deadKept || !strings.HasPrefix(said.Reason, inequivalent) {
+		if t.deadKept || !strings.HasPrefix(brokerErr.Reason, inequivalent) {
 			return false
 		}
 		t.deadKept = true
-	case t.limit != limitUnsaid && t.limit != limitOff || !strings.HasPrefix(said.Reason, inequivalentLimit):
+	case t.limit != limitUnsaid && t.limit != limitOff || !strings.HasPrefix(brokerErr.Reason, inequivalentLimit):
 		return false
 	default:
 		t.limit++
-		t.refusal = said
+		t.refusal = brokerErr
 	}
 	return true
 }
@@ -145,12 +145,6 @@ func (e *deadLetterError) Error() string {
 }
 
 func (e *deadLetterError) Unwrap() error { return e.err }
-
-// declareError is a failure of what WithQueue declares.
-type declareError struct{ err error }
-
-func (e *declareError) Error() string { return e.err.Error() }
-func (e *declareError) Unwrap() error { return e.err }
 
 // declareQueue declares what WithQueue says, in the order in which one needs the
 // other.
@@ -211,4 +205,18 @@ func (s *session) declareItself() (string, error) {
 		s.conn.own(declared.Name)
 	}
 	return declared.Name, err
+}
+
+// goneError is a 404 about a queue that was there a moment ago.
+type goneError struct{ error }
+
+func (e *goneError) Unwrap() error { return e.error }
+
+// gone marks a refusal that says that there is no such queue. A 404 may say something else, as that
+// its node is down: then the queue lives, and another one beside it would be left behind.
+func gone(err error, queue string) error {
+	if !noQueue(err, queue) {
+		return err
+	}
+	return &goneError{err}
 }

@@ -191,8 +191,8 @@ func TestEachURLHasItsOwnHeartbeatAndDialTimeout(t *testing.T) {
 		c, err := build(urls[0], "q", append(opts, WithURLs(urls[1:]...)))
 		require.NoError(t, err)
 		for _, e := range newHosts(c).endpoints {
-			assert.Equal(t, 2*c.heartbeatOf(e), c.socketOptions(e).IdleTimeout)
-			all = append(all, [2]time.Duration{c.amqpConfig(e).Heartbeat, c.dialTimeoutOf(e)})
+			assert.Equal(t, 2*c.heartbeatOf(e), socketOptions(c, e).IdleTimeout)
+			all = append(all, [2]time.Duration{amqpConfig(c, e).Heartbeat, c.dialTimeoutOf(e)})
 		}
 		return all
 	}
@@ -204,9 +204,9 @@ func TestEachURLHasItsOwnHeartbeatAndDialTimeout(t *testing.T) {
 func TestALockIsWaitedForAsLongAsItsConnectionsHeartbeatsTake(t *testing.T) {
 	r, now := newTestRetry(), time.Now()
 	r.heartbeat = time.Minute
-	assert.True(t, r.patient(now))
-	assert.True(t, r.patient(now.Add(3*time.Minute)))
-	assert.False(t, r.patient(now.Add(3*time.Minute+lockedExtra)))
+	assert.True(t, r.lockIsFresh(now))
+	assert.True(t, r.lockIsFresh(now.Add(3*time.Minute)))
+	assert.False(t, r.lockIsFresh(now.Add(3*time.Minute+lockedExtra)))
 }
 
 func TestURLAndOptionsThatContradictAreRefused(t *testing.T) {

@@ -3,6 +3,7 @@ package steadymq
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -142,16 +143,9 @@ func (p *pool) invoke(s *session, d *Delivery, goexit *error) (err error) {
 		err = panicked(recover())
 		*goexit = err
 	}()
-	err = sound(p.handler(ctx, d))
+	err = safeError(p.handler(ctx, d))
 	returned = true
 	return err
-}
-
-// cutOff tells whether a handler returned err because its session was lost or the
-// drain limit passed: that is no failure of its own, and the broker has the message
-// already. A panic is one whenever it comes.
-func (s *session) cutOff(err error) bool {
-	return s.ctx.Err() != nil && !errors.As(err, new(*PanicError))
 }
 
 // failed reports what a handler returned.
@@ -159,8 +153,58 @@ func (p *pool) failed(s *session, d *Delivery, held time.Duration, err error) {
 	p.stats.failed.Add(1)
 	var panicked *PanicError
 	errors.As(err, &panicked)
-	p.reporter.failed(failure{session: s, delivery: d, held: held, err: err, panicked: panicked})
+	p.reporter.failed(failure{of: s, timeout: p.config.handlerTimeout, delivery: d, held: held, err: err, panicked: panicked})
 	if hook := p.config.hooks.HandlerFailed; hook != nil {
 		p.reporter.hook(func() { hook(d, err) })
 	}
+}
+
+// wrap makes the handler of a Run out of the user's and the middleware around it.
+func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
+	defer cancel()
+	for i := len(c.middleware) - 1; i >= 0; i-- {
+		made, err := userCall[Handler]{
+			option: "WithMiddleware",
+			f:      func(context.Context) (Handler, error) { return c.middleware[i](h), nil },
+			left:   left,
+		}.run(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("steadymq: %w", err)
+		}
+		if made == nil {
+			return nil, &OptionError{"WithMiddleware", fmt.Sprintf("middleware %d of %d returned a nil handler", i+1, len(c.middleware))}
+		}
+		h = made
+	}
+	return h, nil
+}
+
+// Invoke runs h on d as a [Consumer] does, but without its holds, so that a test of a handler can
+// assert what becomes of the message: a panic is an error ([*PanicError]), and the error settles d
+// unless h has settled it by itself. It returns the outcome and the error. h gets ctx as it is.
+//
+// Make d with [NewDelivery]: any other is refused, without a call of h. [Middleware] wraps h
+// before: Invoke(ctx, policy(handle), d).
+func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) {
+	if d == nil || d.fence == nil {
+		return Unsettled, errUndelivered
+	}
+	returned := false
+	defer func() {
+		if !returned {
+			err = panicked(recover())
+		}
+		if err == nil {
+			err = d.overlooked()
+		}
+		if d.Outcome() == Unsettled {
+			wanted, _ := OutcomeOf(err)
+			_ = d.settle(wanted)
+		}
+		o = d.Outcome()
+	}()
+	err = safeError(h(ctx, d))
+	returned = true
+	return o, err
 }

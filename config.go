@@ -1,0 +1,547 @@
+package steadymq
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/errtext"
+	"github.com/steadymq/steadymq/internal/wire"
+)
+
+// TopologyFunc declares what a session needs, on the session's own channel, and returns the queue
+// to consume from; "" means the queue given to [New]. See [WithTopology]. It runs for every
+// session, on its fresh channel, so everything in it must be idempotent. It is called by one
+// goroutine at a time, unless a call that ignored the end of its ctx was left behind.
+//
+// ctx ends with the limit of [WithSetupTimeout]. So does what the function waits for on the
+// channel, since the socket is closed then; while a cancelled session still lives on that
+// connection, it closes with the last handler of that session. An error is retried like any failure
+// of the set-up. Wrap the *amqp.Error of the channel with %w so that it can be classified.
+//
+// The channel is the session's. It must not be used after the function has returned, nor be
+// consumed from: nobody settles what is delivered there. A function that makes the channel
+// transactional (Tx), which would keep every ack from taking effect, is refused, and so is a queue
+// name that AMQP cannot carry. Confirm mode does no harm. Publish on a connection of your own:
+// RabbitMQ stops reading a connection that has published while memory or disk run low, acks
+// included.
+//
+// A queue that is exclusive, or that the broker names, lives as long as its connection, and a
+// connection has many sessions: the next session is on the same connection unless that was lost. So
+// return the same name again, as a declare of an exclusive queue by name does. If the function
+// returns another name than before on the same connection, as it does when the broker names the
+// queue, then the connection is replaced and the function is called once more, on the new one: the
+// earlier queue would stay behind, bound and unread. What was in it is lost. The library does not
+// know what a function has declared, so a connection on which the function has failed three times
+// is replaced, since each failure may have left a queue behind; and so is a connection whose
+// sessions fail three times within 30 s. [WithQueue] keeps an exclusive queue over all that,
+// whoever names it.
+type TopologyFunc func(ctx context.Context, ch *amqp.Channel) (queue string, err error)
+
+// Queue is the common declare, for [WithQueue] (queue.declare,
+// https://www.rabbitmq.com/docs/queues). The zero value is a durable quorum queue, RabbitMQ's
+// choice for messages that must not get lost.
+type Queue struct {
+	// Type is "quorum" (default), "classic" or "stream" (x-queue-type).
+	Type string
+	// Transient makes the queue not survive a restart of the broker. New refuses it but for
+	// exclusive classic queues: RabbitMQ 4.3 refuses shared transient queues.
+	Transient bool
+	// Exclusive limits the queue to this connection. It is gone with the connection, and what is in
+	// it is lost. Only for classic queues. If New was given no name, the broker names it.
+	//
+	// As long as the connection lives, the next session consumes from the same queue, under the
+	// same name, and misses nothing; a queue that is gone is declared anew at once. Failures of
+	// sessions do not replace the connection then. It is replaced when it ends, when a set-up on it
+	// outlasts its limit, or when [WithStallDetector] finds a stall: a queue that delivers nothing
+	// is given up, messages and all.
+	Exclusive bool
+	// AutoDelete deletes the queue when its last consumer leaves. A session that is lost is such a
+	// consumer: what is in the queue is lost then. Only for classic queues.
+	AutoDelete bool
+	// Exchange is declared before the queue, for those Bindings that name no other. New refuses one
+	// that none of them uses. nil: they name exchanges that exist already.
+	Exchange *Exchange
+	// Bindings are made after the queue is declared (queue.bind). A binding that is taken out here
+	// stays at the broker.
+	Bindings []Binding
+	// DeadLetter is where the queue sends the messages that it gives up: discarded ones, those that
+	// expire or overflow, and those that the delivery limit takes. nil: Args says so, or they are
+	// gone. Not for streams.
+	DeadLetter *DeadLetter
+	// Args are further arguments of the declare, such as "x-delivery-limit" or "x-message-ttl". New
+	// refuses what AMQP cannot carry.
+	//
+	// Since 4.0 RabbitMQ drops a message of a quorum queue that has come back more than 20 times.
+	// So from 4.0 on a quorum queue that has no dead-letter exchange, and no x-delivery-limit here,
+	// is declared with x-delivery-limit=-1: no limit. Everybody else who declares that queue has to
+	// say the same, or gets 406. A queue that was declared before with a limit is taken as it is,
+	// with one warning per Run. Before 4.0 nothing is said, since there is no limit, and -1 would
+	// drop a message at its first return.
+	Args amqp.Table
+}
+
+// Exchange is the common declare of an exchange, for [Queue].Exchange (exchange.declare,
+// https://www.rabbitmq.com/docs/exchanges).
+type Exchange struct {
+	// Name is the name of the exchange, 1 to 255 bytes.
+	Name string
+	// Kind is "direct" (default), "fanout", "topic", "headers", or that of a plugin, which begins
+	// with "x-".
+	Kind string
+	// Transient makes the exchange not survive a restart of the broker.
+	Transient bool
+	// Args are further arguments of the declare, such as "alternate-exchange".
+	Args amqp.Table
+}
+
+// DeadLetter is where a [Queue] sends what it gives up: to a queue, or to an exchange
+// (https://www.rabbitmq.com/docs/dlx). New refuses one that leads back into the queue itself.
+type DeadLetter struct {
+	// Queue is the name of a queue, reached through the default exchange. It is declared before the
+	// queue itself and durable: a quorum queue without a delivery limit for a quorum queue, else a
+	// classic one. If it exists in another form it is taken as it is. Nothing consumes it unless
+	// you do.
+	//
+	// A quorum queue for dead letters that you declare yourself should have x-delivery-limit=-1
+	// from RabbitMQ 4.0 on: since 4.3 a message arrives there with the count of its old life, and
+	// beyond the limit its first return drops it.
+	Queue string
+	// Exchange, in place of Queue, is an exchange that exists. "" is the default exchange, which
+	// leads to the queue that Key names.
+	Exchange string
+	// Key is the routing key to it, in place of the message's own.
+	Key string
+}
+
+// Binding binds a [Queue] to an exchange.
+type Binding struct {
+	// Exchange is the name of an exchange that exists; "" is [Queue].Exchange.
+	Exchange string
+	// Key is the routing key, or the pattern on a topic exchange.
+	Key string
+	// Args are the arguments of the binding, for headers exchanges.
+	Args amqp.Table
+}
+
+// config is everything New was told, checked and completed. It is behind a
+// pointer wherever it is kept, so that no %+v prints its URLs.
+type config struct {
+	urls  []string
+	queue string
+
+	concurrency int
+	prefetch    int
+
+	retryInitial, retryCap time.Duration
+	fatal                  func(error) bool
+
+	heartbeat      time.Duration
+	dialTimeout    time.Duration
+	setupTimeout   time.Duration
+	closeTimeout   time.Duration
+	drainTimeout   time.Duration
+	handlerTimeout time.Duration
+	requeueFirst   time.Duration
+	requeueLongest time.Duration
+	writeDelay     time.Duration
+	maxMessage     uint64
+	stallAfter     time.Duration
+	insecure       bool
+
+	topology    TopologyFunc
+	declare     *Queue
+	consumeArgs amqp.Table
+	exclusive   bool
+	tagPrefix   string
+
+	connectionName string
+	urlFunc        func(context.Context) (string, error)
+	tls            *tls.Config
+	sasl           []amqp.Authentication
+	credentials    func(context.Context) (Credentials, error)
+	dial           wire.DialFunc
+
+	middleware []Middleware
+	logger     *slog.Logger
+	hooks      Hooks
+
+	set      map[string]bool // options given, where a default depends on it
+	problems []error
+}
+
+func defaults(url, queue string) *config {
+	return &config{
+		urls:           []string{url},
+		queue:          queue,
+		concurrency:    1,
+		prefetch:       32,
+		retryInitial:   250 * time.Millisecond,
+		retryCap:       10 * time.Second,
+		heartbeat:      10 * time.Second,
+		dialTimeout:    5 * time.Second,
+		setupTimeout:   15 * time.Second,
+		closeTimeout:   5 * time.Second,
+		drainTimeout:   20 * time.Second,
+		requeueFirst:   time.Second,
+		requeueLongest: 15 * time.Minute,
+		writeDelay:     time.Millisecond,
+		tagPrefix:      "steadymq",
+		set:            make(map[string]bool),
+	}
+}
+
+func (c *config) refuse(option, format string, args ...any) {
+	c.problems = append(c.problems, &OptionError{Option: option, Reason: fmt.Sprintf(format, args...)})
+}
+
+// duration checks that d lies in [minDuration, maxDuration].
+func (c *config) duration(option string, d time.Duration) {
+	if d < minDuration || d > maxDuration {
+		c.refuse(option, "must be between %v and %v, got %v (a bare number counts nanoseconds: write 30*time.Second)", minDuration, maxDuration, d)
+	}
+}
+
+func (c *config) count(option string, n int) {
+	if n < 1 || n > 65535 {
+		c.refuse(option, "must be between 1 and 65535, got %d", n)
+	}
+}
+
+func (c *config) checkURLs() {
+	if c.urlFunc != nil {
+		if len(c.urls) > 1 {
+			c.refuse("WithURLFunc", "cannot be combined with WithURLs; let the function choose the host")
+		}
+		return
+	}
+	for i, u := range c.urls {
+		e, err := parseEndpoint(u)
+		switch {
+		case err != nil && i == 0:
+			c.refuse("New", "%v", err)
+			continue
+		case err != nil:
+			c.refuse("WithURLs", "URL %d: %v", i, err)
+			continue
+		}
+		which := "the URL"
+		if i > 0 {
+			which = fmt.Sprintf("URL %d of WithURLs", i)
+		}
+		for _, problem := range c.contradicts(e, which) {
+			c.problems = append(c.problems, problem)
+		}
+	}
+}
+
+// contradicts returns what the options make of a URL that is fine in itself. It shows none of it.
+func (c *config) contradicts(e endpoint, which string) (problems []*OptionError) {
+	refuse := func(option, reason string) {
+		problems = append(problems, &OptionError{option, fmt.Sprintf(reason, which)})
+	}
+	u := e.uri
+	if u.Scheme == "amqp" && c.tls != nil {
+		refuse("WithTLSConfig", "%s has the scheme amqp, which is not encrypted; use amqps")
+	}
+	if u.Scheme == "amqp" && c.insecure {
+		refuse("WithInsecureSkipVerify", "%s has the scheme amqp, which has no TLS and no certificate to verify; leave the option out, or use amqps")
+	}
+	if c.tls != nil && (u.CACertFile != "" || u.CertFile != "" || u.ServerName != "") {
+		refuse("WithTLSConfig", "takes the place of cacertfile, certfile, keyfile and server_name_indication, but %s has some; use RootCAs, Certificates and ServerName of the configuration in their place")
+	}
+	if u.AuthMechanism != nil && c.sasl != nil {
+		refuse("WithSASL", "takes the place of auth_mechanism, but %s has it; leave one of them out")
+	}
+	if u.AuthMechanism != nil && c.credentials != nil {
+		refuse("WithCredentials", "logs in by the mechanism PLAIN, but %s has an auth_mechanism; leave that out")
+	}
+	return problems
+}
+
+// endpointOf reads a URL that WithURLFunc returned as New would.
+func (c *config) endpointOf(text string) (endpoint, error) {
+	e, err := parseEndpoint(text)
+	if err != nil {
+		return endpoint{}, err
+	}
+	for _, problem := range c.contradicts(e, "the URL") {
+		return endpoint{}, &urlError{reason: problem.Option + ": " + problem.Reason}
+	}
+	return e, nil
+}
+
+// heartbeatOf returns the heartbeat to ask for at e: that of its own URL, unless WithHeartbeat is
+// given.
+func (c *config) heartbeatOf(e endpoint) time.Duration {
+	if e.heartbeat != 0 && !c.set["WithHeartbeat"] {
+		return e.heartbeat
+	}
+	return c.heartbeat
+}
+
+// dialTimeoutOf is to connection_timeout and WithDialTimeout what heartbeatOf is to heartbeats.
+func (c *config) dialTimeoutOf(e endpoint) time.Duration {
+	if e.dialTimeout != 0 && !c.set["WithDialTimeout"] {
+		return e.dialTimeout
+	}
+	return c.dialTimeout
+}
+
+func (c *config) checkQueue() {
+	if c.topology != nil && c.declare != nil {
+		c.refuse("WithQueue", "cannot be combined with WithTopology; declare the queue in the function")
+	}
+	q := c.declare
+	if c.queue == "" && c.topology == nil && (q == nil || q.Type != "classic" || !q.Exclusive) {
+		c.refuse("New", "the queue name is empty; give it, or WithTopology, or WithQueue with an exclusive classic queue, whose name the broker may choose")
+	}
+	c.shortString("New", "the queue name", c.queue)
+	if strings.ContainsAny(c.queue, "\r\n") {
+		c.refuse("New", "the queue name %q has a line break, and RabbitMQ takes those out of the names of queues: none has this one", c.queue)
+	}
+	if q != nil {
+		c.checkDeclare(q)
+		c.checkExchange(q)
+		c.checkDeadLetter(q)
+	}
+}
+
+// checkDeclare also completes q.
+func (c *config) checkDeclare(q *Queue) {
+	switch q.Type {
+	case "":
+		q.Type = "quorum"
+	case "quorum", "classic", "stream":
+	default:
+		c.refuse("WithQueue", `Type must be "quorum", "classic" or "stream", got %q`, q.Type)
+	}
+	if q.Type != "classic" && c.exclusive {
+		c.refuse("WithExclusive", "a %s queue takes no notice of an exclusive consumer; declare it with Args x-single-active-consumer instead", q.Type)
+	}
+	if q.Type != "classic" && (q.Exclusive || q.AutoDelete || q.Transient) {
+		c.refuse("WithQueue", "a %s queue can be neither exclusive, auto-delete nor transient; use a classic queue", q.Type)
+	}
+	if q.Transient && !q.Exclusive {
+		c.refuse("WithQueue", "a transient queue must be exclusive: RabbitMQ 4.3 refuses shared transient queues (541)")
+	}
+	if q.Args = c.takeTable("WithQueue", "Args", q.Args); q.Args == nil {
+		q.Args = amqp.Table{}
+	}
+	if t, ok := q.Args["x-queue-type"]; ok && t != q.Type {
+		c.refuse("WithQueue", "Args has x-queue-type %v, Type says %q", t, q.Type)
+	}
+}
+
+// checkExchange also gives the bindings their exchange.
+func (c *config) checkExchange(q *Queue) {
+	own := ""
+	if q.Exchange != nil {
+		x := *q.Exchange
+		x.Args = c.takeTable("WithQueue", "Exchange.Args", x.Args)
+		if x.Kind == "" {
+			x.Kind = "direct"
+		}
+		c.checkKind(&x)
+		own, q.Exchange = x.Name, &x
+	}
+	q.Bindings = slices.Clone(q.Bindings)
+	used := false
+	for i := range q.Bindings {
+		b := &q.Bindings[i]
+		place := fmt.Sprintf("Bindings[%d]", i)
+		b.Args = c.takeTable("WithQueue", place+".Args", b.Args)
+		c.shortString("WithQueue", place+".Key", b.Key)
+		c.shortString("WithQueue", place+".Exchange", b.Exchange)
+		if b.Exchange == "" && q.Exchange == nil {
+			c.refuse("WithQueue", "%s names no exchange; the default exchange leads to every queue by its name already, and takes no bindings", place)
+			continue
+		}
+		b.Exchange = cmp.Or(b.Exchange, own)
+		used = used || b.Exchange == own
+	}
+	if q.Exchange != nil && !used {
+		c.refuse("WithQueue", "Exchange %q is declared, and none of Bindings uses it; add Binding{Key: ...}, which is bound to it", own)
+	}
+}
+
+func (c *config) checkKind(x *Exchange) {
+	switch {
+	case x.Name == "":
+		c.refuse("WithQueue", "Exchange needs a Name")
+	case !slices.Contains([]string{"direct", "fanout", "topic", "headers"}, x.Kind) && !strings.HasPrefix(x.Kind, "x-"):
+		c.refuse("WithQueue", `Exchange.Kind must be "direct", "fanout", "topic", "headers" or begin with "x-", got %q`, x.Kind)
+	}
+	c.shortString("WithQueue", "Exchange.Name", x.Name)
+	c.shortString("WithQueue", "Exchange.Kind", x.Kind)
+}
+
+// checkDeadLetter also turns it into arguments.
+func (c *config) checkDeadLetter(q *Queue) {
+	if q.DeadLetter == nil {
+		return
+	}
+	dead := *q.DeadLetter
+	q.DeadLetter = &dead
+	_, exchange := q.Args["x-dead-letter-exchange"]
+	_, key := q.Args["x-dead-letter-routing-key"]
+	switch {
+	case q.Type == "stream":
+		c.refuse("WithQueue", "DeadLetter is not for streams: they keep all messages and give up none")
+	case exchange || key:
+		c.refuse("WithQueue", "DeadLetter and x-dead-letter-exchange or x-dead-letter-routing-key in Args say the same; leave one out")
+	case dead.Queue != "" && (dead.Exchange != "" || dead.Key != ""):
+		c.refuse("WithQueue", "DeadLetter takes either Queue, which is declared, or Exchange and Key, which exist already")
+	case dead == DeadLetter{}:
+		c.refuse("WithQueue", "DeadLetter is empty; give it a Queue, or an Exchange, or leave it out")
+	case dead.Queue != "" && dead.Queue == c.queue, dead.Exchange == "" && dead.Key != "" && dead.Key == c.queue:
+		c.refuse("WithQueue", "DeadLetter leads back into the queue %q itself, at once and for ever", c.queue)
+	}
+	c.shortString("WithQueue", "DeadLetter.Queue", dead.Queue)
+	c.shortString("WithQueue", "DeadLetter.Exchange", dead.Exchange)
+	c.shortString("WithQueue", "DeadLetter.Key", dead.Key)
+	q.Args["x-dead-letter-exchange"] = dead.Exchange
+	if to := cmp.Or(dead.Queue, dead.Key); to != "" {
+		q.Args["x-dead-letter-routing-key"] = to
+	}
+}
+
+func (c *config) checkTogether() {
+	if !c.set["WithPrefetch"] {
+		c.prefetch = max(c.prefetch, c.concurrency)
+	} else if c.prefetch < c.concurrency && c.prefetch > 0 {
+		c.refuse("WithPrefetch", "must be at least the concurrency (%d), got %d: workers would wait for nothing", c.concurrency, c.prefetch)
+	}
+	if c.credentials != nil && c.sasl != nil {
+		c.refuse("WithCredentials", "cannot be combined with WithSASL, which has credentials of its own")
+	}
+	if _, filtered := c.consumeArgs["x-stream-filter"]; filtered && c.stallAfter > 0 {
+		c.refuse("WithStallDetector", "is not for filtered streams: they grow by what the filter leaves out, so silence means nothing")
+	}
+	if c.tls != nil && c.tls.InsecureSkipVerify && c.tls.VerifyConnection == nil && c.tls.VerifyPeerCertificate == nil && !c.insecure {
+		c.refuse("WithTLSConfig", "InsecureSkipVerify lets anyone on the path read the password; set RootCAs instead, or add WithInsecureSkipVerify in tests")
+	}
+}
+
+// stream tells whether the consumer reads a stream, as far as it was told.
+func (c *config) stream() bool {
+	_, offset := c.consumeArgs["x-stream-offset"]
+	return offset || c.declare != nil && c.declare.Type == "stream"
+}
+
+// Credentials log in to the broker, see [WithCredentials]. They print without the password.
+type Credentials struct {
+	// Username and Password are for the login mechanism PLAIN. For OAuth 2 the password is the
+	// token, and the broker does not look at the user name.
+	Username, Password string
+	// Expires is when the password stops being valid; zero for never. A password whose time has
+	// passed is used all the same: the broker decides, by its own clock.
+	Expires time.Time
+}
+
+// String returns the user name and the expiry.
+func (c Credentials) String() string {
+	expires := "never"
+	if !c.Expires.IsZero() {
+		expires = c.Expires.Format(time.RFC3339)
+	}
+	return fmt.Sprintf("%s (password not shown, expires %s)", c.Username, expires)
+}
+
+// Format implements [fmt.Formatter]: no verb prints the password.
+func (c Credentials) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
+
+// MarshalText implements [encoding.TextMarshaler], for encoding/json, log/slog and others: none of
+// them shows the password.
+func (c Credentials) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
+
+// setupPassed is errSetupTimeout with its value and what to do.
+func (c *config) setupPassed() error {
+	return errtext.Because(fmt.Errorf("setup limit of %v passed before the broker confirmed the consumer; is it reachable and not overloaded? (WithSetupTimeout)", c.setupTimeout), errSetupTimeout)
+}
+
+// deadLetters tells whether the queue passes on what it would drop otherwise, as
+// far as the arguments tell.
+func (q *Queue) deadLetters() bool {
+	_, leads := q.Args["x-dead-letter-exchange"]
+	return leads
+}
+
+// defaultConsumerTimeout is how long RabbitMQ lets a delivery be unsettled.
+const defaultConsumerTimeout = 30 * time.Minute
+
+// consumerTimeout is what the broker will allow, as far as the consumer was told; a day at most.
+func (c *config) consumerTimeout() time.Duration {
+	limit := c.consumeArgs["x-consumer-timeout"]
+	if limit == nil && c.declare != nil {
+		limit = c.declare.Args["x-consumer-timeout"]
+	}
+	if ms, ok := headerInt(limit); ok && ms > 0 {
+		return time.Duration(min(ms, maxDuration.Milliseconds())) * time.Millisecond
+	}
+	return defaultConsumerTimeout
+}
+
+// asksForLogin tells whether a function of the user gives the credentials: they may change on the
+// way, so the next try may have better ones.
+func (c *config) asksForLogin() bool { return c.urlFunc != nil || c.credentials != nil }
+
+// tooLarge says why a body is not kept.
+func (c *config) tooLarge(size uint64) error {
+	if c.maxMessage == 0 || size <= c.maxMessage {
+		return nil
+	}
+	return fmt.Errorf("%w of %d bytes: raise it, or take the message out of the queue", ErrMessageTooLarge, c.maxMessage)
+}
+
+// hold returns how long a message waits that has failed for the n-th time, as far
+// as the broker counts: twice as long as the last time. Where nothing is counted
+// it stays short.
+func (c *config) hold(n int) time.Duration {
+	d := c.requeueFirst
+	for ; n > 1 && d < c.requeueLongest; n-- {
+		d *= 2
+	}
+	return min(jitter(min(d, c.requeueLongest)), c.requeueLongest)
+}
+
+// takeTable returns a copy of t, and refuses what in it AMQP cannot carry. place tells where in
+// the option it is, "" if it is the option itself.
+func (c *config) takeTable(option, place string, t amqp.Table) amqp.Table {
+	if t == nil {
+		return nil
+	}
+	var a arguments
+	copied := a.table(t, "", 0)
+	for _, problem := range a.problems {
+		if place != "" {
+			problem = place + ": " + problem
+		}
+		c.refuse(option, "%s", problem)
+	}
+	return copied
+}
+
+// shortString refuses what cannot be one: RabbitMQ closes the connection for it, or the driver.
+func (c *config) shortString(option, what, text string) {
+	if problem := noShortString(text); problem != "" {
+		c.refuse(option, "%s %s", what, problem)
+	}
+}
+
+// jitter spreads d over [d/2, d*3/2), so that messages that failed together do
+// not come back together.
+func jitter(d time.Duration) time.Duration {
+	if d <= 0 {
+		return 0
+	}
+	return d/2 + rand.N(d)
+}

@@ -1,0 +1,287 @@
+package steadymq
+
+import (
+	"encoding/json"
+	"log/slog"
+	"math"
+	"time"
+	"unicode/utf8"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/errtext"
+)
+
+// The headers that brokers count in. Publishers can write them too.
+const (
+	deliveryCount = "x-delivery-count" // of a quorum queue
+	acquiredCount = "x-acquired-count" // of a quorum queue since 4.3
+	deathHeader   = "x-death"
+	lastDeath     = "x-last-death-queue" // since 3.13
+)
+
+// Attempt returns the number of this try, 1 for the first, as far as the broker tells. It is the
+// highest of these, and one more for each try in place (on a stream):
+//
+//   - On a quorum queue, 1 + what the queue has counted (x-delivery-count).
+//   - Where a dead-letter exchange leads back to the queue, by way of a queue that waits: 1 + how
+//     often the message was rejected from this queue (x-death), on queues of all kinds.
+//   - Else 2 for a redelivered message: a classic queue does not count.
+//
+// What the broker counts is not always a handler that has failed: up to RabbitMQ 4.2 a quorum queue
+// counts every return, so one for each lost session, also for messages that were prefetched and
+// that no handler has seen.
+//
+// A message that another queue has dead-lettered, or that was published again with its old headers,
+// begins at 1, but for what no header tells. Since 4.3 a message that arrives on a classic queue
+// after a handler had it elsewhere is marked as redelivered from the start, and counts 2. From 3.13
+// to 4.2 the second delivery on a quorum queue still counts 1 if the message was rejected elsewhere
+// once. A message that expired elsewhere, after it had been returned there, brings that count
+// along.
+//
+// Publishers can forge the headers, and on classic queues nothing takes them out: use the number
+// for policy, not for security.
+func (d *Delivery) Attempt() int {
+	n := d.returns()
+	if n == 0 && d.Redelivered {
+		n = 1
+		_, counted := d.count(deliveryCount)  // in another queue
+		_, acquired := d.count(acquiredCount) // and came back unharmed, by nack or a lost session
+		if counted || acquired {
+			n = 0
+		}
+	}
+	if d.fence != nil {
+		n += int(d.fence.tries)
+	}
+	return n + 1
+}
+
+// returns is how often the message has come back to this queue.
+//
+// What RabbitMQ shows was measured; TestAttemptOnRealBrokers and the conformance
+// scripts of steadymqtest keep it. A quorum queue marks as redelivered whatever it
+// has counted, so without the mark the count is that of an old life. With it, the
+// first delivery of a dead-lettered message shows what the other queue has counted:
+// from 3.13 to 4.2 how often it was rejected, since 4.3 all, in both headers. Later
+// deliveries show, up to 4.2, what this queue has counted; since 4.3 the acquired count
+// does, while the other one goes on.
+func (d *Delivery) returns() int {
+	here, elsewhere := d.rejections()
+	n, _ := d.count(deliveryCount)
+	acquired, known := d.count(acquiredCount)
+	_, carries := d.Headers[lastDeath]
+	switch {
+	case !d.Redelivered:
+		n = 0
+	case elsewhere == 0 || !carries:
+	case known && n == acquired, !known && n == here+elsewhere:
+		n = 0
+	case known:
+		n = min(n, acquired)
+	}
+	return max(n, here)
+}
+
+// arrivesCounted tells the first delivery of a message that another queue has
+// dead-lettered with the count n, since 4.3. The limit of this queue acts on it.
+func (d *Delivery) arrivesCounted(n int) bool {
+	acquired, known := d.count(acquiredCount)
+	_, elsewhere := d.rejections()
+	return known && acquired == n && elsewhere > 0
+}
+
+// rejections counts in x-death how often the message was rejected from this queue,
+// and how often from others, there also by the delivery limit. Its newest entry is
+// first. If that is a rejection from this queue, then no broker has brought the message
+// back: it was published again, with what it had been through.
+func (d *Delivery) rejections() (here, elsewhere int) {
+	deaths, _ := d.Headers[deathHeader].([]any)
+	for i, entry := range deaths {
+		death, _ := entry.(amqp.Table)
+		n, ok := headerInt(death["count"])
+		if !ok || n < 0 || n > maxCount {
+			continue
+		}
+		rejected := death["reason"] == "rejected"
+		switch mine := death["queue"] == d.Queue(); {
+		case mine && rejected && i > 0:
+			here = int(n)
+		case !mine && (rejected || death["reason"] == "delivery_limit"):
+			elsewhere = min(elsewhere+int(n), maxCount)
+		}
+	}
+	return here, elsewhere
+}
+
+const maxCount = 1<<31 - 2 // so that one more is an int everywhere
+
+func (d *Delivery) count(header string) (n int, ok bool) {
+	v, ok := headerInt(d.Headers[header])
+	if !ok || v < 0 || v > maxCount {
+		return 0, false
+	}
+	return int(v), true
+}
+
+// headerInt reads any of the integer types a broker may choose for a header.
+func headerInt(v any) (int64, bool) {
+	switch n := v.(type) {
+	case int64:
+		return n, true
+	case int32:
+		return int64(n), true
+	case int16:
+		return int64(n), true
+	case int8:
+		return int64(n), true
+	case int:
+		return int64(n), true
+	case uint8:
+		return int64(n), true
+	case uint16:
+		return int64(n), true
+	case uint32:
+		return int64(n), true
+	}
+	return 0, false
+}
+
+// deliveryJSON is what MarshalJSON shows.
+type deliveryJSON struct {
+	Queue           string         `json:"queue,omitempty"`
+	Exchange        string         `json:"exchange"`
+	RoutingKey      string         `json:"routing_key"`
+	DeliveryTag     uint64         `json:"delivery_tag"`
+	Redelivered     bool           `json:"redelivered"`
+	Attempt         int            `json:"attempt"`
+	Session         uint64         `json:"session,omitempty"`
+	Outcome         string         `json:"outcome"`
+	MessageID       string         `json:"message_id,omitempty"`
+	CorrelationID   string         `json:"correlation_id,omitempty"`
+	ReplyTo         string         `json:"reply_to,omitempty"`
+	Type            string         `json:"type,omitempty"`
+	AppID           string         `json:"app_id,omitempty"`
+	UserID          string         `json:"user_id,omitempty"`
+	Timestamp       any            `json:"timestamp,omitempty"`
+	Expiration      string         `json:"expiration,omitempty"`
+	Priority        uint8          `json:"priority,omitempty"`
+	DeliveryMode    uint8          `json:"delivery_mode,omitempty"`
+	ContentType     string         `json:"content_type,omitempty"`
+	ContentEncoding string         `json:"content_encoding,omitempty"`
+	Headers         map[string]any `json:"headers,omitempty"`
+	Body            string         `json:"body,omitempty"`
+	BodyBase64      []byte         `json:"body_base64,omitempty"`
+}
+
+// MarshalJSON implements [json.Marshaler]: the message, where it came from and what became of it. A
+// body that is UTF-8 is in "body", any other in "body_base64". It takes whatever a publisher may
+// have put into headers and properties. Where headers nest deeper than 100 levels "..." stands in
+// place of the rest.
+func (d Delivery) MarshalJSON() ([]byte, error) {
+	j := deliveryJSON{
+		Queue:           d.Queue(),
+		Exchange:        d.Exchange,
+		RoutingKey:      d.RoutingKey,
+		DeliveryTag:     d.DeliveryTag,
+		Redelivered:     d.Redelivered,
+		Attempt:         d.Attempt(),
+		Session:         d.Session(),
+		Outcome:         d.Outcome().String(),
+		MessageID:       d.MessageId,
+		CorrelationID:   d.CorrelationId,
+		ReplyTo:         d.ReplyTo,
+		Type:            d.Type,
+		AppID:           d.AppId,
+		UserID:          d.UserId,
+		Expiration:      d.Expiration,
+		Priority:        d.Priority,
+		DeliveryMode:    d.DeliveryMode,
+		ContentType:     d.ContentType,
+		ContentEncoding: d.ContentEncoding,
+		Headers:         tableJSON(d.Headers, shownDepth),
+	}
+	if !d.Timestamp.IsZero() {
+		j.Timestamp = valueJSON(d.Timestamp, 1)
+	}
+	if utf8.Valid(d.Body) {
+		j.Body = string(d.Body)
+	} else {
+		j.BodyBase64 = d.Body
+	}
+	return json.Marshal(j)
+}
+
+// LogValue implements [slog.LogValuer]: what tells the message from others, without its content.
+func (d Delivery) LogValue() slog.Value {
+	return slog.GroupValue(
+		slog.String("queue", d.Queue()),
+		slog.String("exchange", d.Exchange),
+		slog.String("routing_key", d.RoutingKey),
+		slog.Uint64("delivery_tag", d.DeliveryTag),
+		slog.Bool("redelivered", d.Redelivered),
+		slog.Int("attempt", d.Attempt()),
+		slog.String("message_id", d.MessageId),
+		slog.Int("body_size", len(d.Body)),
+	)
+}
+
+// String returns in one line what [Delivery.LogValue] tells.
+func (d Delivery) String() string { return errtext.OneLine(d.LogValue().String()) }
+
+// shownDepth is how deep headers are shown. encoding/json refuses what is deeper than 10,000
+// levels.
+const shownDepth = 100
+
+func tableJSON(t amqp.Table, depth int) map[string]any {
+	if t == nil {
+		return nil
+	}
+	m := make(map[string]any, len(t))
+	for k, v := range t {
+		m[k] = valueJSON(v, depth-1)
+	}
+	return m
+}
+
+// valueJSON replaces what encoding/json refuses: times of no year it can write, and
+// numbers that are none, and what is nested deeper than depth.
+func valueJSON(v any, depth int) any {
+	switch v := v.(type) {
+	case amqp.Table:
+		if depth == 0 {
+			return "..."
+		}
+		return tableJSON(v, depth)
+	case []any:
+		if depth == 0 {
+			return "..."
+		}
+		list := make([]any, len(v))
+		for i := range v {
+			list[i] = valueJSON(v[i], depth-1)
+		}
+		return list
+	case time.Time:
+		if y := v.UTC().Year(); y < 0 || y > 9999 {
+			return v.Unix()
+		}
+		return v.UTC()
+	case float32:
+		return floatJSON(float64(v), v)
+	case float64:
+		return floatJSON(v, v)
+	}
+	return v
+}
+
+func floatJSON(f float64, v any) any {
+	switch {
+	case math.IsNaN(f):
+		return "NaN"
+	case math.IsInf(f, 1):
+		return "+Inf"
+	case math.IsInf(f, -1):
+		return "-Inf"
+	}
+	return v
+}

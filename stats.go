@@ -1,0 +1,164 @@
+package steadymq
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// State is what a [Consumer] is doing, see [Consumer.State].
+type State int32
+
+const (
+	// Idle: [Consumer.Run] has not been called yet.
+	Idle State = iota
+	// Connecting: dialling, logging in, or setting up a session.
+	Connecting
+	// Consuming: the broker has confirmed the consumer (consume-ok).
+	Consuming
+	// Backoff: waiting before the next try.
+	Backoff
+	// Draining: stopping; running handlers finish.
+	Draining
+	// Stopped: Run has returned, or is about to.
+	Stopped
+)
+
+// String returns the state in lower case.
+func (s State) String() string {
+	switch s {
+	case Idle:
+		return "idle"
+	case Connecting:
+		return "connecting"
+	case Consuming:
+		return "consuming"
+	case Backoff:
+		return "backoff"
+	case Draining:
+		return "draining"
+	case Stopped:
+		return "stopped"
+	}
+	return "unknown"
+}
+
+// Hooks are told what happens, see [WithHooks]. Any of them may be nil. No hook is called any more
+// once [Consumer.Run] has returned; a hook must not call Run.
+//
+// A panic in a hook is a fault of the program, not of the path to the broker. It is recovered, no
+// hook is called any more, and Run drains and returns an [*OptionError] for WithHooks with the
+// [*PanicError] inside, as does every later Run of that [Consumer]. A panic in the handler of
+// [WithLogger] ends Run likewise.
+type Hooks struct {
+	// StateChanged is called for every change of state, in order and never concurrently, on a
+	// goroutine of its own: a slow hook delays no recovery. If hooks and log fall 1,024 events
+	// behind, further ones are dropped and counted in [Stats].EventsDropped. The last call, with To
+	// == [Stopped], is made before Run returns, unless a hook or the logger keeps it waiting for
+	// more than 0.5 s.
+	StateChanged func(StateChange)
+
+	// HandlerFailed is called when a handler has returned an error or panicked ([*PanicError]), or
+	// has returned nil though its settlement by hand was refused ([ErrMultiple]). An error after
+	// its session was lost, or after the drain limit has passed, is not told; a panic always is. It
+	// is called after the outcome was decided, on the goroutine of the worker, which it delays,
+	// concurrently with other workers.
+	HandlerFailed func(d *Delivery, err error)
+
+	// Unreadable is called for every delivery of a message that no handler can be given, because
+	// its headers cannot be read or its body is too large ([WithMaxMessageSize]). It is called
+	// where StateChanged is, with the same limits. [MessageError] says what becomes of the message.
+	Unreadable func(*MessageError)
+
+	// Settled is called once for every delivery that a handler was given, when its outcome is
+	// decided: [Acked], [Requeued] or [Discarded] when it is sent, by the handler's error or by
+	// hand; [Stale] when it came too late and was not sent. A held message ([WithRequeueDelay],
+	// [RequeueAfter]) is told when it goes back, or as Stale if its session has ended first. d is
+	// the delivery that the handler got, also if a copy of it was settled.
+	//
+	// On a stream Acked and Discarded tell that the handler is done with the message, not yet that
+	// it was sent: acks go in the order of the stream, so the ack waits for the messages before it,
+	// and if the session is lost meanwhile the message comes again. Requeued tells of a try in
+	// place that follows, and nothing is sent; if the consumer stops first, a later one starts at
+	// that message.
+	//
+	// It is called on the goroutine that settles, which it delays, concurrently with others; for
+	// messages that were held when their session ended, on that of StateChanged and with its limit.
+	// A delivery whose handler is still running when Run returns is not told.
+	Settled func(d *Delivery, o Outcome)
+}
+
+// StateChange is one change of the [State] of a [Consumer], for [Hooks].StateChanged.
+type StateChange struct {
+	// Time is when it happened.
+	Time time.Time
+	// From and To are the states.
+	From, To State
+	// Queue is the queue consumed from: the one given to [New] until the broker or a [TopologyFunc]
+	// has named another.
+	Queue string
+	// ConsumerTag is the tag of the current session's subscription, which the broker's management
+	// page lists; "" if there is no session.
+	ConsumerTag string
+	// Session is the number of the current or last session, 0 before the first.
+	Session uint64
+	// Host is the address of the broker, "" if no host is involved.
+	Host string
+	// Attempt counts the failures in a row, 0 while all is well. A row ends with a session that
+	// proves itself: by a settlement and 10 s, or by 70 s.
+	Attempt int
+	// RetryIn is the wait before the next try, in [Backoff] only.
+	RetryIn time.Duration
+	// Cause is why: a [*SessionError] in [Backoff]; in [Draining] why Run gives up, nil if its
+	// context has ended; in [Stopped] Run's error.
+	Cause error
+}
+
+// Stats is a snapshot of the counters of a [Consumer], over all its Runs; see [Consumer.Stats].
+type Stats struct {
+	// State is what the [Consumer] is doing.
+	State State
+	// Sessions counts the sessions that reached [Consuming], Connections the connections opened,
+	// Dials the tries to open one.
+	Sessions, Connections, Dials uint64
+	// Handling is the number of handlers running now.
+	Handling int
+	// Held is the number of messages that failed, or that cannot be read, and wait unsettled until
+	// they go back to the queue or, on a stream, are tried again. They take up the prefetch: once
+	// all of it is held nothing else is delivered.
+	Held int
+	// Overdue is the number of handlers that are still running a second or more after the limit of
+	// [WithHandlerTimeout].
+	Overdue int
+	// Delivered counts deliveries given to a handler, each try in place included. It is the sum of
+	// Acked, Requeued, Discarded and Stale, and of the deliveries not settled yet.
+	Delivered uint64
+	// Acked, Requeued and Discarded count settlements that were sent. Of a stream they count what
+	// was decided: the ack of a message that was acked or discarded waits for those before it, and
+	// Requeued counts the tries in place, which send nothing.
+	Acked, Requeued, Discarded uint64
+	// Stale counts settlements that came after the end of their session and
+	// were not sent; the broker delivers those messages again.
+	Stale uint64
+	// Failed counts failed handlers, as [Hooks].HandlerFailed is told of them: errors and panics.
+	// An error after the end of the handler's session, or after the drain limit, is not counted: it
+	// cost nothing, since the broker has the message back.
+	Failed uint64
+	// Unreadable counts deliveries that no handler could be given, see [MessageError]. Of the
+	// numbers above only Held counts them, for as long as they are held.
+	Unreadable uint64
+	// Abandoned counts what could not be ended in time: a user's function that ignored the end of
+	// its context, or a teardown that outlasted its limit.
+	Abandoned uint64
+	// EventsDropped counts the events (changes of state, log lines, calls of hooks) that were not
+	// told, because a hook or the logger was too slow.
+	EventsDropped uint64
+}
+
+type counters struct {
+	sessions, connections, dials atomic.Uint64
+	handling, held, overdue      atomic.Int64
+	delivered, failed, stale     atomic.Uint64
+	unreadable                   atomic.Uint64
+	outcomes                     [Stale]atomic.Uint64 // by Outcome
+	abandoned, eventsDropped     atomic.Uint64
+}
