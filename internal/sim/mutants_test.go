@@ -553,8 +553,6 @@ var mutants = []mutant{
 		"look := time.NewTimer(s.config.stallAfter)", "look := time.NewTimer(24 * time.Hour)"),
 	change("any silence is a stall", "probe.go",
 		"return q.Messages > 0 && q.Consumers <= 1 && !single", "return q.Consumers <= 1 && !single"),
-	change("a message that is still arriving is a silent peer", "internal/wire/inbound.go",
-		"\tin.bodyLeft -= len(b)\n\tin.progress()\n", "\tin.bodyLeft -= len(b)\n"),
 	change("the renewal of credentials spins", "connection.go",
 		"time.NewTimer(max(left, again.draw()))", "time.NewTimer(max(left, time.Millisecond))"),
 	change("the renewal of credentials counts time while deliveries come", "connection.go",
