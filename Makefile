@@ -29,7 +29,7 @@ quick: ## what runs without a broker, within a minute
 
 .PHONY: sim
 sim: ## the simulation over many seeds: make sim SEEDS=10000
-	$(GO) test -run '^TestSim$$' -timeout 4h -v ./internal/sim -seeds $(SEEDS)
+	$(GO) test -run '^TestSim$$' -timeout 4h -v ./internal/sim -stuck 5m -seeds $(SEEDS)
 
 .PHONY: mutants
 mutants: ## plant bugs one by one; the simulation must catch them

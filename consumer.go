@@ -337,8 +337,8 @@ func (s *supervisor) consuming() stateFunc {
 	s.conn.served = true
 	s.retry.consuming()
 	s.hosts.connected(s.host)
+	s.enter(Consuming, nil) // first: a handler may ask for the state
 	s.pool.serve(s.session)
-	s.enter(Consuming, nil)
 	select {
 	case <-s.session.end.Done():
 		session := s.session

@@ -49,19 +49,19 @@ func ExampleWithQueue() {
 	// dead: 1
 }
 
-// Every instance of a service has a queue of its own, which the broker names, and gets all messages.
+// Every instance of a service has a queue of its own, which the broker names, and gets all
+// messages.
 func ExampleWithQueue_broadcast() {
 	broker := emptyBroker()
 	defer broker.Close()
 	broker.DeclareExchange("prices", "fanout")
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	go func() { // a publisher
-		_ = broker.WaitConnections(ctx, 1)
-		for queues := 0; queues == 0 && ctx.Err() == nil; {
-			_, queues = broker.PublishExchange("prices", "", steadymqtest.Message{Body: []byte("tea 3.20")})
+	publish := func(c steadymq.StateChange) {
+		if c.To == steadymq.Consuming {
+			broker.PublishExchange("prices", "", steadymqtest.Message{Body: []byte("tea 3.20")})
 		}
-	}()
+	}
 	err := steadymq.Consume(ctx, broker.URL, "", func(_ context.Context, d *steadymq.Delivery) error {
 		fmt.Printf("%s\n", d.Body)
 		stop()
@@ -72,7 +72,8 @@ func ExampleWithQueue_broadcast() {
 			Type:      "classic",
 			Exclusive: true, // gone with its connection
 			Bindings:  []steadymq.Binding{{Exchange: "prices"}},
-		}))
+		}),
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: publish}))
 	fmt.Println("stopped:", err)
 	fmt.Println("queues:", broker.Queues())
 	// Output:
@@ -338,7 +339,7 @@ func ExampleWithHandlerTimeout() {
 	}
 	err := steadymq.Consume(ctx, broker.URL, "orders", handle,
 		steadymq.WithDialer(broker.Dialer()),
-		steadymq.WithHandlerTimeout(20*time.Millisecond),
+		steadymq.WithHandlerTimeout(100*time.Millisecond),
 		steadymq.WithRequeueDelay(10*time.Millisecond, time.Minute)) // default: 1 s, 15 min
 	fmt.Println("stopped:", err)
 	// Output:
@@ -347,27 +348,29 @@ func ExampleWithHandlerTimeout() {
 	// stopped: <nil>
 }
 
-// A message that is too large is given to no handler. It is told, held and put back.
+// A message that is too large is given to no handler. It is told, held, and put back in the end.
 func ExampleWithMaxMessageSize() {
-	broker := exampleBroker("an order as long as a book", "tea")
+	broker := exampleBroker("an order as long as a book")
 	defer broker.Close()
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
+	alarm := func(e *steadymq.MessageError) {
+		fmt.Println(e)
+		fmt.Println("too large:", errors.Is(e, steadymq.ErrMessageTooLarge))
+		stop()
+	}
 	err := steadymq.Consume(ctx, broker.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
 		fmt.Printf("%s\n", d.Body)
-		stop()
 		return nil
 	},
 		steadymq.WithDialer(broker.Dialer()),
 		steadymq.WithMaxMessageSize(10),
-		steadymq.WithHooks(steadymq.Hooks{Unreadable: func(e *steadymq.MessageError) {
-			fmt.Println(e.RoutingKey, e.Size, errors.Is(e, steadymq.ErrMessageTooLarge))
-		}}))
+		steadymq.WithHooks(steadymq.Hooks{Unreadable: alarm}))
 	fmt.Println("stopped:", err)
 	fmt.Println("left:", broker.QueueLen("orders"))
-	// Unordered output:
-	// tea
-	// orders 26 true
+	// Output:
+	// steadymq: queue orders: the message with delivery tag 1 (exchange "", routing key "orders", 26 bytes) is given to no handler: the message is larger than the limit (WithMaxMessageSize) of 10 bytes: raise it, or take the message out of the queue
+	// too large: true
 	// stopped: <nil>
 	// left: 1
 }
@@ -454,7 +457,8 @@ func ExampleWithLogger() {
 }
 
 // A quorum queue without majority: the broker confirms the consumer and sends heartbeats, and no
-// message comes. The queue is asked then, and the session is replaced, on another host if there is one.
+// message comes. The queue is asked then, and the session is replaced, on another host if there is
+// one.
 func ExampleWithStallDetector() {
 	broker := emptyBroker()
 	defer broker.Close()

@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -19,7 +20,8 @@ import (
 )
 
 // exampleBroker is the broker of most examples, with a queue of orders and one for dead letters. It
-// lives in this process and is reached by WithDialer; yours is at an AMQP URL and needs no such option.
+// lives in this process and is reached by WithDialer; yours is at an AMQP URL and needs no such
+// option.
 func exampleBroker(orders ...string) *steadymqtest.Broker {
 	broker := emptyBroker()
 	broker.DeclareQueue("orders.dead", steadymqtest.QueueOptions{Type: "quorum"})
@@ -91,38 +93,45 @@ func ExampleConsumer_Run_gracefulStop() {
 
 // A readiness probe, such as Kubernetes sends.
 func ExampleConsumer_Stats() {
-	broker := exampleBroker("tea")
+	broker := exampleBroker()
 	defer broker.Close()
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	c, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()))
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
+	var c *steadymq.Consumer
 	ready := func(w http.ResponseWriter, _ *http.Request) {
 		stats := c.Stats()
 		if stats.State != steadymq.Consuming {
 			w.WriteHeader(http.StatusServiceUnavailable)
 		}
-		fmt.Fprintf(w, "%v, sessions: %d, handling: %d, acked: %d", stats.State, stats.Sessions, stats.Handling, stats.Acked)
+		fmt.Fprintf(w, "%v, sessions: %d, acked: %d", stats.State, stats.Sessions, stats.Acked)
 	}
 	probe := func() {
 		answer := httptest.NewRecorder()
 		ready(answer, nil)
 		fmt.Println(answer.Code, answer.Body)
 	}
+	changed := func(change steadymq.StateChange) {
+		if change.To == steadymq.Consuming {
+			probe()
+			broker.Publish("orders", "tea")
+		}
+	}
+	c, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()),
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: changed}))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
 	probe()
 	_ = c.Run(ctx, func(context.Context, *steadymq.Delivery) error {
-		probe()
 		stop()
 		return nil
 	})
 	probe()
 	// Output:
-	// 503 idle, sessions: 0, handling: 0, acked: 0
-	// 200 consuming, sessions: 1, handling: 1, acked: 0
-	// 503 stopped, sessions: 1, handling: 0, acked: 1
+	// 503 idle, sessions: 0, acked: 0
+	// 200 consuming, sessions: 1, acked: 0
+	// 503 stopped, sessions: 1, acked: 1
 }
 
 // What a handler returns decides what becomes of the message.
@@ -406,19 +415,20 @@ func ExampleInvoke() {
 }
 
 func ExamplePanicError() {
-	handle := func(context.Context, *steadymq.Delivery) error {
-		var prices map[string]int
-		prices["tea"] = 3
+	handle := func(_ context.Context, d *steadymq.Delivery) error {
+		fields := strings.Split(string(d.Body), ";")
+		fmt.Println("price:", fields[1])
 		return nil
 	}
-	outcome, err := steadymq.Invoke(context.Background(), handle, steadymq.NewDelivery(amqp.Delivery{}))
+	tea := steadymq.NewDelivery(amqp.Delivery{Body: []byte("tea")})
+	outcome, err := steadymq.Invoke(context.Background(), handle, tea)
 	fmt.Println(outcome, err)
 	var panicked *steadymq.PanicError
 	if errors.As(err, &panicked) {
 		fmt.Println("the stack is known:", len(panicked.Stack) > 0)
 	}
 	// Output:
-	// requeued steadymq: panic: assignment to entry in nil map
+	// requeued steadymq: panic: runtime error: index out of range [1] with length 1
 	// the stack is known: true
 }
 

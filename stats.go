@@ -70,6 +70,7 @@ type Hooks struct {
 	// Unreadable is called for every delivery of a message that no handler can be given, because
 	// its headers cannot be read or its body is too large ([WithMaxMessageSize]). It is called
 	// where StateChanged is, with the same limits. [MessageError] says what becomes of the message.
+	// One that comes while its session ends goes back untold, and is told when it comes again.
 	Unreadable func(*MessageError)
 
 	// Settled is called once for every delivery that a handler was given, when its outcome is

@@ -231,7 +231,9 @@ func ExampleBroker_SetPassword() {
 func ExampleWithHooks() {
 	b := steadymqtest.NewBroker(nil, steadymqtest.WithHooks(steadymqtest.Hooks{
 		Delivered: func(d steadymqtest.DeliveryRecord) { fmt.Println("delivered", d.ID, "redelivered:", d.Redelivered) },
-		Settled:   func(s steadymqtest.SettlementRecord) { fmt.Println("settled", s.ID, "by", s.Kind, "requeue:", s.Requeue) },
+		Settled: func(s steadymqtest.SettlementRecord) {
+			fmt.Println("settled", s.ID, "by", s.Kind, "requeue:", s.Requeue)
+		},
 	}))
 	defer b.Close()
 	b.DeclareQueue("orders", steadymqtest.QueueOptions{})

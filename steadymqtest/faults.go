@@ -588,7 +588,8 @@ func (f *Faults) CutClientAfter(n int) {
 }
 
 // Heal takes back every lasting fault of these hosts, of the network and of the broker, but for [Faults.Kill], [Faults.PowerOff],
-// [Faults.SetLatency] and [Faults.SetLoginRefusal]. What was lost stays lost, what hangs goes on hanging.
+// [Faults.SetLatency] and [Faults.SetLoginRefusal]. [Broker.QuorumStall] and [Broker.Blocked] are no host's, and have an end
+// of their own: QuorumStall(queue, false), Unblocked. What was lost stays lost, what hangs goes on hanging.
 func (f *Faults) Heal() {
 	f.BlackHole(false, false)
 	f.CutOff(false)

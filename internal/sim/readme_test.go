@@ -3,7 +3,10 @@ package sim_test
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -22,5 +25,65 @@ func TestNumbersOfTheREADMEAreThoseOfTheTests(t *testing.T) {
 		fmt.Sprintf("| %d scripts", len(scripts)),
 	} {
 		assert.True(t, strings.Contains(string(text), number), "the README does not say %q", number)
+	}
+}
+
+// goBlocks returns the Go code of a document.
+func goBlocks(t *testing.T, path string) []string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	require.NoError(t, err)
+	var blocks []string
+	for _, found := range regexp.MustCompile("(?s)```go\n(.*?)```").FindAllStringSubmatch(string(text), -1) {
+		blocks = append(blocks, found[1])
+	}
+	return blocks
+}
+
+// asProgram makes a file of a block: one that is a whole program as it is, declarations and
+// statements with what they need around them.
+func asProgram(block string, number int) string {
+	if strings.HasPrefix(block, "package ") {
+		return block
+	}
+	const imports = `package readme
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/steadymqtest"
+)
+
+var (
+	_ context.Context
+	_ *testing.T
+	_ = synctest.Test
+	_ *steadymq.Consumer
+	_ *steadymqtest.Broker
+)
+
+`
+	if strings.HasPrefix(block, "func ") {
+		return imports + block
+	}
+	used := strings.Replace(block, "// ... run it, then:", "_, _ = c, err", 1)
+	return imports + fmt.Sprintf("func example%d(t *testing.T) {\n%s}\n", number, used)
+}
+
+func TestGoCodeOfTheREADMECompiles(t *testing.T) {
+	blocks := goBlocks(t, inRoot("README.md"))
+	require.NotEmpty(t, blocks)
+	dir, err := os.MkdirTemp(inRoot("examples"), "readme-") // inside the module, so that imports are found
+	require.NoError(t, err)
+	defer os.RemoveAll(dir)
+	for i, block := range blocks {
+		of := filepath.Join(dir, strconv.Itoa(i))
+		require.NoError(t, os.Mkdir(of, 0o755))
+		require.NoError(t, os.WriteFile(filepath.Join(of, "code.go"), []byte(asProgram(block, i)), 0o600))
+		out, err := exec.Command("go", "vet", "./"+of).CombinedOutput()
+		assert.NoError(t, err, "block %d of the README:\n%s\n%s", i+1, block, out)
 	}
 }

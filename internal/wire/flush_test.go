@@ -9,11 +9,11 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// What happens to a flushing, at a time.
+// What happens to a flushPolicy, at a time.
 const (
 	settles   = "a settlement"
 	writes    = "another frame"
-	rests     = "the reader waits"
+	idles     = "the reader waits"
 	expires   = "the wait is over"
 	goes      = "the writer takes all"
 	goesFirst = "the writer was told and took all"
@@ -92,13 +92,13 @@ func TestAcksLeaveAtOnceOrShareTheirWrite(t *testing.T) {
 		"what waits leaves when the reader finds nothing more": {100, ms, false, []flushStep{
 			{10 * ms, goesFirst, false, 0},
 			{10*ms + 1, settles, false, ms},
-			{10*ms + 2, rests, false, 0}, // others are at work still
+			{10*ms + 2, idles, false, 0}, // others are at work still
 			{10*ms + 3, "nobody is at work", false, 0},
-			{10*ms + 4, rests, true, 0},
-			{10*ms + 5, rests, false, 0}, // told already
+			{10*ms + 4, idles, true, 0},
+			{10*ms + 5, idles, false, 0}, // told already
 		}},
-		"a reader that rests sends nothing by itself": {100, ms, true, []flushStep{
-			{10 * ms, rests, false, 0},
+		"a reader that idles sends nothing by itself": {100, ms, true, []flushStep{
+			{10 * ms, idles, false, 0},
 		}},
 		"without a write delay none waits": {100, 0, false, []flushStep{
 			{10 * ms, goesFirst, false, 0},
@@ -110,7 +110,7 @@ func TestAcksLeaveAtOnceOrShareTheirWrite(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			idle := c.idle
-			f := flushing{delay: c.delay, idle: func() bool { return idle }}
+			f := flushPolicy{delay: c.delay, idle: func() bool { return idle }}
 			for i, step := range c.steps {
 				var tell bool
 				var wait time.Duration
@@ -118,12 +118,12 @@ func TestAcksLeaveAtOnceOrShareTheirWrite(t *testing.T) {
 				case settles:
 					tell, wait = f.settled(step.at, c.prefetch)
 				case writes:
-					tell = f.now()
-				case rests:
-					tell = f.rested()
+					tell = f.flushNow()
+				case idles:
+					tell = f.flushIfIdle()
 				case expires:
 					wait = f.expired(step.at)
-					tell = f.urgent // the writer itself asks
+					tell = f.requested // the writer itself asks
 				case goesFirst:
 					f.settled(step.at, c.prefetch)
 					f.taken()
@@ -143,7 +143,7 @@ func TestAcksLeaveAtOnceOrShareTheirWrite(t *testing.T) {
 func TestNoAckWaitsLongerThanTheWriteDelay(t *testing.T) {
 	for seed := range uint64(200) {
 		r := rand.New(rand.NewPCG(seed, 0))
-		f := flushing{delay: time.Millisecond, idle: func() bool { return r.IntN(4) == 0 }}
+		f := flushPolicy{delay: time.Millisecond, idle: func() bool { return r.IntN(4) == 0 }}
 		var at, timer, first time.Duration // timer, first: 0 for none
 		for range 1000 {
 			at += time.Duration(r.IntN(400)) * time.Microsecond
@@ -154,13 +154,13 @@ func TestNoAckWaitsLongerThanTheWriteDelay(t *testing.T) {
 					timer = now + wait
 				}
 			}
-			if f.urgent {
+			if f.requested {
 				f.taken()
 				first = 0
 			}
 			require.False(t, first > 0 && at > first+f.delay, "seed %d: one waits since %v, at %v", seed, first, at)
 			if r.IntN(10) == 0 {
-				f.now()
+				f.flushNow()
 				continue
 			}
 			if first == 0 {

@@ -60,15 +60,15 @@ func TestHeadersThatTheDriverRefusesAreRead(t *testing.T) {
 	}
 }
 
-// Whoever goes over the headers later must not run out of stack either, which no
-// recover could stop.
+// Whoever goes over the headers later must not run out of stack either, which no recover could
+// stop.
 func TestDeepestHeadersAndTheirReaderNeedLittleStack(t *testing.T) {
 	done := make(chan struct{})
 	go func() { // a stack of its own
 		defer close(done)
-		f := fields{b: headersOf(nested(maxDepth))[2:]}
-		table := f.table(0)
-		require.NoError(t, f.err)
+		d := decoder{b: headersOf(nested(maxDepth))[2:]}
+		table := d.table(0)
+		require.NoError(t, d.err)
 		depth := 0
 		for v, ok := table["k"].([]any); ok; depth++ {
 			if len(v) == 0 {
@@ -142,20 +142,20 @@ func TestSkippedMessageStillHasToBeFrames(t *testing.T) {
 
 func TestHeadersTakeMemoryAsTheyCome(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, _, far := consumer(t, socketLimits, 1)
+		sub, _, far := consumer(t, socketLimits, 1)
 		message := messageOf(1, 1, headersOf(append([]byte{1, 'k', 'S', 0, 0x0E, 0, 0}, make([]byte, 0x0E0000)...)))
 		_, err := far.Write(message[:100])
 		require.NoError(t, err)
 		synctest.Wait()
-		assert.Len(t, l.socket.in.buf, readBuffer, "what is announced is not believed")
+		assert.Len(t, sub.socket.in.buf, readBuffer, "what is announced is not believed")
 		_, err = far.Write(message[100:])
 		require.NoError(t, err)
 		_, err = far.Write(heartbeatFrame)
 		require.NoError(t, err)
-		d := l.take()
+		d := sub.take()
 		assert.Len(t, d.Headers["k"], 0x0E0000)
 		synctest.Wait()
-		assert.Len(t, l.socket.in.buf, readBuffer, "and given back")
+		assert.Len(t, sub.socket.in.buf, readBuffer, "and given back")
 	})
 }
 
@@ -163,29 +163,42 @@ func TestSkippedBodyTakesNoMemory(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		o := socketLimits
 		o.Refuse = atMost(1000)
-		l, _, far := consumer(t, o, 1)
+		sub, _, far := consumer(t, o, 1)
 		part := strings.Repeat("x", 100_000)
 		_, err := far.Write(messageOf(1, 1, []byte{0, 0}, part, part, part)[:250_000])
 		require.NoError(t, err)
 		synctest.Wait()
-		assert.Nil(t, l.message.Body)
-		assert.Len(t, l.socket.in.buf, readBuffer)
+		assert.Nil(t, sub.message.Body)
+		assert.Len(t, sub.socket.in.buf, readBuffer)
 	})
 }
 
-// The broker may have sent so much behind the garbage that a plain close would be a
-// reset, which takes along what we have written.
+// The broker may have sent so much behind the garbage that a plain close would be a reset, which
+// takes along what we have written.
 func TestGarbageEndsTheSocketWithinTheGrace(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, _, far := consumer(t, socketLimits, 100)
+		sub, _, far := consumer(t, socketLimits, 100)
 		deliver(t, far, 2)
 		began := time.Now()
 		_, err := far.Write(frameOf(frameMethod, 1, 0, 60, 0, 60, 1, 't')) // a peer that reads nothing
 		require.NoError(t, err)
 		synctest.Wait()
-		assert.ErrorIs(t, l.settle(basicAck, 1, 0), errGarbled, "nothing more goes out")
-		<-l.socket.Done()
+		assert.ErrorIs(t, sub.settle(basicAck, 1, 0), errGarbled, "nothing more goes out")
+		<-sub.socket.Done()
 		assert.LessOrEqual(t, time.Since(began), drainGrace)
-		assert.ErrorIs(t, l.socket.Cause(), errGarbled)
+		assert.ErrorIs(t, sub.socket.Cause(), errGarbled)
 	})
+}
+
+// A basic.deliver that is cut off in its exchange is refused before the size is known.
+func TestSizeOfAnUnreadableMessageIsItsOwn(t *testing.T) {
+	deliver := methodOf(1, 60, 60, append([]byte{1, 't'}, 0, 0, 0, 0, 0, 0, 0, 2, 1, 200, 'x')...)
+	header := frameOf(frameHeader, 1, 0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0)
+	stream := messageOf(1, 1, []byte{0, 0}, strings.Repeat("x", 1000)) // the one before
+	for _, frame := range [][]byte{deliver, header, frameOf(frameBody, 1, 'a', 'b', 'c')} {
+		stream = append(stream, frame...)
+	}
+	_, _, unfit, _ := sortedAll(t, stream, 0, func(left int) int { return left })
+	require.Len(t, unfit, 1)
+	assert.EqualValues(t, 3, unfit[0].size)
 }

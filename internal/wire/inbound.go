@@ -2,99 +2,127 @@ package wire
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"math"
+	"os"
+	"sync/atomic"
+	"syscall"
 	"time"
+
+	"github.com/steadymq/steadymq/internal/errtext"
 )
+
+// inbound is the read side of a socket. It parts the broker's frames: the deliveries of a
+// subscription go there, all others to the driver, which would spend 27 allocations and two
+// goroutine hops on a delivery (37 allocations with its ack).
+//
+// It runs on the goroutine of Read's caller, the driver's reader. What is not atomic is that
+// goroutine's alone.
+type inbound struct {
+	socket *Socket
+
+	heard     atomic.Int64           // when Read last read bytes, since the socket's start
+	delivered atomic.Int64           // when bytes of a delivery last came, likewise
+	offer     atomic.Pointer[string] // the mechanisms of the broker's first frame, nil before it
+
+	buf  []byte
+	r, w int
+
+	greeted     bool  // the broker's first frame has come
+	passThrough int64 // bytes of the current frame that the driver still gets
+	opaque      bool  // the stream holds no frames any more; the driver gets it all and judges it
+
+	current  *Subscription // whose message is being read
+	bodyLeft int           // bytes of its frame still to come, with the frame's end
+
+	beat           []byte        // for the driver, in place of the deliveries it does not see
+	lastPassed     time.Duration // when the driver last got a frame, since the socket's start
+	deliveredSince bool          // a subscription got bytes after lastPassed
+	deliveredNow   bool          // a subscription got bytes of what was read last
+}
 
 const (
 	// readBuffer makes one read of the socket serve many small frames.
 	readBuffer = 64 << 10
 
-	// maxHeader is how large the frame with the headers of a message may be. It may be
-	// larger than agreed: RabbitMQ adds headers to what a publisher sent, x-death above
-	// all, and cuts only bodies into frames.
+	// maxHeader is how large the frame with the headers of a message may be. It may be larger than
+	// agreed: RabbitMQ adds headers to what a publisher sent, x-death above all, and cuts only
+	// bodies into frames.
 	maxHeader = 1 << 20
 
-	// beatEvery is how often the driver hears that the broker lives while the
-	// broker sends nothing but deliveries, which the driver does not see. The
-	// shortest silence it allows is 1.5 s, at a heartbeat of 1 s.
+	// beatEvery is how often the driver hears that the broker lives while the broker sends nothing
+	// but deliveries, which the driver does not see. The shortest silence it allows is 1.5 s, at a
+	// heartbeat of 1 s.
 	beatEvery = 250 * time.Millisecond
 
-	// firstFrame is the longest frame before both sides have agreed on a length
-	// (AMQP 0-9-1, 4.2.3).
+	// firstFrame is the longest frame before both sides have agreed on a length (AMQP 0-9-1,
+	// 4.2.3).
 	firstFrame = 4096
 )
 
-// inbound is the read side of a socket, and Read's caller is the only one to
-// touch it. It sorts the broker's frames: the deliveries of a lane go there, all
-// others to the driver, which spends 27 allocations and two goroutine hops on a
-// delivery.
-type inbound struct {
-	buf  []byte
-	r, w int
-
-	begun bool  // the broker has said its first word
-	pass  int64 // bytes of a frame that the driver still gets
-	all   bool  // these are no frames any more: judging that is the driver's work
-
-	lane *Subscription // whose message is being read
-	body int           // bytes of its frame still to come, with the frame's end
-
-	beat  []byte        // for the driver, in place of what it does not see
-	given time.Duration // when the driver last got a frame, since the socket's start
-	took  bool          // a lane got bytes since
-	fed   bool          // a lane got bytes of what was read last
+func (in *inbound) init(s *Socket) {
+	in.socket = s
+	in.buf = make([]byte, readBuffer)
 }
 
-// Read hands out what came from the broker for the driver.
-func (s *Socket) Read(p []byte) (int, error) {
-	for len(p) > 0 && !s.over.Load() {
-		n, err := s.sift(p)
+// Read hands out what the broker sent for the driver.
+func (s *Socket) Read(p []byte) (int, error) { return s.in.read(p) }
+
+func (in *inbound) read(p []byte) (int, error) {
+	for len(p) > 0 && !in.socket.end.closed.Load() {
+		n, err := in.demux(p)
 		if err != nil {
-			s.dismiss(err)
+			in.dismiss(err)
 			break
 		}
 		if n > 0 {
 			return n, nil
 		}
-		if err := s.fill(); err != nil {
+		if err := in.fill(); err != nil {
 			return 0, err
 		}
 	}
 	if len(p) == 0 {
 		return 0, nil
 	}
-	return 0, s.err()
+	return 0, in.socket.err()
 }
 
 // fill waits for more from the broker.
-func (s *Socket) fill() error {
-	in := &s.in
-	if in.took && in.pass == 0 && time.Duration(s.heard.Load())-in.given >= beatEvery {
-		in.beat, in.took = heartbeat, false
-		in.given = time.Duration(s.heard.Load())
+func (in *inbound) fill() error {
+	s := in.socket
+	if heard := in.lastHeard(); in.deliveredSince && in.passThrough == 0 && heard-in.lastPassed >= beatEvery {
+		in.beat, in.deliveredSince, in.lastPassed = heartbeat, false, heard
 		return nil
 	}
 	in.makeRoom()
-	if in.fed {
-		in.fed = false
-		s.delivered.Store(s.heard.Load())
-		in.lane.heard.Store(s.heard.Load())
+	if in.deliveredNow {
+		in.deliveredNow = false
+		in.delivered.Store(in.heard.Load())
+		in.current.heard.Store(in.heard.Load())
 	}
-	s.rest()
+	s.out.flushIfIdle()
 	n, err := s.opts.transfer(s.conn.Read, in.buf[in.w:], s.Kill)
-	s.resting.Store(false)
+	s.out.readerIdle.Store(false)
 	if n == 0 {
-		return s.readFailed(err)
+		return in.readFailed(err)
 	}
 	in.w += n
-	s.heard.Store(int64(time.Since(s.start)))
+	in.heard.Store(int64(time.Since(s.start)))
 	return nil
 }
 
-// makeRoom lets the buffer grow with what comes, whatever is announced, and shrink
-// again behind a large frame.
+func (in *inbound) lastHeard() time.Duration { return time.Duration(in.heard.Load()) }
+
+// sinceDelivery returns how long ago bytes of a delivery last came, on any goroutine.
+func (in *inbound) sinceDelivery() time.Duration {
+	return time.Since(in.socket.start) - time.Duration(in.delivered.Load())
+}
+
+// makeRoom lets the buffer grow with what comes, whatever is announced, and shrink again after a
+// large frame.
 func (in *inbound) makeRoom() {
 	if in.r > 0 {
 		in.w = copy(in.buf, in.buf[in.r:in.w])
@@ -112,10 +140,9 @@ func (in *inbound) makeRoom() {
 	in.buf = append(make([]byte, 0, size), in.buf[:in.w]...)[:size]
 }
 
-// sift goes over what was read. It copies to p what is for the driver and
-// returns 0 where more has to be read first.
-func (s *Socket) sift(p []byte) (int, error) {
-	in := &s.in
+// demux goes over what was read. It gives the subscriptions what is theirs and returns as soon as
+// it has copied something to p, for the driver; 0 means that more has to be read first.
+func (in *inbound) demux(p []byte) (int, error) {
 	for {
 		var err error
 		complete := true
@@ -126,12 +153,12 @@ func (s *Socket) sift(p []byte) (int, error) {
 			return n, nil
 		case in.r == in.w:
 			return 0, nil
-		case in.pass > 0 || in.all:
-			return s.give(p), nil
-		case in.body > 0:
+		case in.passThrough > 0 || in.opaque:
+			return in.copyToDriver(p), nil
+		case in.bodyLeft > 0:
 			err = in.takeBody()
 		default:
-			complete, err = s.next()
+			complete, err = in.next()
 		}
 		if err != nil || !complete {
 			return 0, err
@@ -139,33 +166,31 @@ func (s *Socket) sift(p []byte) (int, error) {
 	}
 }
 
-// give copies to p from the frame that is the driver's.
-func (s *Socket) give(p []byte) int {
-	in := &s.in
+// copyToDriver copies to p from a frame that is the driver's.
+func (in *inbound) copyToDriver(p []byte) int {
 	b := in.buf[in.r:in.w]
-	if !in.all {
-		b = b[:min(in.pass, int64(len(b)))]
+	if !in.opaque {
+		b = b[:min(in.passThrough, int64(len(b)))]
 	}
 	n := copy(p, b)
 	in.r += n
-	if !in.all {
-		in.pass -= int64(n)
+	if !in.opaque {
+		in.passThrough -= int64(n)
 	}
-	in.given, in.took = time.Duration(s.heard.Load()), false
+	in.lastPassed, in.deliveredSince = in.lastHeard(), false
 	return n
 }
 
-// next decides whose the next frame is. It returns false if it has to see more
-// of it first.
-func (s *Socket) next() (complete bool, err error) {
-	in := &s.in
+// next decides who gets the next frame, a subscription or the driver. It returns false if it has to
+// see more of the frame first.
+func (in *inbound) next() (complete bool, err error) {
 	b := in.buf[in.r:in.w]
 	need := needed(b[0])
-	if need == 0 && !in.begun {
+	if need == 0 && !in.greeted {
 		return false, &NotAMQPError{First: b[0]}
 	}
 	if need == 0 {
-		in.all = true
+		in.opaque = true
 		return true, nil
 	}
 	if len(b) < need {
@@ -173,86 +198,87 @@ func (s *Socket) next() (complete bool, err error) {
 	}
 	whole := uint64(binary.BigEndian.Uint32(b[3:])) + frameHead + 1
 	if whole <= uint64(need) {
-		in.all = true
+		in.opaque = true
 		return true, nil
 	}
-	if !in.begun && !s.greet(b, whole) {
+	if !in.greeted && !in.greet(b, whole) {
 		return false, nil
 	}
-	l := s.reading(binary.BigEndian.Uint16(b[1:]))
+	sub := in.subscriptionOn(binary.BigEndian.Uint16(b[1:]))
 	switch {
-	case l == nil:
-		return s.theirs(b, whole)
-	case b[0] == frameHeader && l.begun() && whole <= math.MaxInt32:
-		return in.header(l, b, int(whole))
+	case sub == nil:
+		return in.leaveToDriver(b, whole)
+	case b[0] == frameHeader && sub.wantsHeader() && whole <= math.MaxInt32:
+		return in.header(sub, b, int(whole))
 	case whole > FrameSize: // the driver refuses what is longer than agreed
-		return s.theirs(b, whole)
+		return in.leaveToDriver(b, whole)
 	case b[0] == frameMethod:
-		return in.method(l, b, int(whole))
-	case b[0] == frameBody && l.headed:
-		return in.piecemeal(l, int(whole)), l.announced(whole - frameHead - 1)
+		return in.method(sub, b, int(whole))
+	case b[0] == frameBody && sub.hasHeader:
+		return in.takePiecemeal(sub, int(whole)), sub.checkBody(whole - frameHead - 1)
 	default:
-		l.interrupt()
-		return s.theirs(b, whole)
+		sub.drop()
+		return in.leaveToDriver(b, whole)
 	}
 }
 
-// theirs leaves a frame to the driver. It has no way to skip a body, and makes room
-// for one as large as announced.
-func (s *Socket) theirs(b []byte, whole uint64) (complete bool, err error) {
+// leaveToDriver leaves a frame to the driver. The driver cannot skip a body, and allocates as much
+// as its header announces.
+func (in *inbound) leaveToDriver(b []byte, whole uint64) (complete bool, err error) {
 	if b[0] == frameHeader {
 		size := binary.BigEndian.Uint64(b[frameHead+4:])
-		if err := s.opts.refuse(size); err != nil {
+		if err := in.socket.opts.refuse(size); err != nil {
 			return false, fmt.Errorf("a message of %d bytes, not for this consumer but for what WithTopology does: %w", size, err)
 		}
 	}
-	s.in.pass = int64(whole)
+	in.passThrough = int64(whole)
 	return true, nil
 }
 
-// piecemeal has a lane take a frame as it comes.
-func (in *inbound) piecemeal(l *Subscription, whole int) (complete bool) {
-	in.lane, in.body = l, whole-frameHead
+// takePiecemeal makes takeBody give sub the payload of a frame as it comes.
+func (in *inbound) takePiecemeal(sub *Subscription, whole int) (complete bool) {
+	in.current, in.bodyLeft = sub, whole-frameHead
 	in.r += frameHead
 	in.progress()
 	return true
 }
 
-// greet notes what the broker's first frame offers. It returns false if it has to
-// see more of it; a frame that is too long for this is the driver's to refuse.
-func (s *Socket) greet(b []byte, whole uint64) bool {
+// greet notes what the broker's first frame offers. It returns false if it has to see more of the
+// frame; one that is too long for a first frame is left to the driver, which refuses it.
+func (in *inbound) greet(b []byte, whole uint64) bool {
 	if whole <= firstFrame && uint64(len(b)) < whole {
 		return false
 	}
-	s.in.begun = true
+	in.greeted = true
 	offer := ""
 	if whole <= firstFrame {
 		offer = mechanismsOf(b[:whole-1])
 	}
-	s.offer.Store(&offer)
+	in.offer.Store(&offer)
 	return true
 }
 
-// reading returns the lane of a channel, nil if there is none.
-func (s *Socket) reading(channel uint16) *Subscription {
-	if l := s.in.lane; l != nil && l.channel == channel && l.message != nil {
-		return l
+// subscriptionOn returns the subscription of a channel, nil if there is none. It spares the lock
+// while a message is being read.
+func (in *inbound) subscriptionOn(channel uint16) *Subscription {
+	if sub := in.current; sub != nil && sub.channel == channel && sub.message != nil {
+		return sub
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.lanes.on(channel)
+	out := &in.socket.out
+	out.mu.Lock()
+	defer out.mu.Unlock()
+	return out.subscriptions.on(channel)
 }
 
-// method takes a delivery of the lane. RabbitMQ 3.10 may deliver on a channel it
-// has closed, or close it once more; the driver would close the connection for
-// that, so it is not told.
-func (in *inbound) method(l *Subscription, b []byte, whole int) (complete bool, err error) {
+// method takes a delivery of the subscription. RabbitMQ 3.10 may deliver on a channel that it has
+// closed, or close it once more; the driver would close the connection for that, so it is not told.
+func (in *inbound) method(sub *Subscription, b []byte, whole int) (complete bool, err error) {
 	id := methodID(b)
-	again := id == channelClose && l.refused
+	again := id == channelClose && sub.closedByBroker
 	if id != basicDeliver && !again {
-		l.interrupt()
-		l.refused = l.refused || id == channelClose
-		in.pass = int64(whole)
+		sub.drop()
+		sub.closedByBroker = sub.closedByBroker || id == channelClose
+		in.passThrough = int64(whole)
 		return true, nil
 	}
 	if len(b) < whole {
@@ -262,40 +288,40 @@ func (in *inbound) method(l *Subscription, b []byte, whole int) (complete bool, 
 		in.r += whole
 		return true, nil
 	}
-	mine, err := l.begin(b[methodHead : whole-1])
+	mine, err := sub.method(b[methodHead : whole-1])
 	if !mine {
-		in.pass = int64(whole)
+		in.passThrough = int64(whole)
 		return true, err
 	}
-	in.lane = l
+	in.current = sub
 	if err == nil {
-		err = in.skip(b, whole)
+		err = in.takeFrame(b, whole)
 	}
 	return true, err
 }
 
-// header takes the content header of the lane's message.
-func (in *inbound) header(l *Subscription, b []byte, whole int) (complete bool, err error) {
+// header takes the content header of the subscription's message.
+func (in *inbound) header(sub *Subscription, b []byte, whole int) (complete bool, err error) {
 	if whole > maxHeader {
-		l.skipHead(binary.BigEndian.Uint64(b[frameHead+4:]))
-		return in.piecemeal(l, whole), nil
+		sub.oversizedHeader(binary.BigEndian.Uint64(b[frameHead+4:]))
+		return in.takePiecemeal(sub, whole), nil
 	}
 	if len(b) < whole {
-		in.progress() // on a slow path it is a while until the rest is there
+		in.progress() // on a slow path it takes a while until the rest is there
 		return false, nil
 	}
-	if err := in.skip(b, whole); err != nil { // first: the header may complete the message
+	if err := in.takeFrame(b, whole); err != nil { // first: the header may complete the message
 		return true, err
 	}
-	l.head(b[frameHead+4 : whole-1])
+	sub.header(b[frameHead+4 : whole-1])
 	return true, nil
 }
 
 // progress notes bytes of a delivery.
-func (in *inbound) progress() { in.took, in.fed = true, true }
+func (in *inbound) progress() { in.deliveredSince, in.deliveredNow = true, true }
 
-// skip goes behind a frame that a lane took.
-func (in *inbound) skip(b []byte, whole int) error {
+// takeFrame moves past a whole frame that a subscription takes.
+func (in *inbound) takeFrame(b []byte, whole int) error {
 	in.r += whole
 	in.progress()
 	if b[whole-1] != frameEnd {
@@ -304,20 +330,65 @@ func (in *inbound) skip(b []byte, whole int) error {
 	return nil
 }
 
-// takeBody gives the lane what is there of a frame that it takes as it comes.
+// takeBody gives the subscription what is there of a frame that it takes piece by piece.
 func (in *inbound) takeBody() error {
-	b := in.buf[in.r:min(in.w, in.r+in.body)]
+	b := in.buf[in.r:min(in.w, in.r+in.bodyLeft)]
 	in.r += len(b)
-	in.body -= len(b)
+	in.bodyLeft -= len(b)
 	in.progress()
-	if in.body > 0 {
-		in.lane.add(b, false)
+	if in.bodyLeft > 0 {
+		in.current.body(b, false)
 		return nil
 	}
 	end := len(b) - 1
 	if b[end] != frameEnd {
 		return garbled(errEnd)
 	}
-	in.lane.add(b[:end], true)
+	in.current.body(b[:end], true)
 	return nil
+}
+
+// dismiss ends the socket for what the broker sent. The acks that handlers have given go out first,
+// within drainGrace: a reset would take them along, and so would a plain close while there is more
+// to read.
+func (in *inbound) dismiss(cause error) {
+	s := in.socket
+	s.end.blame(cause)
+	limit := time.AfterFunc(drainGrace, func() { s.disconnect(true) })
+	defer limit.Stop()
+	s.out.stop()
+	select {
+	case <-s.out.done:
+	case <-s.end.done:
+	}
+	if c, ok := s.raw.(interface{ CloseWrite() error }); ok && in.greeted {
+		_ = c.CloseWrite()
+		_, _ = io.Copy(io.Discard, s.raw)
+	}
+	s.disconnect(false)
+}
+
+// readFailed ends the socket because a read failed.
+func (in *inbound) readFailed(err error) error {
+	if err == nil {
+		return nil
+	}
+	s := in.socket
+	s.end.blame(readCause(err))
+	s.disconnect(!errors.Is(err, io.EOF)) // the kernel would go on sending a FIN to a silent peer
+	return s.err()
+}
+
+func readCause(err error) error {
+	switch {
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return ErrPeerClosed
+	case errors.Is(err, syscall.ECONNRESET):
+		return errtext.Because(ErrPeerReset, err)
+	case errors.Is(err, syscall.ETIMEDOUT):
+		return errtext.Because(ErrUnconfirmed, err)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return errtext.Because(ErrReadTimeout, err)
+	}
+	return err
 }

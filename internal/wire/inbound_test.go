@@ -8,6 +8,9 @@ import (
 	"io"
 	mathrand "math/rand/v2"
 	"net"
+	"os"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,70 +20,126 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// messageOf is a delivery with the given properties, flags first, in the frames
-// of its body.
-func messageOf(channel uint16, tag uint64, properties []byte, bodies ...string) []byte {
-	size := 0
-	for _, b := range bodies {
-		size += len(b)
+func TestTooLargeMessageOfNoSubscriptionNeverReachesTheDriver(t *testing.T) {
+	o := socketLimits
+	o.Refuse = atMost(1000)
+	good := deliveryOf(1, make([]byte, 1000))
+	bad := slicesOf(methodOf(1, 60, 60, 1, 't', 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 1, 'q'), headerOf(1<<63))
+	stream := slicesOf(good, heartbeatFrame, bad)
+	allowed := len(stream) - len(headerOf(0))
+
+	for cut := 1; cut < len(stream); cut++ {
+		inBubble(t, func(t *testing.T) {
+			s, _, far := pipe(t, o)
+			go func() {
+				_, _ = far.Write(stream[:cut])
+				_, _ = far.Write(stream[cut:])
+			}()
+			got, err := io.ReadAll(s)
+
+			require.ErrorIs(t, err, errTooLarge)
+			require.ErrorContains(t, err, "message of 9223372036854775808 bytes")
+			require.GreaterOrEqual(t, len(got), allowed, "what came before is not lost")
+			require.Less(t, len(got), allowed+headerHead, "the header is not complete")
+			require.Equal(t, stream[:len(got)], got)
+			assert.ErrorIs(t, s.Cause(), err)
+		})
 	}
-	args := binary.BigEndian.AppendUint64([]byte{1, 't'}, tag)
-	args = append(args, 1, 1, 'x', 3, 'k', 'e', 'y') // redelivered, exchange x, routing key key
-	frames := methodOf(channel, 60, 60, args...)
-	header := binary.BigEndian.AppendUint64([]byte{0, 60, 0, 0}, uint64(size))
-	frames = append(frames, frameOf(frameHeader, channel, append(header, properties...)...)...)
-	for _, b := range bodies {
-		frames = append(frames, frameOf(frameBody, channel, []byte(b)...)...)
-	}
-	return frames
 }
 
-// sorted lets a socket with a lane of consumer t on channel 1 read stream in
-// pieces. It returns what the driver gets, the lane's deliveries, and the cause
-// of the socket's end.
-func sorted(t testing.TB, stream []byte, limit uint64, piece func(left int) int) (driver []byte, deliveries []amqp.Delivery, cause error) {
-	driver, deliveries, _, cause = sortedAll(t, stream, limit, piece)
-	return driver, deliveries, cause
+func TestSizeLimitOffLetsEverythingPass(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		b := headerOf(1 << 63)
+		go func() { _, _ = far.Write(b) }()
+		_, err := io.ReadFull(s, make([]byte, len(b)))
+		require.NoError(t, err)
+	})
 }
 
-// sortedAll also returns what no handler could be given.
-func sortedAll(t testing.TB, stream []byte, limit uint64, piece func(left int) int) (driver []byte, deliveries []amqp.Delivery, aside []unfit, cause error) {
-	ours, theirs := net.Pipe()
-	o := Options{}
-	if limit > 0 {
-		o.Refuse = atMost(limit)
-	}
-	s := NewSocket(ours, o)
+func TestCauseOfAReadIsInTheChainOfWhatItMeans(t *testing.T) {
+	reset := &net.OpError{Op: "read", Net: "tcp", Err: os.NewSyscallError("read", syscall.ECONNRESET)}
+	assert.ErrorIs(t, readCause(reset), syscall.ECONNRESET)
+	assert.ErrorIs(t, readCause(reset), ErrPeerReset)
+	assert.ErrorIs(t, ErrPeerClosed, io.EOF)
+}
+
+// BenchmarkSubscriptionDeliver is one delivery made of its three frames and taken.
+func BenchmarkSubscriptionDeliver(b *testing.B) {
+	near, far := net.Pipe()
+	defer far.Close()
+	s := NewSocket(near, socketLimits)
 	defer s.Wait()
 	defer s.Kill(nil)
-	l := openLane(s, 1, 1)
-	go func() {
-		for len(stream) > 0 {
-			n := piece(len(stream))
-			if _, err := theirs.Write(stream[:n]); err != nil {
-				return
-			}
-			stream = stream[n:]
+	sub := openSubscription(s, 1, 1)
+	delivery := deliveryOf(1, make([]byte, 100))
+	b.ReportAllocs()
+	for b.Loop() {
+		s.in.r, s.in.w = 0, copy(s.in.buf, delivery)
+		if _, err := s.in.demux(nil); err != nil {
+			b.Fatal(err)
 		}
-		_ = theirs.Close()
-	}()
-	buf := make([]byte, 100)
-	for {
-		n, err := s.Read(buf)
-		driver = append(driver, buf[:n]...)
-		if err != nil {
-			break
+		if d := sub.take(); len(d.Body) != 100 {
+			b.Fatal("not the delivery")
 		}
 	}
-	for _, d := range l.all {
-		deliveries = append(deliveries, *d)
-	}
-	return driver, deliveries, l.aside, s.Cause()
 }
 
-func whole(left int) int { return left }
+// lingering is a connection whose read deadline passes, and which notes how it is closed.
+type lingering struct {
+	net.Conn
+	err   error
+	reset *atomic.Bool
+}
 
-func TestLaneTakesItsDeliveriesAndTheDriverAllElse(t *testing.T) {
+func (l lingering) Read([]byte) (int, error) { return 0, l.err }
+
+func (l lingering) SetLinger(sec int) error {
+	l.reset.Store(sec == 0)
+	return nil
+}
+
+// The kernel goes on sending a FIN to a peer that confirms nothing, for minutes.
+func TestSocketWhosePeerIsSilentIsResetNotClosed(t *testing.T) {
+	for name, c := range map[string]struct {
+		err   error
+		reset bool
+	}{
+		"silent":      {os.ErrDeadlineExceeded, true},
+		"unconfirmed": {syscall.ETIMEDOUT, true},
+		"closed":      {io.EOF, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			near, far := net.Pipe()
+			defer far.Close()
+			s := NewSocket(lingering{near, c.err, new(atomic.Bool)}, Options{})
+			_, err := s.Read(make([]byte, 1))
+			require.Error(t, err)
+			s.Kill(nil)
+			s.Wait()
+			assert.Equal(t, c.reset, s.raw.(lingering).reset.Load())
+		})
+	}
+}
+
+// Acks are given a moment where the broker's frames make no sense, and no more.
+func TestSocketDismissedUnderAFullPipeEndsWithinTheGrace(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		sub, _, far := consumer(t, socketLimits, 1) // its peer takes nothing
+		deliver(t, far, 1)
+		require.NoError(t, sub.settle(basicAck, 1, 0))
+		began := time.Now()
+		bad := deliveryOf(2, []byte("body"))
+		bad[len(bad)-1] = 0
+		_, err := far.Write(bad)
+		require.NoError(t, err)
+		<-sub.socket.Done()
+		assert.ErrorIs(t, sub.socket.Cause(), errGarbled)
+		assert.Equal(t, drainGrace, time.Since(began))
+	})
+}
+
+func TestSubscriptionTakesItsDeliveriesAndTheDriverAllElse(t *testing.T) {
 	others := bytes.Replace(messageOf(1, 7, []byte{0, 0}, "theirs"), []byte{1, 't'}, []byte{1, 'u'}, 1)
 	got := methodOf(1, 60, 71, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 'q', 0, 0, 0, 0)
 	reply := headerOf(3)
@@ -106,10 +165,10 @@ func TestLaneTakesItsDeliveriesAndTheDriverAllElse(t *testing.T) {
 }
 
 // On two channels of one connection frames of two messages may alternate.
-func TestLanesOfTwoChannelsReadInterleavedMessages(t *testing.T) {
+func TestSubscriptionsOfTwoChannelsReadInterleavedMessages(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		first, _, far := consumer(t, socketLimits, 1)
-		second := openLane(first.socket, 2, 1)
+		second := openSubscription(first.socket, 2, 1)
 		a, b := messageOf(1, 1, []byte{0, 0}, "first"), messageOf(2, 1, []byte{0, 0}, "second")
 		for len(a)+len(b) > 0 {
 			for _, stream := range []*[]byte{&a, &b} {
@@ -189,8 +248,7 @@ func TestAnotherProtocolEndsTheSocketAndIsNamed(t *testing.T) {
 	}
 }
 
-// A method of the same channel ends a message that is not complete, as it does
-// in the driver.
+// A method of the same channel ends a message that is not complete, as it does in the driver.
 func TestMethodInterruptsAMessage(t *testing.T) {
 	cut := messageOf(1, 1, []byte{0, 0}, "one")
 	method := methodOf(1, 60, 30, 1, 't', 0)
@@ -219,10 +277,10 @@ func TestChannelOpenedAgainIsAnotherChannel(t *testing.T) {
 		_, err = first.socket.Write(slicesOf(methodOf(1, 20, 41), methodOf(1, 20, 10, 0)))
 		require.NoError(t, err)
 		s := first.socket
-		s.mu.Lock()
-		assert.Nil(t, s.lanes.on(1), "a channel.close of the broker is the driver's again")
-		s.mu.Unlock()
-		second := openLane(s, 1, 1)
+		s.out.mu.Lock()
+		assert.Nil(t, s.out.subscriptions.on(1), "a channel.close of the broker is the driver's again")
+		s.out.mu.Unlock()
+		second := openSubscription(s, 1, 1)
 		deliver(t, far, 1)
 		d := second.take()
 		assert.EqualValues(t, 1, d.DeliveryTag)
@@ -230,31 +288,30 @@ func TestChannelOpenedAgainIsAnotherChannel(t *testing.T) {
 	})
 }
 
-// driven is a lane on a connection of the driver, with heartbeats of 10 s.
+// driven is a subscription on a connection of the driver, with heartbeats of 10 s.
 func driven(t *testing.T) (*consumed, *amqp.Connection, net.Conn) {
 	t.Helper()
 	s, _, far := pipe(t, socketLimits)
 	conn := open(t, s, far)
-	l := openLane(s, 1, 1)
+	sub := openSubscription(s, 1, 1)
 	collect(far)
-	return l, conn, far
+	return sub, conn, far
 }
 
-// The driver ends a connection that is silent for 1.5 heartbeats, and does not
-// see the deliveries: it must hear from them all the same, and no longer than they
-// come.
+// The driver ends a connection that is silent for 1.5 heartbeats, and does not see the deliveries:
+// it must hear from them all the same, and no longer than they come.
 func TestDeliveriesAreASignOfLifeForTheDriver(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, conn, far := driven(t)
+		sub, conn, far := driven(t)
 		for tag := range uint64(300) {
 			time.Sleep(time.Second)
 			deliver(t, far, 1)
-			_ = l.take()
-			require.NoError(t, l.settle(basicAck, tag+1, 0))
+			_ = sub.take()
+			require.NoError(t, sub.settle(basicAck, tag+1, 0))
 		}
 		require.False(t, conn.IsClosed())
 		began := time.Now()
-		<-l.socket.Done()
+		<-sub.socket.Done()
 		assert.LessOrEqual(t, time.Since(began), 15*time.Second+beatEvery, "1.5 heartbeats")
 		_ = conn.Close()
 	})
@@ -281,8 +338,8 @@ func FuzzInbound(f *testing.F) {
 	})
 }
 
-// FuzzMessage checks that what the driver can read is read alike, and that what
-// nobody can read costs no other message.
+// FuzzMessage checks that what the driver can read is read alike, and that what nobody can read
+// costs no other message.
 func FuzzMessage(f *testing.F) {
 	table := func(fields ...byte) []byte {
 		return append(binary.BigEndian.AppendUint32([]byte{0x20, 0}, uint32(len(fields))), fields...)
@@ -324,20 +381,20 @@ func FuzzMessage(f *testing.F) {
 
 func TestAnnouncedSizeIsNotBelieved(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, _, far := consumer(t, socketLimits, 1)
+		sub, _, far := consumer(t, socketLimits, 1)
 		announced := messageOf(1, 1, []byte{0, 0})
 		binary.BigEndian.PutUint64(announced[len(announced)-11:], 1<<40)
 		_, err := far.Write(announced)
 		require.NoError(t, err)
 		synctest.Wait()
-		assert.LessOrEqual(t, cap(l.message.Body), FrameSize)
+		assert.LessOrEqual(t, cap(sub.message.Body), FrameSize)
 	})
 }
 
 // A body in many frames may take longer than the driver allows silence.
 func TestMessageThatTricklesInIsASignOfLifeForTheDriver(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, conn, far := driven(t)
+		sub, conn, far := driven(t)
 		parts := make([]string, 60)
 		for i := range parts {
 			parts[i] = "part"
@@ -351,10 +408,10 @@ func TestMessageThatTricklesInIsASignOfLifeForTheDriver(t *testing.T) {
 			_, err := far.Write(b[:frameHead+len("part")+1])
 			require.NoError(t, err)
 		}
-		d := l.take()
+		d := sub.take()
 		assert.Len(t, d.Body, 240)
 		assert.False(t, conn.IsClosed())
-		l.socket.Kill(nil)
+		sub.socket.Kill(nil)
 		_ = conn.Close()
 	})
 }
@@ -368,21 +425,21 @@ func TestDeliveryOfAnotherConsumerInterruptsAMessage(t *testing.T) {
 	assert.Empty(t, deliveries)
 }
 
-func TestLaneThatIsDoneWithKeepsNothing(t *testing.T) {
+func TestSubscriptionThatIsDoneWithKeepsNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l, _, far := consumer(t, socketLimits, 10)
-		s := l.socket
+		sub, _, far := consumer(t, socketLimits, 10)
+		s := sub.socket
 		collect(far)
 		deliver(t, far, 5)
 		_, err := s.Write(methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0))
 		require.NoError(t, err)
-		l.LeaveTombstone()
-		s.mu.Lock()
-		assert.NotSame(t, l.Subscription, s.lanes.on(1))
-		assert.Nil(t, s.lanes.on(1).receiver)
-		s.mu.Unlock()
+		sub.LeaveTombstone()
+		s.out.mu.Lock()
+		assert.NotSame(t, sub.Subscription, s.out.subscriptions.on(1))
+		assert.Nil(t, s.out.subscriptions.on(1).receiver)
+		s.out.mu.Unlock()
 		deliver(t, far, 5)
-		assert.Equal(t, 5, l.count(), "dropped")
+		assert.Equal(t, 5, sub.count(), "dropped")
 	})
 }
 
@@ -405,8 +462,7 @@ func driverReads(t *testing.T, message []byte) (amqp.Delivery, bool) {
 	return d, ok
 }
 
-// playConsume is a broker up to one message behind a consume-ok; then it only
-// reads.
+// playConsume is a broker up to one message behind a consume-ok; then it only reads.
 func playConsume(far net.Conn, message []byte) error {
 	if err := broker(far); err != nil {
 		return err

@@ -2,49 +2,53 @@ package wire
 
 import (
 	"encoding/binary"
-	"io"
 	"net"
 	"testing"
 	"testing/synctest"
-	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
-// methodFrame is a frame as the driver writes it.
-func methodFrame(channel uint16, id uint32, payload ...byte) []byte {
-	p := binary.BigEndian.AppendUint16([]byte{frameMethod}, channel)
-	p = binary.BigEndian.AppendUint32(p, uint32(4+len(payload)))
-	p = binary.BigEndian.AppendUint32(p, id)
-	return append(append(p, payload...), frameEnd)
-}
-
-func consumeFrame(channel uint16, tag string) []byte {
-	payload := append([]byte{0, 0, 1, 'q', byte(len(tag))}, tag...)
-	return methodFrame(channel, basicConsume, append(payload, 0, 0, 0, 0, 0)...)
-}
-
-// onSocket runs test with a socket whose peer keeps what it reads.
-func onSocket(t *testing.T, test func(s *Socket, wire func() []byte)) {
-	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		ours, theirs := net.Pipe()
-		s := NewSocket(ours, Options{WriteTimeout: time.Second})
-		got := make(chan []byte, 1)
-		go func() {
-			all, _ := io.ReadAll(theirs)
-			got <- all
-		}()
-		test(s, func() []byte {
-			_ = s.Close()
-			s.Wait()
-			return <-got
-		})
+// The driver writes a frame of more than 4 KiB, such as a renewed token, in several parts: no
+// settlement may come between these.
+func TestSubscriptionKeepsOutOfALongFrame(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		arrived := collect(far)
+		consume := methodOf(1, 60, 20, 0, 0, 1, 'q', 1, 't', 0, 0, 0, 0, 0)
+		long := methodOf(0, 10, 70, make([]byte, 6000)...)
+		sub := s.Subscribe("t", 1, &kept{})
+		_, err := s.Write(consume)
+		require.NoError(t, err)
+		_, err = s.Write(long[:4096])
+		require.NoError(t, err)
+		settled := make(chan error, 1)
+		go func() { settled <- sub.settle(basicAck, 7, 0) }()
+		synctest.Wait()
+		assert.Empty(t, settled, "it waits for the rest of the frame")
+		closing := methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0)
+		_, err = s.Write(slicesOf(long[4096:], closing))
+		require.NoError(t, err)
+		assert.ErrorIs(t, <-settled, net.ErrClosed, "and is no ack behind the close of its channel")
+		synctest.Wait()
+		assert.Equal(t, slicesOf(consume, long, closing), arrived.bytes())
 	})
 }
 
-func TestLaneIsClosedForGoodWithItsChannel(t *testing.T) {
+// Several frames may share a write of the driver: a subscription ends with any of them.
+func TestSubscriptionEndsWithACloseThatSharesAWrite(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		collect(far)
+		sub := openSubscription(s, 1, 1)
+		_, err := s.Write(slicesOf(frameOf(frameBody, 2, 1, 2, 3), methodOf(1, 20, 40, 0, 200, 0, 0, 0, 0, 0)))
+		require.NoError(t, err)
+		assert.ErrorIs(t, sub.settle(basicAck, 7, 0), net.ErrClosed)
+	})
+}
+
+func TestSubscriptionIsClosedForGoodWithItsChannel(t *testing.T) {
 	ends := map[string][]byte{
 		"channel.close":       methodFrame(1, channelClose),
 		"channel.close-ok":    methodFrame(1, channelCloseOk),
@@ -54,7 +58,7 @@ func TestLaneIsClosedForGoodWithItsChannel(t *testing.T) {
 	}
 	for name, end := range ends {
 		t.Run(name, func(t *testing.T) {
-			onSocket(t, func(s *Socket, wire func() []byte) {
+			onSocket(t, func(s *Socket, written func() []byte) {
 				write := func(p []byte) {
 					_, err := s.Write(p)
 					require.NoError(t, err)
@@ -72,7 +76,7 @@ func TestLaneIsClosedForGoodWithItsChannel(t *testing.T) {
 				require.ErrorIs(t, first.settle(basicAck, 3, 0), net.ErrClosed, "its number is used again, it is not")
 				require.NoError(t, second.settle(basicReject, 1, rejectRequeue))
 				var settled []byte
-				for p := wire(); len(p) > 0; {
+				for p := written(); len(p) > 0; {
 					n := frameHead + int(binary.BigEndian.Uint32(p[3:])) + 1
 					if id := methodID(p[:n]); id == basicAck || id == basicReject {
 						settled = append(settled, p[methodHead+7])
@@ -85,30 +89,30 @@ func TestLaneIsClosedForGoodWithItsChannel(t *testing.T) {
 	}
 }
 
-func TestLaneIsUsedAfterTheDriverCutAFrame(t *testing.T) {
-	onSocket(t, func(s *Socket, wire func() []byte) {
+func TestSubscriptionIsUsedAfterTheDriverCutAFrame(t *testing.T) {
+	onSocket(t, func(s *Socket, written func() []byte) {
 		long := methodFrame(1, channelOpen, make([]byte, 5000)...)
 		_, err := s.Write(long[:4096])
 		require.NoError(t, err)
 		_, err = s.Write(long[4096:])
 		require.NoError(t, err)
-		l := s.Subscribe("tag", 1, &kept{})
+		sub := s.Subscribe("tag", 1, &kept{})
 		_, err = s.Write(consumeFrame(1, "tag"))
 		require.NoError(t, err)
-		assert.NoError(t, l.settle(basicAck, 1, 0), "the frame is complete")
-		wire()
+		assert.NoError(t, sub.settle(basicAck, 1, 0), "the frame is complete")
+		written()
 	})
 }
 
-func TestLaneWritesTheFramesTheDriverWrites(t *testing.T) {
-	onSocket(t, func(s *Socket, wire func() []byte) {
+func TestSubscriptionWritesTheFramesTheDriverWrites(t *testing.T) {
+	onSocket(t, func(s *Socket, written func() []byte) {
 		before := consumeFrame(7, "tag")
-		l := s.Subscribe("tag", 1, &kept{})
+		sub := s.Subscribe("tag", 1, &kept{})
 		_, err := s.Write(before)
 		require.NoError(t, err)
-		require.NoError(t, l.settle(basicAck, 0x0102, 0))
-		require.NoError(t, l.settle(basicNack, 3, nackRequeue))
+		require.NoError(t, sub.settle(basicAck, 0x0102, 0))
+		require.NoError(t, sub.settle(basicNack, 3, nackRequeue))
 		want := append(methodFrame(7, basicAck, 0, 0, 0, 0, 0, 0, 1, 2, 0), methodFrame(7, basicNack, 0, 0, 0, 0, 0, 0, 0, 3, 2)...)
-		assert.Equal(t, want, wire()[len(before):])
+		assert.Equal(t, want, written()[len(before):])
 	})
 }
