@@ -562,7 +562,7 @@ var mutants = []mutant{
 	change("every session leaves a channel behind", "session.go",
 		"\tchannel, err := c.amqp.Channel()\n", "\t_, _ = c.amqp.Channel()\n\tchannel, err := c.amqp.Channel()\n"),
 	change("a queue is not bound", "topology.go", "range q.Bindings {\n\t\tif err", "range q.Bindings[:0] {\n\t\tif err"),
-	change("a panic of a function of the user ends the process", "guard.go", "if !returned { // after a runtime.Goexit", "if false { // after a runtime.Goexit"),
+	change("a panic of a function of the user ends the process", "guard.go", "if !returned { // after a runtime.Goexit", "if false && returned { // after a runtime.Goexit"),
 	change("a function of the user is waited for however long it takes", "guard.go",
 		"\tcase <-grace.C:\n\t}\n\tc.left()\n", "\tcase a := <-done:\n\t\treturn a.value, c.returned(a.err)\n\t}\n\tc.left()\n"),
 	change("what the broker has counted is no attempt", "delivery.go", "\treturn max(n, here)\n", "\treturn here\n"),
