@@ -61,7 +61,7 @@ func bounds() []bound {
 	return append(all, []bound{
 		{option: "WithHeartbeat", legal: rig.Options(steadymq.WithHeartbeat(time.Second), steadymq.WithHeartbeat(10*time.Minute)), illegal: rig.Options(
 			steadymq.WithHeartbeat(0), steadymq.WithHeartbeat(time.Second-1), steadymq.WithHeartbeat(time.Second+1), steadymq.WithHeartbeat(10*time.Minute-1),
-			steadymq.WithHeartbeat(10*time.Minute+1), steadymq.WithHeartbeat(10*time.Minute+time.Second), steadymq.WithHeartbeat(999*ms),
+			steadymq.WithHeartbeat(10*time.Minute+1), steadymq.WithHeartbeat(10*time.Minute+time.Second), steadymq.WithHeartbeat(999*ms), steadymq.WithHeartbeat(1500*ms),
 		)},
 		{option: "WithWriteDelay", legal: rig.Options(steadymq.WithWriteDelay(0), steadymq.WithWriteDelay(1), steadymq.WithWriteDelay(100*ms)), illegal: rig.Options(
 			steadymq.WithWriteDelay(-1), steadymq.WithWriteDelay(100*ms+1),
@@ -108,7 +108,7 @@ func bounds() []bound {
 			queue(steadymq.Queue{Type: "stream", Transient: true}), queue(steadymq.Queue{AutoDelete: true}), queue(steadymq.Queue{Type: "quorum", Exclusive: true}),
 			queue(steadymq.Queue{Type: "classic", Transient: true}), queue(steadymq.Queue{Type: "classic", Transient: true, AutoDelete: true}),
 			queue(steadymq.Queue{Args: amqp.Table{"x-queue-type": "classic"}}), queue(steadymq.Queue{Type: "stream", Args: amqp.Table{"x-queue-type": "quorum"}}),
-			exchange(steadymq.Exchange{}), exchange(steadymq.Exchange{Name: long(256)}), exchange(steadymq.Exchange{Name: "n", Kind: "Direct"}),
+			exchange(steadymq.Exchange{}), exchange(steadymq.Exchange{Name: long(256)}), exchange(steadymq.Exchange{Name: "n", Kind: "Direct"}), exchange(steadymq.Exchange{Name: "n", Kind: "xdirect"}),
 			exchange(steadymq.Exchange{Name: "n", Kind: "x-" + long(254)}), exchange(steadymq.Exchange{Name: "n", Args: args(room + 1)}), exchange(steadymq.Exchange{Name: "\xff"}),
 			queue(steadymq.Queue{Exchange: &steadymq.Exchange{Name: "n"}}),
 			queue(steadymq.Queue{Exchange: &steadymq.Exchange{Name: "n"}, Bindings: []steadymq.Binding{{Exchange: "else"}}}),

@@ -148,6 +148,8 @@ func TestLimitsLastAsLongAsTheySay(t *testing.T) {
 		"dial, connection_timeout":                {dial("?connection_timeout=900"), 900 * ms, 900 * ms},
 		"dial, above the set-up limit":            {dial("", dialLimit(7*s), setUpLimit(3*s)), 3 * s, 3 * s},
 		"dial, given as the default":              {dial("?connection_timeout=900", dialLimit(5*s)), 5 * s, 5 * s},
+		"dial, beside a longer set-up limit":      {dial("", setUpLimit(20*s)), 5 * s, 5 * s},
+		"dial, below the set-up limit":            {dial("", dialLimit(2*s), setUpLimit(9*s)), 2 * s, 2 * s},
 		"set-up":                                  {setUp(steadymqtest.StageTune), 15 * s, 15 * s},
 		"set-up, given":                           {setUp(steadymqtest.StageTune, setUpLimit(2*s)), 2 * s, 2 * s},
 		"set-up, given twice":                     {setUp(steadymqtest.StageTune, setUpLimit(2*s), setUpLimit(3*s)), 3 * s, 3 * s},
@@ -160,6 +162,9 @@ func TestLimitsLastAsLongAsTheySay(t *testing.T) {
 		"drain, given":                            {draining(drainLimit(7 * s)), 7 * s, 7*s + 600*ms},
 		"drain, given twice":                      {draining(drainLimit(7*s), drainLimit(30*s)), 30 * s, 30*s + 600*ms},
 		"drain, not the close's":                  {draining(drainLimit(7*s), closeLimit(s)), 7 * s, 7*s + 600*ms},
+		"drain, beside a longer close":            {draining(closeLimit(40 * s)), 20 * s, 20*s + 600*ms},
+		"drain, beside a longer handler timeout":  {draining(steadymq.WithHandlerTimeout(40 * s)), 20 * s, 20*s + 600*ms},
+		"close, beside other limits":              {closing(drainLimit(s), dialLimit(s), setUpLimit(s)), 5 * s, 6 * s},
 		"heartbeat":                               {silence(""), 10 * s, 15 * s},
 		"heartbeat, given":                        {silence("", steadymq.WithHeartbeat(30*s)), 30 * s, 45 * s},
 		"heartbeat, of the URL":                   {silence("?heartbeat=2"), 2 * s, 3 * s},
@@ -247,7 +252,7 @@ func TestEachURLIsLoggedInToAsItSays(t *testing.T) {
 		assert.Equal(r, map[string]string{
 			"mq1.test:5672": `login mechanism=PLAIN response="\x00one\x00canary-swordfish" locale=en_US` + "\n" +
 				"tune-ok channel_max=11 frame_max=131072 heartbeat=3\n" + `open "v1"`,
-			"mq2.test:5672": `login mechanism=AMQPLAIN response="\x05LOGINS\x00\x00\x00\x03two\bPASSWORDS\x00\x00\x00\x10canary-swordfish" locale=en_US` + "\n" +
+			"mq2.test:5672": `login mechanism=AMQPLAIN response={LOGIN="two" PASSWORD="canary-swordfish"} locale=en_US` + "\n" +
 				"tune-ok channel_max=2047 frame_max=131072 heartbeat=10\n" + `open "v2"`,
 			"mq3.test:5672": `login mechanism=PLAIN response="\x00app\x00canary-swordfish" locale=en_US` + "\n" +
 				"tune-ok channel_max=2047 frame_max=131072 heartbeat=10\n" + `open "/"`,
@@ -355,7 +360,7 @@ func TestAcksWaitForOthersAsLongAsWithWriteDelaySays(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			rig.Bubble(t, func(r *rig.Rig) {
-				work := max(c.want/4, 100*time.Microsecond)
+				work := max(c.want/4, 10*time.Microsecond)
 				tap := &wiretap{dial: r.Broker.Dialer()}
 				r.Consuming(func(context.Context, *steadymq.Delivery) error {
 					time.Sleep(work)
@@ -415,6 +420,30 @@ func TestHoldsAreSpreadOverWhatWithRequeueDelaySays(t *testing.T) {
 	}
 }
 
+// The longest hold is as likely as all shorter ones together, once twice as long would be more.
+func TestLongestHoldIsWhatWithRequeueDelaySays(t *testing.T) {
+	for name, c := range map[string]struct {
+		options []steadymq.Option
+		longest time.Duration
+	}{
+		"default":     {nil, 15 * time.Minute},
+		"given":       {rig.Options(steadymq.WithRequeueDelay(time.Second, time.Minute)), time.Minute},
+		"given twice": {rig.Options(steadymq.WithRequeueDelay(time.Second, time.Minute), steadymq.WithRequeueDelay(time.Second, 5*time.Minute)), 5 * time.Minute},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.RemakeQueue("quorum")
+				r.Consuming(func(context.Context, *steadymq.Delivery) error { return errAway }, c.options...)
+				r.PublishMany(10, "tea")
+				r.Wait(2 * time.Hour)
+				longest := slices.Max(holdsOf(r))
+				assert.GreaterOrEqual(r, longest, c.longest)
+				assert.LessOrEqual(r, longest, c.longest+10*time.Millisecond)
+			})
+		})
+	}
+}
+
 func TestWaitsAreDrawnFromWhatWithBackoffSays(t *testing.T) {
 	backoff := steadymq.WithBackoff
 	const s, ms = time.Second, time.Millisecond
@@ -444,6 +473,26 @@ func TestWaitsAreDrawnFromWhatWithBackoffSays(t *testing.T) {
 			assert.Less(t, slices.Min(first), c.initial/4)
 			assert.LessOrEqual(t, slices.Max(all), c.limit)
 			assert.Greater(t, slices.Max(all), c.limit*9/10)
+		})
+	}
+}
+
+// Whatever the failure: without WithBackoff a missing queue is asked for after 1 s at the earliest.
+func TestNoWaitIsAboveTheLimitOfWithBackoff(t *testing.T) {
+	for name, fail := range map[string]func(r *rig.Rig){
+		"no queue":   func(r *rig.Rig) { r.Broker.DeleteQueue(rig.Queue) },
+		"no vhost":   func(r *rig.Rig) { r.Broker.RefuseVhost(530, "vhost / not found") },
+		"refused":    func(r *rig.Rig) { r.Broker.Refuse(true) },
+		"no network": func(r *rig.Rig) { r.Broker.DropAt(steadymqtest.StageTune, true) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				fail(r)
+				r.Run(rig.Ack, steadymq.WithBackoff(20*time.Millisecond, 300*time.Millisecond), steadymq.WithFatal(func(error) bool { return false }))
+				r.Wait(time.Minute)
+				assert.Greater(r, len(r.Causes()), 100)
+				assert.LessOrEqual(r, r.LongestWait(), 300*time.Millisecond)
+			})
 		})
 	}
 }

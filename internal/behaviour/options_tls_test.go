@@ -34,11 +34,22 @@ type greeting struct {
 // tlsPeer is a dialer of which every host speaks TLS, or hears that its client does not.
 type tlsPeer struct {
 	pair tls.Certificate
-	ca   *x509.CertPool
 
 	mu    sync.Mutex
 	heard map[string]greeting // by the address dialled
 	group sync.WaitGroup
+}
+
+// heardBy returns what peers with this certificate hear of a consumer, by the addresses it dials.
+func heardBy(r *rig.Rig, pair tls.Certificate, url string, options ...steadymq.Option) map[string]greeting {
+	r.Helper()
+	peer := &tlsPeer{pair: pair, heard: make(map[string]greeting)}
+	tapped(r, url, rig.Queue, append(options, steadymq.WithDialer(peer.DialContext))...)
+	r.Start(rig.Ack)
+	r.Wait(time.Minute)
+	r.Stop()
+	peer.group.Wait()
+	return peer.heard
 }
 
 func (p *tlsPeer) DialContext(_ context.Context, _, address string) (net.Conn, error) {
@@ -200,13 +211,7 @@ func TestTLSIsSpokenAsURLsAndOptionsSay(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			rig.Bubble(t, func(r *rig.Rig) {
-				peer := &tlsPeer{pair: pair, ca: ca, heard: make(map[string]greeting)}
-				tapped(r, c.url, rig.Queue, append(c.options, steadymq.WithDialer(peer.DialContext))...)
-				r.Start(rig.Ack)
-				r.Wait(time.Minute)
-				r.Stop()
-				peer.group.Wait()
-				assert.Equal(r, c.want, peer.heard)
+				assert.Equal(r, c.want, heardBy(r, pair, c.url, c.options...))
 			})
 		})
 	}

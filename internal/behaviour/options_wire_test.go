@@ -1,9 +1,11 @@
 package behaviour_test
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
 	"regexp"
 	"strings"
 	"testing"
@@ -84,7 +86,7 @@ func TestOptionsArriveOnTheWire(t *testing.T) {
 		"virtual host with parameters": {tail: "/v?heartbeat=3", kinds: "open tune-ok", want: []string{tuned + "3", `open "v"`}},
 		"auth_mechanism amqplain": {
 			tail: "?auth_mechanism=amqplain", kinds: "login",
-			want: []string{`mechanism=AMQPLAIN response="\x05LOGINS\x00\x00\x00\x03app\bPASSWORDS\x00\x00\x00\x10canary-swordfish" locale=en_US`},
+			want: []string{`mechanism=AMQPLAIN response={LOGIN="app" PASSWORD="canary-swordfish"} locale=en_US`},
 		},
 		"auth_mechanism external":               {tail: "?auth_mechanism=external", kinds: "login", want: []string{external}},
 		"auth_mechanism twice, the first first": {tail: "?auth_mechanism=external&auth_mechanism=plain", kinds: "login", want: []string{external}},
@@ -135,6 +137,14 @@ func TestOptionsArriveOnTheWire(t *testing.T) {
 		"WithConsumerTag":       {options: rig.Options(steadymq.WithConsumerTag("shop")), kinds: "consume", want: []string{`consume "orders" tag=shop-R.1-1`}},
 		"WithConsumerTag twice": {options: rig.Options(steadymq.WithConsumerTag("shop"), steadymq.WithConsumerTag("stall")), kinds: "consume", want: []string{`consume "orders" tag=stall-R.1-1`}},
 		"WithExclusive":         {options: rig.Options(steadymq.WithExclusive()), kinds: "consume", want: []string{consume + " exclusive"}},
+		"WithExclusive before WithQueue": {
+			queue: "new", options: append(rig.Options(steadymq.WithExclusive()), queue(steadymq.Queue{Type: "classic"})...), kinds: "consume",
+			want: []string{`consume "new" tag=steadymq-R.1-1 exclusive`},
+		},
+		"WithExclusive after WithQueue": {
+			queue: "new", options: append(queue(steadymq.Queue{Type: "classic"}), steadymq.WithExclusive()), kinds: "consume",
+			want: []string{`consume "new" tag=steadymq-R.1-1 exclusive`},
+		},
 		"WithConsumeArgs": {
 			options: rig.Options(steadymq.WithConsumeArgs(amqp.Table{"x-priority": 7, "x-text": "a", "x-in": amqp.Table{"b": true}})), kinds: "consume",
 			want: []string{consume + ` {x-in={b=true} x-priority=int32(7) x-text="a"}`},
@@ -303,6 +313,42 @@ func wireText(lines []string) (all []string) {
 		}
 	}
 	return all
+}
+
+// offering is a connection to a broker that offers fewer mechanisms than that of the rig.
+type offering struct {
+	net.Conn
+	without string
+}
+
+func (o offering) Read(p []byte) (int, error) {
+	n, err := o.Conn.Read(p)
+	copy(p[:n], bytes.Replace(p[:n], []byte(o.without), bytes.Repeat([]byte("X"), len(o.without)), 1))
+	return n, err
+}
+
+func TestFirstMechanismThatTheBrokerOffersIsUsed(t *testing.T) {
+	for name, c := range map[string]struct {
+		tail    string
+		options []steadymq.Option
+	}{
+		"of the URL": {"?auth_mechanism=external&auth_mechanism=plain&auth_mechanism=amqplain", nil},
+		"WithSASL":   {"", rig.Options(steadymq.WithSASL(&amqp.ExternalAuth{}, &amqp.PlainAuth{Username: "app", Password: rig.Password}, &amqp.AMQPlainAuth{}))},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				tap := tapped(r, brokerURL(r, c.tail), rig.Queue, c.options...)
+				tap.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+					conn, err := r.Broker.Dialer()(ctx, network, address)
+					return offering{conn, "EXTERNAL"}, err
+				}
+				r.Start(rig.Ack)
+				r.Wait(time.Second)
+				assert.Equal(r, []string{`login mechanism=PLAIN response="\x00app\x00canary-swordfish" locale=en_US`}, only(wireText(tap.methods(0)), "login"))
+				assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+			})
+		})
+	}
 }
 
 func TestEachTagIsUnlikeAllOthers(t *testing.T) {

@@ -125,7 +125,13 @@ func methodText(a arguments) string {
 	class, method := a.short(), a.short()
 	switch [2]int{class, method} {
 	case [2]int{10, 11}:
-		return fmt.Sprintf("start-ok properties=%s mechanism=%s response=%q locale=%s", a.table(), a.text(), a.longText(), a.text())
+		properties, mechanism, response := a.table(), a.text(), a.longText()
+		if mechanism == "AMQPLAIN" { // a table without its length
+			response = tableIn(response)
+		} else {
+			response = fmt.Sprintf("%q", response)
+		}
+		return fmt.Sprintf("start-ok properties=%s mechanism=%s response=%s locale=%s", properties, mechanism, response, a.text())
 	case [2]int{10, 31}:
 		return fmt.Sprintf("tune-ok channel_max=%d frame_max=%d heartbeat=%d", a.short(), a.long(), a.short())
 	case [2]int{10, 40}:
@@ -190,8 +196,10 @@ func (a *arguments) arguments() string {
 }
 
 // table writes a table in the order of its keys, numbers with their type.
-func (a *arguments) table() string {
-	inside := arguments(a.longText())
+func (a *arguments) table() string { return tableIn(a.longText()) }
+
+func tableIn(b string) string {
+	inside := arguments(b)
 	var all []string
 	for len(inside) > 0 {
 		all = append(all, inside.text()+"="+inside.value())
