@@ -181,9 +181,9 @@ func problemsOf(t *testing.T, err error, place string) (all []*steadymq.OptionEr
 
 func TestParametersOfTheURLAreTakenUpToTheirBoundsAndNoFurther(t *testing.T) {
 	for parameter, c := range map[string]struct{ legal, illegal []string }{
-		"heartbeat":          {[]string{"1", "600"}, []string{"0", "-1", "601", "1.5", "99999999999999999999"}},
-		"connection_timeout": {[]string{"1", "86400000"}, []string{"0", "-1", "86400001", "1.5", "99999999999999999999"}},
-		"channel_max":        {[]string{"0", "1", "65535"}, []string{"-1", "65536", "99999999999999999999"}},
+		"heartbeat":          {[]string{"1", "600"}, []string{"0", "-1", "601", "1.5", "99999999999999999999", "5&heartbeat=5"}},
+		"connection_timeout": {[]string{"1", "86400000"}, []string{"0", "-1", "86400001", "1.5", "99999999999999999999", "5&connection_timeout=5"}},
+		"channel_max":        {[]string{"0", "1", "65535"}, []string{"-1", "65536", "99999999999999999999", "5&channel_max=5"}},
 		"auth_mechanism":     {[]string{"plain", "PLAIN", "amqplain", "EXTERNAL"}, []string{"", "plai", "scram-sha-256"}},
 		"verify":             {[]string{"verify_peer"}, []string{"verify_none", "Verify_Peer"}},
 	} {
@@ -215,17 +215,18 @@ func TestNamesOfQueuesAreTakenUpToTheirBoundsAndNoFurther(t *testing.T) {
 		options []steadymq.Option
 		legal   bool
 	}{
-		"one byte":                        {"q", nil, true},
-		"255 bytes":                       {strings.Repeat("q", 255), nil, true},
-		"256 bytes":                       {strings.Repeat("q", 256), nil, false},
-		"none":                            {"", nil, false},
-		"none, beside WithTopology":       {"", rig.Options(topology), true},
-		"none, of the broker's naming":    {"", rig.Options(exclusive), true},
-		"none, of a quorum queue":         {"", rig.Options(steadymq.WithQueue(steadymq.Queue{})), false},
-		"none, of a shared classic queue": {"", rig.Options(steadymq.WithQueue(steadymq.Queue{Type: "classic"})), false},
-		"CR":                              {"a\rb", nil, false},
-		"LF":                              {"a\n", nil, false},
-		"no UTF-8":                        {"\xff", nil, false},
+		"one byte":                           {"q", nil, true},
+		"255 bytes":                          {strings.Repeat("q", 255), nil, true},
+		"256 bytes":                          {strings.Repeat("q", 256), nil, false},
+		"none":                               {"", nil, false},
+		"none, beside WithTopology":          {"", rig.Options(topology), true},
+		"none, of the broker's naming":       {"", rig.Options(exclusive), true},
+		"none, of a quorum queue":            {"", rig.Options(steadymq.WithQueue(steadymq.Queue{})), false},
+		"none, of a shared classic queue":    {"", rig.Options(steadymq.WithQueue(steadymq.Queue{Type: "classic"})), false},
+		"none, of an exclusive quorum queue": {"", rig.Options(steadymq.WithQueue(steadymq.Queue{Exclusive: true})), false},
+		"CR":                                 {"a\rb", nil, false},
+		"LF":                                 {"a\n", nil, false},
+		"no UTF-8":                           {"\xff", nil, false},
 	} {
 		_, err := steadymq.New("amqp://h", c.queue, c.options...)
 		if c.legal {
