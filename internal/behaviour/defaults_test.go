@@ -458,12 +458,15 @@ func TestWaitsAreDrawnFromWhatWithBackoffSays(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var first, all []time.Duration
-			for range 100 {
+			for n := range 100 {
 				rig.Bubble(t, func(r *rig.Rig) {
 					r.Broker.DropAt(steadymqtest.StageTune, true)
 					tapped(r, r.Broker.URL, rig.Queue, c.options...)
 					r.Start(rig.Ack)
-					r.Wait(10 * c.limit)
+					r.Wait(2 * c.initial)
+					if n%5 == 0 {
+						r.Wait(10 * c.limit)
+					}
 					waits := waitsOf(r)
 					first, all = append(first, waits[0]), append(all, waits...)
 				})
