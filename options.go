@@ -12,9 +12,10 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// Option configures a [Consumer]. [New] checks all options and returns every problem at once, also
-// one of an option that a later one overrides. A later option overrides an earlier one of the same
-// name; only [WithMiddleware] adds up. The package comment lists the options by concern.
+// Option configures a [Consumer]. [New] checks all options and returns every problem at once. A
+// later option overrides an earlier one of the same name; only [WithMiddleware] adds up. A value
+// that is out of its range is told even if a later option overrides it; of queues, URLs and TLS
+// configurations only the last is looked at. The package comment lists the options by concern.
 type Option func(*config)
 
 // Connection: where the broker is, how to log in there, and when a path counts as dead.
