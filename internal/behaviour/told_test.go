@@ -97,12 +97,12 @@ func TestChangesOfStateAreToldInTheirOrderWithAllThatTheyHold(t *testing.T) {
 				"draining to stopped, queue orders, session 0, host mq1.test:5672, attempt 0" + refusedBy,
 			},
 		},
-		"stop while dials are refused": {
-			happens: func(r *rig.Rig) { r.Broker.Refuse(true); r.Wait(50 * time.Millisecond) },
-			options: rig.Options(steadymq.WithBackoff(20*time.Hour, 24*time.Hour)),
+		"stop in backoff": {
+			happens: func(r *rig.Rig) { r.Broker.DeleteQueue(rig.Queue); r.Wait(500 * time.Millisecond) },
 			want: []string{
 				started,
-				"connecting to backoff, queue orders, session 0, host mq1.test:5672, attempt 1, waits: steadymq: queue orders: session 1: dial mq1.test:5672: connection refused",
+				"connecting to backoff, queue orders, session 0, host mq1.test:5672, attempt 1, waits: steadymq: queue orders: session 1: consume mq1.test:5672: 404 NOT_FOUND - no queue 'orders' in vhost '/'" +
+					"; it is asked for again until someone has declared it, which WithQueue or WithTopology can do",
 				"backoff to draining, queue orders, session 0, host mq1.test:5672, attempt 1",
 				"draining to stopped, queue orders, session 0, host mq1.test:5672, attempt 1",
 			},
