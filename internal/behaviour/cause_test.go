@@ -361,3 +361,36 @@ func TestSeveralSignsOfAnEndAreOneCauseAndThatOfTheBroker(t *testing.T) {
 		})
 	}
 }
+
+// A hook that panics does not hide that handlers were left behind.
+func TestFaultOfAHookHidesNoOtherErrorOfRun(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { time.Sleep(time.Minute); return nil },
+			steadymq.WithDrainTimeout(time.Second), steadymq.WithHooks(steadymq.Hooks{Unreadable: func(*steadymq.MessageError) { panic(errOfOrder) }}))
+		r.Broker.Publish(rig.Queue, "x")
+		r.Wait(time.Second)
+		unreadableMessage(r)
+		r.Wait(5 * time.Second)
+		err := r.Stop()
+		require.ErrorAs(r, err, new(*steadymq.OptionError))
+		holdsOrder(r, err)
+		assert.ErrorIs(r, err, steadymq.ErrDrainTimeout)
+		r.Wait(time.Minute)
+	})
+}
+
+func TestRequeueAfterHoldsAsLongAsItSays(t *testing.T) {
+	for _, d := range []time.Duration{90 * time.Second, 2 * time.Hour} {
+		rig.Bubble(t, func(r *rig.Rig) {
+			var at []time.Time
+			r.Consuming(func(_ context.Context, m *steadymq.Delivery) error {
+				at = append(at, time.Now())
+				return steadymq.RequeueAfter(nil, d)
+			})
+			r.Broker.Publish(rig.Queue, "x")
+			r.Wait(d + time.Minute)
+			require.Len(r, at, 2)
+			assert.InDelta(r, d.Seconds(), at[1].Sub(at[0]).Seconds(), 0.1)
+		})
+	}
+}

@@ -222,3 +222,12 @@ func TestWhatIsLeftBehindIsCountedOnce(t *testing.T) {
 		assert.Equal(r, steadymq.Stats{State: steadymq.Stopped, Sessions: 1, Connections: 4, Dials: 4, Abandoned: 3}, r.Consumer.Stats())
 	})
 }
+
+func TestDialIsCountedWhenItBeginsAndItsConnectionWhenItStands(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DropSYN(true)
+		r.Run(rig.Ack)
+		r.Wait(time.Second)
+		assert.Equal(r, steadymq.Stats{State: steadymq.Connecting, Dials: 1}, r.Consumer.Stats())
+	})
+}
