@@ -103,18 +103,6 @@ func shown(v slog.Value) string {
 
 func (l *recorder) option() steadymq.Option { return steadymq.WithLogger(slog.New(l)) }
 
-// with returns the lines that hold the text.
-func (l *recorder) with(text string) (found []string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, line := range l.lines {
-		if strings.Contains(line, text) {
-			found = append(found, line)
-		}
-	}
-	return found
-}
-
 // Placeholders of a golden line: <tag 2-1> is the consumer tag of the second try, for the first
 // session; <1s..2s> is a duration or a number within; <since 5s> is a time so long before the line; <stack> is
 // a stack with a function of this file.
@@ -202,7 +190,7 @@ type goldenRow struct {
 	want    []string
 }
 
-// At is what the lines of the first session say of it, in the rig.
+// atFirst is what the lines of the first session say of it, in the rig.
 const atFirst = "String queue=orders; String consumer=<tag 1-1>; Uint64 session=1; String host=mq1.test:5672"
 
 // failWith is a handler that does with a message what its body says.
