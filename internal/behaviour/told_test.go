@@ -23,14 +23,14 @@ import (
 
 // The order of the changes.
 
-var randomTag = regexp.MustCompile(`^steadymq-[0-9a-f]{8}\.`)
+var tagPrefix = regexp.MustCompile(`^steadymq-[0-9a-f]{8}\.`)
 
 // told is a change of state as a text. The tag is that of the try and the session, the wait only
 // whether there is one.
 func told(c steadymq.StateChange) string {
 	text := fmt.Sprintf("%v to %v, queue %s, session %d", c.From, c.To, c.Queue, c.Session)
 	if c.ConsumerTag != "" {
-		text += ", tag " + randomTag.ReplaceAllString(c.ConsumerTag, "")
+		text += ", tag " + tagPrefix.ReplaceAllString(c.ConsumerTag, "")
 	}
 	text += fmt.Sprintf(", host %s, attempt %d", c.Host, c.Attempt)
 	if c.RetryIn > 0 {
