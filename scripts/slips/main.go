@@ -28,7 +28,6 @@ import (
 )
 
 const (
-	module = "github.com/steadymq/steadymq"
 	// wanted is the part of the slips that has to be caught, in percent.
 	wanted = 90
 
@@ -116,23 +115,15 @@ func try(ctx context.Context, w io.Writer, o options, j *judge, d *drawer, drawn
 		turn     = make(chan *slip)
 	)
 	fmt.Fprintf(w, "| %-4s | slip | kind | before -> after | caught by | s |\n|---|---|---|---|---|---|\n", "#")
+	another := func(f *source) *slip {
+		mu.Lock()
+		defer mu.Unlock()
+		return d.next(f)
+	}
 	for range max(o.jobs, 1) {
 		workers.Go(func() {
-			for drawnSlip := range turn {
-				sl, v, err := drawnSlip, verdict{}, error(nil)
-				for {
-					v, err = j.try(ctx, sl, equivalents[sl.String()] == "")
-					if !errors.Is(err, errDoesNotBuild) {
-						break
-					}
-					mu.Lock()
-					another := d.next(sl.file)
-					mu.Unlock()
-					if another == nil {
-						break
-					}
-					sl = another
-				}
+			for sl := range turn {
+				sl, v, err := plant(ctx, j, sl, equivalents, another)
 				mu.Lock()
 				if err != nil {
 					failures = append(failures, fmt.Errorf("%s: %w", sl, err))
@@ -169,6 +160,22 @@ feed:
 	return nil
 }
 
+// plant tries a slip. One that the compiler refuses, though the types are right, is replaced by
+// another of its file, a few times: then it is something else that does not build.
+func plant(ctx context.Context, j *judge, sl *slip, equivalents equivalents, another func(*source) *slip) (*slip, verdict, error) {
+	for left := 3; ; left-- {
+		v, err := j.try(ctx, sl, equivalents[sl.String()] == "")
+		if !errors.Is(err, errDoesNotBuild) || left == 0 {
+			return sl, v, err
+		}
+		next := another(sl.file)
+		if next == nil {
+			return sl, v, err
+		}
+		sl = next
+	}
+}
+
 // sums are the figures of a run.
 type sums struct {
 	all, caught int
@@ -194,7 +201,8 @@ func (s *sums) add(w io.Writer, sl *slip, v verdict, reason string) {
 		s.survivors = append(s.survivors, sl)
 	}
 	cell := func(text string) string { return strings.ReplaceAll(text, "|", `\|`) }
-	fmt.Fprintf(w, "| %4d | %s | %s | %s | %s | %.0f |\n", s.all, sl.place(), sl.kind, cell(sl.change()), cell(by), v.took.Round(time.Second).Seconds())
+	fmt.Fprintf(w, "| %4d | %s | %s | %s | %s | %.0f |\n",
+		s.all, sl.place(), sl.kind, cell(sl.change()), cell(by), v.took.Round(time.Second).Seconds())
 }
 
 // report prints what is left of the table, and says whether enough slips were caught.
@@ -216,6 +224,7 @@ func (s *sums) report(w io.Writer) bool {
 	if that > 0 {
 		rate = 100 * float64(s.caught) / float64(that)
 	}
-	fmt.Fprintf(w, "\n%d slips, %d of them change nothing; %d of the other %d are caught: %.1f %%\n", s.all, len(s.harmless), s.caught, that, rate)
+	fmt.Fprintf(w, "\n%d slips, %d of them change nothing; %d of the other %d are caught: %.1f %%\n",
+		s.all, len(s.harmless), s.caught, that, rate)
 	return rate >= wanted && len(s.wrong) == 0
 }
