@@ -181,6 +181,7 @@ type sums struct {
 	all, caught int
 	survivors   []*slip
 	harmless    []*slip // survived, and equivalent.txt says why
+	once        []*slip // caught, but not when the test ran alone
 	wrong       []*slip // equivalent.txt says that they change nothing, and a test caught them
 }
 
@@ -190,6 +191,10 @@ func (s *sums) add(w io.Writer, sl *slip, v verdict, reason string) {
 	switch {
 	case v.by != "":
 		s.caught++
+		if v.once {
+			by += ", but not alone"
+			s.once = append(s.once, sl)
+		}
 		if reason != "" {
 			s.wrong = append(s.wrong, sl)
 		}
@@ -217,6 +222,12 @@ func (s *sums) report(w io.Writer) bool {
 		fmt.Fprintf(w, "\ncaught, though %s says that they change nothing; take them out of it:\n", equivalentFile)
 	}
 	for _, sl := range s.wrong {
+		fmt.Fprintf(w, "%s\n", sl)
+	}
+	if len(s.once) > 0 {
+		fmt.Fprintf(w, "\ncaught by a test that let them through when it ran alone; look whether it was the slip or the machine:\n")
+	}
+	for _, sl := range s.once {
 		fmt.Fprintf(w, "%s\n", sl)
 	}
 	that := s.all - len(s.harmless)
