@@ -161,7 +161,7 @@ func (j *judge) build(ctx context.Context, dir, overlay string, suites ...*suite
 		args = append(args, "./"+s.folder)
 	}
 	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Dir = j.root
+	cmd.Dir, cmd.Env = j.root, append(os.Environ(), "GOTMPDIR="+j.dir)
 	ownGroup(cmd)
 	out, err := cmd.CombinedOutput()
 	if ctx.Err() != nil {
@@ -179,6 +179,7 @@ func (j *judge) run(ctx context.Context, dir string, s *suite) (by string, err e
 	defer cancel()
 	cmd := withMemoryLimit(limited, filepath.Join(dir, s.program), append([]string{"-test.timeout", s.limit.String()}, s.args...)...)
 	cmd.Dir = filepath.Join(j.root, filepath.FromSlash(s.folder))
+	cmd.Env = append(os.Environ(), "TMPDIR="+dir) // what a killed test leaves goes with the slip
 	cmd.WaitDelay = 5 * time.Second
 	ownGroup(cmd)
 	out, in := io.Pipe()
