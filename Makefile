@@ -1,6 +1,8 @@
 # Two commands to know: `make demo` and `make test`. Both do all set-up themselves.
 
 SEEDS    ?= 10000
+SLIPS    ?= 150
+SEED     ?= 1
 DURATION ?= 30m
 GO       ?= go
 
@@ -34,6 +36,10 @@ sim: ## the simulation over many seeds: make sim SEEDS=10000
 .PHONY: mutants
 mutants: ## plant bugs one by one; the simulation must catch them
 	$(GO) test -run '^TestMutants$$' -timeout 0 -v ./internal/sim -mutants
+
+.PHONY: slips
+slips: ## plant slips made from the source; the quick tests and 300 seeds must catch 90 % of them
+	$(GO) run ./scripts/slips -n $(SLIPS) -seed $(SEED)
 
 .PHONY: bench
 bench: ## throughput, CPU and recovery against the plain driver, into bench/RESULTS.md
