@@ -59,13 +59,15 @@ func TestBodyOfAnyLengthArrivesWhole(t *testing.T) {
 		)
 		for name, piece := range pieces {
 			t.Run(fmt.Sprint(size, " bytes ", name), func(t *testing.T) {
-				driver, deliveries, unfit, cause := sortedAll(t, stream, 0, piece)
-				require.ErrorIs(t, cause, ErrPeerClosed)
-				require.Empty(t, unfit)
-				require.Equal(t, heartbeatFrame, driver)
-				require.Len(t, deliveries, 2)
-				require.True(t, body == string(deliveries[0].Body), "the body is as it was sent")
-				require.Equal(t, "next", string(deliveries[1].Body))
+				inBubble(t, func(t *testing.T) { // where no time passes, and the driver is told nothing beside
+					driver, deliveries, unfit, cause := sortedAll(t, stream, 0, piece)
+					require.ErrorIs(t, cause, ErrPeerClosed)
+					require.Empty(t, unfit)
+					require.Equal(t, heartbeatFrame, driver)
+					require.Len(t, deliveries, 2)
+					require.True(t, body == string(deliveries[0].Body), "the body is as it was sent")
+					require.Equal(t, "next", string(deliveries[1].Body))
+				})
 			})
 		}
 	}
@@ -75,17 +77,17 @@ func TestBodyOfAnyLengthArrivesWhole(t *testing.T) {
 // refuses it, from one byte more on.
 func TestFramesAreReadUpToTheLengthAgreed(t *testing.T) {
 	for length, ours := range map[int]bool{FrameSize - 1: true, FrameSize: true, FrameSize + 1: false} {
-		t.Run(fmt.Sprint(length), func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
 			message := messageOf(1, 1, []byte{0, 0}, patterned(length-frameHead-1))
 			driver, deliveries, cause := sorted(t, message, 0, whole)
-			assert.ErrorIs(t, cause, ErrPeerClosed)
+			assert.ErrorIs(t, cause, ErrPeerClosed, "%d bytes", length)
 			if ours {
-				require.Len(t, deliveries, 1)
+				require.Len(t, deliveries, 1, "%d bytes", length)
 				assert.Len(t, deliveries[0].Body, length-frameHead-1)
 				assert.Empty(t, driver)
 				return
 			}
-			assert.Empty(t, deliveries)
+			assert.Empty(t, deliveries, "%d bytes", length)
 			assert.Equal(t, message[len(message)-length:], driver)
 		})
 	}
@@ -97,7 +99,7 @@ func TestHeadersAreReadUpToTheirLimitToTheByte(t *testing.T) {
 		FrameSize: true, FrameSize + 1: true,
 		maxHeader - 1: true, maxHeader: true, maxHeader + 1: false, 2 * maxHeader: false,
 	} {
-		t.Run(fmt.Sprint(length), func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
 			text := patterned(length - around)
 			entry := binary.BigEndian.AppendUint32([]byte{1, 'k', 'S'}, uint32(len(text)))
 			message := messageOf(1, 1, headersOf(append(entry, text...)), "bo", "dy")
@@ -105,7 +107,7 @@ func TestHeadersAreReadUpToTheirLimitToTheByte(t *testing.T) {
 				driver, deliveries, unfit, cause := sortedAll(t, slicesOf(message, messageOf(1, 2, []byte{0, 0}, "next")), 0, piece)
 				assert.ErrorIs(t, cause, ErrPeerClosed)
 				assert.Empty(t, driver)
-				require.NotEmpty(t, deliveries)
+				require.NotEmpty(t, deliveries, "%d bytes", length)
 				assert.Equal(t, "next", string(deliveries[len(deliveries)-1].Body))
 				if ours {
 					require.Len(t, deliveries, 2)
