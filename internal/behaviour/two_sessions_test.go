@@ -261,6 +261,30 @@ func TestLateSettlementsOfTheOldSessionMoveNoPlace(t *testing.T) {
 	}
 }
 
+// Nor do they where both sessions count from the same tag.
+func TestLateSettlementsWithTheTagsOfTheSuccessorMoveNoPlace(t *testing.T) {
+	for _, late := range [][]string{{"1:m2"}, {"1:m3"}, {"1:m2", "1:m3"}, {"1:m3", "1:m2"}} {
+		t.Run(fmt.Sprint(late), func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				s := newStaged(r, 3)
+				s.publish(0, 6)
+				r.Consuming(s.handle, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": 2}),
+					steadymq.WithConcurrency(2), steadymq.WithPrefetch(4), steadymq.WithDrainTimeout(time.Hour))
+				r.Broker.CancelConsumers(rig.Queue)
+				r.Wait(5 * time.Second)
+				for _, handler := range late {
+					s.finish(handler, nil)
+				}
+				begun := append(names(1, 2, 4), names(2, 2, 2+len(late))...)
+				require.Equal(r, begun, s.started())
+				r.Broker.Reset()
+				r.Wait(5 * time.Second)
+				assert.Equal(r, append(begun, names(3, 2, 6)...), s.started())
+			})
+		})
+	}
+}
+
 // The same, but the successor gets ahead of the old session before it is lost.
 func TestSuccessorsPlaceStandsWhateverTheOldSessionSettles(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
@@ -282,6 +306,44 @@ func TestSuccessorsPlaceStandsWhateverTheOldSessionSettles(t *testing.T) {
 		r.Wait(5 * time.Second)
 		assert.Equal(r, append(append(names(1, 0, 3), names(2, 1, 8)...), names(3, 8, 10)...), s.started(), "nothing again")
 	})
+}
+
+// What handlers settle of a stream that is gone says nothing of the one that has its name next.
+func TestLateSettlementsOfAStreamThatIsGoneMoveNoPlace(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		s := newStaged(r, 2)
+		r.Consuming(s.handle, fromFirst, steadymq.WithConcurrency(2), steadymq.WithPrefetch(4), steadymq.WithDrainTimeout(time.Hour))
+		s.publish(0, 4)
+		s.finish("1:m0", nil)
+		require.Equal(r, []string{"1:m1", "1:m2"}, s.atWork())
+		r.Broker.DeleteQueue(rig.Queue)
+		r.Wait(10 * time.Second) // the broker has said that there is none
+		s.finish("1:m1", nil)
+		s.finish("1:m2", nil)
+		r.Broker.DeclareQueue(rig.Queue, steadymqtest.QueueOptions{Type: "stream"})
+		s.publish(5, 9)
+		r.Wait(10 * time.Second)
+		assert.Equal(r, append(names(1, 0, 3), names(2, 5, 9)...), s.started())
+	})
+}
+
+// A message in hand holds the place before anything is settled: not one before it, and not one less.
+func TestFirstMessageInHandIsWhereTheNextSessionBegins(t *testing.T) {
+	for _, workers := range []int{1, 2, 4} {
+		for from := range 4 {
+			t.Run(fmt.Sprint("from ", from, " with ", workers), func(t *testing.T) {
+				rig.Bubble(t, func(r *rig.Rig) {
+					s := newStaged(r, 2)
+					s.publish(0, 8)
+					r.Consuming(s.handle, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": from}), steadymq.WithConcurrency(workers), steadymq.WithPrefetch(4))
+					require.Equal(r, names(1, from, from+workers), s.started())
+					r.Broker.Reset()
+					r.Wait(5 * time.Second)
+					assert.Equal(r, append(names(1, from, from+workers), names(2, from, 8)...), s.started())
+				})
+			})
+		}
+	}
 }
 
 // What the old session held for its next try does not come back to it.

@@ -421,7 +421,7 @@ func TestDriverThatHasItsOwnFramesIsToldNothingBeside(t *testing.T) {
 		var want []byte
 		for range 50 {
 			time.Sleep(200 * time.Millisecond)
-			_, err := far.Write(slicesOf(deliveryOf(1, nil), flow))
+			_, err := far.Write(slicesOf(deliveryOf(1, nil), flow, deliveryOf(2, nil)))
 			require.NoError(t, err)
 			want = append(want, flow...)
 		}
