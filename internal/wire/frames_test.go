@@ -254,9 +254,10 @@ func TestOfferOfTheBrokerStaysAsItWas(t *testing.T) {
 func TestOfferIsReadUpToTheLengthOfAFirstFrame(t *testing.T) {
 	long := func(s string) []byte { return append(binary.BigEndian.AppendUint32(nil, uint32(len(s))), s...) }
 	for length, want := range map[int]string{firstFrame - 1: "PLAIN", firstFrame: "PLAIN", firstFrame + 1: ""} {
-		start := methodOf(0, 10, 10, slicesOf([]byte{0, 9, 0, 0, 0, 0}, long("PLAIN"), long("en_US"))...)
-		pad := length - len(start)
-		start = methodOf(0, 10, 10, slicesOf([]byte{0, 9, 0, 0, 0, 0}, long("PLAIN"), long(strings.Repeat("l", 5+pad)))...)
+		greeting := func(properties int) []byte { // of the server, which stand before its offer
+			return methodOf(0, 10, 10, slicesOf([]byte{0, 9}, long(strings.Repeat("p", properties)), long("PLAIN"), long("en_US"))...)
+		}
+		start := greeting(length - len(greeting(0)))
 		require.Len(t, start, length)
 		for _, n := range []int{length, 1000, 7} {
 			inBubble(t, func(t *testing.T) {

@@ -125,6 +125,7 @@ func TestHeldAcksLeaveAtTheWriteDelay(t *testing.T) {
 				deliver(t, far, 100)
 				for round := range uint64(5) {
 					first := 3 * round
+					time.Sleep(2) // the last of the round before is company still
 					ackAll(t, sub, first+1)
 					time.Sleep(delay / 2)
 					ackAll(t, sub, first+2)
@@ -544,6 +545,25 @@ func TestMessageIsPutOnceItIsWhole(t *testing.T) {
 		require.Equal(t, 1, sub.count())
 		require.EqualValues(t, 1, sub.Unsettled())
 		assert.Equal(t, "body", string(sub.take().Body))
+	})
+}
+
+// A message that no handler can be given is to be settled as any other.
+func TestUnreadableMessageCountsAsUnsettled(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		sub, _, far := consumer(t, socketLimits, 100)
+		arrived := collect(far)
+		_, err := far.Write(slicesOf(deliveryOf(1, nil), messageOf(1, 2, []byte{0x80, 0, 9}, "body")))
+		require.NoError(t, err)
+		synctest.Wait()
+		require.EqualValues(t, 2, sub.Unsettled())
+		ackAll(t, sub, 1)
+		synctest.Wait()
+		require.Empty(t, arrived.bytes(), "another settlement may follow")
+		require.NoError(t, sub.Requeue(2))
+		synctest.Wait()
+		assert.Len(t, arrived.bytes(), 2*settlementSize)
+		assert.Zero(t, sub.Unsettled())
 	})
 }
 
