@@ -548,6 +548,29 @@ func TestMessageIsPutOnceItIsWhole(t *testing.T) {
 	})
 }
 
+// The end of the driver's frame wakes who waits for it, though the peer takes nothing meanwhile.
+func TestEndOfAFrameWakesThoughTheWriterIsBusy(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, _ := pipe(t, Options{})
+		sub := openSubscription(s, 1, 1)
+		_, err := s.Write(heartbeatFrame)
+		require.NoError(t, err)
+		synctest.Wait() // the writer waits for the peer
+		frame := frameOf(frameBody, 3, 1, 2, 3)
+		_, err = s.Write(frame[:9])
+		require.NoError(t, err)
+		settled := make(chan error, 1)
+		go func() { settled <- sub.Ack(1) }()
+		time.Sleep(time.Minute)
+		require.Empty(t, settled)
+		_, err = s.Write(frame[9:])
+		require.NoError(t, err)
+		synctest.Wait()
+		require.Len(t, settled, 1)
+		assert.NoError(t, <-settled)
+	})
+}
+
 // A message that no handler can be given is to be settled as any other.
 func TestUnreadableMessageCountsAsUnsettled(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
