@@ -327,6 +327,27 @@ func TestLateSettlementsOfAStreamThatIsGoneMoveNoPlace(t *testing.T) {
 	})
 }
 
+// Nor while its successor is being declared, at whichever moment.
+func TestLateSettlementsWhileAStreamIsMadeAnewMoveNoPlace(t *testing.T) {
+	for late := time.Duration(0); late < 1500*time.Millisecond; late += 50 * time.Millisecond {
+		t.Run(late.String(), func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				s := newStaged(r, 2)
+				r.Consuming(s.handle, fromFirst, steadymq.WithPrefetch(4), steadymq.WithDrainTimeout(time.Hour), steadymq.WithQueue(steadymq.Queue{Type: "stream"}))
+				s.publish(0, 1)
+				r.Broker.SetLatency(100 * time.Millisecond)
+				r.Broker.DeleteQueue(rig.Queue)
+				r.Wait(late + time.Millisecond)
+				s.gate("1:m0") <- nil
+				r.Wait(30 * time.Second)
+				s.publish(5, 8)
+				r.Wait(10 * time.Second)
+				assert.Equal(r, append(names(1, 0, 1), names(2, 5, 8)...), s.started())
+			})
+		})
+	}
+}
+
 // A message in hand holds the place before anything is settled: not one before it, and not one less.
 func TestFirstMessageInHandIsWhereTheNextSessionBegins(t *testing.T) {
 	for _, workers := range []int{1, 2, 4} {

@@ -125,7 +125,7 @@ func TestHeldAcksLeaveAtTheWriteDelay(t *testing.T) {
 				deliver(t, far, 100)
 				for round := range uint64(5) {
 					first := 3 * round
-					time.Sleep(2) // the last of the round before is company still
+					time.Sleep(2 * time.Nanosecond) // the last of the round before is company still
 					ackAll(t, sub, first+1)
 					time.Sleep(delay / 2)
 					ackAll(t, sub, first+2)
@@ -133,7 +133,7 @@ func TestHeldAcksLeaveAtTheWriteDelay(t *testing.T) {
 					ackAll(t, sub, first+3)
 					synctest.Wait()
 					require.Len(t, arrived.bytes(), int(first)*settlementSize, "round %d: not a moment before", round)
-					time.Sleep(1)
+					time.Sleep(time.Nanosecond)
 					synctest.Wait()
 					require.Equal(t, acksOf(upTo(first+3)...), arrived.bytes(), "round %d: nor later", round)
 				}
@@ -182,7 +182,7 @@ func TestRejectsAndRequeuesWaitAsAcksDo(t *testing.T) {
 		time.Sleep(socketLimits.WriteDelay - 1)
 		synctest.Wait()
 		require.Empty(t, arrived.bytes())
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		assert.Len(t, arrived.bytes(), 3*settlementSize)
 	})
