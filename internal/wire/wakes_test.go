@@ -507,6 +507,7 @@ func TestLimitOfACallCountsTheSilenceAfterDeliveries(t *testing.T) {
 				time.Sleep(min(limit, c.most) - 2)
 				calledOff()
 				time.Sleep(time.Hour)
+				synctest.Wait()
 				assert.Equal(t, []time.Duration{c.want}, over)
 
 				since := time.Now()
