@@ -150,7 +150,7 @@ var mutants = []mutant{
 		"(cut || strings.HasSuffix(text, p.end))", "(cut || strings.Contains(text, p.end))")),
 	inTest("TestTextThatWasCutOffIsTakenForWhatPasses", change("a text that was cut off is none of the phrases", "class.go",
 		"(cut || strings.HasSuffix(text, p.end))", "(cut && false || strings.HasSuffix(text, p.end))")),
-	inTest("TestStreamStartsOverOnlyIfItIsGoneItself", change("a stream starts over because of another queue", "stream.go",
+	inTest("TestStreamStartsOverOnlyIfItIsGoneItself", change("a stream starts over because of another queue", "class.go",
 		`want := "no queue '" + name + "' in vhost '"`, `want := "no queue '"`)),
 	inTest("TestQuietStreamSkipsNothingThatIsPublishedWhileAway", change("no place in a stream is known before its first delivery", "session.go",
 		`unclear && s.declaration.queue == ""`, `unclear && s.declaration.queue == "none"`)),
