@@ -3,6 +3,7 @@ package steadymq
 import (
 	"errors"
 	"log/slog"
+	"math/rand/v2"
 	"sync"
 	"time"
 )
@@ -329,5 +330,25 @@ func settlementFor(err error, d *Delivery, c *config) (Outcome, time.Duration) {
 	if errors.As(err, &v) {
 		return v.outcome, v.delay
 	}
-	return Requeued, c.hold(d.Attempt())
+	return Requeued, holdFor(d.Attempt(), c)
+}
+
+// holdFor returns how long a message is held that has failed for the n-th time, as far as the
+// broker counts: twice as long as the last time. Where the broker does not count, the hold stays
+// short.
+func holdFor(n int, c *config) time.Duration {
+	d := c.requeueFirst
+	for ; n > 1 && d < c.requeueLongest; n-- {
+		d *= 2
+	}
+	return min(jitter(min(d, c.requeueLongest)), c.requeueLongest)
+}
+
+// jitter spreads d over [d/2, d*3/2), so that messages that failed together do not come back
+// together.
+func jitter(d time.Duration) time.Duration {
+	if d <= 0 {
+		return 0
+	}
+	return d/2 + rand.N(d)
 }
