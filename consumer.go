@@ -257,7 +257,7 @@ func (s *supervisor) connecting() stateFunc {
 		s.enter(Connecting, nil)
 	}
 	step := newStep("dial")
-	defer s.scope.waiting(s.host, step)()
+	defer s.scope.watchTry(s.host, step)()
 	try := s.scope.begin()
 	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, e, number, try, step) }, step)
 	if a.conn != nil {

@@ -674,9 +674,9 @@ const (
 	slowInterval = 10 * time.Minute // the shortest time between two such lines
 )
 
-// waiting logs that a try takes long, and at which step it is. The function that it returns is to
+// watchTry logs that a try takes long, and at which step it is. The function that it returns is to
 // be called at the end of the try.
-func (s *scope) waiting(host string, step *step) (over func()) {
+func (s *scope) watchTry(host string, step *step) (over func()) {
 	timer := time.AfterFunc(slowConnect, func() {
 		if left, ok := s.notices.connecting.allow(slowInterval); ok {
 			attrs := []slog.Attr{slog.String("queue", s.config.queue), slog.String("step", step.String()), durationAttr("for", slowConnect), suppressed(left)}
