@@ -1,13 +1,15 @@
 package steadymq
 
 import (
+	"errors"
 	"strings"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// class is a kind of failure, by what to do about it. The table of retry in reconnect.go says how
-// each is retried.
+// class is a kind of failure, by what to do about it. Here it is read from what the broker says;
+// classify in reconnect.go, which knows the other failures, too, begins with that. The table of
+// retry says there how each class is retried.
 type class int
 
 const (
@@ -113,4 +115,20 @@ func classifyBroker(e *amqp.Error) class {
 		return classChannel
 	}
 	return classNetwork // 501 to 505, 506: protocol errors end the connection
+}
+
+// noQueue reports whether err says that no queue of that name exists. A queue whose node is down
+// exists, although its error has the same code.
+func noQueue(err error, name string) bool {
+	var brokerErr *amqp.Error
+	if !errors.As(err, &brokerErr) || !brokerErr.Server || brokerErr.Code != amqp.NotFound {
+		return false
+	}
+	text, cut := wording(brokerErr)
+	want := "no queue '" + name + "' in vhost '"
+	if cut {
+		text = strings.TrimSuffix(text, "...")
+		want = want[:min(len(want), len(text))]
+	}
+	return strings.HasPrefix(text, want)
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -512,16 +511,6 @@ func (c *config) tooLarge(size uint64) error {
 	return fmt.Errorf("%w of %d bytes: raise it, or take the message out of the queue", ErrMessageTooLarge, c.maxMessage)
 }
 
-// hold returns how long a message is held that has failed for the n-th time, as far as the broker
-// counts: twice as long as the last time. Where the broker does not count, the hold stays short.
-func (c *config) hold(n int) time.Duration {
-	d := c.requeueFirst
-	for ; n > 1 && d < c.requeueLongest; n-- {
-		d *= 2
-	}
-	return min(jitter(min(d, c.requeueLongest)), c.requeueLongest)
-}
-
 // takeTable returns a copy of t and refuses what AMQP cannot carry in it. place says where in the
 // option t was given; it is "" if t is the option itself.
 func (c *config) takeTable(option, place string, t amqp.Table) amqp.Table {
@@ -545,13 +534,4 @@ func (c *config) shortString(option, what, text string) {
 	if problem := shortStringProblem(text); problem != "" {
 		c.refuse(option, "%s %s", what, problem)
 	}
-}
-
-// jitter spreads d over [d/2, d*3/2), so that messages that failed together do not come back
-// together.
-func jitter(d time.Duration) time.Duration {
-	if d <= 0 {
-		return 0
-	}
-	return d/2 + rand.N(d)
 }

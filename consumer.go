@@ -257,7 +257,7 @@ func (s *supervisor) connecting() stateFunc {
 		s.enter(Connecting, nil)
 	}
 	step := newStep("dial")
-	defer s.scope.waiting(s.host, step)()
+	defer s.scope.watchTry(s.host, step)()
 	try := s.scope.begin()
 	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, e, number, try, step) }, step)
 	if a.conn != nil {
@@ -500,7 +500,7 @@ func (s *supervisor) draining() stateFunc {
 		close(s.session.stop)
 		<-s.session.done // bounded by the drain limit and the close limit
 		s.closing = append(s.closing, closer{done: s.probed})
-		s.addError(s.session.drained)
+		s.addError(s.session.drainErr)
 		left -= s.session.closeTook
 	}
 	if !s.handlersDone(limit.C) && !errors.Is(s.err, ErrDrainTimeout) {
@@ -562,7 +562,7 @@ func (s *supervisor) awaitClosing() {
 		select {
 		case <-l.done:
 			if l.session != nil {
-				s.addError(l.session.drained)
+				s.addError(l.session.drainErr)
 			}
 		case <-limit.C:
 			s.stats.abandoned.Add(uint64(len(s.closing) - i))

@@ -11,8 +11,106 @@ import (
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
-// What a Delivery says about itself: its number of tries, read from the headers of brokers, and its
-// forms in JSON, in a log and as text. Handlers, hooks and the log call these.
+// A Delivery, and what it says about itself: where it came from, its number of tries, read from the
+// headers of brokers, and its forms in JSON, in a log and as text. Handlers, hooks and the log call
+// these. How it is settled is in ack.go.
+
+// Delivery is one message as one session delivered it. Its embedded [amqp.Delivery] has the body,
+// headers and properties, which belong to the handler. On a stream, do not write into the bytes of
+// Body or the entries of Headers: the next try in place is given the same ones.
+//
+// A delivery is settled at most once, with multiple=false, on the channel that delivered it and no
+// other. All methods are safe for concurrent use. A copy of a Delivery, made by value, is the same
+// delivery and shares its outcome. The Ack, Nack and Reject of the embedded amqp.Delivery are as
+// safe, and refuse multiple=true with [ErrMultiple].
+//
+// Inside a [Handler] there is usually nothing to settle by hand: the handler's error decides. A
+// handler that has settled its delivery is respected, whatever it returns. If a settlement by hand
+// was refused, the delivery is still unsettled and the handler returns nil, then the handler has
+// failed with that refusal: its message is put back, not acked.
+type Delivery struct {
+	amqp.Delivery
+
+	fence *fence // shared by all copies, nil for one that nobody delivered
+}
+
+// newDelivery makes an empty delivery, for the wire to fill and for init to finish.
+func newDelivery() *Delivery {
+	f := new(fence)
+	f.origin.fence = f
+	return &f.origin
+}
+
+func (d *Delivery) init(s settler) {
+	d.fence.tag = d.DeliveryTag
+	d.fence.settler = s
+	d.Acknowledger = d.fence
+}
+
+// keepOriginal notes the message as it came, because its handler may change all fields that are
+// exported. The bytes of the body and the headers themselves are not copied.
+func (d *Delivery) keepOriginal() {
+	d.fence.stream = &streamed{original: d.Delivery}
+}
+
+// again returns the delivery of the next try in place.
+func (d *Delivery) again() *Delivery {
+	next := newDelivery()
+	next.fence.stream = d.fence.stream
+	next.Delivery = next.fence.stream.original
+	next.DeliveryTag = d.fence.tag
+	next.fence.tries = d.fence.tries + 1
+	return next
+}
+
+// NewDelivery makes a [Delivery] of no session, for tests of handlers; see [Invoke]. If m has an
+// Acknowledger the settlement is passed on to it, once; else it is only recorded, see
+// [Delivery.Outcome]. For a [Delivery.Attempt] above 1 set Redelivered too, as a broker does.
+func NewDelivery(m amqp.Delivery) *Delivery {
+	d := newDelivery()
+	d.Delivery = m
+	d.init(detached{m.Acknowledger})
+	return d
+}
+
+// Outcome returns what became of the delivery so far. A message that is held (see
+// [WithRequeueDelay]) is [Unsettled].
+func (d *Delivery) Outcome() Outcome {
+	if d.fence == nil {
+		return Unsettled
+	}
+	return Outcome(d.fence.outcome.Load())
+}
+
+// Session returns the number of the session that delivered the message, counted from 1 in each Run;
+// 0 for [NewDelivery]. Session and DeliveryTag together are the only identity that AMQP 0-9-1 gives
+// a delivery.
+func (d *Delivery) Session() uint64 {
+	if d.fence == nil {
+		return 0
+	}
+	return d.fence.settler.number()
+}
+
+// Queue returns the queue that the message came from, by the name that the broker has given it if
+// New was given none; "" for [NewDelivery].
+func (d *Delivery) Queue() string {
+	if d.fence == nil {
+		return ""
+	}
+	queue, _ := d.fence.settler.source()
+	return queue
+}
+
+// Host returns the address (host:port) of the broker that delivered the message; "" for
+// [NewDelivery].
+func (d *Delivery) Host() string {
+	if d.fence == nil {
+		return ""
+	}
+	_, host := d.fence.settler.source()
+	return host
+}
 
 // Attempt returns the number of this try, 1 for the first, as far as the broker tells. It is the
 // highest of these, and one more for each try in place (on a stream):

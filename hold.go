@@ -3,9 +3,14 @@ package steadymq
 import (
 	"errors"
 	"log/slog"
+	"math/rand/v2"
 	"sync"
 	"time"
 )
+
+// What comes back from a handler without an ack, or could not be given to one: how long it is held,
+// and what is said about it. The workers add to the holds; the session puts aside what cannot be
+// read.
 
 // holds are the failed deliveries of a session that are held until they go back to the queue or, on
 // a stream, are tried again. Workers add to them, timers take from them, and the session's
@@ -178,72 +183,6 @@ func (h *holds) warn() {
 		slog.Int("held", held), slog.Int("prefetch", s.config.prefetch), slog.Time("since", since))
 }
 
-// A quorum queue drops a message, or dead-letters it, once it has come back more often than the
-// queue's delivery limit: 20 times by default since RabbitMQ 4.0. A handler whose database is down
-// for a while would lose all messages that it is given.
-const (
-	limitArg     = "x-delivery-limit"
-	defaultLimit = 20
-
-	// noLimit switches the limit off from RabbitMQ 4.0 on. Before that, when there was no limit by
-	// default, it drops a message at its first return.
-	noLimit int32 = -1
-)
-
-// limitMode is what the declaration of a queue says about its delivery limit. Each mode asks for
-// less than the one before.
-type limitMode int
-
-const (
-	limitAsGiven  limitMode = iota // as the user says, if anything
-	limitOff                       // switched off
-	limitOmitted                   // not mentioned: the queue has a limit, most likely the default
-	limitExisting                  // the queue has a limit that was declared, and is taken as it is
-)
-
-// firstLimit returns what a declaration asks for first.
-func firstLimit(c *connection, q *Queue) limitMode {
-	if q == nil || q.Type != "quorum" || c.major() < 4 || q.deadLetters() {
-		return limitAsGiven
-	}
-	if _, given := q.Args[limitArg]; given {
-		return limitAsGiven
-	}
-	return limitOff
-}
-
-// deliveryLimit returns the limit at which this session's queue drops messages, 0 for none, and
-// whether that is known: for a queue that others have declared it is a guess.
-func (s *session) deliveryLimit() (limit int, known bool) {
-	q := s.config.declare
-	switch {
-	case s.stream != nil, s.declaration.limit == limitOff:
-		return 0, true
-	case q != nil && (q.Type != "quorum" || q.deadLetters()):
-		return 0, true
-	}
-	if q != nil {
-		if n, ok := headerInt(q.Args[limitArg]); ok {
-			return int(min(max(n, 0), maxCount)), true
-		}
-	}
-	if s.conn.major() < 4 {
-		return 0, false
-	}
-	return defaultLimit, false
-}
-
-// warnOfKeptLimit warns, once in a Run, of a queue that exists with a limit.
-func (s *session) warnOfKeptLimit() {
-	if s.declaration.limit <= limitOff || s.notices.limitKept.Swap(true) {
-		return
-	}
-	s.warn("the queue was declared before with a delivery limit, which stays: a message that comes back more often is dropped. "+
-		"Switch it off by a policy with delivery-limit -1, or delete the queue so that it is declared anew; "+
-		"or say what is meant by Queue.DeadLetter or "+limitArg+" in Queue.Args",
-		slog.String("broker", s.declaration.refusal.Error()))
-}
-
 // warnNearLimit warns of a redelivered message that the limit will soon take.
 func (s *session) warnNearLimit(d *Delivery) {
 	n, _ := d.count(deliveryCount)
@@ -329,5 +268,25 @@ func settlementFor(err error, d *Delivery, c *config) (Outcome, time.Duration) {
 	if errors.As(err, &v) {
 		return v.outcome, v.delay
 	}
-	return Requeued, c.hold(d.Attempt())
+	return Requeued, holdFor(d.Attempt(), c)
+}
+
+// holdFor returns how long a message is held that has failed for the n-th time, as far as the
+// broker counts: twice as long as the last time. Where the broker does not count, the hold stays
+// short.
+func holdFor(n int, c *config) time.Duration {
+	d := c.requeueFirst
+	for ; n > 1 && d < c.requeueLongest; n-- {
+		d *= 2
+	}
+	return min(jitter(min(d, c.requeueLongest)), c.requeueLongest)
+}
+
+// jitter spreads d over [d/2, d*3/2), so that messages that failed together do not come back
+// together.
+func jitter(d time.Duration) time.Duration {
+	if d <= 0 {
+		return 0
+	}
+	return d/2 + rand.N(d)
 }

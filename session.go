@@ -20,7 +20,7 @@ import (
 //
 // The goroutine of the try makes it and sets all plain fields before it starts run. After that only
 // run writes them. Workers take from inbox, pass gate and settle; the supervisor reads end, done
-// and, once done is closed, drained and closeTook.
+// and, once done is closed, drainErr and closeTook.
 //
 // run leads it to one of these ends:
 //
@@ -64,7 +64,7 @@ type session struct {
 	received atomic.Uint64 // deliveries given to handlers, for the stall detector
 
 	givenUp   bool          // a call on the channel was not answered in time; only run uses it
-	drained   error         // why acks may be lost, or handlers did not end; read after done
+	drainErr  error         // why acks may be lost, or handlers did not end; read after done
 	closeTook time.Duration // how long the close took; read after done
 }
 
@@ -372,9 +372,9 @@ func (s *session) retire(cause error) {
 	case <-s.gate.done: // closeChannel proves their settlements
 		return
 	case <-s.channelEnd.Done():
-		s.drained = s.acksLost(s.diagnose())
+		s.drainErr = s.acksLost(s.diagnose())
 	case <-s.conn.end.Done():
-		s.drained = s.acksLost(s.conn.end.Cause())
+		s.drainErr = s.acksLost(s.conn.end.Cause())
 	case <-limit.C:
 	}
 	s.lose(cause)
@@ -387,13 +387,13 @@ func (s *session) drain() {
 	defer limit.Stop()
 	s.takeNoMore()
 	s.end.notify(errStopped)
-	s.drained = s.unsubscribe(limit.C)
+	s.drainErr = s.unsubscribe(limit.C)
 	s.releaseHeld() // after basic.cancel, or the broker would deliver them here again
-	if s.drained == nil {
-		s.drained = s.awaitHandlers(limit.C)
+	if s.drainErr == nil {
+		s.drainErr = s.awaitHandlers(limit.C)
 	}
-	if s.drained != nil {
-		s.lose(s.drained)
+	if s.drainErr != nil {
+		s.lose(s.drainErr)
 	}
 }
 
@@ -503,7 +503,7 @@ func (s *session) closeChannel(hardLimit time.Duration) {
 		}
 	}
 	if err != nil && !s.closed.Load() {
-		s.drained = s.acksLost(err)
+		s.drainErr = s.acksLost(err)
 	}
 }
 
@@ -674,9 +674,9 @@ const (
 	slowInterval = 10 * time.Minute // the shortest time between two such lines
 )
 
-// waiting logs that a try takes long, and at which step it is. The function that it returns is to
+// watchTry logs that a try takes long, and at which step it is. The function that it returns is to
 // be called at the end of the try.
-func (s *scope) waiting(host string, step *step) (over func()) {
+func (s *scope) watchTry(host string, step *step) (over func()) {
 	timer := time.AfterFunc(slowConnect, func() {
 		if left, ok := s.notices.connecting.allow(slowInterval); ok {
 			attrs := []slog.Attr{slog.String("queue", s.config.queue), slog.String("step", step.String()), durationAttr("for", slowConnect), suppressed(left)}

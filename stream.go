@@ -5,7 +5,6 @@ import (
 	"maps"
 	"math"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -230,22 +229,6 @@ func (p *position) setupFailed(err error) {
 	if noQueue(err, queue) {
 		p.startOver()
 	}
-}
-
-// noQueue reports whether err says that no queue of that name exists. A queue whose node is down
-// exists, although its error has the same code.
-func noQueue(err error, name string) bool {
-	var brokerErr *amqp.Error
-	if !errors.As(err, &brokerErr) || !brokerErr.Server || brokerErr.Code != amqp.NotFound {
-		return false
-	}
-	text, cut := wording(brokerErr)
-	want := "no queue '" + name + "' in vhost '"
-	if cut {
-		text = strings.TrimSuffix(text, "...")
-		want = want[:min(len(want), len(text))]
-	}
-	return strings.HasPrefix(text, want)
 }
 
 // began records a delivery that a handler is given: even if none is ever settled, the next session

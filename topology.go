@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"strings"
 
@@ -12,8 +13,8 @@ import (
 )
 
 // What a session declares before it consumes: by the function of WithTopology or as WithQueue says,
-// and what it asks for instead if the broker refuses. openSession keeps the declaration from one
-// round to the next; subscribe calls topology.
+// what it asks for instead if the broker refuses, and which delivery limit its queue then has.
+// openSession keeps the declaration from one round to the next; subscribe calls topology.
 
 // topology declares what the session needs and returns the queue to consume from.
 func (s *session) topology(ctx context.Context) (queue string, err error) {
@@ -224,4 +225,70 @@ func gone(err error, queue string) error {
 		return err
 	}
 	return &goneError{err}
+}
+
+// A quorum queue drops a message, or dead-letters it, once it has come back more often than the
+// queue's delivery limit: 20 times by default since RabbitMQ 4.0. A handler whose database is down
+// for a while would lose all messages that it is given.
+const (
+	limitArg     = "x-delivery-limit"
+	defaultLimit = 20
+
+	// noLimit switches the limit off from RabbitMQ 4.0 on. Before that, when there was no limit by
+	// default, it drops a message at its first return.
+	noLimit int32 = -1
+)
+
+// limitMode is what the declaration of a queue says about its delivery limit. Each mode asks for
+// less than the one before.
+type limitMode int
+
+const (
+	limitAsGiven  limitMode = iota // as the user says, if anything
+	limitOff                       // switched off
+	limitOmitted                   // not mentioned: the queue has a limit, most likely the default
+	limitExisting                  // the queue has a limit that was declared, and is taken as it is
+)
+
+// firstLimit returns what a declaration asks for first.
+func firstLimit(c *connection, q *Queue) limitMode {
+	if q == nil || q.Type != "quorum" || c.major() < 4 || q.deadLetters() {
+		return limitAsGiven
+	}
+	if _, given := q.Args[limitArg]; given {
+		return limitAsGiven
+	}
+	return limitOff
+}
+
+// deliveryLimit returns the limit at which this session's queue drops messages, 0 for none, and
+// whether that is known: for a queue that others have declared it is a guess.
+func (s *session) deliveryLimit() (limit int, known bool) {
+	q := s.config.declare
+	switch {
+	case s.stream != nil, s.declaration.limit == limitOff:
+		return 0, true
+	case q != nil && (q.Type != "quorum" || q.deadLetters()):
+		return 0, true
+	}
+	if q != nil {
+		if n, ok := headerInt(q.Args[limitArg]); ok {
+			return int(min(max(n, 0), maxCount)), true
+		}
+	}
+	if s.conn.major() < 4 {
+		return 0, false
+	}
+	return defaultLimit, false
+}
+
+// warnOfKeptLimit warns, once in a Run, of a queue that exists with a limit.
+func (s *session) warnOfKeptLimit() {
+	if s.declaration.limit <= limitOff || s.notices.limitKept.Swap(true) {
+		return
+	}
+	s.warn("the queue was declared before with a delivery limit, which stays: a message that comes back more often is dropped. "+
+		"Switch it off by a policy with delivery-limit -1, or delete the queue so that it is declared anew; "+
+		"or say what is meant by Queue.DeadLetter or "+limitArg+" in Queue.Args",
+		slog.String("broker", s.declaration.refusal.Error()))
 }

@@ -2,9 +2,63 @@ package wire
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 )
+
+// What a socket makes of silence: the watchdog ends it when its peer has sent nothing at all for too
+// long, and silenceLimit bounds one call to the broker.
+
+// WatchPeer begins to watch for a peer that falls silent. It is called once, after the handshake:
+// before that, silence can be an answer, and the limit of the set-up bounds it.
+func (s *Socket) WatchPeer() {
+	if s.opts.IdleTimeout > 0 {
+		s.running.Go(s.watch)
+	}
+}
+
+// watch ends the socket when Read has read nothing for too long. That covers a silent peer and a
+// driver that stopped reading alike.
+func (s *Socket) watch() {
+	dog := watchdog{idle: s.opts.IdleTimeout, due: time.Since(s.start) + s.opts.IdleTimeout}
+	timer := time.NewTimer(dog.idle)
+	defer timer.Stop()
+	for {
+		select {
+		case <-s.end.done:
+			return
+		case <-timer.C:
+		}
+		now := time.Since(s.start)
+		if dog.expired(now, time.Duration(s.in.heard.Load())) {
+			s.Kill(fmt.Errorf("%w for %v: the peer or the path to it is dead, or the driver stopped reading", ErrWatchdog, dog.idle))
+			return
+		}
+		timer.Reset(dog.due - now)
+	}
+}
+
+// watchdog decides what a fired timer means; its times count from the start of the socket.
+type watchdog struct {
+	idle time.Duration
+	due  time.Duration // when to look again
+}
+
+// expired reports whether the peer was silent for too long; heard is its last sign of life.
+func (d *watchdog) expired(now, heard time.Duration) bool {
+	if next := heard + d.idle; next > now {
+		d.due = next
+		return false
+	}
+	// A timer this late means that the machine stood still, not the peer: what the peer sent
+	// meanwhile may lie unread.
+	if now-d.due >= d.idle/2 {
+		d.due = now + d.idle/2
+		return false
+	}
+	return true
+}
 
 // silenceLimit is the limit of one call to the broker. An answer stands behind everything that the
 // broker has sent before it. On a slow path that is minutes of deliveries, and a limit that counted

@@ -39,7 +39,7 @@ var rooms = []room{
 	{"connection.go", "connections.go"},
 	{"inbox.go"},
 	{"stream.go"},
-	{"session.go", "topology.go", "hold.go", "place.go"},
+	{"session.go", "topology.go", "hold.go", "lookup.go"},
 	{"probe.go"},
 	{"worker.go"},
 	{"consumer.go"},
