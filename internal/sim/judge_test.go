@@ -433,7 +433,8 @@ func (j *simJudge) outlived(h *simHandling, waited time.Duration) {
 	if handlersGoOn(x.record.Cause) || x.record.Cause == "broker killed" {
 		return
 	}
-	if late := time.Since(x.record.Ended); late > 5*h.c.plan.heartbeat/2+2*time.Second {
+	// The end stands behind what is on its way to the client.
+	if late := time.Since(x.record.Ended); late > 5*h.c.plan.heartbeat/2+2*time.Second+h.c.plan.lag {
 		j.note("ctx", "the context of handler %v goes on %v after its session was lost (%s)", h.key, late, x.record.Cause)
 	}
 }
@@ -523,11 +524,14 @@ func (j *simJudge) stalled(c *simConsumer, cause error) {
 	if !strings.Contains(cause.Error(), "stalled: ") {
 		return
 	}
-	if q := &j.s.plan.queues[c.plan.queue]; q.kind == "stream" && q.purged {
-		return // it may wait at its old place in a stream that others have declared anew
-	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if q := &j.s.plan.queues[c.plan.queue]; q.kind == "stream" && q.purged {
+		// It may wait at its old place in a stream that others have declared anew, where the detector
+		// ends each session.
+		c.resumeBy = max(c.resumeBy, j.s.now()+j.s.plan.tail(c.plan))
+		return
+	}
 	calm := j.s.now() - j.s.lastMark
 	if j.s.active.Load() == 0 && calm > 2*c.plan.stall+c.plan.setup+10*time.Second+c.plan.lag {
 		j.note("stall", "a session of %s was ended though nothing has happened for %v: %v", c.plan.name, calm, cause)

@@ -277,6 +277,9 @@ func (p *simPlan) drawMoreFaults(r *rand.Rand) {
 			}
 			longest := min(simKinds[f.kind].longest, p.chaos()-f.at)
 			f.last = time.Duration(last * float64(longest)).Truncate(time.Millisecond)
+			if longest > 0 {
+				f.last = max(f.last, time.Millisecond) // at 0 it would never end
+			}
 		}
 	}
 }

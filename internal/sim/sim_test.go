@@ -593,7 +593,7 @@ func (s *sim) finale() {
 	}
 	limit := s.now() + 2*time.Minute
 	for _, c := range s.consumers {
-		limit = max(limit, c.looseBy+2*time.Minute+c.plan.longest+4*c.plan.lag)
+		limit = max(limit, c.looseBy+2*time.Minute+c.plan.longest+4*c.plan.lag+s.plan.backlog(c.plan))
 	}
 	for i, q := range s.plan.queues {
 		s.declare(q)
@@ -620,6 +620,20 @@ func (s *sim) last(i int, limit time.Duration) {
 	if n := s.publish(simPublish{queue: i, count: 5}); n < 5 && !s.failed.Load() {
 		s.judge.violate("I2", "of 5 messages %d reach the queue %s", n, q.name)
 	}
+}
+
+// backlog is how long a consumer on a slow path needs for all that is published to its queue.
+func (p *simPlan) backlog(c *simConsumerPlan) time.Duration {
+	if c.bandwidth == 0 {
+		return 0
+	}
+	bytes := 0
+	for _, x := range p.publishes {
+		if x.queue == c.queue {
+			bytes += x.count * (x.body + 200)
+		}
+	}
+	return time.Duration(bytes) * time.Second / time.Duration(c.bandwidth)
 }
 
 // idler is a consumer of the queue that has not been in session since its Run began, "" if there is
