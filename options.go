@@ -232,7 +232,8 @@ func WithTopology(declare TopologyFunc) Option {
 //
 // If the stream itself was deleted, the next one of its name is read from its beginning. A stream
 // that others delete and declare anew within a moment, or while the consumer is away, looks like
-// the old one: give it a new name. Where the consumer declares the stream it looks for it first, by
+// the old one until it is as long: give it a new name. [WithStallDetector] notices one that grows,
+// and reads it from its beginning. Where the consumer declares the stream it looks for it first, by
 // a passive declare, which needs the configure permission on RabbitMQ 4.3; without that, a new
 // stream looks like the old one.
 func WithConsumeArgs(args amqp.Table) Option {

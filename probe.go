@@ -21,6 +21,7 @@ type prober struct {
 	session      *session
 	lastProgress uint64    // progress at the last look
 	length       int       // of the stream at the last look, -1 if it is not known
+	grown        int       // length of the stream that has grown without a delivery, 0 if it has not
 	suspected    bool      // the last look found signs of a stall
 	question     *question // the one that is not answered yet, nil if there is none
 	refused      bool      // the broker refuses the question
@@ -58,8 +59,12 @@ func (p *prober) run() {
 		case <-s.end.Done():
 			return
 		}
+		p.grown = 0
 		err := p.look()
 		if err != nil && p.suspected {
+			if p.grown > 0 {
+				s.stream.fallSilent(p.grown)
+			}
 			s.stall.notify(err)
 			return
 		}
@@ -122,6 +127,7 @@ func (p *prober) ask() error {
 		p.cannotAsk(err)
 		return nil
 	case s.stream != nil && p.grew(q.Messages):
+		p.grown = q.Messages
 		return p.stall("though the stream has grown")
 	case s.stream == nil && q.Consumers == 0:
 		return p.stall("and the queue knows of no consumer")

@@ -177,3 +177,38 @@ func TestInboxThatIsClearedKeepsNothing(t *testing.T) {
 	assert.Empty(t, box.next)
 	assert.Empty(t, box.rest)
 }
+
+// Only a stream that has dropped nothing tells by its length that it is another one.
+func TestPositionStartsOverOnlyInAStreamThatIsAnotherOne(t *testing.T) {
+	for name, c := range map[string]struct {
+		first  int64
+		length int
+		want   int64
+	}{
+		"shorter, from its beginning":        {0, 60, 0},
+		"as long":                            {0, 100, 100},
+		"shorter, for it has dropped some":   {50, 60, 100},
+		"not known where the stream begins":  {unknownOffset, 60, 100},
+		"nothing is wrong":                   {0, 0, 100},
+		"longer, so the position is in it":   {0, 160, 100},
+		"shorter by one message than it was": {0, 99, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &position{settled: newWatermark(), acked: newWatermark()}
+			p.needsLookup("s", "first")
+			p.resume(1, nil, false)
+			p.subscribed("first")
+			p.locate(100)
+			p.fallSilent(c.length)
+			offset, needed := p.needsLookup("s", "first")
+			assert.Equal(t, c.length > 0, needed)
+			if needed {
+				assert.Equal(t, "first", offset)
+				p.locate(c.first)
+			}
+			assert.Equal(t, c.want, p.resume(2, nil, true)[offsetKey])
+			_, needed = p.needsLookup("s", "first")
+			assert.False(t, needed, "once")
+		})
+	}
+}

@@ -16,18 +16,20 @@ import (
 // of a lost session would skip what was published meanwhile. A nil position is that of a queue: it
 // does nothing. Tries, workers and timers use it, all under mu.
 type position struct {
-	mu      sync.Mutex
-	queue   string    // the name of the stream
-	from    any       // where to resume while next is unknown; nil before the first subscription
-	begun   bool      // there has been a subscription
-	lookups int       // how often the position was looked up
-	known   bool      // next is set
-	guessed bool      // next comes from the first deliveries, of which none is settled yet
-	next    int64     // offset of the first message that is not settled for good
-	doubted bool      // the broker has cancelled the consumer, so the stream may be about to end
-	session uint64    // the try of the session that settled and acked are about
-	settled watermark // what handlers are done with
-	acked   watermark // of these, what the broker was told
+	mu        sync.Mutex
+	queue     string    // the name of the stream
+	from      any       // where to resume while next is unknown; nil before the first subscription
+	begun     bool      // there has been a subscription
+	lookups   int       // how often the position was looked up
+	known     bool      // next is set
+	guessed   bool      // next comes from the first deliveries, of which none is settled yet
+	next      int64     // offset of the first message that is not settled for good
+	doubted   bool      // the broker has cancelled the consumer, so the stream may be about to end
+	silent    int       // length of the stream when nothing came from here although it had grown, else 0
+	comparing int       // the same, while a lookup finds out whether it is another stream
+	session   uint64    // the try of the session that settled and acked are about
+	settled   watermark // what handlers are done with
+	acked     watermark // of these, what the broker was told
 }
 
 const offsetKey = "x-stream-offset"
@@ -79,7 +81,8 @@ const maxLookups = 2
 // needsLookup records which stream the position is about. It returns the offset that has to be
 // looked up before a session subscribes, and whether there is one: a shifting offset, until the
 // stream has a position. For the offset last, after a lookup that was cut off, it returns the time
-// of that lookup, so that what came since is found, or else still the last message.
+// of that lookup, so that what came since is found, or else still the last message. For a position
+// from which nothing came, although the stream has grown, it returns the beginning.
 func (p *position) needsLookup(queue string, given any) (offset any, ok bool) {
 	if p == nil {
 		return nil, false
@@ -91,6 +94,10 @@ func (p *position) needsLookup(queue string, given any) (offset any, ok bool) {
 	}
 	if p.fresh() {
 		return given, shifts(given, time.Now())
+	}
+	if p.silent > 0 {
+		p.silent, p.comparing = 0, p.silent
+		return "first", true
 	}
 	return p.from, given == "last" && !p.known && !p.begun && p.lookups < maxLookups
 }
@@ -109,6 +116,7 @@ func (p *position) resume(session uint64, args amqp.Table, asked bool) amqp.Tabl
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.session, p.settled, p.acked, p.doubted = session, newWatermark(), newWatermark(), false
+	p.silent, p.comparing = 0, 0
 	p.guessed = false
 	if !p.known && (asked || p.from == nil) {
 		return args
@@ -175,9 +183,14 @@ func (p *position) locate(offset int64) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if offset != unknownOffset {
+	switch {
+	case offset == unknownOffset:
+	case p.comparing == 0:
 		p.next, p.known = offset, true
+	case offset == 0 && int64(p.comparing) < p.next: // past the end, so this is another stream
+		p.next, p.session = 0, 0
 	}
+	p.comparing = 0
 }
 
 // ahead reports whether a stream of that length may not have reached the position yet, because the
@@ -214,6 +227,20 @@ func (p *position) doubt() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.doubted = true
+}
+
+// fallSilent records that nothing came from the position although the stream has grown to this
+// length. A stream that has dropped nothing, and is not as long as that, is another one: it was
+// made anew unnoticed, and a broker waits until it is so long.
+func (p *position) fallSilent(length int) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.known {
+		p.silent = length
+	}
 }
 
 // setupFailed records that a session could not be set up. If the reason is that the stream does not

@@ -231,6 +231,35 @@ func TestStreamThatGrowsWithoutADeliveryIsAStall(t *testing.T) {
 	})
 }
 
+// Nobody has told the consumer: at its old place the broker waits until the new stream is so long.
+func TestStreamMadeAnewWhileTheConsumerWasAwayIsReadFromItsBeginningOnceItStalls(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var handled []string
+		streamUnderDetector(r, func(_ context.Context, d *steadymq.Delivery) error {
+			handled = append(handled, string(d.Body))
+			return nil
+		})
+		old := make([]string, 100)
+		for i := range old {
+			old[i] = fmt.Sprint("old ", i)
+		}
+		r.Broker.Publish("log", old...)
+		r.Wait(time.Second)
+		require.Len(r, handled, 100)
+		r.Broker.Host(0).Kill()
+		r.Broker.DeleteQueue("log")
+		r.Broker.DeclareQueue("log", steadymqtest.QueueOptions{Type: "stream"})
+		r.Broker.Host(0).Restart()
+		var made []string
+		for i := range 60 {
+			made = append(made, fmt.Sprint("new ", i))
+			r.Broker.Publish("log", made[i])
+			r.Wait(time.Second)
+		}
+		assert.Equal(r, append(old, made...), handled)
+	})
+}
+
 func TestStreamOnAHostThatIsCutOffIsReadFromAnother(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		streamUnderDetector(r, rig.Ack)
