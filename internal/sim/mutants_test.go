@@ -928,6 +928,7 @@ func TestMutants(t *testing.T) {
 		}
 		fmt.Printf("| %-55s | %-28s | %5d | %4.0fs |\n", m.name, cmp.Or(r.by, "NOT CAUGHT"), r.seeds, r.took.Seconds())
 	}
+	require.NotZero(t, all, "no planted bug is called that")
 	fmt.Printf("%d of %d planted bugs caught within %d seeds\n", caught, all, *mutantsSeeds)
 	assert.GreaterOrEqual(t, float64(caught), 0.95*float64(all))
 }
