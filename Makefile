@@ -79,7 +79,7 @@ soak: ## random faults on a cluster: make soak DURATION=30m
 lint: ## vet, staticcheck, gofumpt, golangci-lint and the team's rules
 	$(GO) vet ./...
 	$(GO) run $(STATICCHECK) ./...
-	@files=$$($(GO) run $(GOFUMPT) -l .); if [ -n "$$files" ]; then echo "gofumpt would change:"; echo "$$files"; exit 1; fi
+	@files=$$($(GO) run $(GOFUMPT) -l .) || exit 1; if [ -n "$$files" ]; then echo "gofumpt would change:"; echo "$$files"; exit 1; fi
 	$(GO) mod tidy -diff
 	$(GO) run $(GOLANGCI) run ./... # .golangci.yml; it is built once, which takes minutes
 	sh scripts/rules.sh

@@ -145,27 +145,29 @@ func (a *aside) take() []unreadable {
 	return all
 }
 
-// receiver is where the wire gives the messages of one subscription. Only the goroutine that reads
-// from the socket touches it. It is not part of the inbox, because on one cache line with what the
-// workers read it would cost half of the throughput.
+// receiver is where the wire gives the messages of one subscription. It does not remember the message
+// that is being read: a consumer may be idle for hours, and would keep its last message as long.
 type receiver struct {
-	inbox   *inbox
-	aside   *aside
-	message *Delivery // the one that is being read
+	inbox *inbox
+	aside *aside
 }
 
 // New implements wire.Receiver.
 func (r *receiver) New() *amqp.Delivery {
-	r.message = newDelivery()
-	return &r.message.Delivery
+	d := newDelivery()
+	d.Acknowledger = d.fence // leads back to all of it, see wholeOf
+	return &d.Delivery
 }
 
+// wholeOf returns the delivery whose message New has returned.
+func wholeOf(message *amqp.Delivery) *Delivery { return &message.Acknowledger.(*fence).origin }
+
 // Put implements wire.Receiver.
-func (r *receiver) Put(*amqp.Delivery) { r.inbox.put(r.message) }
+func (r *receiver) Put(d *amqp.Delivery) { r.inbox.put(wholeOf(d)) }
 
 // PutAside implements wire.Receiver.
 func (r *receiver) PutAside(d *amqp.Delivery, size uint64, reason error) {
-	r.aside.put(r.message, &MessageError{
+	r.aside.put(wholeOf(d), &MessageError{
 		Exchange: d.Exchange, RoutingKey: d.RoutingKey, DeliveryTag: d.DeliveryTag, Redelivered: d.Redelivered,
 		Size: size, Err: reason,
 	})

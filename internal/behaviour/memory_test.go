@@ -200,3 +200,17 @@ func TestLostSessionsLeaveNoMessagesInMemory(t *testing.T) {
 		assert.Less(r, heap[7], heap[0]+20, "MiB: %v", heap)
 	})
 }
+
+// A consumer may be idle for hours behind its last message.
+func TestMessageThatIsDoneWithIsNotKeptInMemory(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack)
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Wait(time.Second)
+		before := heap()
+		r.Broker.Publish(rig.Queue, strings.Repeat("x", 16*mebi))
+		r.Wait(time.Minute)
+		require.EqualValues(r, 2, r.Consumer.Stats().Acked)
+		assert.Less(r, heap()-before, 4*mebi, "bytes kept of a message that was acked")
+	}, steadymqtest.WithoutLedger())
+}

@@ -454,6 +454,9 @@ var mutants = []mutant{
 	inTest("TestHandlersOfACancelledSessionFinishWhenItsConnectionIsReplaced", change("a connection that is replaced does not wait for its sessions", "connection.go",
 		"\t\tlimit = c.awaitLeases(asked)\n", "\t\tlimit = asked.limit\n")),
 	inTest("TestRefusedTriesLeaveNothingInMemory", change("a refused try keeps its inbox", "session.go", "\t\ts.forget()\n", "")),
+	inTest("TestMessageThatIsDoneWithIsNotKeptInMemory", change("the last message is kept", "inbox.go",
+		"\taside *aside\n}\n\n// New implements wire.Receiver.\nfunc (r *receiver) New() *amqp.Delivery {\n\td := newDelivery()\n",
+		"\taside *aside\n\tlast *Delivery\n}\n\n// New implements wire.Receiver.\nfunc (r *receiver) New() *amqp.Delivery {\n\td := newDelivery()\n\tr.last = d\n")),
 	inTest("TestHandlerThatHangsKeepsNoLaterSessionsInMemory", change("all connections are kept", "consumer.go",
 		"func (s *supervisor) forgetClosed() { s.closing = slices.DeleteFunc(s.closing, closer.isDone) }", "func (s *supervisor) forgetClosed() { slices.IndexFunc(s.closing, closer.isDone) }")),
 	inTest("TestStopOnABusyPathLetsRunningHandlersFinish", change("the close limit counts while deliveries come", "session.go",
@@ -929,6 +932,7 @@ func TestMutants(t *testing.T) {
 		}
 		fmt.Printf("| %-55s | %-28s | %5d | %4.0fs |\n", m.name, cmp.Or(r.by, "NOT CAUGHT"), r.seeds, r.took.Seconds())
 	}
+	require.NotZero(t, all, "no planted bug is called that")
 	fmt.Printf("%d of %d planted bugs caught within %d seeds\n", caught, all, *mutantsSeeds)
 	assert.GreaterOrEqual(t, float64(caught), 0.95*float64(all))
 }

@@ -33,11 +33,11 @@ func TestLossOfTheMedianIsJudged(t *testing.T) {
 		err     error
 		printed string
 	}{
-		{samples{"steady": {1, 110, 200}}, nil, "steady: 100.0 -> 110.0 ns, +10.0 %, ok\n"},
-		{samples{"steady": {50}}, nil, "steady: 100.0 -> 50.0 ns, -50.0 %, ok\n"},
-		{samples{"steady": {110, 112}}, errLoss, "steady: 100.0 -> 111.0 ns, +11.0 %, FAIL: more than 10 %\n"},
+		{samples{"steady": {1, 110, 200}}, nil, "steady: 100.0 -> 110.0 ns, +10.0 %, ok\ndriver: 100.0 ns, gone\n"},
+		{samples{"steady": {50}}, nil, "steady: 100.0 -> 50.0 ns, -50.0 %, ok\ndriver: 100.0 ns, gone\n"},
+		{samples{"steady": {110, 112}}, errLoss, "steady: 100.0 -> 111.0 ns, +11.0 %, FAIL: more than 10 %\ndriver: 100.0 ns, gone\n"},
 		{samples{"steady": {100}, "driver": {300}}, nil, "driver: 100.0 -> 300.0 ns, +200.0 %, not judged\nsteady: 100.0 -> 100.0 ns, +0.0 %, ok\n"},
-		{samples{"steady": {100}, "steady too": {300}}, nil, "steady: 100.0 -> 100.0 ns, +0.0 %, ok\nsteady too: 300.0 ns, new\n"},
+		{samples{"steady": {100}, "steady too": {300}}, nil, "steady: 100.0 -> 100.0 ns, +0.0 %, ok\nsteady too: 300.0 ns, new\ndriver: 100.0 ns, gone\n"},
 	} {
 		var out strings.Builder
 		assert.Equal(t, c.err, o.compare(&out, base, c.head))

@@ -158,6 +158,11 @@ func (o options) compare(w io.Writer, base, head samples) error {
 		}
 		fmt.Fprintf(w, "%s: %.1f -> %.1f %s, %+.1f %%, %s\n", name, before, after, o.unit, loss, verdict)
 	}
+	for _, name := range slices.Sorted(maps.Keys(base)) {
+		if len(head[name]) == 0 {
+			fmt.Fprintf(w, "%s: %.1f %s, gone\n", name, median(base[name]), o.unit)
+		}
+	}
 	switch {
 	case judged == 0:
 		return fmt.Errorf("nothing to compare: no line with %q and %s on both sides", o.judged, o.unit)

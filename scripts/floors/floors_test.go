@@ -108,6 +108,20 @@ func TestForbiddenImportsAreNamed(t *testing.T) {
 	}, wrong)
 }
 
+func TestRuleForNobodyIsNamed(t *testing.T) {
+	l, _ := broken(t)
+	assert.Equal(t, []string{
+		`rule "it has moved": no package matches wires/...`,
+		`rule "it is gone": no package matches !gone`,
+		`rule "it is the standard library's": no package matches fmt`,
+	}, l.idle(strings.TrimSuffix(testdata, "/")+"/house", []rule{
+		{patterns{"wire/..."}, patterns{"."}, "it is there"},
+		{patterns{"wires/..."}, patterns{"./..."}, "it has moved"},
+		{patterns{"."}, patterns{"./...", "!gone"}, "it is gone"},
+		{patterns{"fmt"}, patterns{"."}, "it is the standard library's"},
+	}))
+}
+
 func TestPatterns(t *testing.T) {
 	for _, c := range []struct {
 		patterns patterns

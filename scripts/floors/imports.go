@@ -83,3 +83,18 @@ func (p *listed) allImports() ([]string, error) {
 	slices.Sort(all)
 	return slices.Compact(all), nil
 }
+
+// idle tells of each pattern of a rule that no package matches: after a package has moved, its rule
+// would hold nobody to anything.
+func (l *loaded) idle(root string, rules []rule) (idle []string) {
+	for _, r := range rules {
+		for _, pattern := range slices.Concat(r.packages, r.not) {
+			if !slices.ContainsFunc(l.packages, func(p *listed) bool {
+				return !p.DepOnly && matchesOne(root, strings.TrimPrefix(pattern, "!"), p.ImportPath)
+			}) {
+				idle = append(idle, fmt.Sprintf("rule %q: no package matches %s", r.why, pattern))
+			}
+		}
+	}
+	return idle
+}

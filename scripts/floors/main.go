@@ -107,6 +107,7 @@ func run(w io.Writer, o options) error {
 	if err != nil {
 		return err
 	}
+	wrong = append(wrong, l.idle(module, rules)...)
 	for _, s := range wrong {
 		fmt.Fprintln(w, s)
 	}
