@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"maps"
 	"math"
+	"net"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -263,7 +264,14 @@ var goldenRows = []goldenRow{
 		name: "dials that fail", message: "backoff",
 		provoke: func(r *rig.Rig, l *recorder) {
 			r.Broker.Refuse(true)
-			r.Run(rig.Ack, l.option(), steadymq.WithBackoff(time.Second, time.Second))
+			dials := 0
+			r.Run(rig.Ack, l.option(), steadymq.WithBackoff(time.Second, time.Second),
+				steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+					if dials++; dials > 4 {
+						<-ctx.Done() // waits are drawn, and no fifth failure is to follow
+					}
+					return r.Broker.Dialer()(ctx, network, address)
+				}))
 			for len(r.Causes()) < 4 {
 				r.Wait(100 * time.Millisecond)
 			}
