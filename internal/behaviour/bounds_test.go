@@ -171,8 +171,8 @@ func problemsOf(t *testing.T, err error, place string) (all []*steadymq.OptionEr
 	t.Helper()
 	require.Error(t, err, place)
 	for _, one := range err.(interface{ Unwrap() []error }).Unwrap() {
-		refused, ok := one.(*steadymq.OptionError)
-		require.True(t, ok, place)
+		var refused *steadymq.OptionError
+		require.ErrorAs(t, one, &refused, place)
 		all = append(all, refused)
 	}
 	require.NotEmpty(t, all, place)

@@ -72,7 +72,7 @@ func (p *tlsPeer) greet(far net.Conn) (g greeting) {
 		return g
 	}
 	server := tls.Server(&resumed{far, first[:n]}, &tls.Config{
-		Certificates: []tls.Certificate{p.pair}, ClientAuth: tls.RequestClientCert, MinVersion: tls.VersionTLS10, //nolint:gosec // to see what is refused
+		Certificates: []tls.Certificate{p.pair}, ClientAuth: tls.RequestClientCert, MinVersion: tls.VersionTLS10, // to see what is refused
 		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 			g.serverName = hello.ServerName
 			g.oldest, g.newest = slices.Min(hello.SupportedVersions), slices.Max(hello.SupportedVersions)
@@ -128,7 +128,7 @@ func TestTLSIsSpokenAsURLsAndOptionsSay(t *testing.T) {
 	}
 	file, shown := "cacertfile="+certificate, "&certfile="+certificate+"&keyfile="+key
 	given := func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }
-	unverified := tls.Config{InsecureSkipVerify: true, VerifyConnection: func(tls.ConnectionState) error { return nil }} //nolint:gosec // its own check
+	unverified := tls.Config{InsecureSkipVerify: true, VerifyConnection: func(tls.ConnectionState) error { return nil }} // it has a check of its own
 
 	for name, c := range map[string]struct {
 		url     string

@@ -211,11 +211,16 @@ func (s *Socket) Mechanisms() string {
 	return ""
 }
 
-func (s *Socket) LocalAddr() net.Addr  { return s.conn.LocalAddr() }
+// LocalAddr implements net.Conn.
+func (s *Socket) LocalAddr() net.Addr { return s.conn.LocalAddr() }
+
+// RemoteAddr implements net.Conn.
 func (s *Socket) RemoteAddr() net.Addr { return s.conn.RemoteAddr() }
 
+// SetDeadline implements net.Conn. For writing it only shortens the write timeout.
 func (s *Socket) SetDeadline(t time.Time) error {
 	return errors.Join(s.SetReadDeadline(t), s.SetWriteDeadline(t))
 }
 
+// SetReadDeadline implements net.Conn.
 func (s *Socket) SetReadDeadline(t time.Time) error { return s.conn.SetReadDeadline(t) }

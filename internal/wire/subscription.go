@@ -328,6 +328,7 @@ type Misuse struct {
 	Consumers    int
 }
 
+// Misuse is what was counted on the socket so far.
 func (s *Socket) Misuse() Misuse {
 	s.out.mu.Lock()
 	defer s.out.mu.Unlock()
