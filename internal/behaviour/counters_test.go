@@ -2,6 +2,7 @@ package behaviour_test
 
 import (
 	"context"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -203,9 +204,9 @@ func TestCountersOfAStreamAreExact(t *testing.T) {
 func TestWhatIsLeftBehindIsCountedOnce(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		release := make(chan struct{})
-		calls := 0
+		var calls atomic.Int32
 		r.Run(rig.Ack, steadymq.WithSetupTimeout(2*time.Second), quick, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
-			if calls++; calls <= 3 {
+			if calls.Add(1) <= 3 {
 				<-release
 			}
 			return rig.Queue, nil
