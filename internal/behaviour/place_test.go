@@ -537,6 +537,11 @@ func TestTryThatWasLeftBehindDoesNotTouchTheStreamsPlace(t *testing.T) {
 		assert.EqualValues(r, 2, r.Consumer.Stats().Sessions)
 		assert.GreaterOrEqual(r, r.Consumer.Stats().Acked, uint64(23), "all of them")
 		assert.Zero(r, r.Broker.Unsettled(rig.Queue))
+		delivered := r.Consumer.Stats().Delivered
+		r.Broker.Reset()
+		r.Wait(10 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Equal(r, delivered, r.Consumer.Stats().Delivered, "the place moved with what was acked")
 	}, steadymqtest.WithHosts(2))
 }
 
