@@ -31,6 +31,10 @@ const (
 	// classAbsent: a queue or an exchange does not exist. Somebody may declare it at any moment,
 	// and asking again takes only a channel.
 	classAbsent
+	// classUnreachable: the queue exists, but this host cannot reach it: its node is down, has just
+	// started, or has no replica of the stream. Another host helps, or a moment, and asking again
+	// takes only a channel.
+	classUnreachable
 	// classOperator: someone has to change something: permissions, a virtual host, arguments. This
 	// may happen at any moment, so the library keeps trying, slowly.
 	classOperator
@@ -61,13 +65,12 @@ var phrases = []phrase{
 	{amqp.NotAllowed, "number of channels opened on node '", "", classLocked},
 	{amqp.AccessRefused, "queue '", " in exclusive use", classLocked},
 
-	// The queue exists but cannot be reached: its node is down, has just started or has no replica
-	// of the stream. Another host helps, or a moment.
-	{amqp.NotFound, "home node '", " is down or inaccessible", classNetwork},
-	{amqp.NotFound, "queue '", " process is stopped by supervisor", classNetwork},
-	{amqp.NotFound, "failed to perform operation on queue '", "", classNetwork}, // timeout, or the leader moves
-	{amqp.PreconditionFailed, "stream queue '", " replica on the local node", classNetwork},
-	{amqp.PreconditionFailed, "queue 'queue '", " replica on the local node", classNetwork}, // before 4.0
+	// The queue exists, but cannot be reached on this host.
+	{amqp.NotFound, "home node '", " is down or inaccessible", classUnreachable},
+	{amqp.NotFound, "queue '", " process is stopped by supervisor", classUnreachable},
+	{amqp.NotFound, "failed to perform operation on queue '", "", classUnreachable}, // timeout, or the leader moves
+	{amqp.PreconditionFailed, "stream queue '", " replica on the local node", classUnreachable},
+	{amqp.PreconditionFailed, "queue 'queue '", " replica on the local node", classUnreachable}, // before 4.0
 
 	// These are about deliveries: the consumer timeout, and an unknown tag.
 	{amqp.PreconditionFailed, "delivery acknowledgement on channel ", "", classChannel},

@@ -48,18 +48,20 @@ func newRetry(c *config) *retry {
 	}
 	costly := r.pace(0, c.retryInitial, c.retryCap)
 	refused := r.pace(0, c.retryInitial, time.Second) // costs the broker nothing
-	absent := r.pace(time.Second, time.Second, 5*time.Second)
+	absent := r.pace(time.Second, time.Second, absentCap)
+	unreachable := r.pace(0, c.retryInitial, min(c.retryCap, absentCap))
 	locked := r.pace(time.Second/2, time.Second, time.Second)
 	operator := r.pace(time.Second, time.Second, operatorCap)
 	r.rules = map[class]rule{
-		classNetwork:  {costly, true},
-		classForced:   {costly, true},
-		classChannel:  {costly, true},
-		classRefused:  {refused, true},
-		classAbsent:   {absent, false},
-		classLocked:   {locked, false},
-		classOperator: {operator, false},
-		classPeer:     {operator, true},
+		classNetwork:     {costly, true},
+		classForced:      {costly, true},
+		classChannel:     {costly, true},
+		classRefused:     {refused, true},
+		classAbsent:      {absent, false},
+		classUnreachable: {unreachable, true},
+		classLocked:      {locked, false},
+		classOperator:    {operator, false},
+		classPeer:        {operator, true},
 	}
 	return r
 }
@@ -68,6 +70,7 @@ const (
 	// firstRetry is the longest wait before the first retry after a session, and before another
 	// host is tried.
 	firstRetry  = 20 * time.Millisecond
+	absentCap   = 5 * time.Second
 	operatorCap = 30 * time.Second
 	lockedExtra = 5 * time.Second
 

@@ -67,8 +67,8 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"30 SYN dropped", at("dial", errors.New("i/o timeout")), classRefused},
 		{"31 channel_max, local", at("channel", amqp.ErrChannelMax), classNetwork},
 		{"32 no queue", at("consume", said(404, "NOT_FOUND - no queue 'q' in vhost '/'")), classAbsent},
-		{"33 queue's node down", at("consume", said(404, "NOT_FOUND - home node 'x' of durable queue 'q' in vhost '/' is down or inaccessible")), classNetwork},
-		{"33 queue's node just started", at("consume", said(404, "NOT_FOUND - queue 'q' in vhost '/' process is stopped by supervisor")), classNetwork},
+		{"33 queue's node down", at("consume", said(404, "NOT_FOUND - home node 'x' of durable queue 'q' in vhost '/' is down or inaccessible")), classUnreachable},
+		{"33 queue's node just started", at("consume", said(404, "NOT_FOUND - queue 'q' in vhost '/' process is stopped by supervisor")), classUnreachable},
 		{"34, 40 cancelled", at("lost", errCancelled), classChannel},
 		{"39 consumer timeout", at("lost", said(406, "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out. Timeout value used: 1800000 ms")), classChannel},
 		{"41 unknown tag", at("lost", said(406, "PRECONDITION_FAILED - unknown delivery tag 5")), classChannel},
@@ -79,8 +79,8 @@ func TestEveryFailureHasItsClass(t *testing.T) {
 		{"48 transient queue on 4.3", at("topology", said(541, "INTERNAL_ERROR - deprecated feature transient_nonexcl_queues")), classOperator},
 		{"51 consumers per channel", at("consume", said(530, "NOT_ALLOWED - reached maximum (1) of consumers per channel")), classOperator},
 		{"59 stream needs qos", at("consume", said(406, "PRECONDITION_FAILED - consumer prefetch count is not set for stream queue")), classOperator},
-		{"60 no local replica", at("consume", said(406, "PRECONDITION_FAILED - stream queue 'q' in vhost '/' does not have a running replica on the local node")), classNetwork},
-		{"60 replica not there yet", at("consume", said(406, "PRECONDITION_FAILED - queue 'queue 'q' in vhost '/'' does not have a replica on the local node")), classNetwork},
+		{"60 no local replica", at("consume", said(406, "PRECONDITION_FAILED - stream queue 'q' in vhost '/' does not have a running replica on the local node")), classUnreachable},
+		{"60 replica not there yet", at("consume", said(406, "PRECONDITION_FAILED - queue 'queue 'q' in vhost '/'' does not have a replica on the local node")), classUnreachable},
 	}
 	for _, r := range rows {
 		t.Run(r.row, func(t *testing.T) { assert.Equal(t, r.want, classify(r.err)) })
@@ -357,14 +357,15 @@ func TestEveryHostHasItsTurnHoweverTheOthersFail(t *testing.T) {
 
 // oneOfEach is a failure of every class.
 var oneOfEach = map[class]error{
-	classNetwork:  at("open", wire.ErrPeerClosed),
-	classRefused:  at("dial", syscall.ECONNREFUSED),
-	classForced:   at("open", said(320, "CONNECTION_FORCED - closed")),
-	classChannel:  at("consume", said(406, "PRECONDITION_FAILED - unknown delivery tag 5")),
-	classAbsent:   at("consume", said(404, "NOT_FOUND - no queue 'q' in vhost '/'")),
-	classLocked:   at("consume", said(405, "RESOURCE_LOCKED - locked")),
-	classOperator: at("consume", said(403, "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u'")),
-	classPeer:     at("open", &wire.NotAMQPError{First: 'H'}),
+	classNetwork:     at("open", wire.ErrPeerClosed),
+	classRefused:     at("dial", syscall.ECONNREFUSED),
+	classForced:      at("open", said(320, "CONNECTION_FORCED - closed")),
+	classChannel:     at("consume", said(406, "PRECONDITION_FAILED - unknown delivery tag 5")),
+	classAbsent:      at("consume", said(404, "NOT_FOUND - no queue 'q' in vhost '/'")),
+	classUnreachable: at("consume", said(406, "PRECONDITION_FAILED - stream queue 'q' in vhost '/' does not have a running replica on the local node")),
+	classLocked:      at("consume", said(405, "RESOURCE_LOCKED - locked")),
+	classOperator:    at("consume", said(403, "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u'")),
+	classPeer:        at("open", &wire.NotAMQPError{First: 'H'}),
 }
 
 func TestEveryClassHasAPace(t *testing.T) {
@@ -410,7 +411,7 @@ func TestNoWaitExceedsAGivenLimit(t *testing.T) {
 func TestLimitsOfOneClassStandWithoutWithBackoff(t *testing.T) {
 	for kind, limit := range map[class]time.Duration{
 		classNetwork: 10 * time.Second, classForced: 10 * time.Second, classChannel: 10 * time.Second,
-		classRefused: time.Second, classAbsent: 5 * time.Second, classOperator: 30 * time.Second, classPeer: 30 * time.Second,
+		classRefused: time.Second, classAbsent: 5 * time.Second, classUnreachable: 5 * time.Second, classOperator: 30 * time.Second, classPeer: 30 * time.Second,
 	} {
 		_, most := longest(oneOfEach[kind], 40)
 		assert.LessOrEqual(t, most, limit, "class %d", kind)
@@ -614,19 +615,19 @@ func TestNamesDecideNoClass(t *testing.T) {
 		{403, "ACCESS_REFUSED - queue 'QUEUE' in vhost 'VHOST' in exclusive use", classLocked},
 		{404, "NOT_FOUND - no queue 'QUEUE' in vhost 'VHOST'", classAbsent},
 		{404, "NOT_FOUND - no exchange 'QUEUE' in vhost 'VHOST'", classAbsent},
-		{404, "NOT_FOUND - home node 'rabbit@a' of durable queue 'QUEUE' in vhost 'VHOST' is down or inaccessible", classNetwork},
-		{404, "NOT_FOUND - queue 'QUEUE' in vhost 'VHOST' process is stopped by supervisor", classNetwork},
+		{404, "NOT_FOUND - home node 'rabbit@a' of durable queue 'QUEUE' in vhost 'VHOST' is down or inaccessible", classUnreachable},
+		{404, "NOT_FOUND - queue 'QUEUE' in vhost 'VHOST' process is stopped by supervisor", classUnreachable},
 		{404, "NOT_FOUND - queue 'QUEUE' in vhost 'VHOST' has crashed and failed to restart", classAbsent},
-		{404, "NOT_FOUND - failed to perform operation on queue 'QUEUE' in vhost 'VHOST' due to timeout", classNetwork},
+		{404, "NOT_FOUND - failed to perform operation on queue 'QUEUE' in vhost 'VHOST' due to timeout", classUnreachable},
 		{405, "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue 'QUEUE' in vhost 'VHOST'", classLocked},
 		{406, "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'QUEUE' in vhost 'VHOST': received 'false' but current is 'true'", classOperator},
 		{406, "PRECONDITION_FAILED - inequivalent arg 'x-dead-letter-exchange' for queue 'q' in vhost 'VHOST': received none but current is the value 'QUEUE' of type 'longstr'", classOperator},
 		{406, "PRECONDITION_FAILED - queue 'QUEUE' in vhost 'VHOST' in use", classOperator},
 		{406, "PRECONDITION_FAILED - cannot declare queue 'QUEUE': queue limit in vhost 'VHOST' (5) is reached", classOperator},
 		{406, "PRECONDITION_FAILED - consumer prefetch count is not set for stream queue 'QUEUE' in vhost 'VHOST'", classOperator},
-		{406, "PRECONDITION_FAILED - stream queue 'QUEUE' in vhost 'VHOST' does not have a running replica on the local node", classNetwork},
-		{406, "PRECONDITION_FAILED - queue 'queue 'QUEUE' in vhost 'VHOST'' does not have a running replica on the local node", classNetwork},
-		{406, "PRECONDITION_FAILED - queue 'queue 'QUEUE' in vhost 'VHOST'' does not have a replica on the local node", classNetwork},
+		{406, "PRECONDITION_FAILED - stream queue 'QUEUE' in vhost 'VHOST' does not have a running replica on the local node", classUnreachable},
+		{406, "PRECONDITION_FAILED - queue 'queue 'QUEUE' in vhost 'VHOST'' does not have a running replica on the local node", classUnreachable},
+		{406, "PRECONDITION_FAILED - queue 'queue 'QUEUE' in vhost 'VHOST'' does not have a replica on the local node", classUnreachable},
 		{530, "NOT_ALLOWED - vhost VHOST not found", classOperator},
 		{530, "NOT_ALLOWED - access to vhost 'VHOST' refused for user 'USER'", classOperator},
 		{530, "NOT_ALLOWED - access to vhost 'VHOST' refused for user 'USER': connection limit (5) is reached", classLocked},
@@ -667,9 +668,9 @@ func TestTextThatWasCutOffIsTakenForWhatPasses(t *testing.T) {
 		{403, "ACCESS_REFUSED - queue '" + long, classLocked},
 		{403, "ACCESS_REFUSED - access to queue '" + long, classOperator},
 		{404, "NOT_FOUND - no queue '" + long, classAbsent},
-		{404, "NOT_FOUND - home node 'rabbit@a' of durable queue '" + long, classNetwork},
+		{404, "NOT_FOUND - home node 'rabbit@a' of durable queue '" + long, classUnreachable},
 		{406, "PRECONDITION_FAILED - inequivalent arg 'durable' for queue '" + long, classOperator},
-		{406, "PRECONDITION_FAILED - stream queue '" + long, classNetwork},
+		{406, "PRECONDITION_FAILED - stream queue '" + long, classUnreachable},
 		{530, "NOT_ALLOWED - vhost " + long, classOperator},
 		{530, "NOT_ALLOWED - access to vhost '" + long, classLocked},
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -424,6 +425,7 @@ func TestCloseOkMayBeSlowOrMissing(t *testing.T) {
 		conn := dial(t, b)
 		b.SlowCloseOk(3 * time.Second)
 		within(t, 3*time.Second, 0, func() { require.NoError(t, open(t, conn, 1).Close()) })
+		synctest.Wait() // the driver moves its read deadline after the reply, in a goroutine of its own
 		b.NoCloseOk(true)
 		within(t, 2*time.Second, 0, func() { require.Error(t, conn.CloseDeadline(time.Now().Add(2*time.Second))) })
 	})
