@@ -104,7 +104,7 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if err != nil {
 		return err
 	}
-	return newSupervisor(ctx, c, h).run()
+	return newSupervisor(ctx, c, h, newConnections(c.config, c.stats)).run()
 }
 
 // Queue returns the queue given to [New], "" if a [TopologyFunc] or the broker names it.
@@ -146,18 +146,18 @@ type supervisor struct {
 	ctx      context.Context // of Run; its end asks for the stop
 
 	retry    *retry
-	hosts    *hosts
+	borrower *borrower // of connections
 	pool     *pool
 	reporter *reporter
 
-	conn    *connection     // for the next session too; nil if that has to dial
+	conn    *loan           // for the next session too; nil if that needs another connection
+	dial    *dial           // that this supervisor is to make, or makes
 	session *session        // that is consuming, else nil
 	probed  <-chan struct{} // closed by the session's prober at its end
 	number  uint64          // of the current or last session
 	scope   *scope          // what all sessions of this Run share
 	tag     string          // prefix of all consumer tags
 	host    string          // address of the current or last connection, for reports
-	next    endpoint        // of the next dial, once it is chosen
 
 	closing []closer      // what is ending and has to end before Run returns
 	cause   error         // of the last failure
@@ -167,7 +167,7 @@ type supervisor struct {
 
 type stateFunc func() stateFunc
 
-func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
+func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connections) *supervisor {
 	random := make([]byte, 4)
 	_, _ = rand.Read(random) // never fails
 	reporter := newReporter(ctx, c.config, &c.stats.eventsDropped)
@@ -187,7 +187,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 		stats:    c.stats,
 		ctx:      ctx,
 		retry:    newRetry(c.config),
-		hosts:    newHosts(c.config),
+		borrower: from.join(),
 		reporter: reporter,
 		pool:     workers,
 		scope: &scope{
@@ -234,23 +234,38 @@ func (s *supervisor) result() error {
 	return s.err
 }
 
-// connecting tries once to set up a session, on the connection that there is or on a new one.
+// connecting asks for a connection, unless there is one from the last session.
 func (s *supervisor) connecting() stateFunc {
 	if s.ctx.Err() != nil {
 		return s.draining
 	}
 	if s.conn != nil && !s.conn.alive() { // it ended during the backoff
-		s.hosts.failed(s.conn.host, s.conn.end.Cause(), time.Now())
+		s.borrower.blame(s.conn.host, s.conn.end.Cause(), time.Now())
 		s.dropConnection()
 	}
-	if s.conn == nil && s.next.address == "" {
-		s.next, _ = s.hosts.next(time.Now())
+	if s.conn != nil {
+		return s.settingUp
 	}
-	conn, number, e := s.conn, s.number+1, s.next
-	s.next = endpoint{}
-	if conn == nil {
-		s.host = e.address // "" until WithURLFunc has named it
+	offer := s.borrower.borrow(time.Now())
+	switch {
+	case offer.loan != nil:
+		s.conn, s.host = offer.loan, offer.loan.host
+		return s.settingUp
+	case offer.own != nil:
+		s.dial, s.host = offer.own, offer.own.address // "" until WithURLFunc has named it
+		return s.settingUp
+	case offer.others != nil:
+		s.host = offer.others.address
+		return waitFor(s, offer.others.done)
+	case offer.failed != nil:
+		return s.told(offer.failed, offer.wait)
 	}
+	return waitFor(s, time.After(offer.wait))
+}
+
+// settingUp tries once to set up a session, on the connection that there is or on a new one.
+func (s *supervisor) settingUp() stateFunc {
+	conn, dial, number := s.conn, s.dial, s.number+1
 	ctx, cancel := s.tryContext()
 	defer cancel()
 	if s.consumer.State() != Connecting {
@@ -259,9 +274,9 @@ func (s *supervisor) connecting() stateFunc {
 	step := newStep("dial")
 	defer s.scope.watchTry(s.host, step)()
 	try := s.scope.begin()
-	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, e, number, try, step) }, step)
+	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, dial, number, try, step) }, step)
 	if a.conn != nil {
-		s.conn, s.host = a.conn, a.conn.host
+		s.conn, s.host, s.dial = a.conn, a.conn.host, nil
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
 	}
 	if s.replacedForOrphan(a.err) {
@@ -291,44 +306,19 @@ func (s *supervisor) tryContext() (context.Context, context.CancelFunc) {
 
 // open is one try. It runs on a goroutine of its own, which may outlive its limit, so it touches
 // nothing of the supervisor that changes.
-func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, number, try uint64, step *step) attempt {
-	own := conn == nil
-	if own {
+func (s *supervisor) open(ctx context.Context, conn *loan, dial *dial, number, try uint64, step *step) attempt {
+	var giveBack func()
+	if conn == nil {
 		var err error
-		if conn, err = s.connect(ctx, e, step); err != nil {
+		if conn, err = s.borrower.connect(ctx, dial, step); err != nil {
 			return attempt{err: err}
 		}
+		giveBack = func() { s.borrower.giveBack(conn, closeRequest{limit: s.config.closeTimeout}) }
 	}
 	// A tag is never used again, not even by the next try for the same session.
 	tag := fmt.Sprintf("%s.%d-%d", s.tag, try, number)
 	session, err := openSession(ctx, conn, s.scope, number, try, tag, step)
-	return attempt{conn: conn, own: own, session: session, err: err}
-}
-
-func (s *supervisor) connect(ctx context.Context, e endpoint, step *step) (*connection, error) {
-	if s.config.urlFunc != nil {
-		var err error
-		if e, err = s.askURL(ctx); err != nil {
-			return nil, &SessionError{Op: "dial", Err: err}
-		}
-	}
-	s.stats.dials.Add(1)
-	conn, err := openConnection(ctx, s.config, e, step, s.scope.abandoned)
-	if err == nil {
-		s.stats.connections.Add(1)
-	}
-	return conn, err
-}
-
-func (s *supervisor) askURL(ctx context.Context) (e endpoint, err error) {
-	text, err := userCall[string]{option: "WithURLFunc", f: s.config.urlFunc, left: s.scope.abandoned}.run(ctx)
-	if err != nil {
-		return endpoint{}, err
-	}
-	if e, err = s.config.endpointOf(text); err != nil {
-		return endpoint{}, &urlError{"WithURLFunc", err}
-	}
-	return e, nil
+	return attempt{conn: conn, giveBack: giveBack, session: session, err: err}
 }
 
 // consuming waits for the end of the session or of Run's context.
@@ -336,7 +326,7 @@ func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
 	s.conn.served = true
 	s.retry.consuming()
-	s.hosts.connected(s.host)
+	s.borrower.praise(s.host)
 	s.enter(Consuming, nil) // first: a handler may ask for the state
 	s.pool.serve(s.session)
 	select {
@@ -354,12 +344,11 @@ func (s *supervisor) consuming() stateFunc {
 // recordHealth records how well the session did that is ending now.
 func (s *supervisor) recordHealth(session *session) {
 	now := time.Now()
-	if session.healthy(now) {
+	healthy := session.healthy(now)
+	if healthy {
 		s.retry.healthy()
 	}
-	if now.Sub(session.since) >= provenAfter {
-		s.hosts.outlived()
-	}
+	s.borrower.proved(healthy, now.Sub(session.since) >= provenAfter)
 }
 
 // release takes the session away from the workers and lets it end by itself.
@@ -376,19 +365,51 @@ func (s *supervisor) failed(err error) stateFunc {
 	if s.ctx.Err() != nil || s.expired(now) {
 		return s.draining
 	}
-	s.hosts.failed(s.host, err, now)
+	s.borrower.blame(s.host, err, now)
 	s.keepOrReplace(err, now)
+	var wait time.Duration
+	if s.conn != nil {
+		wait = s.retry.wait(err, now, false)
+	} else {
+		wait = s.borrower.wait(s.retry, err, s.dial, s.host, now)
+		s.dial = nil
+	}
+	return s.decide(err, wait)
+}
+
+// told is failed for a dial that another consumer has made.
+func (s *supervisor) told(f *dialFailure, wait time.Duration) stateFunc {
+	now := time.Now()
+	if s.ctx.Err() != nil || s.expired(now) {
+		return s.draining
+	}
+	s.host = f.host
+	_ = s.retry.wait(f.err, now, f.fresh)
+	return s.decide(f.err, wait)
+}
+
+// decide ends Run because of err, or lets it wait for the next try.
+func (s *supervisor) decide(err error, wait time.Duration) stateFunc {
 	if gives, fault := s.givesUp(err); gives || fault != nil {
 		s.addError(fault)
 		s.addError(err)
 		return s.draining
 	}
-	fresh := false
-	if s.conn == nil {
-		s.next, fresh = s.hosts.next(now)
-	}
-	s.cause, s.retryIn = err, s.retry.wait(err, now, fresh)
+	s.cause, s.retryIn = err, wait
 	return s.backoff
+}
+
+// waitFor waits for a moment at which a connection may be had, while others dial.
+func waitFor[T any](s *supervisor, moment <-chan T) stateFunc {
+	if s.consumer.State() != Connecting {
+		s.enter(Connecting, nil)
+	}
+	select {
+	case <-moment:
+		return s.connecting
+	case <-s.ctx.Done():
+		return s.draining
+	}
 }
 
 // expired reports whether the deadline of Run's context has passed. A dial that has the same
@@ -431,7 +452,7 @@ func leavesNode(err error) bool { return errors.Is(err, errStalled) }
 // blameless reports whether a session would fail in the same way on another connection: because of
 // a lock, or because of a missing queue where no other host may know of it.
 func (s *supervisor) blameless(kind class) bool {
-	return kind == classLocked || kind == classAbsent && len(s.hosts.endpoints) < 2
+	return kind == classLocked || kind == classAbsent && len(s.borrower.of.hosts.endpoints) < 2
 }
 
 // dropConnection closes the connection. The close waits until the handlers of a session that the
@@ -445,8 +466,9 @@ func (s *supervisor) closeConnection(d closeRequest) {
 	if s.conn == nil {
 		return
 	}
-	s.conn.close(d)
-	s.closing = append(s.closing, closer{done: s.conn.done, conn: s.conn})
+	if last := s.borrower.giveBack(s.conn, d); last {
+		s.closing = append(s.closing, closer{done: s.conn.done, conn: s.conn.connection})
+	}
 	s.conn = nil
 }
 
@@ -492,6 +514,7 @@ func (s *supervisor) draining() stateFunc {
 	s.enter(Draining, s.err)
 	s.forgetClosed()
 	s.shortenCloses()
+	s.borrower.withdraw(s.dial)
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
 	close(s.pool.stop)

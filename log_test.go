@@ -26,7 +26,7 @@ func TestHourOfFailuresIsAtMost100Lines(t *testing.T) {
 	for _, every := range []time.Duration{10 * time.Millisecond, 400 * time.Millisecond, 1100 * time.Millisecond, 30 * time.Second, 61 * time.Second} {
 		t.Run(every.String(), func(t *testing.T) {
 			var f failures
-			what := failure{of: &session{conn: &connection{}}, err: errors.New("away")}
+			what := failure{of: &session{conn: &loan{connection: &connection{}}}, err: errors.New("away")}
 			told, left := 0, uint64(0)
 			start := time.Now()
 			for passed := time.Duration(0); passed <= time.Hour; passed += every {
@@ -47,7 +47,7 @@ func TestFailureBelowTheLevelOfTheLoggerMakesNoLine(t *testing.T) {
 	lines := 0
 	j := newJournal(t.Context(), slog.New(levelHandler{slog.LevelError, &lines}))
 	defer j.stop()
-	record, due := j.failed(failure{of: &session{conn: &connection{}}, delivery: NewDelivery(amqp.Delivery{}), err: errors.New("away")})
+	record, due := j.failed(failure{of: &session{conn: &loan{connection: &connection{}}}, delivery: NewDelivery(amqp.Delivery{}), err: errors.New("away")})
 	assert.True(t, due)
 	j.writeFailure(record)
 	assert.Zero(t, lines)
@@ -126,13 +126,17 @@ func TestTryThatComesBackTooLateIsClosed(t *testing.T) {
 				defer cancel()
 				late := &session{stop: make(chan struct{}), done: make(chan struct{})}
 				conn := &connection{stop: make(chan closeRequest, 1), closeTimeout: time.Second}
+				var giveBack func()
+				if own {
+					giveBack = func() { conn.close(closeRequest{limit: conn.closeTimeout}) }
+				}
 				began := time.Now()
 				step := newStep("dial")
 				step.at("consume")
 
 				a := runBounded(ctx, func() attempt {
 					time.Sleep(time.Minute)
-					return attempt{conn: conn, own: own, session: late}
+					return attempt{conn: &loan{connection: conn}, giveBack: giveBack, session: late}
 				}, step)
 
 				assert.Equal(t, time.Second+tryGrace, time.Since(began))

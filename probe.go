@@ -160,7 +160,7 @@ func (p *prober) waits(q amqp.Queue) bool {
 // a majority of all hosts has to say that messages wait for us, which takes at least three hosts.
 func (p *prober) askOtherHosts(here amqp.Queue) error {
 	s := p.session
-	hosts := newHosts(s.config).endpoints
+	hosts := newHosts(s.config).endpoints // its order is as good as any: nobody else uses these
 	others := slices.DeleteFunc(slices.Clone(hosts), func(e endpoint) bool { return e.address == s.conn.host })
 	rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
 	need := len(hosts)/2 + 1
@@ -192,7 +192,10 @@ func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
 	step := newStep("dial")
 	a := runBounded(ctx, func() attempt {
 		c, err := openConnection(ctx, s.config, e, step, s.abandoned)
-		return attempt{conn: c, own: true, err: err}
+		if err != nil {
+			return attempt{err: err}
+		}
+		return attempt{conn: &loan{connection: c}, giveBack: func() { c.close(closeRequest{limit: c.closeTimeout}) }}
 	}, step)
 	if a.err != nil {
 		return amqp.Queue{}, a.err
@@ -203,7 +206,7 @@ func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
 		<-a.conn.done
 		unguard()
 	}()
-	return inspect(a.conn, s.queue)
+	return inspect(a.conn.connection, s.queue)
 }
 
 // inspect asks for the queue, on a channel of its own, because the broker closes the channel if it
@@ -241,7 +244,7 @@ func ask(s *session) *question {
 	go func() {
 		defer close(q.done)
 		defer answered()
-		q.queue, q.err = inspect(s.conn, s.queue)
+		q.queue, q.err = inspect(s.conn.connection, s.queue)
 	}()
 	return q
 }

@@ -223,7 +223,7 @@ func TestAnUntriedHostIsTriedAtOnceButNotWhenTheBrokerRefuses(t *testing.T) {
 }
 
 func TestEscalationCountsChannelFailuresOfHalfAMinute(t *testing.T) {
-	c, now := new(connection), time.Now()
+	c, now := new(loan), time.Now()
 	assert.False(t, c.tooManyChannelFailures(now))
 	assert.False(t, c.tooManyChannelFailures(now.Add(29*time.Second)))
 	assert.False(t, c.tooManyChannelFailures(now.Add(31*time.Second)))
@@ -525,7 +525,7 @@ func receiving(t *testing.T, during time.Duration) *supervisor {
 	}()
 	c := defaults("amqp://h/", "q")
 	c.setupTimeout = 10 * time.Second
-	return &supervisor{config: c, ctx: t.Context(), conn: &connection{socket: s}}
+	return &supervisor{config: c, ctx: t.Context(), conn: &loan{connection: &connection{socket: s}}}
 }
 
 // took returns how long a try may take.

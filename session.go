@@ -31,7 +31,7 @@ type session struct {
 	*scope
 	id   uint64 // counts the sessions of a Run
 	try  uint64 // counts the tries of a Run, so no other session has the same
-	conn *connection
+	conn *loan
 
 	channel     *amqp.Channel
 	wire        *wire.Subscription // carries deliveries and settlements
@@ -104,11 +104,11 @@ func (s *scope) drainError() error {
 // openSession opens a channel on c, sets it up and subscribes, all within ctx. The driver's calls
 // take no context. So the end of ctx ends the connection under them or, if the connection is lent
 // to another session too, retires it: it then ends with that session.
-func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, step *step) (*session, error) {
+func openSession(ctx context.Context, c *loan, of *scope, id, try uint64, tag string, step *step) (*session, error) {
 	lease := c.lend()
 	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
 
-	t := declaration{limit: firstLimit(c, of.config.declare), owned: c.owned(of.config)}
+	t := declaration{limit: firstLimit(c.connection, of.config.declare), owned: c.owned(of.config)}
 	for {
 		s, err := trySession(ctx, c, of, id, try, tag, t, lease, step)
 		if err != nil && t.relax(err) {
@@ -128,7 +128,7 @@ func openSession(ctx context.Context, c *connection, of *scope, id, try uint64, 
 }
 
 // trySession is one round of openSession: it asks for what t says.
-func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, tag string, t declaration, lease *lease, step *step) (*session, error) {
+func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag string, t declaration, lease *lease, step *step) (*session, error) {
 	step.at("channel")
 	channel, err := c.amqp.Channel()
 	if err != nil {
@@ -779,10 +779,10 @@ func (s *session) cutOff(err error) bool {
 // attempt is the result of one try to set up a session, or only a connection. The supervisor and
 // the prober make tries, by runBounded.
 type attempt struct {
-	conn    *connection // the connection of the session
-	own     bool        // this try has opened conn
-	session *session
-	err     error
+	conn     *loan  // of the session
+	giveBack func() // gives conn back, if this try has opened it
+	session  *session
+	err      error
 }
 
 var errNoResult = errors.New("the try ended without a result: did a function of yours call runtime.Goexit?")
@@ -832,7 +832,7 @@ func (a attempt) discard() {
 		close(a.session.stop)
 		<-a.session.done
 	}
-	if a.own && a.conn != nil {
-		a.conn.close(closeRequest{limit: a.conn.closeTimeout})
+	if a.giveBack != nil {
+		a.giveBack()
 	}
 }
