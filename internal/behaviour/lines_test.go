@@ -331,6 +331,18 @@ var goldenRows = []goldenRow{
 		},
 	},
 	{
+		name: "a hook that panics", message: "stopped",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Run(rig.Ack, l.option(), steadymq.WithHooks(steadymq.Hooks{Settled: func(*steadymq.Delivery, steadymq.Outcome) { panic("boom") }}))
+			r.Broker.Publish(rig.Queue, "x")
+			require.Error(r, <-r.Result)
+			r.Result = nil
+		},
+		want: []string{
+			"ERROR steadymq: stopped; " + atFirst + "; String cause=steadymq: WithHooks: a hook panicked, mend it and make a new Consumer: steadymq: panic: boom",
+		},
+	},
+	{
 		name: "handlers left behind", message: "stopped",
 		provoke: func(r *rig.Rig, l *recorder) {
 			r.Consuming(func(context.Context, *steadymq.Delivery) error { time.Sleep(time.Minute); return nil },

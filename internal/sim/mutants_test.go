@@ -783,6 +783,8 @@ var mutants = []mutant{
 		`r.call(f, "WithLogger", "the log handler")`, `r.call(f, "WithHooks", "a hook")`)),
 	inTest("TestLogHandlerThatPanicsForAFailedHandlerEndsRun", change("workers ask the log handler", "log.go",
 		"\tif !due { // the reporter's", "\tif !due || !j.logger.Enabled(j.ctx, level) { // the reporter's")),
+	inTest("TestEveryLineOfTheLogIsAsItWas", change("the last line keeps the panic of a hook to itself", "consumer.go",
+		"s.enter(Stopped, s.result())", "s.enter(Stopped, s.err)")),
 	inTest("TestNoHookIsCalledAfterOneHasPanicked", change("hooks are called after one has panicked", "notify.go",
 		"\tif r.fault.Cause() == nil {\n", "\tif true {\n")),
 
