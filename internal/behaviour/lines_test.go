@@ -517,6 +517,19 @@ var goldenRows = []goldenRow{
 		want: []string{"WARN steadymq: more handlers failed; " + atFirst + "; Uint64 suppressed=2; String error=3"},
 	},
 	{
+		name: "what was left out of a later session", message: "more handlers failed",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(failWith, l.option())
+			r.Broker.Publish(rig.Queue, "discard:1")
+			r.Wait(500 * time.Millisecond)
+			r.Broker.Reset()
+			r.Wait(100 * time.Millisecond)
+			r.Broker.Publish(rig.Queue, "discard:2")
+			r.Wait(2 * time.Minute)
+		},
+		want: []string{"WARN steadymq: more handlers failed; String queue=orders; String consumer=<tag 2-2>; Uint64 session=2; String host=mq1.test:5672; Uint64 suppressed=1; String error=2"},
+	},
+	{
 		name: "a handler that panics", message: "handler panicked",
 		provoke: func(r *rig.Rig, l *recorder) {
 			r.Consuming(failWith, l.option(), steadymq.WithRequeueDelay(time.Hour, time.Hour))
