@@ -325,19 +325,7 @@ func (c *config) checkQueue() {
 
 // checkDeclare checks the declaration of the queue, and completes q.
 func (c *config) checkDeclare(q *Queue) {
-	switch q.Type {
-	case "":
-		q.Type = "quorum"
-	case "quorum", "classic", "stream":
-	default:
-		c.refuse("WithQueue", `Type must be "quorum", "classic" or "stream", got %q`, q.Type)
-	}
-	if q.Type != "classic" && c.exclusive {
-		c.refuse("WithExclusive", "a %s queue takes no notice of an exclusive consumer; declare it with Args x-single-active-consumer instead", q.Type)
-	}
-	if q.Type != "classic" && (q.Exclusive || q.AutoDelete || q.Transient) {
-		c.refuse("WithQueue", "a %s queue can be neither exclusive, auto-delete nor transient; use a classic queue", q.Type)
-	}
+	c.checkType(q)
 	if q.Transient && !q.Exclusive {
 		c.refuse("WithQueue", "a transient queue must be exclusive: RabbitMQ 4.3 refuses shared transient queues (541)")
 	}
@@ -346,6 +334,24 @@ func (c *config) checkDeclare(q *Queue) {
 	}
 	if t, ok := q.Args["x-queue-type"]; ok && t != q.Type {
 		c.refuse("WithQueue", "Args has x-queue-type %v, Type says %q", t, q.Type)
+	}
+}
+
+// checkType checks what a queue of a type cannot be.
+func (c *config) checkType(q *Queue) {
+	switch q.Type {
+	case "":
+		q.Type = "quorum"
+	case "quorum", "classic", "stream":
+	default:
+		c.refuse("WithQueue", `Type must be "quorum", "classic" or "stream", got %q`, q.Type)
+		return // "Classic" would be told to be a classic queue
+	}
+	if q.Type != "classic" && c.exclusive {
+		c.refuse("WithExclusive", "a %s queue takes no notice of an exclusive consumer; declare it with Args x-single-active-consumer instead", q.Type)
+	}
+	if q.Type != "classic" && (q.Exclusive || q.AutoDelete || q.Transient) {
+		c.refuse("WithQueue", "a %s queue can be neither exclusive, auto-delete nor transient; use a classic queue", q.Type)
 	}
 }
 

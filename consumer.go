@@ -218,13 +218,13 @@ func (s *supervisor) run() error {
 	for state := s.connecting; state != nil; {
 		state = state()
 	}
-	s.enter(Stopped, s.err)
+	s.enter(Stopped, s.result())
 	s.reporter.stop()
 	return s.result()
 }
 
-// result returns Run's error. The panic of a hook or of the log handler comes before everything
-// else.
+// result returns Run's error, as far as it is known. The panic of a hook or of the log handler comes
+// before everything else.
 func (s *supervisor) result() error {
 	var fault *faultError
 	if errors.As(s.reporter.fault.Cause(), &fault) {
@@ -511,7 +511,7 @@ const teardownGrace = 500 * time.Millisecond
 // draining stops in order: the session within the drain limit, every handler within the same limit,
 // then the connection, and all that is still closing, within the close limit.
 func (s *supervisor) draining() stateFunc {
-	s.enter(Draining, s.err)
+	s.enter(Draining, s.result())
 	s.forgetClosed()
 	s.shortenCloses()
 	s.borrower.withdraw(s.dial)

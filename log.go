@@ -374,9 +374,9 @@ type failures struct {
 	mu         sync.Mutex
 	series     series
 	lastLine   time.Time
-	suppressed uint64 // lines left out since then
-	last       error  // the last error left out
-	attrs      []slog.Attr
+	suppressed uint64      // lines left out since then
+	last       error       // the last error left out
+	attrs      []slog.Attr // where it happened
 }
 
 // failed returns the line for a failure if one is due.
@@ -410,11 +410,11 @@ func (f *failures) add(now time.Time, what failure) (left uint64, due bool) {
 	}
 	if !due {
 		f.suppressed++
-		f.last = what.err
+		f.last, f.attrs = what.err, what.of.attrs()
 		return 0, false
 	}
 	left = f.suppressed
-	f.suppressed, f.last, f.lastLine, f.attrs = 0, nil, now, what.of.attrs()
+	f.suppressed, f.last, f.lastLine, f.attrs = 0, nil, now, nil
 	return left, true
 }
 

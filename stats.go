@@ -54,10 +54,11 @@ func (s State) String() string {
 // [WithLogger] ends Run likewise.
 type Hooks struct {
 	// StateChanged is called for every change of state, in order and never concurrently, on a
-	// goroutine of its own: a slow hook delays no recovery. If hooks and log fall 1,024 events
-	// behind, further ones are dropped and counted in [Stats].EventsDropped. The last call, with To
-	// == [Stopped], is made before Run returns, unless a hook or the logger keeps it waiting for
-	// more than 0.5 s.
+	// goroutine of its own: a slow hook delays no recovery. It does delay the log lines, which wait
+	// behind it: where a hook hangs, the log ends with the change that it was told of. If hooks and
+	// log fall 1,024 events behind, further ones are dropped and counted in [Stats].EventsDropped.
+	// The last call, with To == [Stopped], is made before Run returns, unless a hook or the logger
+	// keeps it waiting for more than 0.5 s.
 	StateChanged func(StateChange)
 
 	// HandlerFailed is called when a handler has returned an error or panicked ([*PanicError]), or

@@ -331,6 +331,18 @@ var goldenRows = []goldenRow{
 		},
 	},
 	{
+		name: "a hook that panics", message: "stopped",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Run(rig.Ack, l.option(), steadymq.WithHooks(steadymq.Hooks{Settled: func(*steadymq.Delivery, steadymq.Outcome) { panic("boom") }}))
+			r.Broker.Publish(rig.Queue, "x")
+			require.Error(r, <-r.Result)
+			r.Result = nil
+		},
+		want: []string{
+			"ERROR steadymq: stopped; " + atFirst + "; String cause=steadymq: WithHooks: a hook panicked, mend it and make a new Consumer: steadymq: panic: boom",
+		},
+	},
+	{
 		name: "handlers left behind", message: "stopped",
 		provoke: func(r *rig.Rig, l *recorder) {
 			r.Consuming(func(context.Context, *steadymq.Delivery) error { time.Sleep(time.Minute); return nil },
@@ -503,6 +515,19 @@ var goldenRows = []goldenRow{
 			r.Wait(2 * time.Minute)
 		},
 		want: []string{"WARN steadymq: more handlers failed; " + atFirst + "; Uint64 suppressed=2; String error=3"},
+	},
+	{
+		name: "what was left out of a later session", message: "more handlers failed",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(failWith, l.option())
+			r.Broker.Publish(rig.Queue, "discard:1")
+			r.Wait(500 * time.Millisecond)
+			r.Broker.Reset()
+			r.Wait(100 * time.Millisecond)
+			r.Broker.Publish(rig.Queue, "discard:2")
+			r.Wait(2 * time.Minute)
+		},
+		want: []string{"WARN steadymq: more handlers failed; String queue=orders; String consumer=<tag 2-2>; Uint64 session=2; String host=mq1.test:5672; Uint64 suppressed=1; String error=2"},
 	},
 	{
 		name: "a handler that panics", message: "handler panicked",

@@ -76,6 +76,7 @@ func TestNewcomersMistakesThatNewRefuses(t *testing.T) {
 		},
 		"kind of queue that is none": {good, "q", queueOf(steadymq.Queue{Type: "durable"}), inQueue + `Type must be "quorum", "classic" or "stream", got "durable"`},
 		"exclusive quorum queue":     {good, "q", queueOf(steadymq.Queue{Exclusive: true}), inQueue + "a quorum queue can be neither exclusive, auto-delete nor transient; use a classic queue"},
+		"kind of queue in capitals":  {good, "q", queueOf(steadymq.Queue{Type: "Classic", Exclusive: true}), inQueue + `Type must be "quorum", "classic" or "stream", got "Classic"`},
 		"transient queue for many":   {good, "q", queueOf(steadymq.Queue{Type: "classic", Transient: true}), inQueue + "a transient queue must be exclusive: RabbitMQ 4.3 refuses shared transient queues (541)"},
 		"two kinds of queue":         {good, "q", queueOf(steadymq.Queue{Args: amqp.Table{"x-queue-type": "classic"}}), inQueue + `Args has x-queue-type classic, Type says "quorum"`},
 		"argument AMQP cannot carry": {good, "q", queueOf(steadymq.Queue{Args: amqp.Table{"x-expires": time.Hour}}), inQueue + "Args: key \"x-expires\" holds a value of type time.Duration, which AMQP cannot carry; it carries bool, int, int8 to int64, uint8 to uint32, float32, float64, string, []byte, time.Time, amqp.Decimal, amqp.Table and []any"},

@@ -783,6 +783,12 @@ var mutants = []mutant{
 		`r.call(f, "WithLogger", "the log handler")`, `r.call(f, "WithHooks", "a hook")`)),
 	inTest("TestLogHandlerThatPanicsForAFailedHandlerEndsRun", change("workers ask the log handler", "log.go",
 		"\tif !due { // the reporter's", "\tif !due || !j.logger.Enabled(j.ctx, level) { // the reporter's")),
+	inTest("TestEveryLineOfTheLogIsAsItWas", mutant{name: "what is left out is told of the session before", edits: []edit{
+		{"log.go", "f.last, f.attrs = what.err, what.of.attrs()", "f.last = what.err"},
+		{"log.go", "= 0, nil, now, nil\n", "= 0, nil, now, what.of.attrs()\n"},
+	}}),
+	inTest("TestEveryLineOfTheLogIsAsItWas", change("the last line keeps the panic of a hook to itself", "consumer.go",
+		"s.enter(Stopped, s.result())", "s.enter(Stopped, s.err)")),
 	inTest("TestNoHookIsCalledAfterOneHasPanicked", change("hooks are called after one has panicked", "notify.go",
 		"\tif r.fault.Cause() == nil {\n", "\tif true {\n")),
 

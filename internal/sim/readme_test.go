@@ -28,6 +28,26 @@ func TestNumbersOfTheREADMEAreThoseOfTheTests(t *testing.T) {
 	}
 }
 
+// Users look for an option in the README's table and in the list of go doc.
+func TestEveryOptionIsListedForUsers(t *testing.T) {
+	source, err := os.ReadFile(inRoot("options.go"))
+	require.NoError(t, err)
+	options := regexp.MustCompile(`(?m)^func (With\w+)\(`).FindAllStringSubmatch(string(source), -1)
+	require.NotEmpty(t, options)
+	for file, form := range map[string]string{"README.md": "`%s`", "doc.go": "//   - [%s] "} {
+		text, err := os.ReadFile(inRoot(file))
+		require.NoError(t, err)
+		list := string(text)
+		if file == "README.md" {
+			_, list, _ = strings.Cut(list, "\n## Options\n")
+			list, _, _ = strings.Cut(list, "\n## ")
+		}
+		for _, option := range options {
+			assert.True(t, strings.Contains(list, fmt.Sprintf(form, option[1])), "%s is not in the list of options in %s", option[1], file)
+		}
+	}
+}
+
 // goBlocks returns the Go code of a document.
 func goBlocks(t *testing.T, path string) []string {
 	t.Helper()

@@ -18,6 +18,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 	"go.uber.org/goleak"
@@ -833,7 +834,7 @@ type simConsumer struct {
 	troubles          int
 	state             steadymq.State // as the hook says
 	clean             bool           // the last Run ended well
-	told              map[*steadymq.Delivery]bool
+	told              map[weak.Pointer[steadymq.Delivery]]bool
 	unsure            bool // a Run has left handlers behind, who tell nothing
 }
 
@@ -858,7 +859,7 @@ type simRun struct {
 type simRunKey struct{}
 
 func newSimConsumer(s *sim, p *simConsumerPlan) *simConsumer {
-	c := &simConsumer{s: s, plan: p, dials: make(map[string]*simRate), told: make(map[*steadymq.Delivery]bool), clean: true, state: steadymq.Idle}
+	c := &simConsumer{s: s, plan: p, dials: make(map[string]*simRate), told: make(map[weak.Pointer[steadymq.Delivery]]bool), clean: true, state: steadymq.Idle}
 	urls := s.urls()
 	if p.channelMax > 0 {
 		for i := range urls {
@@ -1144,10 +1145,11 @@ func (c *simConsumer) settled(d *steadymq.Delivery, o steadymq.Outcome) {
 	j := c.s.judge
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if c.told[d] || o == steadymq.Unsettled || o != d.Outcome() {
-		j.note("I9", "told again (%v), or not the outcome %v: %v of %s", c.told[d], d.Outcome(), o, c.plan.name)
+	before := c.told[weak.Make(d)] // weak, or the bodies of all deliveries would pile up
+	if before || o == steadymq.Unsettled || o != d.Outcome() {
+		j.note("I9", "told again (%v), or not the outcome %v: %v of %s", before, d.Outcome(), o, c.plan.name)
 	}
-	c.told[d] = true
+	c.told[weak.Make(d)] = true
 }
 
 // lagging tells that its path is so slow that an answer may stand behind more than a limit.

@@ -24,6 +24,19 @@ func candidates(packages []*pkg, planted []edit) map[*source][]*slip {
 	return all
 }
 
+// only leaves those whose line in the list contains the text. It comes before the drawing, which
+// compiles what it draws: drawing all to find those of one line takes many minutes.
+func only(all map[*source][]*slip, text string) map[*source][]*slip {
+	left := make(map[*source][]*slip)
+	for f, slips := range all {
+		slips = slices.DeleteFunc(slices.Clone(slips), func(s *slip) bool { return !strings.Contains(s.listed(), text) })
+		if len(slips) > 0 {
+			left[f] = slips
+		}
+	}
+	return left
+}
+
 // drawer draws slips that compile, each once. The order within a file depends on the seed and on
 // that file only.
 type drawer struct {

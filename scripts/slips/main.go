@@ -8,7 +8,7 @@
 //	go run ./scripts/slips                   # 150 slips; exit status 1 if less than 90 % are caught
 //	go run ./scripts/slips -n 20 -seed 7     # 20 others
 //	go run ./scripts/slips -list             # only say which
-//	go run ./scripts/slips -only stats.go    # only those of the drawn whose line holds this text
+//	go run ./scripts/slips -n 5 -only stats.go:3 # 5 of those whose line in the list holds this text
 //
 // What survives and changes nothing stands in equivalent.txt with the reason.
 package main
@@ -51,7 +51,7 @@ func main() {
 	flag.IntVar(&o.seeds, "seeds", 300, "how many seeds the simulation tries on what the tests let through; 0 for none")
 	flag.IntVar(&o.jobs, "j", 1, "how many slips to try at the same time")
 	flag.BoolVar(&o.list, "list", false, "only say which slips would be planted")
-	flag.StringVar(&o.only, "only", "", "plant only those of the drawn slips whose line in the list contains this")
+	flag.StringVar(&o.only, "only", "", "draw only from the slips whose line in the list contains this")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	err := run(ctx, os.Stdout, o)
@@ -89,11 +89,14 @@ func run(ctx context.Context, w io.Writer, o options) error {
 	if err := equivalents.match(all); err != nil {
 		return err
 	}
+	if all = only(all, o.only); len(all) == 0 {
+		return fmt.Errorf("there is no slip whose line in the list contains %q", o.only)
+	}
 	d := newDrawer(all, o.seed)
 	drawn := d.draw(o.n)
 	if o.list {
 		for _, s := range drawn {
-			fmt.Fprintf(w, "%s [%s] %s\n", s.place(), s.kind, s)
+			fmt.Fprintln(w, s.listed())
 		}
 		return nil
 	}
@@ -136,9 +139,6 @@ func try(ctx context.Context, w io.Writer, o options, j *judge, d *drawer, drawn
 	}
 feed:
 	for _, sl := range drawn {
-		if !strings.Contains(sl.place()+" ["+string(sl.kind)+"] "+sl.String(), o.only) {
-			continue
-		}
 		select {
 		case turn <- sl:
 		case <-ctx.Done():

@@ -109,6 +109,24 @@ func TestEveryFileIsDrawnFromAndEachSlipOnceAndCompiling(t *testing.T) {
 	assert.Greater(t, files["sample.go"], files["other.go"])
 }
 
+func TestOnlySlipsOfTheLineThatIsAskedForAreDrawn(t *testing.T) {
+	all := sample(t)
+	wanted := newDrawer(all, 3).draw(20)[7].listed()
+	require.Equal(t, []string{wanted}, listedOf(newDrawer(only(all, wanted), 1).draw(1)))
+	for _, line := range listedOf(newDrawer(only(all, "other.go:"), 1).draw(20)) {
+		assert.Contains(t, line, "other.go:")
+	}
+	assert.Len(t, only(all, ""), len(all))
+	assert.Empty(t, only(all, "nowhere.go:"))
+}
+
+func listedOf(slips []*slip) (lines []string) {
+	for _, s := range slips {
+		lines = append(lines, s.listed())
+	}
+	return lines
+}
+
 func TestWhatDoesNotCompileIsNoSlip(t *testing.T) {
 	for f := range sample(t) {
 		assert.True(t, f.compiles(f.text))

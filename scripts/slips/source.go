@@ -156,6 +156,9 @@ func (s *slip) changed() string { return s.file.text[:s.start] + s.text + s.file
 
 func (s *slip) place() string { return fmt.Sprintf("%s:%d", s.file.name, s.line) }
 
+// listed is the slip's line in the list.
+func (s *slip) listed() string { return fmt.Sprintf("%s [%s] %s", s.place(), s.kind, s) }
+
 // change shows the lines before and after, as one line each.
 func (s *slip) change() string {
 	from := 1 + strings.LastIndexByte(s.file.text[:s.start], '\n')
