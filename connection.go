@@ -30,9 +30,11 @@ type connection struct {
 	leases  leases            // the sessions it is lent to
 	stop    chan closeRequest // asks for an orderly close; the owner writes, watch reads
 	loans   map[*loan]bool    // to consumers; guarded by the mutex of connections
+	turns   *turns            // of the consumers that are set up on it
 	stopped bool              // close was called, after the last loan
 	done    chan struct{}     // closed when nothing of it is left
 
+	retiring    *notifier // set when the sessions are to move to another connection
 	stopRefresh context.CancelFunc
 	refreshed   chan struct{} // closed when the refresh of credentials has ended
 }
@@ -89,6 +91,8 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 		end:          newNotifier(),
 		stop:         make(chan closeRequest, 1),
 		loans:        make(map[*loan]bool),
+		turns:        newTurns(),
+		retiring:     newNotifier(),
 		done:         make(chan struct{}),
 		refreshed:    make(chan struct{}),
 	}

@@ -21,10 +21,12 @@ type connections struct {
 	hosts   *hosts
 	keepers []*keeper // that lend to everybody; the first ones stay
 	asked   int       // how many of them stay
+	apart   int       // borrowers with a keeper of their own
+	open    int       // connections that are lent
 }
 
 func newConnections(c *config, stats *counters) *connections {
-	cs := &connections{config: c, stats: stats, hosts: newHosts(c), asked: 1}
+	cs := &connections{config: c, stats: stats, hosts: newHosts(c), asked: c.connections}
 	for range cs.asked {
 		cs.keepers = append(cs.keepers, newKeeper())
 	}
@@ -38,6 +40,8 @@ func (cs *connections) abandoned() { cs.stats.abandoned.Add(1) }
 // or until when nobody does, so that many who wait are no more of a burden to a broker than one.
 type keeper struct {
 	members map[*borrower]bool
+	own     bool          // it lends to one borrower that is kept apart
+	most    int           // borrowers that conn has channels for, 0 if that is not known
 	conn    *connection   // that is lent; nil if there is none
 	dial    *dial         // under way
 	failed  *dialFailure  // why the last dial failed; nil if it is not the reason for the wait
@@ -73,22 +77,125 @@ type borrower struct {
 	keeper *keeper
 }
 
-// join makes a borrower of the keeper that has the fewest.
+// join makes a borrower.
 func (cs *connections) join() *borrower {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	b := &borrower{of: cs}
-	b.move(slices.MinFunc(cs.keepers, func(a, b *keeper) int { return len(a.members) - len(b.members) }))
+	b.move(cs.emptiest())
 	return b
 }
 
-// move makes b a member of k. It is called with mu held.
-func (b *borrower) move(k *keeper) {
-	if b.keeper != nil {
-		delete(b.keeper.members, b)
+// leave ends the membership of a borrower that borrows no more.
+func (b *borrower) leave() {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	b.move(nil)
+}
+
+// emptiest returns the keeper with the fewest members, a further one if all are full. It is called
+// with mu held.
+func (cs *connections) emptiest() *keeper {
+	var best *keeper
+	for _, k := range cs.keepers {
+		if !k.full() && (best == nil || len(k.members) < len(best.members)) {
+			best = k
+		}
 	}
-	b.keeper = k
-	k.members[b] = true
+	if best == nil {
+		best = newKeeper()
+		cs.keepers = append(cs.keepers, best)
+	}
+	return best
+}
+
+func (k *keeper) full() bool { return k.most > 0 && len(k.members) >= k.most }
+
+// move makes b a member of k, or of none. A keeper that was added goes with its last member. It is
+// called with mu held.
+func (b *borrower) move(k *keeper) {
+	cs, from := b.of, b.keeper
+	if b.keeper = k; k != nil {
+		k.members[b] = true
+	}
+	if from == nil || from == k {
+		return
+	}
+	delete(from.members, b)
+	if len(from.members) > 0 {
+		return
+	}
+	if at := slices.Index(cs.keepers, from); at >= cs.asked {
+		cs.keepers = slices.Delete(cs.keepers, at, at+1)
+	}
+	if from.own {
+		cs.apart--
+	}
+}
+
+// isolate gives b a keeper of its own from the next connection on, so that what it does to that
+// disturbs nobody. Who shares with nobody keeps its keeper.
+func (b *borrower) isolate() {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	if len(b.keeper.members) == 1 {
+		return
+	}
+	own := newKeeper()
+	own.own = true
+	b.of.apart++
+	b.move(own)
+}
+
+// isolated reports whether b is kept apart from others.
+func (b *borrower) isolated() bool {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	return b.keeper.own
+}
+
+// rejoin ends the isolation of b.
+func (b *borrower) rejoin() {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	b.move(b.of.emptiest())
+}
+
+// overflow moves b to another keeper, because the connection has no channel left for it. further
+// reports whether that is an additional one; moved is false if b is alone on its connection.
+func (b *borrower) overflow() (moved, further bool) {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	k := b.keeper
+	if len(k.members) == 1 {
+		return false, false
+	}
+	before := len(b.of.keepers)
+	k.most = len(k.members) - 1
+	b.move(b.of.emptiest())
+	return true, len(b.of.keepers) > before
+}
+
+// elsewhere moves b to another keeper that has a connection and room, and reports whether there is
+// one: b's own cannot open one, because of a limit on connections.
+func (b *borrower) elsewhere() bool {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	for _, k := range b.of.keepers {
+		k.forgetDead()
+		if k != b.keeper && k.conn != nil && !k.full() {
+			b.move(k)
+			return true
+		}
+	}
+	return false
+}
+
+// count returns how many connections there are, and how many of those who use them are kept apart.
+func (cs *connections) count() (open, apart int) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	return cs.open, cs.apart
 }
 
 // offer is the answer to a borrower that asks for a connection. One of its parts is set.
@@ -130,12 +237,12 @@ func (k *keeper) choose(h *hosts, now time.Time) {
 // forgetDead forgets a connection that takes no more sessions.
 func (k *keeper) forgetDead() {
 	if k.conn != nil && !k.conn.alive() {
-		k.conn = nil
+		k.conn, k.most = nil, 0
 	}
 }
 
 func (k *keeper) lend() *loan {
-	l := &loan{connection: k.conn}
+	l := &loan{connection: k.conn, keeper: k}
 	k.conn.loans[l] = true
 	return l
 }
@@ -150,6 +257,7 @@ func (b *borrower) opened(d *dial, c *connection) *loan {
 	}
 	d.end()
 	d.keeper.conn = c
+	b.of.open++
 	return d.keeper.lend()
 }
 
@@ -181,9 +289,10 @@ func (b *borrower) giveBack(l *loan, d closeRequest) (last bool) {
 	if len(c.loans) > 0 {
 		return false
 	}
-	if b.keeper.conn == c {
-		b.keeper.conn = nil
+	if l.keeper.conn == c {
+		l.keeper.conn, l.keeper.most = nil, 0
 	}
+	b.of.open--
 	c.close(d)
 	return true
 }

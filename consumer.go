@@ -9,20 +9,30 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
 // Consumer keeps one subscription to one queue alive. Make it with [New], run it with
 // [Consumer.Run]. All methods are safe for concurrent use.
 type Consumer struct {
-	config  *config
-	running atomic.Bool
-	state   atomic.Int32
-	stats   *counters
-	fault   atomic.Pointer[faultError]
+	config *config
+	state  atomic.Int32
+	stats  *counters
+	fault  atomic.Pointer[faultError]
+
+	group   *Group  // that runs it, nil for a Consumer alone
+	handler Handler // given with the group
+
+	mu      sync.Mutex
+	stop    context.CancelFunc // ends the Run under way; nil if there is none
+	done    chan struct{}      // closed when that Run has returned
+	err     error              // of the last Run
+	stopped atomic.Bool        // Stop was called
 }
 
 // New checks url, queue and options and returns a [Consumer]. It dials nothing. The error joins one
@@ -93,18 +103,74 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if ctx == nil {
 		return &OptionError{"Run", "the context must not be nil"}
 	}
+	if c.group != nil {
+		return &OptionError{"Run", "this Consumer belongs to a Group, whose Run runs it"}
+	}
 	if fault := c.fault.Load(); fault != nil {
 		return fault
 	}
-	if !c.running.CompareAndSwap(false, true) {
+	return c.run(ctx, h, newConnections(c.config, c.stats))
+}
+
+// run is Run on connections that others may share.
+func (c *Consumer) run(ctx context.Context, h Handler, from *connections) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	if !c.begin(stop) {
 		return ErrRunning
 	}
-	defer c.running.Store(false)
 	h, err := wrap(ctx, c.config, h, func() { c.stats.abandoned.Add(1) })
-	if err != nil {
-		return err
+	if err == nil {
+		err = newSupervisor(ctx, c, h, from).run()
 	}
-	return newSupervisor(ctx, c, h, newConnections(c.config, c.stats)).run()
+	c.end(err)
+	return err
+}
+
+func (c *Consumer) begin(stop context.CancelFunc) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stop != nil {
+		return false
+	}
+	c.stop, c.done = stop, make(chan struct{})
+	if c.group == nil {
+		c.stopped.Store(false)
+	} else if c.stopped.Load() {
+		stop()
+	}
+	return true
+}
+
+func (c *Consumer) end(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stop, c.err = nil, err
+	close(c.done)
+}
+
+// Stop ends the Run of this Consumer alone, as the end of its context does, waits until it has
+// drained, and returns what Run returns, or, if ctx ends first, the cause of that; the drain goes on.
+// A Consumer of a [Group] leaves the group. Without a Run there is nothing to wait for, and Stop
+// returns nil; a Consumer of a group whose Run has not begun never starts then. It must not be called
+// by the consumer's own handlers or hooks, which it would wait for.
+func (c *Consumer) Stop(ctx context.Context) error {
+	c.mu.Lock()
+	c.stopped.Store(true)
+	stop, done := c.stop, c.done
+	c.mu.Unlock()
+	if stop == nil {
+		return nil
+	}
+	stop()
+	select {
+	case <-done:
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // Queue returns the queue given to [New], "" if a [TopologyFunc] or the broker names it.
@@ -159,6 +225,7 @@ type supervisor struct {
 	tag     string          // prefix of all consumer tags
 	host    string          // address of the current or last connection, for reports
 
+	strikes int           // connections that the broker closed during this consumer's set-up
 	closing []closer      // what is ending and has to end before Run returns
 	cause   error         // of the last failure
 	retryIn time.Duration // wait before the next try
@@ -266,11 +333,15 @@ func (s *supervisor) connecting() stateFunc {
 // settingUp tries once to set up a session, on the connection that there is or on a new one.
 func (s *supervisor) settingUp() stateFunc {
 	conn, dial, number := s.conn, s.dial, s.number+1
-	ctx, cancel := s.tryContext()
-	defer cancel()
 	if s.consumer.State() != Connecting {
 		s.enter(Connecting, nil)
 	}
+	if conn != nil {
+		turn := conn.turns.take(s.ctx, s.strikes > 0)
+		defer turn.giveBack()
+	}
+	ctx, cancel := s.tryContext()
+	defer cancel()
 	step := newStep("dial")
 	defer s.scope.watchTry(s.host, step)()
 	try := s.scope.begin()
@@ -291,7 +362,7 @@ func (s *supervisor) settingUp() stateFunc {
 		}
 		return s.failed(a.err)
 	}
-	s.number, s.session, s.probed = number, a.session, probe(a.session)
+	s.number, s.session, s.probed, s.strikes = number, a.session, probe(a.session), 0
 	return s.consuming
 }
 
@@ -329,16 +400,47 @@ func (s *supervisor) consuming() stateFunc {
 	s.borrower.praise(s.host)
 	s.enter(Consuming, nil) // first: a handler may ask for the state
 	s.pool.serve(s.session)
-	select {
-	case <-s.session.end.Done():
-		session := s.session
-		s.release()
-		s.recordHealth(session)
-		return s.failed(session.end.Cause())
-	case <-s.ctx.Done():
-		s.recordHealth(s.session)
-		return s.draining
+	retiring, proven := s.reasonsToMove()
+	for {
+		select {
+		case <-s.session.end.Done():
+			session := s.session
+			s.release()
+			s.recordHealth(session)
+			if errors.Is(session.end.Cause(), errMoved) {
+				s.dropConnection()
+				return s.connecting
+			}
+			return s.failed(session.end.Cause())
+		case <-s.ctx.Done():
+			s.recordHealth(s.session)
+			return s.draining
+		case <-proven:
+			proven = nil
+			s.borrower.rejoin()
+			s.session.moves.notify(errMoved)
+		case <-retiring:
+			retiring = nil
+			s.session.moves.notify(errMoved)
+		}
 	}
+}
+
+// provenApart is how long a session lasts on a connection of its own, until its consumer shares one
+// again.
+const provenApart = 70 * time.Second
+
+// reasonsToMove returns what tells that the session's successor does better on another connection:
+// its own is to go, or a consumer that was kept apart is healthy. A queue that would end with the
+// connection stays.
+func (s *supervisor) reasonsToMove() (retiring <-chan struct{}, proven <-chan time.Time) {
+	if s.owns() {
+		return nil, nil
+	}
+	if s.borrower.isolated() {
+		proven = time.After(provenApart)
+	}
+	return s.conn.retiring.Done(), proven
 }
 
 // recordHealth records how well the session did that is ending now.
@@ -366,15 +468,24 @@ func (s *supervisor) failed(err error) stateFunc {
 		return s.draining
 	}
 	s.borrower.blame(s.host, err, now)
+	s.strike(err)
 	s.keepOrReplace(err, now)
-	var wait time.Duration
 	if s.conn != nil {
-		wait = s.retry.wait(err, now, false)
-	} else {
-		wait = s.borrower.wait(s.retry, err, s.dial, s.host, now)
-		s.dial = nil
+		return s.decide(err, s.retry.wait(err, now, false))
 	}
-	return s.decide(err, wait)
+	wait := s.borrower.wait(s.retry, err, s.dial, s.host, now)
+	s.dial = nil
+	return s.decide(err, s.sooner(err, wait))
+}
+
+// sooner shortens the wait after a dial that the broker has refused because of a limit on
+// connections, if another connection has room for this consumer.
+func (s *supervisor) sooner(err error, wait time.Duration) time.Duration {
+	var at *SessionError
+	if errors.As(err, &at) && at.Op == "open" && classify(err) == classLocked && s.borrower.elsewhere() {
+		return s.retry.shortDelay()
+	}
+	return wait
 }
 
 // told is failed for a dial that another consumer has made.
@@ -384,8 +495,20 @@ func (s *supervisor) told(f *dialFailure, wait time.Duration) stateFunc {
 		return s.draining
 	}
 	s.host = f.host
-	_ = s.retry.wait(f.err, now, f.fresh)
-	return s.decide(f.err, wait)
+	err := s.asOwn(f.err)
+	_ = s.retry.wait(err, now, f.fresh)
+	return s.decide(err, s.sooner(err, wait))
+}
+
+// asOwn returns the failure of a dial as this consumer tells it.
+func (s *supervisor) asOwn(err error) error {
+	var at *SessionError
+	if !errors.As(err, &at) {
+		return err
+	}
+	own := *at
+	own.Queue, own.Session = s.config.queue, s.number+1
+	return &own
 }
 
 // decide ends Run because of err, or lets it wait for the next try.
@@ -437,11 +560,37 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	if s.conn == nil {
 		return
 	}
-	keep := s.conn.alive() && !s.conn.tooManyTopologyFailures() && !leavesNode(err)
-	if keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)) {
+	alive := s.conn.alive()
+	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err)
+	switch {
+	case errors.Is(err, amqp.ErrChannelMax) && s.overflows():
+	case keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)):
 		return
+	case alive, s.strikes > 1:
+		s.borrower.isolate() // what it does to a connection must not concern others
 	}
 	s.dropConnection()
+}
+
+// strike counts a connection that the broker has closed while this consumer was set up on it: that
+// may be the consumer's own doing.
+func (s *supervisor) strike(err error) {
+	var at *SessionError
+	var brokerErr *amqp.Error
+	if errors.As(err, &at) && at.Op != "dial" && at.Op != "open" && at.Op != "lost" &&
+		errors.As(err, &brokerErr) && brokerErr.Server && !brokerErr.Recover && brokerErr.Code != amqp.ConnectionForced {
+		s.strikes++
+	}
+}
+
+// overflows moves the consumer to another connection, if it shares one that has no channel left.
+func (s *supervisor) overflows() bool {
+	moved, further := s.borrower.overflow()
+	if further {
+		s.reporter.warn("the connection has no channel left for all consumers, so a further connection is opened: raise channel_max, or set WithConnections",
+			slog.String("host", s.host))
+	}
+	return moved
 }
 
 // leavesNode reports whether the next session would fail in the same way on the same node, while
@@ -531,6 +680,7 @@ func (s *supervisor) draining() stateFunc {
 	}
 	left = max(left, time.Millisecond)
 	s.closeConnection(closeRequest{grace: left / 2, limit: left / 2})
+	s.borrower.leave()
 	s.awaitClosing()
 	return nil
 }

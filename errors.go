@@ -71,6 +71,7 @@ var (
 	errChannelEnded = errors.New("the channel ended without a reason from the broker")
 	errStopped      = errors.New("the consumer was stopped")
 	errStalled      = errors.New("stalled") // by WithStallDetector
+	errMoved        = errors.New("the consumer goes on on another connection")
 
 	// errSilentRefusal is what the end of the socket after 3 s of silence most probably means.
 	errSilentRefusal = fmt.Errorf("%w: the broker ended the socket after 3s of silence, which is how RabbitMQ refuses a login without saying so: check user name, password and mechanism (a cut network path can look the same)", ErrLoginRefused)

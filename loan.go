@@ -1,6 +1,7 @@
 package steadymq
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"sync"
@@ -14,6 +15,7 @@ import (
 // loan is what a consumer is lent: a connection, for one session after the other.
 type loan struct {
 	*connection
+	keeper *keeper // that lends it
 
 	channelFailures  []time.Time  // recent ones, for the escalation; only the supervisor uses it
 	served           bool         // it has had a session; only the supervisor uses it
@@ -66,6 +68,48 @@ func (l *loan) sameQueue(queue string) error {
 // end with the connection.
 func (l *loan) tooManyTopologyFailures() bool {
 	return l.topologyFailures.Load() >= escalateAfter
+}
+
+// turns let at most so many consumers be set up at the same time on a connection, because a slow
+// broker would not answer all of them within their limits. One that the broker may have closed a
+// connection for is set up beside no other such one, so that the next time tells which it was.
+type turns struct {
+	any     chan struct{}
+	suspect chan struct{}
+}
+
+// mostSetups is how many consumers are set up at the same time on a connection.
+const mostSetups = 32
+
+func newTurns() *turns {
+	return &turns{any: make(chan struct{}, mostSetups), suspect: make(chan struct{}, 1)}
+}
+
+// turn is a place among those who are set up.
+type turn []chan struct{}
+
+// take waits for a turn, or for the end of ctx.
+func (t *turns) take(ctx context.Context, suspect bool) turn {
+	var taken turn
+	places := []chan struct{}{t.any}
+	if suspect {
+		places = []chan struct{}{t.suspect, t.any}
+	}
+	for _, place := range places {
+		select {
+		case place <- struct{}{}:
+			taken = append(taken, place)
+		case <-ctx.Done():
+			return taken
+		}
+	}
+	return taken
+}
+
+func (t turn) giveBack() {
+	for _, place := range t {
+		<-place
+	}
 }
 
 // leases are the sessions that a connection is lent to. After a basic.cancel there are two for a

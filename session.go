@@ -53,6 +53,7 @@ type session struct {
 	holds   holds         // failed deliveries that wait to go back
 	backlog backlog       // whether handlers keep up with the prefetch
 	stall   *notifier     // set by the prober: why it wants another session
+	moves   *notifier     // set by the supervisor: the successor does better on another connection
 	stop    chan struct{} // closed to ask for the drain
 	end     *notifier     // why there are no more deliveries
 	closed  atomic.Bool   // no settlement is sent any more
@@ -147,6 +148,7 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 		cancels:     channel.NotifyCancel(make(chan string, 2)), // a lookup has two consumers
 		gate:        newGate(),
 		stall:       newNotifier(),
+		moves:       newNotifier(),
 		stop:        make(chan struct{}),
 		end:         newNotifier(),
 		done:        make(chan struct{}),
@@ -261,6 +263,8 @@ func (s *session) run() {
 	case errors.Is(cause, errCancelled):
 		s.stream.doubt()
 		s.retire(cause)
+	case errors.Is(cause, errMoved):
+		s.retire(cause)
 	default:
 		s.lose(cause)
 	}
@@ -288,6 +292,8 @@ func (s *session) consume() error {
 		case <-s.conn.end.Done():
 		case <-s.stall.Done():
 			return s.lost(s.stall.Cause())
+		case <-s.moves.Done():
+			return s.lost(s.moves.Cause())
 		case <-s.stop:
 			return nil
 		}
@@ -354,7 +360,7 @@ func (s *session) lose(cause error) {
 	s.releaseHeld()
 }
 
-// retire ends a session that the broker has cancelled. Its channel still works, so running handlers
+// retire ends a session that the broker has cancelled, or that moves. Its channel still works, so running handlers
 // may settle, which saves needless duplicates; the successor consumes meanwhile. What no handler
 // has started goes back at once.
 func (s *session) retire(cause error) {

@@ -311,10 +311,10 @@ var goldenRows = []goldenRow{
 			r.Run(rig.Ack, l.option())
 			require.Error(r, <-r.Result)
 			r.Result = nil
-			l.golden(r, "draining", []string{"DEBUG steadymq: draining; String queue=orders; Uint64 session=0; String host=mq1.test:5672"})
+			l.golden(r, "draining", []string{"DEBUG steadymq: draining; String queue=orders; Uint64 session=0; String host=mq1.test:5672; Int64 attempt=1"})
 		},
 		want: []string{
-			"ERROR steadymq: stopped; String queue=orders; Uint64 session=0; String host=mq1.test:5672; " +
+			"ERROR steadymq: stopped; String queue=orders; Uint64 session=0; String host=mq1.test:5672; Int64 attempt=1; " +
 				"String cause=open: login refused: 403 ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN. For details see the broker logfile: check user name, password and mechanism",
 		},
 	},
@@ -326,7 +326,7 @@ var goldenRows = []goldenRow{
 			r.Result = nil
 		},
 		want: []string{
-			"ERROR steadymq: stopped; String queue=orders; Uint64 session=0; String host=mq1.test:5672; " +
+			"ERROR steadymq: stopped; String queue=orders; Uint64 session=0; String host=mq1.test:5672; Int64 attempt=1; " +
 				"String cause=declare: 406 PRECONDITION_FAILED - inequivalent arg 'x-queue-type' <the broker's words>; what exists was declared otherwise: declare it alike, or delete it (its messages go with it)",
 		},
 	},
