@@ -178,6 +178,30 @@ func TestInboxThatIsClearedKeepsNothing(t *testing.T) {
 	assert.Empty(t, box.rest)
 }
 
+// A lookup that compares is cut off, and the topology function names another stream: what is found
+// there is a position of that stream, compared with nothing.
+func TestPositionOfAnotherStreamIsComparedWithNothing(t *testing.T) {
+	for name, cut := range map[string]bool{"before the lookup": false, "in the lookup": true} {
+		t.Run(name, func(t *testing.T) {
+			p := &position{settled: newWatermark(), acked: newWatermark()}
+			p.needsLookup("a", "next")
+			p.resume(1, nil, true)
+			p.subscribed("next")
+			p.locate(100)
+			p.fallSilent(60)
+			if cut {
+				offset, _ := p.needsLookup("a", "next")
+				require.Equal(t, "first", offset)
+			}
+			offset, needed := p.needsLookup("b", "next")
+			assert.Equal(t, "next", offset)
+			assert.True(t, needed)
+			p.locate(7)
+			assert.EqualValues(t, 7, p.resume(2, nil, true)[offsetKey])
+		})
+	}
+}
+
 // Only a stream that has dropped nothing tells by its length that it is another one.
 func TestPositionStartsOverOnlyInAStreamThatIsAnotherOne(t *testing.T) {
 	for name, c := range map[string]struct {
