@@ -519,6 +519,21 @@ func TestLockIsNoYoungerForWhatFailsMeanwhile(t *testing.T) {
 	assert.LessOrEqual(t, r.wait(oneOfEach[classLocked], now, false), time.Second, "another lock, an hour later")
 }
 
+// A lock that a session has ended is over: the next one may be that of a dead connection again.
+func TestLockAfterASessionIsAnotherLock(t *testing.T) {
+	r := newTestRetry()
+	now := time.Now()
+	for end := now.Add(time.Minute); now.Before(end); {
+		now = now.Add(r.wait(oneOfEach[classLocked], now, false))
+	}
+	r.consuming()
+	for end := now.Add(30 * time.Second); now.Before(end); {
+		wait := r.wait(oneOfEach[classLocked], now, false)
+		assert.LessOrEqual(t, wait, time.Second)
+		now = now.Add(wait)
+	}
+}
+
 func TestLockOfShortHeartbeatsIsTheOperatorsForGood(t *testing.T) {
 	c := defaults("amqp://h/", "q")
 	c.heartbeat = time.Second
