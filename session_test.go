@@ -199,7 +199,8 @@ func TestPortIsNamedHoweverThePeerEnds(t *testing.T) {
 	e := endpoint{uri: amqp.URI{Scheme: "amqp", Port: 15672}}
 	for _, end := range []error{
 		io.EOF, io.ErrUnexpectedEOF, wire.ErrPeerReset, syscall.ECONNRESET, errSetupTimeout,
-		&wire.NotAMQPError{First: 'H'}, tls.RecordHeaderError{},
+		&wire.NotAMQPError{First: 'H'},
+		tls.RecordHeaderError{},
 	} {
 		assert.ErrorAs(t, namePort(e, end), new(*wrongPortError), "%v", end)
 	}
