@@ -727,19 +727,24 @@ func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 }
 
 // awaitClosing waits until nothing is left of any session or connection, and counts what outlasts
-// the limit.
+// the limit. One that hangs says nothing about those behind it.
 func (s *supervisor) awaitClosing() {
 	limit := time.NewTimer(s.config.closeTimeout + teardownGrace)
 	defer limit.Stop()
-	for i, l := range s.closing {
-		select {
-		case <-l.done:
-			if l.session != nil {
-				s.addError(l.session.drainErr)
+	passed := false
+	for _, l := range s.closing {
+		if !passed {
+			select {
+			case <-l.done:
+			case <-limit.C:
+				passed = true
 			}
-		case <-limit.C:
-			s.stats.abandoned.Add(uint64(len(s.closing) - i))
-			return
+		}
+		switch {
+		case !l.isDone():
+			s.stats.abandoned.Add(1)
+		case l.session != nil:
+			s.addError(l.session.drainErr)
 		}
 	}
 }

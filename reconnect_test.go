@@ -222,6 +222,47 @@ func TestAnUntriedHostIsTriedAtOnceButNotWhenTheBrokerRefuses(t *testing.T) {
 	assert.GreaterOrEqual(t, r.wait(wrong, time.Now(), false), time.Second)
 }
 
+// Which failures say nothing about the other hosts: there the next one is tried at once.
+func TestAnotherHostIsTriedAtOnceWhereItMayDoBetter(t *testing.T) {
+	another := map[class]bool{
+		classNetwork: true, classForced: true, classChannel: true, classRefused: true, classUnreachable: true, classPeer: true,
+		classAbsent: false, classLocked: false, classOperator: false,
+	}
+	for kind, err := range oneOfEach {
+		t.Run(fmt.Sprint(kind), func(t *testing.T) {
+			r := newTestRetry()
+			var most time.Duration
+			for range 30 {
+				most = max(most, r.wait(err, time.Now(), true))
+			}
+			assert.Equal(t, another[kind], most <= firstRetry, "waits up to %v", most)
+		})
+	}
+}
+
+// A wait that was put off to the end of a round belongs to that round alone, and to no session that
+// has proved itself since.
+func TestDeferredWaitEndsWithItsRound(t *testing.T) {
+	for name, c := range map[string]struct {
+		end  func(r *retry)
+		most time.Duration
+	}{
+		"round":   {func(r *retry) { r.wait(oneOfEach[classRefused], time.Now(), false) }, time.Second},
+		"healthy": {(*retry).healthy, 250 * time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for range 100 {
+				r := newTestRetry()
+				for range 10 {
+					r.wait(oneOfEach[classPeer], time.Now(), true)
+				}
+				c.end(r)
+				assert.LessOrEqual(t, r.wait(oneOfEach[classRefused], time.Now(), false), c.most)
+			}
+		})
+	}
+}
+
 func TestEscalationCountsChannelFailuresOfHalfAMinute(t *testing.T) {
 	c, now := new(loan), time.Now()
 	assert.False(t, c.tooManyChannelFailures(now))
@@ -476,6 +517,21 @@ func TestLockIsNoYoungerForWhatFailsMeanwhile(t *testing.T) {
 
 	now = now.Add(time.Hour)
 	assert.LessOrEqual(t, r.wait(oneOfEach[classLocked], now, false), time.Second, "another lock, an hour later")
+}
+
+// A lock that a session has ended is over: the next one may be that of a dead connection again.
+func TestLockAfterASessionIsAnotherLock(t *testing.T) {
+	r := newTestRetry()
+	now := time.Now()
+	for end := now.Add(time.Minute); now.Before(end); {
+		now = now.Add(r.wait(oneOfEach[classLocked], now, false))
+	}
+	r.consuming()
+	for end := now.Add(30 * time.Second); now.Before(end); {
+		wait := r.wait(oneOfEach[classLocked], now, false)
+		assert.LessOrEqual(t, wait, time.Second)
+		now = now.Add(wait)
+	}
 }
 
 func TestLockOfShortHeartbeatsIsTheOperatorsForGood(t *testing.T) {

@@ -1,16 +1,21 @@
 package steadymq
 
 import (
+	"crypto/tls"
 	"fmt"
+	"io"
 	"math"
 	"runtime"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 func TestPlaceByTheClockAllowsForClocksThatDiffer(t *testing.T) {
@@ -167,6 +172,41 @@ func TestInboxForgetsWhatWasTaken(t *testing.T) {
 	runtime.KeepAlive(box)
 }
 
+func TestWaitingCountsWhatDoesNotFit(t *testing.T) {
+	box := newInbox(2)
+	for n := range 5 {
+		assert.Equal(t, n, box.waiting())
+		box.put(&Delivery{})
+	}
+	_, _ = box.take()
+	assert.Equal(t, 4, box.waiting())
+}
+
+// A host that was cut off may know of no consumer at all, ours included.
+func TestMessagesWaitForUsWhereNobodyElseConsumes(t *testing.T) {
+	c := defaults("amqp://h/", "q")
+	p := &prober{session: &session{scope: &scope{config: c}}}
+	assert.True(t, p.waits(amqp.Queue{Messages: 1, Consumers: 0}))
+	assert.True(t, p.waits(amqp.Queue{Messages: 1, Consumers: 1}))
+	assert.False(t, p.waits(amqp.Queue{Messages: 1, Consumers: 2}))
+	assert.False(t, p.waits(amqp.Queue{Messages: 0, Consumers: 1}))
+	c.declare = &Queue{Args: amqp.Table{"x-single-active-consumer": true}}
+	assert.False(t, p.waits(amqp.Queue{Messages: 1, Consumers: 1}), "the active one may be another")
+}
+
+// Whatever a peer does that is no broker, its port is named.
+func TestPortIsNamedHoweverThePeerEnds(t *testing.T) {
+	e := endpoint{uri: amqp.URI{Scheme: "amqp", Port: 15672}}
+	for _, end := range []error{
+		io.EOF, io.ErrUnexpectedEOF, wire.ErrPeerReset, syscall.ECONNRESET, errSetupTimeout,
+		&wire.NotAMQPError{First: 'H'},
+		tls.RecordHeaderError{},
+	} {
+		assert.ErrorAs(t, namePort(e, end), new(*wrongPortError), "%v", end)
+	}
+	assert.NotErrorAs(t, namePort(e, syscall.ECONNREFUSED), new(*wrongPortError))
+}
+
 func TestInboxThatIsClearedKeepsNothing(t *testing.T) {
 	box := newInbox(10)
 	for range 15 {
@@ -176,6 +216,30 @@ func TestInboxThatIsClearedKeepsNothing(t *testing.T) {
 	assert.Len(t, box.clear(), 15)
 	assert.Empty(t, box.next)
 	assert.Empty(t, box.rest)
+}
+
+// A lookup that compares is cut off, and the topology function names another stream: what is found
+// there is a position of that stream, compared with nothing.
+func TestPositionOfAnotherStreamIsComparedWithNothing(t *testing.T) {
+	for name, cut := range map[string]bool{"before the lookup": false, "in the lookup": true} {
+		t.Run(name, func(t *testing.T) {
+			p := &position{settled: newWatermark(), acked: newWatermark()}
+			p.needsLookup("a", "next")
+			p.resume(1, nil, true)
+			p.subscribed("next")
+			p.locate(100)
+			p.fallSilent(60)
+			if cut {
+				offset, _ := p.needsLookup("a", "next")
+				require.Equal(t, "first", offset)
+			}
+			offset, needed := p.needsLookup("b", "next")
+			assert.Equal(t, "next", offset)
+			assert.True(t, needed)
+			p.locate(7)
+			assert.EqualValues(t, 7, p.resume(2, nil, true)[offsetKey])
+		})
+	}
 }
 
 // Only a stream that has dropped nothing tells by its length that it is another one.

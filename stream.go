@@ -91,6 +91,7 @@ func (p *position) needsLookup(queue string, given any) (offset any, ok bool) {
 	defer p.mu.Unlock()
 	if p.queue != queue {
 		p.queue, p.from, p.known, p.begun, p.lookups = queue, nil, false, false, 0
+		p.silent, p.comparing = 0, 0 // of the stream before
 	}
 	if p.fresh() {
 		return given, shifts(given, time.Now())

@@ -52,7 +52,7 @@ func TestCredentialsAreRefreshedOverTheWholeRangeOfTheirExpiry(t *testing.T) {
 	for _, c := range []struct {
 		name        string
 		expires     func(now time.Time) time.Time
-		least, most int32 // questions in a day, that of the dial included
+		least, most int32 // questions in three hours, that of the dial included
 	}{
 		{"never", func(time.Time) time.Time { return time.Time{} }, 1, 1},
 		{"the farthest time", func(time.Time) time.Time { return time.Unix(1<<62, 0) }, 1, 1},
@@ -60,13 +60,14 @@ func TestCredentialsAreRefreshedOverTheWholeRangeOfTheirExpiry(t *testing.T) {
 		{"in 292 years", func(now time.Time) time.Time { return now.Add(math.MaxInt64) }, 1, 1},
 		{"in 60 years", func(now time.Time) time.Time { return now.Add(60 * 365 * day) }, 1, 1},
 		{"in 100 years", func(now time.Time) time.Time { return now.Add(100 * 365 * day) }, 1, 1},
-		{"in an hour", func(now time.Time) time.Time { return now.Add(time.Hour) }, 34, 36},
-		{"in a minute", func(now time.Time) time.Time { return now.Add(time.Minute) }, 2040, 2070},
-		{"now", func(now time.Time) time.Time { return now }, 2000, 20000},
-		{"a nanosecond ago", func(now time.Time) time.Time { return now.Add(-1) }, 2000, 20000},
-		{"an hour ago", func(now time.Time) time.Time { return now.Add(-time.Hour) }, 2000, 20000},
-		{"in 1970", func(time.Time) time.Time { return time.Unix(0, 0) }, 2000, 20000},
-		{"before all times", func(time.Time) time.Time { return time.Unix(-1<<62, 0) }, 2000, 20000},
+		{"in an hour", func(now time.Time) time.Time { return now.Add(time.Hour) }, 5, 5},
+		{"in a minute", func(now time.Time) time.Time { return now.Add(time.Minute) }, 255, 259},
+		{"in 10 s", func(now time.Time) time.Time { return now.Add(10 * time.Second) }, 1530, 1545},
+		{"now", func(now time.Time) time.Time { return now }, 250, 2500},
+		{"a nanosecond ago", func(now time.Time) time.Time { return now.Add(-1) }, 250, 2500},
+		{"an hour ago", func(now time.Time) time.Time { return now.Add(-time.Hour) }, 250, 2500},
+		{"in 1970", func(time.Time) time.Time { return time.Unix(0, 0) }, 250, 2500},
+		{"before all times", func(time.Time) time.Time { return time.Unix(-1<<62, 0) }, 250, 2500},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			rig.Bubble(t, func(r *rig.Rig) {
@@ -75,7 +76,7 @@ func TestCredentialsAreRefreshedOverTheWholeRangeOfTheirExpiry(t *testing.T) {
 					asked.Add(1)
 					return steadymq.Credentials{Username: "app", Password: rig.Password, Expires: c.expires(time.Now())}, nil
 				}))
-				r.Wait(day)
+				r.Wait(3 * time.Hour)
 				assert.EqualValues(r, 1, r.Consumer.Stats().Connections)
 				assert.GreaterOrEqual(r, asked.Load(), c.least)
 				assert.LessOrEqual(r, asked.Load(), c.most)
@@ -122,8 +123,8 @@ func TestExpiredCredentialsAtTheDialAreLeftToTheBroker(t *testing.T) {
 		r.Broker.RefuseLogin(true)
 		r.Broker.Reset()
 		asked.Store(0)
-		r.Wait(10 * time.Hour)
-		assert.Less(r, asked.Load(), int32(3600))
+		r.Wait(2 * time.Hour)
+		assert.Less(r, asked.Load(), int32(720))
 		r.Broker.Heal()
 		r.Wait(35 * time.Second)
 		assert.Equal(r, steadymq.Consuming, r.Consumer.State())

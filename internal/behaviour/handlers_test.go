@@ -211,6 +211,28 @@ func TestHandlersTooSlowForThePrefetchAreToldBeforeTheConsumerTimeout(t *testing
 	}
 }
 
+// The warning is about a session that still waits for its handlers. Of one that was lost a moment
+// before it was due the broker has everything back.
+func TestHandlersOfALostSessionAreNotToldAsTooSlow(t *testing.T) {
+	for name, c := range map[string]struct {
+		lost time.Duration
+		told int
+	}{"lost": {17 * time.Minute, 0}, "not lost": {20 * time.Minute, 1}} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				untilLost := func(ctx context.Context, _ *steadymq.Delivery) error { <-ctx.Done(); return nil }
+				r.Consuming(untilLost)
+				r.PublishMany(10, "slow")
+				r.Wait(c.lost)
+				r.Broker.Refuse(true)
+				r.Broker.Reset()
+				r.Wait(5 * time.Minute)
+				assert.Equal(r, c.told, r.TimesLogged("lower WithPrefetch"))
+			}, steadymqtest.WithConsumerTimeout(24*time.Hour, steadymqtest.FormOfVersion))
+		})
+	}
+}
+
 func TestLongConsumerTimeoutIsNotTakenForTheDefault(t *testing.T) {
 	for _, ms := range []int64{48 * time.Hour.Milliseconds(), math.MaxInt64} {
 		rig.Bubble(t, func(r *rig.Rig) {

@@ -218,6 +218,16 @@ func TestDeadLetterQueueOfAnotherKindIsTakenAsItIs(t *testing.T) {
 	}
 }
 
+// Only a queue that exists in another form is taken as it is.
+func TestDeadLetterQueueThatIsRefusedIsTheOperators(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.RefuseDeclare(406, "PRECONDITION_FAILED - invalid arg 'x-queue-type' for queue 'orders.dead' in vhost '/'")
+		r.Run(rig.Ack, steadymq.WithQueue(steadymq.Queue{Type: "quorum", DeadLetter: &steadymq.DeadLetter{Queue: "orders.dead"}}))
+		r.Wait(time.Second)
+		assert.ErrorContains(r, r.Stop(), `dead-letter queue "orders.dead"`)
+	})
+}
+
 func TestDeadLetterExchangeIsTheUsers(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.Broker.DeclareExchange("dead", "direct")

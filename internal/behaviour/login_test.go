@@ -172,6 +172,23 @@ func (c slowToGreet) Read(p []byte) (int, error) {
 	return n, err
 }
 
+func TestSocketLostInTheHandshakeSaysWhere(t *testing.T) {
+	for stage, where := range map[steadymqtest.Stage]string{
+		steadymqtest.StageTune: "lost while logging in: ",
+		steadymqtest.StageOpen: "lost while opening the virtual host: ",
+	} {
+		t.Run(stage.String(), func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.DropAt(stage, true)
+				r.Run(rig.Ack)
+				r.Wait(time.Second)
+				require.NotEmpty(r, r.Causes())
+				assert.ErrorContains(r, r.Causes()[0], where)
+			})
+		})
+	}
+}
+
 func TestSlowGreetingDoesNotMakeALostLoginARefusal(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.Broker.DropAt(steadymqtest.StageTune, true)

@@ -179,6 +179,29 @@ func TestSessionsLeaveNothingInMemoryWhateverTheOptions(t *testing.T) {
 	}
 }
 
+// Room for the whole prefetch is the largest piece of a session. A connection remembers the channels
+// that were closed on it for long, and must not remember that.
+func TestClosedChannelsKeepNoRoomForMessages(t *testing.T) {
+	for name, lose := range map[string]func(r *rig.Rig){
+		"by the broker":   func(r *rig.Rig) { r.Broker.CloseChannels(406, "PRECONDITION_FAILED - unknown delivery tag 7") },
+		"by basic.cancel": func(r *rig.Rig) { r.Broker.CancelConsumers(rig.Queue) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(rig.Ack, steadymq.WithPrefetch(60000))
+				before := heap()
+				for range 16 {
+					lose(r)
+					r.Wait(40 * time.Second) // three in a row would replace the connection
+				}
+				require.EqualValues(r, 1, r.Consumer.Stats().Connections)
+				require.EqualValues(r, 17, r.Consumer.Stats().Sessions)
+				assert.Less(r, heap()-before, 2*mebi, "bytes kept of 16 sessions with room for 60,000 messages each")
+			}, steadymqtest.WithoutLedger())
+		})
+	}
+}
+
 func TestLostSessionsLeaveNoMessagesInMemory(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		body := strings.Repeat("x", 1<<20)

@@ -1,10 +1,14 @@
 package behaviour_test
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"fmt"
 	"log/slog"
+	"net"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -274,6 +278,64 @@ func TestIntervalWithoutMessagesBeginsWithTheNext(t *testing.T) {
 }
 
 // Nothing was promised to a consumer that the broker did not take.
+// A lookup wants one message. A broker that may send more does so at the path's pace, before the
+// session has begun.
+func TestLookupOfAFirstMessageIsGivenNoOther(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("stream")
+		r.PublishMany(50, "old")
+		r.Consuming(rig.Ack, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "1h"}))
+		looked := 0
+		for _, d := range r.Broker.Ledger().Deliveries {
+			if strings.HasSuffix(d.ConsumerTag, ".look") {
+				looked++
+			}
+		}
+		assert.Equal(r, 1, looked)
+	})
+}
+
+// chunked is a connection to a broker that begins with the last chunk where it is asked for the last
+// message, as RabbitMQ does: the kit's chunks hold one message each. The offset of the chunk takes
+// the place of the text, and is as long.
+type chunked struct {
+	net.Conn
+	first int64
+}
+
+func (c chunked) Write(p []byte) (int, error) {
+	text := []byte("S\x00\x00\x00\x04last")
+	number := binary.BigEndian.AppendUint64([]byte{'l'}, uint64(c.first))
+	if _, err := c.Conn.Write(bytes.Replace(p, text, number, 1)); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// Whoever looks for the end of a stream is given the whole last chunk: the end is behind all of it.
+func TestEndOfAStreamIsBehindTheWholeLastChunk(t *testing.T) {
+	for _, size := range []int{1, 2, 5} {
+		rig.Bubble(t, func(r *rig.Rig) {
+			r.RemakeQueue("stream")
+			r.PublishMany(10, "old")
+			r.Wait(time.Hour)
+			var handled []string
+			r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+				handled = append(handled, string(d.Body))
+				return nil
+			}, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "next"}),
+				steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+					conn, err := r.Broker.Dialer()(ctx, network, address)
+					return chunked{conn, int64(10 - size)}, err
+				}))
+			r.Wait(time.Minute)
+			require.Empty(r, handled)
+			publishAway(r, time.Second, "new")
+			assert.Equal(r, []string{"new"}, handled, "a chunk of %d", size)
+		})
+	}
+}
+
 func TestNextIsThatOfTheFirstSubscriptionTheBrokerTook(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.RemakeQueue("stream")

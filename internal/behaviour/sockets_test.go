@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"net"
 	"runtime"
 	"sync"
@@ -93,6 +94,116 @@ func TestConnectionThatNeverClosesHoldsUpNeitherHealingNorStop(t *testing.T) {
 		close(stuck)
 		r.Wait(time.Second)
 		assert.Zero(r, sockets.open.Load())
+	})
+}
+
+// parkedWrites is a connection whose writes wait for its end once they are told to.
+type parkedWrites struct {
+	net.Conn
+	park   atomic.Bool
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (c *parkedWrites) Write(p []byte) (int, error) {
+	if c.park.Load() {
+		<-c.closed
+	}
+	return c.Conn.Write(p)
+}
+
+func (c *parkedWrites) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
+}
+
+// The answer to a close of the broker may be stuck, and the write timeout is a heartbeat. A socket
+// that is of no more use does not stay so long.
+func TestConnectionThatTheBrokerClosesIsGoneAtTheCloseLimit(t *testing.T) {
+	for _, limit := range []time.Duration{2 * time.Second, 5 * time.Second} {
+		rig.Bubble(t, func(r *rig.Rig) {
+			var first *parkedWrites
+			r.Consuming(rig.Ack, steadymq.WithHeartbeat(time.Minute), steadymq.WithCloseTimeout(limit),
+				steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+					conn, err := r.Broker.Dialer()(ctx, network, address)
+					if err != nil || first != nil {
+						return conn, err
+					}
+					first = &parkedWrites{Conn: conn, closed: make(chan struct{})}
+					return first, nil
+				}))
+			first.park.Store(true)
+			since := time.Now()
+			r.Broker.CloseConnections(320, "CONNECTION_FORCED - shutdown")
+			<-first.closed
+			assert.InDelta(r, limit, time.Since(since), float64(50*time.Millisecond))
+			r.Wait(time.Second)
+			assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		})
+	}
+}
+
+// What outlasts the limit of a stop is counted one by one, and nothing else: neither the connection
+// that has closed in order, nor the prober, though both began to close after what hangs.
+func TestEachTeardownThatOutlastsTheStopIsCounted(t *testing.T) {
+	for hanging := range uint64(4) {
+		t.Run(fmt.Sprint(hanging), func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				stuck := make(chan struct{})
+				var sockets, left atomic.Int64
+				dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+					conn, err := r.Broker.Dialer()(ctx, network, address)
+					if err != nil || sockets.Add(1) > int64(hanging) {
+						return conn, err
+					}
+					return &rig.CountedConn{Conn: conn, Closed: sync.OnceFunc(func() { left.Add(1); <-stuck })}, nil
+				}
+				r.Consuming(rig.Ack, steadymq.WithDialer(dial), steadymq.WithStallDetector(time.Minute))
+				for range hanging {
+					r.Broker.Reset()
+					r.Wait(20 * time.Second)
+					require.Equal(r, steadymq.Consuming, r.Consumer.State())
+				}
+				require.EqualValues(r, hanging, left.Load())
+				require.NoError(r, r.Stop())
+				assert.Equal(r, hanging, r.Consumer.Stats().Abandoned)
+				close(stuck)
+				r.Wait(time.Second)
+			})
+		})
+	}
+}
+
+// A connection that hangs in its Close hides nothing of a session that ended behind it.
+func TestTeardownThatHangsHidesNoAcksThatMayBeLost(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		stuck := make(chan struct{})
+		var sockets atomic.Int64
+		dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := r.Broker.Dialer()(ctx, network, address)
+			if err != nil || sockets.Add(1) > 1 {
+				return conn, err
+			}
+			return &rig.CountedConn{Conn: conn, Closed: func() { <-stuck }}, nil
+		}
+		started, release := make(chan *steadymq.Delivery, 1), make(chan struct{})
+		r.Consuming(rig.Hold(started, release), steadymq.WithDialer(dial), steadymq.WithConcurrency(2))
+		r.Broker.Reset() // the first connection hangs from now on
+		r.Wait(20 * time.Second)
+		r.Broker.Publish(rig.Queue, "tea")
+		<-started
+		r.Broker.CancelConsumers(rig.Queue) // its handler may still settle, and does so while stopping
+		r.Wait(time.Second)
+		require.Equal(r, steadymq.Consuming, r.Consumer.State())
+		r.Broker.NoCloseOk(true) // what it acks is never confirmed
+		r.Cancel()
+		r.Wait(time.Second)
+		close(release)
+		err := r.Stop()
+		assert.ErrorContains(r, err, "the last acks may be lost")
+		assert.ErrorContains(r, err, "session 2", "also of the session that was cancelled")
+		close(stuck)
+		r.Wait(time.Second)
 	})
 }
 

@@ -231,6 +231,69 @@ func TestStreamThatGrowsWithoutADeliveryIsAStall(t *testing.T) {
 	})
 }
 
+// What a handler is given is progress, also if it settles nothing: these are held.
+func TestHandlersThatBeginAreNoStall(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(context.Context, *steadymq.Delivery) error {
+			time.Sleep(4 * time.Second)
+			return steadymq.RequeueAfter(nil, time.Hour)
+		}, steadymq.WithStallDetector(5*time.Second), steadymq.WithPrefetch(20))
+		r.PublishMany(12, "held")
+		r.Wait(time.Second)
+		r.Broker.QuorumStall(rig.Queue, true)
+		r.PublishMany(1, "waits")
+		r.Wait(48 * time.Second)
+		assert.Empty(r, r.Causes(), "as long as handlers begin")
+		r.Wait(20 * time.Second)
+		assert.NotEmpty(r, r.Causes(), "not for ever")
+	})
+}
+
+// A stream may be empty when the detector looks first.
+func TestEmptyStreamThatGrowsWithoutADeliveryIsAStall(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		streamUnderDetector(r, rig.Ack)
+		r.Wait(25 * time.Second)
+		r.Broker.QuorumStall("log", true)
+		r.Broker.Publish("log", "1", "2", "3")
+		r.Wait(20 * time.Second)
+		require.NotEmpty(r, r.Causes())
+		assert.ErrorContains(r, r.Causes()[0], "though the stream has grown")
+		r.Broker.QuorumStall("log", false)
+		r.Wait(10 * time.Second)
+		assert.EqualValues(r, 3, r.Consumer.Stats().Acked)
+	})
+}
+
+// A stream that had grown without a delivery for a moment says nothing about a stall that comes
+// later for another reason: taken for another stream, it would be read once more from its beginning.
+func TestStreamThatGrewForAMomentIsNotReadAnewAfterALaterStall(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		streamUnderDetector(r, rig.Ack)
+		r.Broker.Publish("log", "1", "2", "3")
+		r.Wait(15 * time.Second)
+		r.Broker.QuorumStall("log", true)
+		for range 34 { // the detector looks after 20 and 30 s, and suspects a stall
+			r.Wait(500 * time.Millisecond)
+			r.Broker.Publish("log", "more")
+		}
+		r.Broker.QuorumStall("log", false)
+		r.Wait(time.Second)
+		require.EqualValues(r, 37, r.Consumer.Stats().Acked)
+		require.Empty(r, r.Causes())
+		r.Wait(30 * time.Second)
+		r.Broker.HangAt(steadymqtest.StageChannel, true)
+		r.Wait(5 * time.Minute)
+		r.Broker.HangAt(steadymqtest.StageChannel, false)
+		r.Wait(time.Minute)
+		require.NotEmpty(r, r.Causes())
+		require.ErrorContains(r, r.Causes()[0], "does not answer")
+		r.Broker.Publish("log", "last")
+		r.Wait(time.Second)
+		assert.EqualValues(r, 38, r.Consumer.Stats().Acked)
+	})
+}
+
 // Nobody has told the consumer: at its old place the broker waits until the new stream is so long.
 func TestStreamMadeAnewWhileTheConsumerWasAwayIsReadFromItsBeginningOnceItStalls(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
