@@ -1,0 +1,262 @@
+package behaviour_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
+	"github.com/steadymq/steadymq/steadymqtest"
+)
+
+// party is a group on the rig's broker, with a queue q0, q1, ... for each consumer.
+type party struct {
+	*rig.Rig
+	group     *steadymq.Group
+	consumers []*steadymq.Consumer
+	cancel    context.CancelFunc
+	result    chan error
+}
+
+// grouped makes a group of n consumers that ack. options are those of the group.
+func grouped(r *rig.Rig, n int, options ...steadymq.Option) *party {
+	r.Helper()
+	urls := r.Broker.URLs()
+	all := []steadymq.Option{
+		steadymq.WithDialer(r.Broker.Dialer()),
+		steadymq.WithLogger(slog.New(slog.NewTextHandler(r.Log, &slog.HandlerOptions{Level: slog.LevelDebug}))),
+	}
+	if len(urls) > 1 {
+		all = append(all, steadymq.WithURLs(urls[1:]...))
+	}
+	g, err := steadymq.NewGroup(urls[0], append(all, options...)...)
+	require.NoError(r, err)
+	p := &party{Rig: r, group: g}
+	for range n {
+		p.add(rig.Ack)
+	}
+	return p
+}
+
+func (p *party) name(i int) string { return fmt.Sprintf("q%d", i) }
+
+// add gives the group one more consumer, of a queue of its own.
+func (p *party) add(h steadymq.Handler, options ...steadymq.Option) *steadymq.Consumer {
+	p.Helper()
+	name := p.name(len(p.consumers))
+	p.Broker.DeclareQueue(name, steadymqtest.QueueOptions{})
+	c, err := p.group.Handle(name, h, options...)
+	require.NoError(p, err)
+	p.consumers = append(p.consumers, c)
+	return c
+}
+
+// start runs the group.
+func (p *party) start() *party {
+	ctx, cancel := context.WithCancel(p.Context())
+	p.cancel, p.result = cancel, make(chan error, 1)
+	go func() {
+		defer cancel()
+		p.result <- p.group.Run(ctx)
+	}()
+	p.Wait(200 * time.Millisecond)
+	return p
+}
+
+func (p *party) stop() error {
+	p.cancel()
+	return <-p.result
+}
+
+// consuming tells how many of the consumers are consuming.
+func (p *party) consuming() (n int) {
+	for _, c := range p.consumers {
+		if c.State() == steadymq.Consuming {
+			n++
+		}
+	}
+	return n
+}
+
+func TestGroupConsumesManyQueuesOnOneConnection(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 10).start()
+		require.Equal(t, 10, p.consuming())
+		require.Equal(t, 1, r.OpenConnections())
+		for i := range p.consumers {
+			r.Broker.Publish(p.name(i), "1", "2")
+		}
+		r.Wait(time.Second)
+		for i, c := range p.consumers {
+			assert.Zero(t, r.Broker.QueueLen(p.name(i)))
+			assert.Equal(t, uint64(2), c.Stats().Acked)
+		}
+		require.NoError(t, p.stop())
+		require.Zero(t, r.OpenConnections())
+		assert.Equal(t, steadymq.GroupStats{Connections: 1, Dials: 1}, p.group.Stats())
+	})
+}
+
+func TestGroupDialsOnceForAllWhoLostTheConnection(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 20).start()
+		for n := range 5 {
+			r.Broker.Reset()
+			r.Wait(200 * time.Millisecond)
+			require.Equal(t, 20, p.consuming())
+			require.Equal(t, 1, r.OpenConnections())
+			require.Equal(t, uint64(n+2), p.group.Stats().Dials)
+			r.Wait(71 * time.Second)
+		}
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestGroupIsNoMoreOfABurdenToAHostThatRefusesThanOneConsumer(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 50).start()
+		before := p.group.Stats().Dials
+		r.Broker.Refuse(true)
+		r.Broker.Reset()
+		r.Wait(time.Minute)
+		dials := p.group.Stats().Dials - before
+		assert.Less(t, dials, uint64(200), "one a half second on average")
+		assert.Greater(t, dials, uint64(60))
+		r.Broker.Refuse(false)
+		r.Wait(1100 * time.Millisecond)
+		require.Equal(t, 50, p.consuming())
+		require.Equal(t, 1, r.OpenConnections())
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestConsumerThatKeepsFailingGoesOnOnAConnectionOfItsOwn(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 5)
+		var failing atomic.Bool
+		failing.Store(true)
+		bad := p.add(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			if failing.Load() {
+				return "", errors.New("not yet")
+			}
+			return "", nil
+		}))
+		p.start()
+		r.Wait(time.Minute)
+		require.Equal(t, 5, p.consuming())
+		for _, c := range p.consumers[:5] {
+			require.Equal(t, uint64(1), c.Stats().Sessions, "it is not disturbed")
+		}
+		require.Equal(t, 1, p.group.Stats().Isolated)
+		require.LessOrEqual(t, r.OpenConnections(), 2)
+
+		failing.Store(false)
+		r.Wait(11 * time.Second)
+		require.Equal(t, steadymq.Consuming, bad.State())
+		require.Equal(t, 2, r.OpenConnections())
+		r.Wait(71 * time.Second)
+		require.Equal(t, steadymq.Consuming, bad.State())
+		require.Equal(t, 1, r.OpenConnections(), "it shares the connection again")
+		require.Zero(t, p.group.Stats().Isolated)
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestSetUpThatMakesTheBrokerCloseTheConnectionDisturbsTheOthersTwice(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 10)
+		bad := p.add(rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			return "", ch.Qos(1, 1, false) // 540, which closes the connection
+		}), steadymq.WithFatal(func(error) bool { return false }))
+		p.start()
+		r.Wait(time.Minute)
+		require.Equal(t, 10, p.consuming())
+		for _, c := range p.consumers[:10] {
+			require.LessOrEqual(t, c.Stats().Sessions, uint64(3))
+		}
+		require.Equal(t, 1, p.group.Stats().Isolated)
+		require.Equal(t, steadymq.Backoff, bad.State())
+		before := p.consumers[0].Stats().Sessions
+		r.Wait(10 * time.Minute)
+		require.Equal(t, before, p.consumers[0].Stats().Sessions)
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestMoreConsumersThanChannelsOpenAFurtherConnection(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		urls := r.Broker.URLs()
+		g, err := steadymq.NewGroup(urls[0]+"?channel_max=4", steadymq.WithDialer(r.Broker.Dialer()),
+			steadymq.WithLogger(slog.New(slog.NewTextHandler(r.Log, nil))))
+		require.NoError(t, err)
+		p := &party{Rig: r, group: g}
+		for range 10 {
+			p.add(rig.Ack)
+		}
+		p.start()
+		r.Wait(time.Second)
+		require.Equal(t, 10, p.consuming())
+		require.Equal(t, 3, r.OpenConnections())
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestConsumerOfAGroupStartsAndStopsAlone(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2).start()
+		late := p.add(rig.Ack)
+		r.Wait(100 * time.Millisecond)
+		require.Equal(t, 3, p.consuming())
+		require.Equal(t, []*steadymq.Consumer{p.consumers[0], p.consumers[1], late}, p.group.Consumers())
+
+		require.NoError(t, p.consumers[0].Stop(t.Context()))
+		require.Equal(t, steadymq.Stopped, p.consumers[0].State())
+		require.Equal(t, 2, p.consuming())
+		require.Equal(t, p.consumers[1:], p.group.Consumers())
+		require.Equal(t, 1, r.OpenConnections())
+		require.ErrorContains(t, late.Run(t.Context(), rig.Ack), "belongs to a Group")
+		require.NoError(t, p.stop())
+		_, err := p.group.Handle("q0", rig.Ack)
+		require.ErrorContains(t, err, "has ended")
+		require.ErrorIs(t, p.group.Run(t.Context()), steadymq.ErrRunning)
+	})
+}
+
+func TestRefusedSetUpOfOneConsumerEndsTheGroupAfterADrain(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2)
+		_, err := p.group.Handle(rig.Queue, rig.Ack, steadymq.WithQueue(steadymq.Queue{}))
+		require.NoError(t, err)
+		p.start()
+		err = <-p.result
+		require.ErrorContains(t, err, "queue orders")
+		require.ErrorContains(t, err, "inequivalent")
+		require.Zero(t, r.OpenConnections())
+	})
+}
+
+func TestRefusedLoginOfAGroupIsToldOnce(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.RefuseLogin(true)
+		p := grouped(r, 5).start()
+		err := <-p.result
+		require.ErrorIs(t, err, steadymq.ErrLoginRefused)
+		require.Len(t, errorsOf(err), 1)
+	})
+}
+
+func errorsOf(err error) []error {
+	if all, ok := err.(interface{ Unwrap() []error }); ok {
+		return all.Unwrap()
+	}
+	return []error{err}
+}
