@@ -297,11 +297,11 @@ func (b *borrower) giveBack(l *loan, d closeRequest) (last bool) {
 	return true
 }
 
-// shares reports whether others have been lent the connection, too.
-func (b *borrower) shares(l *loan) bool {
+// sharing reports whether others borrow from the same keeper, too.
+func (b *borrower) sharing(l *loan) bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	return len(l.loans) > 1
+	return len(l.keeper.members) > 1
 }
 
 // blame records a failure of the host at address.

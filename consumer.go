@@ -468,7 +468,7 @@ func (s *supervisor) failed(err error) stateFunc {
 		return s.draining
 	}
 	s.borrower.blame(s.host, err, now)
-	s.strike(err)
+	err = s.unproven(err)
 	s.keepOrReplace(err, now)
 	if s.conn != nil {
 		return s.decide(err, s.retry.wait(err, now, false))
@@ -572,15 +572,21 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	s.dropConnection()
 }
 
-// strike counts a connection that the broker has closed while this consumer was set up on it: that
-// may be the consumer's own doing.
-func (s *supervisor) strike(err error) {
+// unproven marks err if the broker has closed a connection that others share while this consumer was
+// set up on it: any of them may be the reason. It counts how often that happened.
+func (s *supervisor) unproven(err error) error {
 	var at *SessionError
 	var brokerErr *amqp.Error
-	if errors.As(err, &at) && at.Op != "dial" && at.Op != "open" && at.Op != "lost" &&
-		errors.As(err, &brokerErr) && brokerErr.Server && !brokerErr.Recover && brokerErr.Code != amqp.ConnectionForced {
-		s.strikes++
+	switch {
+	case !errors.As(err, &at), at.Op == "dial", at.Op == "open", at.Op == "lost",
+		!errors.As(err, &brokerErr), !brokerErr.Server, brokerErr.Recover, brokerErr.Code == amqp.ConnectionForced,
+		s.conn == nil, !s.borrower.sharing(s.conn):
+		return err
 	}
+	s.strikes++
+	own := *at
+	own.Err = &unprovenError{at.Err}
+	return &own
 }
 
 // overflows moves the consumer to another connection, if it shares one that has no channel left.

@@ -205,6 +205,9 @@ func (p *pace) draw() time.Duration {
 // first. The driver's own codes mean nothing: it has 501 for every failure of I/O, and 403 for a
 // socket lost in the handshake.
 func classify(err error) class {
+	if errors.As(err, new(*unprovenError)) {
+		return classNetwork
+	}
 	var brokerErr *amqp.Error
 	if errors.As(err, &brokerErr) && brokerErr.Server {
 		return classifyBroker(brokerErr)
@@ -243,7 +246,7 @@ func wrongPeer(err error) bool {
 // counts before the first session only.
 func permanent(err error) bool {
 	var brokerErr *amqp.Error
-	if !errors.As(err, &brokerErr) || !brokerErr.Server || classifyBroker(brokerErr) != classOperator {
+	if !errors.As(err, &brokerErr) || !brokerErr.Server || classify(err) != classOperator {
 		return false
 	}
 	switch brokerErr.Code {

@@ -179,6 +179,9 @@ func TestSetUpThatMakesTheBrokerCloseTheConnectionDisturbsTheOthersTwice(t *test
 		}), steadymq.WithFatal(func(error) bool { return false }))
 		p.start()
 		r.Wait(time.Minute)
+		if p.consuming() != 10 {
+			t.Log(r.Log.String())
+		}
 		require.Equal(t, 10, p.consuming())
 		for _, c := range p.consumers[:10] {
 			require.LessOrEqual(t, c.Stats().Sessions, uint64(3))
