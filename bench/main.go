@@ -32,16 +32,19 @@ func main() {
 	}
 }
 
+// roles are those of a client process, by its first argument; the second one is
+// its configuration.
+var roles = map[string]func(string) error{
+	"client": clientMain, "recover": recoverMain, "idle": idleMain, "herd": herdMain, "beside": besideMain,
+}
+
 // run plays the role that a parent process asked for, or is the parent.
 func run(args []string) error {
 	if len(args) > 0 && args[0] == "replay" {
 		return replay.Main()
 	}
-	if len(args) == 2 && args[0] == "client" {
-		return clientMain(args[1])
-	}
-	if len(args) == 2 && args[0] == "recover" {
-		return recoverMain(args[1])
+	if len(args) == 2 && roles[args[0]] != nil {
+		return roles[args[0]](args[1])
 	}
 	o, err := parseOptions(args)
 	if err != nil {
@@ -58,6 +61,7 @@ type options struct {
 	throughput []variant
 	recovery   []variant
 	faults     []string
+	consumers  []int // on one connection, of the group benchmark
 
 	rounds         int
 	warmup, window time.Duration
@@ -74,10 +78,11 @@ type options struct {
 
 func parseOptions(args []string) (o options, err error) {
 	f := flag.NewFlagSet("bench", flag.ExitOnError)
-	only := f.String("only", "throughput,recovery", "which benchmarks: throughput, recovery")
+	only := f.String("only", "throughput,recovery,groups", "which benchmarks: throughput, recovery, groups")
 	variants := f.String("variants", "driver,steadymq,multiple,auto", "throughput variants; the first is the base of the ratios")
 	healers := f.String("healers", "steadymq,recovery,loop", "recovery variants")
 	faults := f.String("faults", strings.Join(replay.Faults, ","), "faults of the recovery benchmark")
+	consumers := f.String("consumers", "1,10,100,1000", "consumers on one connection, of the group benchmark")
 	prefetch := f.String("prefetch", "", "prefetch values, as 1,16,64,256,1000")
 	bodies := f.String("bodies", "", "body sizes in bytes, as 100,1024,65536")
 	workers := f.String("workers", "", "worker counts, as 1,16,64")
@@ -108,6 +113,11 @@ func parseOptions(args []string) (o options, err error) {
 	}
 	if strings.Contains(*only, "recovery") && o.amqp == "" {
 		if o.recovery, err = pick(recoveryVariants, *healers); err != nil {
+			return o, err
+		}
+	}
+	if strings.Contains(*only, "groups") {
+		if o.consumers, err = ints(*consumers); err != nil {
 			return o, err
 		}
 	}
@@ -199,6 +209,9 @@ func benchmark(ctx context.Context, o options) (err error) {
 		return err
 	}
 	if rep.recovery, err = recovery(ctx, o, server); err != nil {
+		return err
+	}
+	if rep.groups, err = benchGroups(ctx, o, server); err != nil {
 		return err
 	}
 	return rep.deliver()

@@ -17,6 +17,7 @@ type report struct {
 	opts       options
 	throughput []comparison
 	recovery   []healing
+	groups     groups
 }
 
 // folder is where the results live, from the root of the repository.
@@ -54,6 +55,7 @@ func (r report) print(w io.Writer) {
 	for _, h := range r.recovery {
 		fmt.Fprintln(tw, strings.Join(h.cells(), "\t"))
 	}
+	r.groups.print(tw)
 }
 
 var throughputHead = []string{"consumer", "messages/s", "ratio", "min–max", "user µs", "system µs", "CPU ratio", "allocs", "bytes", "server µs", "server reads"}
@@ -96,6 +98,7 @@ func (r report) markdown(w io.Writer) {
 	if len(r.recovery) > 0 {
 		r.recoveryMarkdown(w)
 	}
+	r.groups.markdown(w)
 }
 
 func (r report) throughputMarkdown(w io.Writer) {
