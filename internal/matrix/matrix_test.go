@@ -62,7 +62,9 @@ func TestMatrix(t *testing.T) {
 		heavy.Wait()
 	}
 	if m.wants("herd", false) { // alone: it needs the machine
-		t.Run("a herd", func(t *testing.T) { m.add("%s", herd(t)) })
+		for _, h := range herds {
+			t.Run(fmt.Sprintf("a herd on %d connections", h.connections), func(t *testing.T) { m.add("%s", h.run(t)) })
+		}
 	}
 }
 
@@ -152,6 +154,7 @@ type trial struct {
 	own     scenario.Results
 	nodes   []*rabbit.Broker
 	proxies []*faultproxy.Proxy // by node, of a cluster
+	group   string              // that its consumer belongs to, "" if it is alone
 }
 
 var trials atomic.Int64

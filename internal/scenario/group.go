@@ -214,7 +214,7 @@ func (g *Group) Verify() {
 		assert.Equal(g, steadymq.Stopped, s.Consumer.State(), s.Queue)
 	}
 	g.nothingLeft()
-	g.wireIsOurs()
+	g.WireIsOurs()
 	duplicates := 0
 	for _, s := range g.good() {
 		if !g.Streams[s] {
@@ -325,8 +325,8 @@ func (g *Group) nothingLeft() {
 	}
 }
 
-// wireIsOurs looks for settlements on the wire that belong to no member's deliveries.
-func (g *Group) wireIsOurs() {
+// WireIsOurs looks for settlements on the wire that belong to no member's deliveries.
+func (g *Group) WireIsOurs() {
 	g.Helper()
 	if !g.path.ReadsTheWire() {
 		return
