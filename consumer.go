@@ -225,6 +225,7 @@ type supervisor struct {
 	tag     string          // prefix of all consumer tags
 	host    string          // address of the current or last connection, for reports
 
+	away    away          // what has failed since the last session
 	strikes int           // connections that the broker closed during this consumer's set-up
 	closing []closer      // what is ending and has to end before Run returns
 	cause   error         // of the last failure
@@ -399,6 +400,7 @@ func (s *supervisor) consuming() stateFunc {
 	s.retry.consuming()
 	s.borrower.praise(s.host)
 	s.enter(Consuming, nil) // first: a handler may ask for the state
+	s.away = away{}
 	s.pool.serve(s.session)
 	retiring, proven := s.reasonsToMove()
 	for {
@@ -469,6 +471,7 @@ func (s *supervisor) failed(err error) stateFunc {
 	}
 	s.borrower.blame(s.host, err, now)
 	err = s.unproven(err)
+	s.away.add(s.concernsAll(err))
 	s.keepOrReplace(err, now)
 	if s.conn != nil {
 		return s.decide(err, s.retry.wait(err, now, false))
@@ -495,6 +498,7 @@ func (s *supervisor) told(f *dialFailure, wait time.Duration) stateFunc {
 		return s.draining
 	}
 	s.host = f.host
+	s.away.add(true)
 	err := s.asOwn(f.err)
 	_ = s.retry.wait(err, now, f.fresh)
 	return s.decide(err, s.sooner(err, wait))
@@ -533,6 +537,37 @@ func waitFor[T any](s *supervisor, moment <-chan T) stateFunc {
 	case <-s.ctx.Done():
 		return s.draining
 	}
+}
+
+// concernsAll reports whether err is a failure of a connection that others share.
+func (s *supervisor) concernsAll(err error) bool {
+	var at *SessionError
+	failed := errors.As(err, &at) && (at.Op == "dial" || at.Op == "open")
+	return (failed || s.conn != nil && !s.conn.alive()) && !s.borrower.isolated()
+}
+
+// away is what has failed since a consumer's last session.
+type away struct {
+	last bool // the last failure was that of a connection that others share
+	own  bool // another one was the consumer's own
+}
+
+func (a *away) add(concernsAll bool) {
+	a.last = concernsAll
+	a.own = a.own || !concernsAll
+}
+
+// tellsGroup reports whether the Group's log tells of a change to that state, for all consumers.
+func (a away) tellsGroup(to State) bool {
+	switch to {
+	case Connecting:
+		return true
+	case Backoff:
+		return a.last
+	case Consuming:
+		return a.last && !a.own
+	}
+	return false
 }
 
 // expired reports whether the deadline of Run's context has passed. A dial that has the same
@@ -768,6 +803,7 @@ func (s *supervisor) enter(to State, cause error) {
 		Attempt: s.retry.failures,
 		Cause:   cause,
 	}
+	change.shared = s.consumer.group != nil && s.away.tellsGroup(to)
 	if s.session != nil {
 		change.Queue, change.ConsumerTag = s.session.queue, s.session.tag
 	}

@@ -33,6 +33,7 @@ type groupRun struct {
 	ctx         context.Context
 	end         context.CancelFunc
 	connections *connections
+	reporter    *reporter
 	running     sync.WaitGroup // the consumers' goroutines; added to under the mutex of the group
 	errs        []error        // of consumers; guarded by the mutex of the group
 }
@@ -97,13 +98,18 @@ func (g *Group) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	<-run.ctx.Done()
+	select {
+	case <-run.ctx.Done():
+	case <-run.reporter.fault.Done():
+		run.end()
+	}
 	g.mu.Lock()
 	g.ended = true
 	g.mu.Unlock()
 	run.running.Wait()
 	run.end()
-	return errtext.Join(toldOnce(run.errs)...)
+	run.reporter.stop()
+	return errtext.Join(append(toldOnce(run.errs), run.reporter.fault.Cause())...)
 }
 
 func (g *Group) begin(ctx context.Context) (*groupRun, error) {
@@ -113,7 +119,13 @@ func (g *Group) begin(ctx context.Context) (*groupRun, error) {
 		return nil, ErrRunning
 	}
 	ctx, end := context.WithCancel(ctx)
-	g.run = &groupRun{ctx: ctx, end: end, connections: newConnections(g.config, g.stats)}
+	quiet := *g.config
+	quiet.hooks = Hooks{} // they are told of consumers
+	reporter := newReporter(ctx, &quiet, &g.stats.eventsDropped)
+	reporter.journal.recovery = "connected"
+	connections := newConnections(g.config, g.stats)
+	connections.told = reporter
+	g.run = &groupRun{ctx: ctx, end: end, connections: connections, reporter: reporter}
 	for _, c := range g.consumers {
 		g.start(c)
 	}

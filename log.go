@@ -34,6 +34,7 @@ type journal struct {
 	pending        *slog.Record      // a "consuming" to write once the session is stable
 	stableTimer    *time.Timer       // runs while pending is set
 	gaveUp         bool              // Run ends by a failure and not because its context has ended
+	recovery       string            // what the return is called
 
 	summaryTimer *time.Timer // runs after a line about handlers, until a summary is due
 	failures     failures
@@ -49,6 +50,7 @@ func newJournal(ctx context.Context, logger *slog.Logger) *journal {
 		logger:       logger,
 		causes:       make(map[string]*cause),
 		outageOpen:   true,
+		recovery:     Consuming.String(),
 		stableTimer:  time.NewTimer(stableAfter),
 		summaryTimer: time.NewTimer(longestSilence),
 	}
@@ -150,6 +152,10 @@ func (j *journal) write(record slog.Record) {
 
 // changed writes one line for a change of state. Tries, and what is left out, have the level Debug.
 func (j *journal) changed(c StateChange) {
+	if c.shared && (c.To != Consuming || !j.outageOpen) { // an outage that was told ends in the same log
+		j.sharedChange(c)
+		return
+	}
 	if c.To == Consuming {
 		j.consuming(c)
 		return
@@ -205,12 +211,35 @@ func (j *journal) notConsuming(now time.Time) {
 	j.stableTimer.Stop()
 }
 
+// sharedChange tells at Debug what concerns a connection that others share: the Group's own log has a
+// line for all of them.
+func (j *journal) sharedChange(c StateChange) {
+	attrs := attrsOf(c)
+	if c.To == Consuming {
+		attrs = append(attrs, durationAttr("down", c.Time.Sub(j.awaySince)))
+		j.consumingSince = c.Time
+	} else {
+		j.notConsuming(c.Time)
+	}
+	if c.Cause != nil {
+		attrs = append(attrs, slog.String("cause", reasonOf(c.Cause)))
+	}
+	j.write(newRecord(c.Time, slog.LevelDebug, c.To.String(), attrs...))
+}
+
 func attrsOf(c StateChange) []slog.Attr {
-	attrs := []slog.Attr{slog.String("queue", c.Queue)}
+	var attrs []slog.Attr
+	if c.consumers > 0 {
+		attrs = append(attrs, slog.Int("consumers", c.consumers))
+	} else {
+		attrs = append(attrs, slog.String("queue", c.Queue))
+	}
 	if c.ConsumerTag != "" {
 		attrs = append(attrs, slog.String("consumer", c.ConsumerTag))
 	}
-	attrs = append(attrs, slog.Uint64("session", c.Session))
+	if c.consumers == 0 {
+		attrs = append(attrs, slog.Uint64("session", c.Session))
+	}
 	if c.Host != "" {
 		attrs = append(attrs, slog.String("host", c.Host))
 	}
@@ -311,7 +340,7 @@ func (j *journal) consuming(c StateChange) {
 	if c.Attempt > 0 {
 		attrs = append(attrs, durationAttr("down", down))
 	}
-	record := newRecord(c.Time, slog.LevelInfo, c.To.String(), attrs...)
+	record := newRecord(c.Time, slog.LevelInfo, j.recovery, attrs...)
 	due := j.outageOpen || down >= longOutage && c.Time.Sub(j.lastLine) >= outageGap
 	if due && !j.flapping {
 		j.recovered(record)

@@ -116,6 +116,9 @@ type StateChange struct {
 	// Cause is why: a [*SessionError] in [Backoff]; in [Draining] why Run gives up, nil if its
 	// context has ended; in [Stopped] Run's error.
 	Cause error
+
+	consumers int  // whose connection it is about, in the log of a Group; 0 in that of a consumer
+	shared    bool // it is about a connection that others share, for which the Group's log has a line
 }
 
 // Stats is a snapshot of the counters of a [Consumer], over all its Runs; see [Consumer.Stats].

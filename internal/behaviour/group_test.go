@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"regexp"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -24,6 +26,7 @@ type party struct {
 	group     *steadymq.Group
 	consumers []*steadymq.Consumer
 	cancel    context.CancelFunc
+	read      int // of the log
 	result    chan error
 }
 
@@ -65,8 +68,9 @@ func (p *party) start() *party {
 	ctx, cancel := context.WithCancel(p.Context())
 	p.cancel, p.result = cancel, make(chan error, 1)
 	go func() {
-		defer cancel()
-		p.result <- p.group.Run(ctx)
+		err := p.group.Run(ctx)
+		cancel()
+		p.result <- err
 	}()
 	p.Wait(200 * time.Millisecond)
 	return p
@@ -262,4 +266,51 @@ func errorsOf(err error) []error {
 		return all.Unwrap()
 	}
 	return []error{err}
+}
+
+// told returns the lines of the log at INFO and above since the last call.
+func (p *party) told() []string {
+	var lines []string
+	for line := range strings.Lines(p.Log.String()[p.read:]) {
+		if !strings.Contains(line, "level=DEBUG") {
+			_, line, _ = strings.Cut(strings.TrimSpace(line), "level=")
+			lines = append(lines, variable.ReplaceAllString(line, "$1=..."))
+		}
+	}
+	p.read = len(p.Log.String())
+	return lines
+}
+
+var variable = regexp.MustCompile(`(retry_in|down|consumer)=\S+`)
+
+func TestLogTellsOnceOfAConnectionThatManyHaveLost(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 3).start()
+		require.ElementsMatch(t, []string{
+			`INFO msg="steadymq: connected" consumers=3 host=mq1.test:5672`,
+			`INFO msg="steadymq: consuming" queue=q0 consumer=... session=1 host=mq1.test:5672`,
+			`INFO msg="steadymq: consuming" queue=q1 consumer=... session=1 host=mq1.test:5672`,
+			`INFO msg="steadymq: consuming" queue=q2 consumer=... session=1 host=mq1.test:5672`,
+		}, p.told())
+		r.Wait(2 * time.Minute)
+		r.Broker.FIN()
+		r.Wait(time.Second)
+		require.Equal(t, 3, p.consuming())
+		require.Equal(t, []string{
+			`WARN msg="steadymq: backoff" consumers=3 host=mq1.test:5672 attempt=1 retry_in=... up=2m0.193s cause="lost: the peer closed the connection"`,
+			`INFO msg="steadymq: connected" consumers=3 host=mq1.test:5672 attempt=1 down=...`,
+		}, p.told())
+
+		r.Broker.DeleteQueue("q1")
+		r.Wait(2 * time.Second)
+		r.Broker.DeclareQueue("q1", steadymqtest.QueueOptions{})
+		r.Wait(6 * time.Second)
+		lines := p.told()
+		require.NotEmpty(t, lines)
+		for _, line := range lines {
+			require.Contains(t, line, "queue=q1", "its own event")
+		}
+		require.Contains(t, lines[len(lines)-1], "consuming")
+		require.NoError(t, p.stop())
+	})
 }
