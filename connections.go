@@ -373,29 +373,30 @@ func (b *borrower) wait(r *retry, err error, d *dial, host string, now time.Time
 	return wait
 }
 
-// connect makes the dial d and returns the loan of its connection. Its error is that of
-// openConnection.
-func (b *borrower) connect(ctx context.Context, d *dial, step *step) (*loan, error) {
+// connect makes the dial d and returns the loan of its connection, with the first turn on it. Its
+// error is that of openConnection.
+func (b *borrower) connect(ctx context.Context, d *dial, suspect bool, step *step) (*loan, turn, error) {
 	cs := b.of
 	e := d.endpoint
 	if cs.config.urlFunc != nil {
 		var err error
 		if e, err = cs.askURL(ctx); err != nil {
-			return nil, &SessionError{Op: "dial", Err: err}
+			return nil, nil, &SessionError{Op: "dial", Err: err}
 		}
 	}
 	cs.stats.dials.Add(1)
 	c, err := openConnection(ctx, cs.config, e, step, cs.abandoned)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	cs.stats.connections.Add(1)
+	turn := c.turns.take(ctx, suspect)
 	l := b.opened(d, c)
 	if l == nil {
 		c.close(closeRequest{limit: c.closeTimeout})
-		return nil, &SessionError{Host: e.address, Op: "open", Err: causeOf(ctx)}
+		return nil, nil, &SessionError{Host: e.address, Op: "open", Err: causeOf(ctx)}
 	}
-	return l, nil
+	return l, turn, nil
 }
 
 func (cs *connections) askURL(ctx context.Context) (e endpoint, err error) {

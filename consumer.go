@@ -25,8 +25,7 @@ type Consumer struct {
 	stats  *counters
 	fault  atomic.Pointer[faultError]
 
-	group   *Group  // that runs it, nil for a Consumer alone
-	handler Handler // given with the group
+	grouped bool // a Group runs it
 
 	mu      sync.Mutex
 	stop    context.CancelFunc // ends the Run under way; nil if there is none
@@ -103,7 +102,7 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if ctx == nil {
 		return &OptionError{"Run", "the context must not be nil"}
 	}
-	if c.group != nil {
+	if c.grouped {
 		return &OptionError{"Run", "this Consumer belongs to a Group, whose Run runs it"}
 	}
 	if fault := c.fault.Load(); fault != nil {
@@ -134,7 +133,7 @@ func (c *Consumer) begin(stop context.CancelFunc) bool {
 		return false
 	}
 	c.stop, c.done = stop, make(chan struct{})
-	if c.group == nil {
+	if !c.grouped {
 		c.stopped.Store(false)
 	} else if c.stopped.Load() {
 		stop()
@@ -338,15 +337,18 @@ func (s *supervisor) settingUp() stateFunc {
 		s.enter(Connecting, nil)
 	}
 	if conn != nil {
-		turn := conn.turns.take(s.ctx, s.strikes > 0)
-		defer turn.giveBack()
+		defer conn.turns.take(s.ctx, s.strikes > 0).giveBack()
+		if !conn.alive() { // it ended meanwhile, which others have to answer for
+			return s.connecting
+		}
 	}
 	ctx, cancel := s.tryContext()
 	defer cancel()
 	step := newStep("dial")
 	defer s.scope.watchTry(s.host, step)()
 	try := s.scope.begin()
-	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, dial, number, try, step) }, step)
+	suspect := s.strikes > 0
+	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, dial, suspect, number, try, step) }, step)
 	if a.conn != nil {
 		s.conn, s.host, s.dial = a.conn, a.conn.host, nil
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
@@ -378,13 +380,15 @@ func (s *supervisor) tryContext() (context.Context, context.CancelFunc) {
 
 // open is one try. It runs on a goroutine of its own, which may outlive its limit, so it touches
 // nothing of the supervisor that changes.
-func (s *supervisor) open(ctx context.Context, conn *loan, dial *dial, number, try uint64, step *step) attempt {
+func (s *supervisor) open(ctx context.Context, conn *loan, dial *dial, suspect bool, number, try uint64, step *step) attempt {
 	var giveBack func()
 	if conn == nil {
 		var err error
-		if conn, err = s.borrower.connect(ctx, dial, step); err != nil {
+		var turn turn
+		if conn, turn, err = s.borrower.connect(ctx, dial, suspect, step); err != nil {
 			return attempt{err: err}
 		}
+		defer turn.giveBack()
 		giveBack = func() { s.borrower.giveBack(conn, closeRequest{limit: s.config.closeTimeout}) }
 	}
 	// A tag is never used again, not even by the next try for the same session.
@@ -803,7 +807,7 @@ func (s *supervisor) enter(to State, cause error) {
 		Attempt: s.retry.failures,
 		Cause:   cause,
 	}
-	change.shared = s.consumer.group != nil && s.away.tellsGroup(to)
+	change.shared = s.consumer.grouped && s.away.tellsGroup(to)
 	if s.session != nil {
 		change.Queue, change.ConsumerTag = s.session.queue, s.session.tag
 	}

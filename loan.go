@@ -216,16 +216,6 @@ func (l *leases) isRetired() bool {
 	return l.retired != nil
 }
 
-// unprovenError is the broker's reason for closing a connection that several consumers share. It is
-// that of one of them at most.
-type unprovenError struct{ error }
-
-func (e *unprovenError) Error() string {
-	return e.error.Error() + "; another consumer of the connection may be the reason"
-}
-
-func (e *unprovenError) Unwrap() error { return e.error }
-
 // orphanedQueueError says that a TopologyFunc has left a queue behind on the connection.
 type orphanedQueueError struct{ was, is string }
 
