@@ -333,9 +333,7 @@ func (s *supervisor) connecting() stateFunc {
 // settingUp tries once to set up a session, on the connection that there is or on a new one.
 func (s *supervisor) settingUp() stateFunc {
 	conn, dial, number := s.conn, s.dial, s.number+1
-	if s.consumer.State() != Connecting {
-		s.enter(Connecting, nil)
-	}
+	s.enterConnecting()
 	if conn != nil {
 		defer conn.turns.take(s.ctx, s.strikes > 0).giveBack()
 		if !conn.alive() { // it ended meanwhile, which others have to answer for
@@ -470,7 +468,7 @@ func (s *supervisor) release() {
 // when the next try is.
 func (s *supervisor) failed(err error) stateFunc {
 	now := time.Now()
-	if s.ctx.Err() != nil || s.expired(now) {
+	if s.over(now) {
 		return s.draining
 	}
 	s.borrower.blame(s.host, err, now)
@@ -498,7 +496,7 @@ func (s *supervisor) sooner(err error, wait time.Duration) time.Duration {
 // told is failed for a dial that another consumer has made.
 func (s *supervisor) told(f *dialFailure, wait time.Duration) stateFunc {
 	now := time.Now()
-	if s.ctx.Err() != nil || s.expired(now) {
+	if s.over(now) {
 		return s.draining
 	}
 	s.host = f.host
@@ -532,9 +530,7 @@ func (s *supervisor) decide(err error, wait time.Duration) stateFunc {
 
 // waitFor waits for a moment at which a connection may be had, while others dial.
 func waitFor[T any](s *supervisor, moment <-chan T) stateFunc {
-	if s.consumer.State() != Connecting {
-		s.enter(Connecting, nil)
-	}
+	s.enterConnecting()
 	select {
 	case <-moment:
 		return s.connecting
@@ -574,11 +570,11 @@ func (a away) tellsGroup(to State) bool {
 	return false
 }
 
-// expired reports whether the deadline of Run's context has passed. A dial that has the same
+// over reports whether Run's context has ended, or its deadline has passed: a dial that has the same
 // deadline may end a moment before the context does.
-func (s *supervisor) expired(now time.Time) bool {
+func (s *supervisor) over(now time.Time) bool {
 	limit, ok := s.ctx.Deadline()
-	return ok && !now.Before(limit)
+	return s.ctx.Err() != nil || ok && !now.Before(limit)
 }
 
 // givesUp reports whether err ends Run. A WithFatal that panics or does not return in time ends it,
@@ -791,6 +787,13 @@ func (s *supervisor) awaitClosing() {
 		case l.session != nil:
 			s.addError(l.session.drainErr)
 		}
+	}
+}
+
+// enterConnecting does not tell of a try on another connection as a change of state.
+func (s *supervisor) enterConnecting() {
+	if s.consumer.State() != Connecting {
+		s.enter(Connecting, nil)
 	}
 }
 

@@ -225,16 +225,16 @@ func TestConsumerOfAGroupStartsAndStopsAlone(t *testing.T) {
 		require.Equal(t, 3, p.consuming())
 		require.Equal(t, []*steadymq.Consumer{p.consumers[0], p.consumers[1], late}, p.group.Consumers())
 
-		require.NoError(t, p.consumers[0].Stop(t.Context()))
+		require.NoError(t, p.consumers[0].Stop(r.Context()))
 		require.Equal(t, steadymq.Stopped, p.consumers[0].State())
 		require.Equal(t, 2, p.consuming())
 		require.Equal(t, p.consumers[1:], p.group.Consumers())
 		require.Equal(t, 1, r.OpenConnections())
-		require.ErrorContains(t, late.Run(t.Context(), rig.Ack), "belongs to a Group")
+		require.ErrorContains(t, late.Run(r.Context(), rig.Ack), "belongs to a Group")
 		require.NoError(t, p.stop())
 		_, err := p.group.Handle("q0", rig.Ack)
 		require.ErrorContains(t, err, "has ended")
-		require.ErrorIs(t, p.group.Run(t.Context()), steadymq.ErrRunning)
+		require.ErrorIs(t, p.group.Run(r.Context()), steadymq.ErrRunning)
 	})
 }
 
