@@ -629,7 +629,7 @@ func (s *supervisor) overflows() bool {
 	moved, further := s.borrower.overflow()
 	if further {
 		s.reporter.warn("the connection has no channel left for all consumers, so a further connection is opened: raise channel_max, or set WithConnections",
-			slog.String("host", s.host))
+			slog.String("queue", s.config.queue), slog.String("host", s.host))
 	}
 	return moved
 }

@@ -124,7 +124,6 @@ func (g *Group) begin(ctx context.Context) (*groupRun, error) {
 	quiet := *g.config
 	quiet.hooks = Hooks{} // they are told of consumers
 	reporter := newReporter(ctx, &quiet, &g.stats.eventsDropped)
-	reporter.journal.recovery = "connected"
 	connections := newConnections(g.config, g.stats)
 	connections.told = reporter
 	g.run = &groupRun{ctx: ctx, end: end, connections: connections, reporter: reporter}

@@ -34,7 +34,6 @@ type journal struct {
 	pending        *slog.Record      // a "consuming" to write once the session is stable
 	stableTimer    *time.Timer       // runs while pending is set
 	gaveUp         bool              // Run ends by a failure and not because its context has ended
-	recovery       string            // what the return is called
 
 	summaryTimer *time.Timer // runs after a line about handlers, until a summary is due
 	failures     failures
@@ -50,7 +49,6 @@ func newJournal(ctx context.Context, logger *slog.Logger) *journal {
 		logger:       logger,
 		causes:       make(map[string]*cause),
 		outageOpen:   true,
-		recovery:     Consuming.String(),
 		stableTimer:  time.NewTimer(stableAfter),
 		summaryTimer: time.NewTimer(longestSilence),
 	}
@@ -340,7 +338,10 @@ func (j *journal) consuming(c StateChange) {
 	if c.Attempt > 0 {
 		attrs = append(attrs, durationAttr("down", down))
 	}
-	record := newRecord(c.Time, slog.LevelInfo, j.recovery, attrs...)
+	record := newRecord(c.Time, slog.LevelInfo, c.To.String(), attrs...)
+	if c.consumers > 0 {
+		record = newRecord(c.Time, slog.LevelInfo, "connected", attrs...)
+	}
 	due := j.outageOpen || down >= longOutage && c.Time.Sub(j.lastLine) >= outageGap
 	if due && !j.flapping {
 		j.recovered(record)
