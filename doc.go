@@ -25,6 +25,10 @@
 //  6. With the defaults no message of a queue that [WithQueue] declares is lost because a handler
 //     fails, however long: not by RabbitMQ's delivery limit, not by a message that cannot be read.
 //
+//  7. What one consumer of a [Group] does (406 again and again, a set-up that hangs or makes the
+//     broker close the connection, a handler that never returns) does not disturb the others on its
+//     connection beyond two reconnects.
+//
 // What it does not do: publish, AMQP 1.0, order across sessions, exactly-once, deduplication. Make
 // handlers idempotent.
 //
@@ -54,6 +58,14 @@
 // broker cancels the consumer (basic.cancel), running handlers may still settle on the old channel
 // while the next session consumes already.
 //
+// # Many queues
+//
+// A [Group] runs the consumers of many queues on one connection, or on a few ([WithConnections]).
+// Each has its own channel, workers, limits and healing, and its own [State], [Stats] and hooks.
+// What concerns the connection happens once for all of them: the dial, the pace of retries, the
+// line in the log, which says how many consumers it is about. A consumer that cannot keep a session
+// goes on on a connection of its own.
+//
 // # Options
 //
 // Defaults are in parentheses. [New] checks all options and returns every problem at once, each as
@@ -71,6 +83,7 @@
 //   - [WithHeartbeat] sets how soon a silent path is noticed (10 s)
 //   - [WithDialTimeout] bounds a TCP connect (5 s)
 //   - [WithConnectionName] names the connection for the management page (none)
+//   - [WithConnections] sets how many connections the consumers of a [Group] share (1)
 //
 // Queue: what is consumed, what is declared before, and the arguments of the subscription.
 //

@@ -314,3 +314,67 @@ func TestLogTellsOnceOfAConnectionThatManyHaveLost(t *testing.T) {
 		require.NoError(t, p.stop())
 	})
 }
+
+func TestGroupRefusesWhatIsWrongAndSaysWhatToDo(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		url := r.Broker.URLs()[0]
+		g, err := steadymq.NewGroup(url)
+		require.NoError(t, err)
+		rows := map[string]struct {
+			err  error
+			says []string
+		}{
+			"no handler and no queue":       {second(g.Handle("", nil)), []string{"Handle: the queue name is empty", "Handle: the handler must not be nil"}},
+			"options of the connection":     {second(g.Handle("q", rig.Ack, steadymq.WithHeartbeat(time.Second), steadymq.WithBackoff(time.Second, time.Minute))), []string{"WithHeartbeat: belongs to the connection", "WithBackoff: belongs to the connection", "NewGroup"}},
+			"connections of one consumer":   {second(steadymq.New(url, "q", steadymq.WithConnections(2))), []string{"WithConnections: is for NewGroup"}},
+			"connections of one in a group": {second(g.Handle("q", rig.Ack, steadymq.WithConnections(2))), []string{"WithConnections: belongs to the connection"}},
+			"no connections":                {second(steadymq.NewGroup(url, steadymq.WithConnections(0))), []string{"WithConnections: must be between 1 and 65535, got 0"}},
+			"too many connections":          {second(steadymq.NewGroup(url, steadymq.WithConnections(65536))), []string{"must be between 1 and 65535"}},
+			"a wrong URL":                   {second(steadymq.NewGroup("http://h/")), []string{"NewGroup: "}},
+			"a nil option":                  {second(steadymq.NewGroup(url, nil)), []string{"NewGroup: option 1 is nil"}},
+			"a nil option of a consumer":    {second(g.Handle("q", rig.Ack, nil)), []string{"Handle: option 1 is nil"}},
+			"no context":                    {g.Run(nil), []string{"Run: the context must not be nil"}}, //nolint:staticcheck // the mistake of a user
+		}
+		for name, row := range rows {
+			for _, says := range row.says {
+				require.ErrorContains(t, row.err, says, name)
+			}
+			require.ErrorAs(t, row.err, new(*steadymq.OptionError), name)
+		}
+		_, err = steadymq.NewGroup(url, steadymq.WithConnections(65535))
+		require.NoError(t, err)
+	})
+}
+
+func second[T any](_ T, err error) error { return err }
+
+func TestOptionsOfAConsumerComeAfterThoseOfItsGroup(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		block := make(chan struct{})
+		wait := func(context.Context, *steadymq.Delivery) error { <-block; return nil }
+		queue := steadymq.Queue{Type: "classic", Args: amqp.Table{"x-message-ttl": 60_000}}
+		p := grouped(r, 0, steadymq.WithQueue(queue), steadymq.WithConcurrency(3))
+		queue.Args["x-message-ttl"] = "too late, and refused"
+		_, err := p.group.Handle("first", wait)
+		require.NoError(t, err)
+		_, err = p.group.Handle("second", wait, steadymq.WithQueue(steadymq.Queue{}), steadymq.WithPrefetch(5), steadymq.WithConcurrency(1))
+		require.NoError(t, err)
+		p.start()
+		for _, c := range p.group.Consumers() {
+			require.Equal(t, steadymq.Consuming, c.State())
+			for range 50 {
+				r.Broker.Publish(c.Queue(), "m")
+			}
+		}
+		r.Wait(time.Second)
+		handling := [2]int{}
+		for i, c := range p.group.Consumers() {
+			handling[i] = c.Stats().Handling
+		}
+		assert.Equal(t, [2]int{3, 1}, handling)
+		assert.Equal(t, 32, r.Broker.Unsettled("first"))
+		assert.Equal(t, 5, r.Broker.Unsettled("second"))
+		close(block)
+		require.NoError(t, p.stop())
+	})
+}
