@@ -881,6 +881,8 @@ var mutants = []mutant{
 		"\t_ = in.socket.conn.SetReadDeadline(time.Unix(1, 0))\n", "")),
 	inTest("TestWakingReadLeavesTheDriversDeadlineAlone", change("a Read that was woken forgets its deadline", "internal/wire/inbound.go",
 		"\t_ = in.socket.conn.SetReadDeadline(in.deadline)\n", "\t_ = in.socket.conn.SetReadDeadline(time.Time{})\n")),
+	inTest("TestDeadlineOfTheDriverCallsOffNoWake", change("a deadline of the driver calls off a wake", "internal/wire/inbound.go",
+		"\tif in.waking.Load() {\n\t\treturn nil", "\tif false {\n\t\treturn nil")),
 	inTest("TestCloseKeepsOutOfWhatTheDriverWrites", change("a channel is closed within a message of the driver", "internal/wire/channel.go",
 		"\tcase n.left != 0:\n\t\tn.unsent = frame\n", "")),
 	inTest("TestCloseKeepsOutOfWhatTheDriverWrites", change("a channel is closed within a frame of the driver", "internal/wire/channel.go",

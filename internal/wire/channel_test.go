@@ -449,6 +449,46 @@ func TestWakingReadLeavesTheDriversDeadlineAlone(t *testing.T) {
 	}
 }
 
+// deadlineConn keeps what its read deadline is set to.
+type deadlineConn struct {
+	net.Conn
+	set []time.Time
+}
+
+func (c *deadlineConn) SetReadDeadline(t time.Time) error {
+	c.set = append(c.set, t)
+	return c.Conn.SetReadDeadline(t)
+}
+
+// The kernel's Read forgets that it was to end, if its deadline is put off before it has looked.
+func TestDeadlineOfTheDriverCallsOffNoWake(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		defer far.Close()
+		conn := &deadlineConn{Conn: near}
+		s := NewSocket(conn, Options{})
+		defer s.Wait()
+		defer s.Kill(nil)
+		collect(far)
+		c, err := s.ClaimChannel(t.Context())
+		require.NoError(t, err)
+		_, err = s.Write(openOf(1))
+		require.NoError(t, err)
+		require.True(t, c.GiveUp(late.code, late.reason))
+		deadline := time.Now().Add(time.Second)
+		require.NoError(t, s.SetReadDeadline(deadline))
+		require.Len(t, conn.set, 1)
+		require.True(t, conn.set[0].Before(time.Now()))
+		buf := make([]byte, 100)
+		n, err := s.Read(buf)
+		require.NoError(t, err)
+		require.Equal(t, closedOf(1), buf[:n])
+		_, err = s.Read(buf)
+		require.ErrorIs(t, err, ErrReadTimeout)
+		require.True(t, conn.set[len(conn.set)-1].Equal(deadline))
+	})
+}
+
 // Over a real kernel, and over TLS, which remembers most errors of a connection for good.
 func TestReadIsWokenAndLosesNothing(t *testing.T) {
 	for _, secure := range []bool{false, true} {

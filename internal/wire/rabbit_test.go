@@ -40,7 +40,6 @@ type process struct {
 	broker  *rabbit
 	number  uint16
 	inbox   chan []byte
-	opened  bool
 	closing bool // the broker has closed it, and waits for close-ok
 	tag     uint64
 	unacked []uint64
