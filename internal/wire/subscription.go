@@ -31,6 +31,7 @@ type Subscription struct {
 	announcedSize  uint64 // of the body, once unfit is set
 	unfit          error  // why no handler can be given it
 	closedByBroker bool   // the broker has closed the channel
+	givenUp        bool   // all that comes is dropped
 	interner       interner
 }
 
@@ -114,6 +115,9 @@ func (sub *Subscription) oversizedHeader(size uint64) {
 
 // body takes a part of the body. Only at the end of a frame can the message be whole.
 func (sub *Subscription) body(part []byte, frameEnds bool) {
+	if sub.message == nil {
+		return // the channel was given up
+	}
 	if sub.unfit == nil {
 		sub.message.Body = append(sub.message.Body, part...)
 	} else {
@@ -261,6 +265,24 @@ func (all *subscriptions) close(channel uint16) {
 	}
 }
 
+// giveUp ends the subscription of a channel, if it has one. All that comes on the channel is dropped
+// until it is opened again.
+func (all *subscriptions) giveUp(s *Socket, channel uint16) {
+	all.close(channel)
+	all.tombstones[channel] = newTombstone(s, channel)
+	all.tombstones[channel].givenUp = true
+}
+
+// newTombstone returns what takes the place of a closed subscription: it drops late deliveries.
+func newTombstone(s *Socket, channel uint16) *Subscription {
+	return &Subscription{socket: s, channel: channel, closed: true, closedByBroker: true}
+}
+
+func (all *subscriptions) isGivenUp(channel uint16) bool {
+	sub := all.on(channel)
+	return sub != nil && sub.givenUp
+}
+
 // on returns the subscription of a channel, nil if there is none.
 func (all *subscriptions) on(channel uint16) *Subscription {
 	if sub := all.open[channel]; sub != nil {
@@ -315,9 +337,9 @@ func (sub *Subscription) LeaveTombstone() {
 	out.mu.Lock()
 	defer out.mu.Unlock()
 	if out.subscriptions.tombstones[sub.channel] == sub {
-		out.subscriptions.tombstones[sub.channel] = &Subscription{
-			socket: sub.socket, tag: sub.tag, channel: sub.channel, closed: true, closedByBroker: true,
-		}
+		tombstone := newTombstone(sub.socket, sub.channel)
+		tombstone.tag = sub.tag
+		out.subscriptions.tombstones[sub.channel] = tombstone
 	}
 }
 
