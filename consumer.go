@@ -196,6 +196,7 @@ func (c *Consumer) Stats() Stats {
 		Stale:         n.stale.Load(),
 		Failed:        n.failed.Load(),
 		Unreadable:    n.unreadable.Load(),
+		GivenUp:       n.givenUp.Load(),
 		Abandoned:     n.abandoned.Load(),
 		EventsDropped: n.eventsDropped.Load(),
 	}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -206,13 +207,13 @@ func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
 		<-a.conn.done
 		unguard()
 	}()
-	return inspect(a.conn.connection, s.queue)
+	return inspect(ctx, a.conn.connection, s.queue, func(*wire.Channel) {})
 }
 
 // inspect asks for the queue, on a channel of its own, because the broker closes the channel if it
 // refuses.
-func inspect(c *connection, queue string) (amqp.Queue, error) {
-	channel, err := c.amqp.Channel()
+func inspect(ctx context.Context, c *connection, queue string, use func(*wire.Channel)) (amqp.Queue, error) {
+	channel, err := c.openChannel(ctx, use)
 	if err != nil {
 		return amqp.Queue{}, err
 	}
@@ -237,14 +238,22 @@ type question struct {
 func ask(s *session) *question {
 	q := &question{overdue: make(chan struct{}), done: make(chan struct{})}
 	limit := s.config.setupTimeout
+	var channel atomic.Pointer[wire.Channel]
+	ctx, cancel := context.WithCancel(context.Background())
 	answered := s.conn.socket.AfterSilence(limit, wire.MostSilences*limit, func() {
 		close(q.overdue)
+		cancel()
+		if c := channel.Load(); c != nil && s.conn.leases.shared() {
+			s.conn.giveUp(c, errUnanswered)
+			return
+		}
 		s.conn.retire(errUnanswered)
 	})
 	go func() {
 		defer close(q.done)
+		defer cancel()
 		defer answered()
-		q.queue, q.err = inspect(s.conn.connection, s.queue)
+		q.queue, q.err = inspect(ctx, s.conn.connection, s.queue, channel.Store)
 	}()
 	return q
 }

@@ -103,8 +103,8 @@ func (s *scope) drainError() error {
 }
 
 // openSession opens a channel on c, sets it up and subscribes, all within ctx. The driver's calls
-// take no context. So the end of ctx ends the connection under them or, if the connection is lent
-// to another session too, retires it: it then ends with that session.
+// take no context. So the end of ctx ends the connection under them or, if that is lent to another
+// session too, the channel.
 func openSession(ctx context.Context, c *loan, of *scope, id, try uint64, tag string, step *step) (*session, error) {
 	lease := c.lend()
 	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
@@ -115,23 +115,28 @@ func openSession(ctx context.Context, c *loan, of *scope, id, try uint64, tag st
 		if err != nil && t.relax(err) {
 			continue
 		}
-		if inTime := unguard(); err == nil && !inTime { // ctx ended first, and the lease with it
+		inTime := unguard()
+		if err == nil && !inTime { // ctx ended first, and the lease with it
 			close(s.stop)
 			<-s.done
 			err = s.failure(step.String(), context.Cause(ctx))
 		}
-		if err != nil {
-			lease.giveBack()
-			return nil, err
+		if err == nil {
+			return s, nil
 		}
-		return s, nil
+		if lease.givenUp() { // what the driver says of it is not the reason
+			of.stats.givenUp.Add(1)
+			err = &SessionError{Queue: of.config.queue, Host: c.host, Op: step.String(), Session: id, Err: causeOf(ctx)}
+		}
+		lease.giveBack()
+		return nil, err
 	}
 }
 
 // trySession is one round of openSession: it asks for what t says.
 func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag string, t declaration, lease *lease, step *step) (*session, error) {
 	step.at("channel")
-	channel, err := c.amqp.Channel()
+	channel, err := c.openChannel(ctx, lease.use)
 	if err != nil {
 		return nil, &SessionError{Queue: of.config.queue, Host: c.host, Op: "channel", Session: id, Err: c.explain(err)}
 	}
@@ -454,9 +459,10 @@ func (s *session) call(limit <-chan time.Time, f func() error) error {
 	return overdue
 }
 
-// giveUp leaves the channel to end with its connection.
+// giveUp ends the channel, by itself or with its connection.
 func (s *session) giveUp(cause error) {
 	s.givenUp = true
+	s.stats.givenUp.Add(1)
 	s.lease.giveUp(cause)
 }
 
