@@ -295,6 +295,7 @@ func TestGiveUpOfWhatHasEndedDoesNothing(t *testing.T) {
 		"the number is another's":                        func(b *sides, c *Channel) { b.opens(1) },
 		"somebody has opened the number without a claim": func(b *sides, c *Channel) { b.drives(1, openOf(1)) },
 		"the connection closes":                          func(b *sides, c *Channel) { b.drives(1, methodFrame(0, connectionClose)) },
+		"the broker closes the connection":               func(b *sides, c *Channel) { b.drives(1, methodFrame(0, connectionCloseOk)) },
 		"the socket is closed": func(b *sides, c *Channel) {
 			_ = b.s.Close()
 			synctest.Wait()
