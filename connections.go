@@ -144,12 +144,16 @@ func (b *borrower) move(k *keeper) {
 	}
 }
 
+// mostApart is how many consumers may be kept apart at the same time: where that many fail, it is
+// not their doing.
+const mostApart = 32
+
 // isolate gives b a keeper of its own from the next connection on, so that what it does to that
 // disturbs nobody. Who shares with nobody keeps its keeper.
 func (b *borrower) isolate() {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	if len(b.keeper.members) == 1 {
+	if len(b.keeper.members) == 1 || b.of.apart >= mostApart {
 		return
 	}
 	own := newKeeper()

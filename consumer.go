@@ -226,6 +226,7 @@ type supervisor struct {
 	host    string          // address of the current or last connection, for reports
 
 	away    away          // what has failed since the last session
+	hung    int           // set-ups in a row that hung
 	strikes int           // connections that the broker closed during this consumer's set-up
 	closing []closer      // what is ending and has to end before Run returns
 	cause   error         // of the last failure
@@ -364,7 +365,8 @@ func (s *supervisor) settingUp() stateFunc {
 		}
 		return s.failed(a.err)
 	}
-	s.number, s.session, s.probed, s.strikes = number, a.session, probe(a.session), 0
+	s.number, s.session, s.probed = number, a.session, probe(a.session)
+	s.strikes, s.hung = 0, 0
 	return s.consuming
 }
 
@@ -597,7 +599,7 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 		return
 	}
 	alive := s.conn.alive()
-	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err)
+	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err)
 	switch {
 	case errors.Is(err, amqp.ErrChannelMax) && s.overflows():
 	case keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)):
@@ -606,6 +608,20 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 		s.borrower.isolate() // what it does to a connection must not concern others
 	}
 	s.dropConnection()
+}
+
+// mostHangs is how many set-ups in a row may hang on a connection that others share.
+const mostHangs = 2
+
+// hangs reports whether a set-up has hung, so that the next one does better on another connection.
+// Where others share the connection, and live on it, it takes a second one to say so: for a while a
+// broker may be slow for all of them.
+func (s *supervisor) hangs(err error) bool {
+	if !errors.Is(err, errSetupTimeout) {
+		return false
+	}
+	s.hung++
+	return !s.borrower.sharing(s.conn) || s.hung >= mostHangs && s.conn.leases.any()
 }
 
 // unproven marks err if the broker has closed a connection that others share while this consumer was

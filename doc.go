@@ -13,15 +13,20 @@
 //  1. Every delivery is settled at most once, with multiple=false, and only on the channel that
 //     delivered it. A late ack returns [ErrStale] and puts nothing on the wire. A copy of a
 //     [Delivery] is the same delivery.
+//
 //  2. Connection lost, channel closed, consumer cancelled, queue deleted, path gone silent, set-up
 //     hung: the consumer is consuming again within a stated bound, for ever, until its context
 //     ends. Only before the first session does [Consumer.Run] give up, on what cannot work.
+//
 //  3. Nothing of a dead session stays behind: socket, goroutines and timers are gone within a
 //     stated bound, also when the path swallows packets.
+//
 //  4. Stopping drains: no handler starts once the context of Run has ended, running handlers finish
 //     within the drain limit, the broker confirms their acks, everything else goes back.
+//
 //  5. At-least-once, with numbers: at most prefetch duplicates per lost session, none on a clean
 //     stop.
+//
 //  6. With the defaults no message of a queue that [WithQueue] declares is lost because a handler
 //     fails, however long: not by RabbitMQ's delivery limit, not by a message that cannot be read.
 //

@@ -117,8 +117,7 @@ func (t turn) giveBack() {
 
 // leases are the sessions that a connection is lent to, and the tries for sessions. What one of them
 // does to the connection waits until the others have given it back. A connection is retired when it
-// must take no more sessions; those that it has move to another one, and it ends with its last
-// lease. Sessions, tries and the owner of the connection use leases at the same time, under mu.
+// must take no more sessions; it ends with its last lease. Sessions, tries and the owner of the connection use leases at the same time, under mu.
 type leases struct {
 	mu       sync.Mutex
 	lent     int
@@ -148,15 +147,13 @@ func (c *connection) giveUp(channel *wire.Channel, cause error) {
 	channel.GiveUp(amqp.InternalError, "given up: a call was not answered in time")
 	if c.socket.GivenUp() >= mostGivenUp {
 		c.retire(cause)
+		c.retiring.notify(cause)
 	}
 }
 
-// retire lets the connection take no more sessions. Those that it has move to another one; it ends
-// now if it is lent to none.
+// retire lets the connection take no more sessions. It ends now if it is lent to none.
 func (c *connection) retire(cause error) {
-	end := c.leases.retire(cause)
-	c.retiring.notify(cause)
-	if end != nil {
+	if end := c.leases.retire(cause); end != nil {
 		c.socket.Kill(end)
 	}
 }
@@ -250,6 +247,13 @@ func (l *leases) take(one *lease, cause error) (last bool, end error) {
 		l.returned = nil
 	}
 	return true, l.due(cause)
+}
+
+// any reports whether the connection is lent to somebody.
+func (l *leases) any() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.lent > 0
 }
 
 // shared reports whether the connection is lent to more than one.

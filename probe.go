@@ -231,6 +231,7 @@ var errUnanswered = errors.New("the stall detector's question was not answered w
 type question struct {
 	overdue chan struct{} // closed when the limit has passed
 	done    chan struct{} // closed when there is an answer
+	givenUp atomic.Bool   // there will be none
 	queue   amqp.Queue    // the answer, as err
 	err     error
 }
@@ -244,6 +245,7 @@ func ask(s *session) *question {
 		close(q.overdue)
 		cancel()
 		if c := channel.Load(); c != nil && s.conn.leases.shared() {
+			q.givenUp.Store(true)
 			s.conn.giveUp(c, errUnanswered)
 			return
 		}
@@ -273,6 +275,9 @@ func (p *prober) inspect() (amqp.Queue, error) {
 	select {
 	case <-q.done:
 		p.question = nil
+		if q.givenUp.Load() {
+			return amqp.Queue{}, errUnanswered
+		}
 		return q.queue, q.err
 	default:
 		return amqp.Queue{}, errUnanswered

@@ -154,8 +154,8 @@ type Stats struct {
 	// Unreadable counts deliveries that no handler could be given, see [MessageError]. Of the
 	// numbers above only Held counts them, for as long as they are held.
 	Unreadable uint64
-	// GivenUp counts channels that were given up because a call on them was not answered within its
-	// limit, also those that ended with their connection.
+	// GivenUp counts channels that were given up because their set-up, or a call on them, outlasted
+	// its limit, also where the connection ended with them.
 	GivenUp uint64
 	// Abandoned counts what could not be ended in time: a user's function that ignored the end of
 	// its context, or a teardown that outlasted its limit.
