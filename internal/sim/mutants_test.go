@@ -316,6 +316,10 @@ var mutants = []mutant{
 	inTest("TestTopologyThatFailedFirstLeavesNoQueueBehind", change("what a failed topology has left behind stays", "connection.go",
 		"left = c.topologyFailures.Load() > 0 &&", "left = false &&")),
 	// Logging in.
+	inTest("TestSocketThatHasEndedIsNotWatched", change("the watchdog outlives its socket", "internal/wire/socket.go",
+		"\t\treturn\n\t}\n\ts.dogTimer.Stop()\n", "\t\treturn\n\t}\n")),
+	inTest("TestSocketThatHasEndedIsNotWatched", change("the watchdog is let loose on a socket that has ended", "internal/wire/silence.go",
+		"\tif s.end.closed.Load() {\n", "\tif false {\n")),
 	change("the watchdog is never let loose", "connection.go", "\tsocket.WatchPeer()\n", ""),
 	inTest("TestSilentRefusalIsRecognisedHoweverTheSocketEnds", change("the watchdog watches the handshake", "internal/wire/socket.go",
 		"\ts.running.Go(s.out.writeLoop)\n", "\ts.running.Go(s.out.writeLoop)\n\ts.WatchPeer()\n")),

@@ -20,7 +20,7 @@
 //	driver's callers   one call       Write
 //	workers            a Run          Ack, Reject, Requeue
 //	writer             a Socket       writeLoop: Write of the connection, the buffer it has taken
-//	watchdog           a Socket       watch, from WatchPeer on: only looks at when Read last read
+//	a timer            a moment       watch, from WatchPeer on: only looks at when Read last read
 //	whoever ends it    one call       Kill, Close, Wait
 //
 // # Locks
