@@ -207,13 +207,7 @@ func (s *supervisor) run() error {
 	ctx, stop := context.WithCancelCause(s.ctx)
 	defer stop(nil)
 	s.ctx = ctx
-	go func() { // it ends with ctx, which ends with Run
-		select {
-		case <-s.reporter.fault.Done():
-			stop(errStopped)
-		case <-ctx.Done():
-		}
-	}()
+	s.reporter.faulted = func() { stop(errStopped) }
 	s.pool.start()
 	for state := s.connecting; state != nil; {
 		state = state()
