@@ -114,7 +114,8 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 	case <-s.cancels:
 		s.streamPosition().doubt()
 		return nil, errCancelled
-	case <-s.channelEnd.Done():
+	case said := <-s.channelEnd.closes:
+		s.channelEnd.record(said)
 		return nil, amqp.ErrClosed
 	case <-s.conn.end.Done():
 		return nil, amqp.ErrClosed
