@@ -107,7 +107,7 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 	limit := time.NewTimer(locateWait + locateTrips*trip)
 	defer limit.Stop()
 	select {
-	case d := <-s.inbox.next:
+	case d := <-s.inbox.next():
 		return d, nil
 	case <-s.aside.more: // a message that cannot be read
 	case <-limit.C:

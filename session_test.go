@@ -103,6 +103,50 @@ func TestMoreThanThePrefetchIsKept(t *testing.T) {
 	}
 }
 
+// An inbox has room for what has come so far, not for all that the prefetch lets come.
+func TestInboxGrowsWithWhatWaitsInIt(t *testing.T) {
+	const prefetch = 1000
+	box := newInbox(prefetch)
+	assert.LessOrEqual(t, cap(box.last.waiting), 32, "an idle one is small")
+	var last *stretch
+	for burst := range 4 {
+		for range prefetch {
+			box.put(&Delivery{})
+		}
+		assert.Equal(t, prefetch, box.waiting())
+		for range prefetch {
+			_, _ = box.take()
+		}
+		box.put(&Delivery{})
+		_, _ = box.take()
+		assert.Zero(t, box.waiting())
+		assert.Same(t, box.last, box.first.Load(), "those before the last one are gone")
+		assert.LessOrEqual(t, cap(box.last.waiting), prefetch)
+		if burst > 1 {
+			assert.Same(t, last, box.last, "it is long enough, and grows no more")
+		}
+		last = box.last
+	}
+}
+
+func TestOneWorkerTakesInOrderWhileTheInboxGrows(t *testing.T) {
+	box := newInbox(64)
+	go func() {
+		for tag := range uint64(20_000) {
+			d := &Delivery{}
+			d.DeliveryTag = tag
+			box.put(d)
+		}
+		box.close()
+	}()
+	want := uint64(0)
+	for d, ok := box.take(); ok; d, ok = box.take() {
+		require.Equal(t, want, d.DeliveryTag)
+		want++
+	}
+	assert.EqualValues(t, 20_000, want)
+}
+
 func TestInboxUnderManyHands(t *testing.T) {
 	const workers, messages = 4, 20_000
 	for _, size := range []int{1, 3, 256} {
@@ -169,13 +213,13 @@ func TestInboxForgetsWhatWasTaken(t *testing.T) {
 
 func TestInboxThatIsClearedKeepsNothing(t *testing.T) {
 	box := newInbox(10)
-	for range 15 {
+	for range 50 {
 		box.put(&Delivery{})
 	}
 	box.close()
-	assert.Len(t, box.clear(), 15)
-	assert.Empty(t, box.next)
-	assert.Empty(t, box.rest)
+	assert.Len(t, box.clear(), 50)
+	assert.Empty(t, box.last.waiting)
+	assert.Zero(t, box.waiting())
 }
 
 // Only a stream that has dropped nothing tells by its length that it is another one.
