@@ -196,6 +196,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 			reporter: reporter,
 			handlers: context.WithoutCancel(ctx), // the values of ctx, without its end
 			running:  workers.alive.Load,
+			hire:     workers.hire,
 			stream:   newPosition(c.config),
 			notices:  new(notices),
 		},
@@ -208,7 +209,6 @@ func (s *supervisor) run() error {
 	defer stop(nil)
 	s.ctx = ctx
 	s.reporter.faulted = func() { stop(errStopped) }
-	s.pool.start()
 	for state := s.connecting; state != nil; {
 		state = state()
 	}
@@ -488,7 +488,7 @@ func (s *supervisor) draining() stateFunc {
 	s.shortenCloses()
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
-	close(s.pool.stop)
+	s.pool.end()
 	left := s.config.closeTimeout
 	if s.session != nil {
 		close(s.session.stop)

@@ -12,6 +12,7 @@ import (
 type inbox struct {
 	first atomic.Pointer[stretch] // where workers take
 	most  int                     // the longest stretch
+	hire  func()                  // called for a delivery that no worker was waiting for
 
 	mu      sync.Mutex
 	last    *stretch    // where put puts
@@ -33,19 +34,26 @@ func newStretch(size int) *stretch { return &stretch{waiting: make(chan *Deliver
 // shortStretch is how many deliveries an inbox has room for in the beginning.
 const shortStretch = 16
 
-func newInbox(prefetch int) *inbox {
-	i := &inbox{most: max(prefetch, shortStretch), last: newStretch(shortStretch)}
+func newInbox(prefetch int, hire func()) *inbox {
+	i := &inbox{most: max(prefetch, shortStretch), hire: hire, last: newStretch(shortStretch)}
 	i.first.Store(i.last)
 	return i
 }
 
 // put never blocks.
 func (i *inbox) put(d *Delivery) {
+	if i.add(d) {
+		i.hire()
+	}
+}
+
+// add reports whether d, or another delivery, waits for a worker.
+func (i *inbox) add(d *Delivery) (waits bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.closed {
 		i.late = append(i.late, d)
-		return
+		return false
 	}
 	select {
 	case i.last.waiting <- d:
@@ -53,6 +61,7 @@ func (i *inbox) put(d *Delivery) {
 		i.lengthen()
 		i.last.waiting <- d
 	}
+	return len(i.last.waiting) > 0 // a worker that waits takes it at once
 }
 
 // lengthen adds a stretch behind the last one, which is full. It is called with mu held.

@@ -76,6 +76,7 @@ type scope struct {
 	reporter *reporter
 	handlers context.Context // parent of the contexts of handlers
 	running  func() int64    // returns how many workers have not returned
+	hire     func()          // starts one more worker, if there may be more
 	stream   *position       // where to resume, nil unless the queue is a stream
 	notices  *notices
 	tries    atomic.Uint64 // so far; two may overlap if one was abandoned
@@ -175,7 +176,7 @@ func trySession(ctx context.Context, c *connection, of *scope, id, try uint64, t
 
 // receive registers where the deliveries of the consumer with the session's tag go.
 func (s *session) receive() {
-	s.inbox, s.aside = newInbox(s.config.prefetch), newAside()
+	s.inbox, s.aside = newInbox(s.config.prefetch, s.hire), newAside()
 	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, &receiver{inbox: s.inbox, aside: s.aside})
 }
 

@@ -88,8 +88,11 @@ func TestLateRefusalOfALookLeavesThePlaceOfALaterSession(t *testing.T) {
 	assert.Equal(t, from, p.resume(3, nil, false)[offsetKey])
 }
 
+// hireNobody is for an inbox whose workers are there already.
+func hireNobody() {}
+
 func TestMoreThanThePrefetchIsKept(t *testing.T) {
-	box := newInbox(2)
+	box := newInbox(2, hireNobody)
 	to := &receiver{inbox: box, aside: newAside()}
 	for tag := range uint64(100) { // a stream's chunk
 		d := to.New()
@@ -106,7 +109,7 @@ func TestMoreThanThePrefetchIsKept(t *testing.T) {
 // An inbox has room for what has come so far, not for all that the prefetch lets come.
 func TestInboxGrowsWithWhatWaitsInIt(t *testing.T) {
 	const prefetch = 1000
-	box := newInbox(prefetch)
+	box := newInbox(prefetch, hireNobody)
 	assert.LessOrEqual(t, cap(box.last.waiting), 32, "an idle one is small")
 	var last *stretch
 	for burst := range 4 {
@@ -130,7 +133,7 @@ func TestInboxGrowsWithWhatWaitsInIt(t *testing.T) {
 }
 
 func TestOneWorkerTakesInOrderWhileTheInboxGrows(t *testing.T) {
-	box := newInbox(64)
+	box := newInbox(64, hireNobody)
 	go func() {
 		for tag := range uint64(20_000) {
 			d := &Delivery{}
@@ -151,7 +154,7 @@ func TestInboxUnderManyHands(t *testing.T) {
 	const workers, messages = 4, 20_000
 	for _, size := range []int{1, 3, 256} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
-			box := newInbox(size)
+			box := newInbox(size, hireNobody)
 			var mu sync.Mutex
 			seen := make(map[uint64]int)
 			var working sync.WaitGroup
@@ -190,7 +193,7 @@ func TestInboxUnderManyHands(t *testing.T) {
 
 // What waited beyond the prefetch is not kept after it was taken.
 func TestInboxForgetsWhatWasTaken(t *testing.T) {
-	box := newInbox(1)
+	box := newInbox(1, hireNobody)
 	freed := make(chan struct{}, 100)
 	for range 100 {
 		d := &Delivery{}
@@ -212,7 +215,7 @@ func TestInboxForgetsWhatWasTaken(t *testing.T) {
 }
 
 func TestInboxThatIsClearedKeepsNothing(t *testing.T) {
-	box := newInbox(10)
+	box := newInbox(10, hireNobody)
 	for range 50 {
 		box.put(&Delivery{})
 	}
