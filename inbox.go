@@ -12,7 +12,9 @@ import (
 type inbox struct {
 	first atomic.Pointer[stretch] // where workers take
 	most  int                     // the longest stretch
-	hire  func()                  // called for a delivery that no worker was waiting for
+	hire  func() (all bool)       // called for a delivery that no worker was waiting for
+
+	staffed atomic.Bool // there are no more workers to be hired
 
 	mu      sync.Mutex
 	last    *stretch    // where put puts
@@ -34,7 +36,7 @@ func newStretch(size int) *stretch { return &stretch{waiting: make(chan *Deliver
 // shortStretch is how many deliveries an inbox has room for in the beginning.
 const shortStretch = 16
 
-func newInbox(prefetch int, hire func()) *inbox {
+func newInbox(prefetch int, hire func() (all bool)) *inbox {
 	i := &inbox{most: max(prefetch, shortStretch), hire: hire, last: newStretch(shortStretch)}
 	i.first.Store(i.last)
 	return i
@@ -42,12 +44,12 @@ func newInbox(prefetch int, hire func()) *inbox {
 
 // put never blocks.
 func (i *inbox) put(d *Delivery) {
-	if i.add(d) {
-		i.hire()
+	if i.add(d) && i.hire() {
+		i.staffed.Store(true)
 	}
 }
 
-// add reports whether d, or another delivery, waits for a worker.
+// add reports whether d, or another delivery, waits for a worker that may still start.
 func (i *inbox) add(d *Delivery) (waits bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -61,7 +63,7 @@ func (i *inbox) add(d *Delivery) (waits bool) {
 		i.lengthen()
 		i.last.waiting <- d
 	}
-	return len(i.last.waiting) > 0 // a worker that waits takes it at once
+	return !i.staffed.Load() && len(i.last.waiting) > 0 // a worker that waits takes it at once
 }
 
 // lengthen adds a stretch behind the last one, which is full. It is called with mu held.

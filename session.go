@@ -76,7 +76,7 @@ type scope struct {
 	reporter *reporter
 	handlers context.Context // parent of the contexts of handlers
 	running  func() int64    // returns how many workers have not returned
-	hire     func()          // starts one more worker, if there may be more
+	hire     func() bool     // starts one more worker; true once there may be no more
 	stream   *position       // where to resume, nil unless the queue is a stream
 	notices  *notices
 	tries    atomic.Uint64 // so far; two may overlap if one was abandoned

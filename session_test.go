@@ -89,7 +89,7 @@ func TestLateRefusalOfALookLeavesThePlaceOfALaterSession(t *testing.T) {
 }
 
 // hireNobody is for an inbox whose workers are there already.
-func hireNobody() {}
+func hireNobody() bool { return true }
 
 func TestMoreThanThePrefetchIsKept(t *testing.T) {
 	box := newInbox(2, hireNobody)

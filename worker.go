@@ -51,17 +51,15 @@ func (p *pool) newest() (*session, <-chan struct{}) {
 }
 
 // hire starts one more worker, unless there are as many as may handle at once. It is called for
-// each delivery that no worker was waiting for.
-func (p *pool) hire() {
-	if p.full() {
-		return
-	}
+// each delivery that no worker was waiting for, until it returns true: there may be no more.
+func (p *pool) hire() (all bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.full() && !p.stopped {
 		p.alive.Add(1)
 		go p.work()
 	}
+	return p.full()
 }
 
 func (p *pool) full() bool { return p.alive.Load() >= int64(p.config.concurrency) }

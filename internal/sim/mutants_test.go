@@ -104,7 +104,7 @@ var mutants = []mutant{
 	inTest("TestWorkerStartsForADeliveryThatNoneWaitsFor", change("the second delivery gets no worker", "worker.go",
 		"\tif !p.full() && !p.stopped {\n", "\tif p.alive.Load() == 0 && !p.stopped {\n")),
 	inTest("TestWorkerStartsForADeliveryThatNoneWaitsFor", change("every delivery gets a worker though one waits for it", "inbox.go",
-		"return len(i.last.waiting) > 0", "return true")),
+		"!i.staffed.Load() && len(i.last.waiting) > 0", "!i.staffed.Load()")),
 	inTest("TestStopBeforeAnyDeliveryIsPrompt", change("a stop waits for workers that have never started", "worker.go",
 		"\tif p.alive.Load() == 0 {\n", "\tif false {\n")),
 	change("handlers never learn of a lost session", "session.go",
