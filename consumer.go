@@ -265,6 +265,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connection
 			reporter: reporter,
 			handlers: context.WithoutCancel(ctx), // the values of ctx, without its end
 			running:  workers.alive.Load,
+			hire:     workers.hire,
 			stream:   newPosition(c.config),
 			notices:  new(notices),
 		},
@@ -276,14 +277,7 @@ func (s *supervisor) run() error {
 	ctx, stop := context.WithCancelCause(s.ctx)
 	defer stop(nil)
 	s.ctx = ctx
-	go func() { // it ends with ctx, which ends with Run
-		select {
-		case <-s.reporter.fault.Done():
-			stop(errStopped)
-		case <-ctx.Done():
-		}
-	}()
-	s.pool.start()
+	s.reporter.faulted = func() { stop(errStopped) }
 	for state := s.connecting; state != nil; {
 		state = state()
 	}
@@ -724,7 +718,7 @@ func (s *supervisor) draining() stateFunc {
 	s.borrower.withdraw(s.dial)
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
-	close(s.pool.stop)
+	s.pool.end()
 	left := s.config.closeTimeout
 	if s.session != nil {
 		close(s.session.stop)

@@ -213,19 +213,33 @@ func (l *lease) givenUp() bool {
 
 // giveBack ends the lease. A retired connection ends with its last one.
 func (l *lease) giveBack() {
-	if last, end := l.conn.leases.take(l, nil); last && end != nil {
-		go l.conn.socket.Kill(end) // a user's connection may hang in its Close
+	if last, end := l.conn.leases.take(l, nil); last {
+		l.kill(end)
 	}
 }
 
 // giveUp ends the lease when a call has outlasted its limit: the driver's calls take no context, so
 // only the end of the channel ends them, or of the connection if it is lent to nobody else.
 func (l *lease) giveUp(cause error) {
-	switch last, end := l.conn.leases.take(l, cause); {
-	case last && end != nil:
-		go l.conn.socket.Kill(end)
-	case !last && l.channel != nil:
-		l.conn.giveUp(l.channel, cause)
+	last, end := l.conn.leases.take(l, cause)
+	if last {
+		l.kill(end)
+	} else if channel := l.inUse(); channel != nil {
+		l.conn.giveUp(channel, cause)
+	}
+}
+
+// inUse returns the channel in use, nil if there is none yet.
+func (l *lease) inUse() *wire.Channel {
+	l.conn.leases.mu.Lock()
+	defer l.conn.leases.mu.Unlock()
+	return l.channel
+}
+
+// kill ends the connection if there is a cause.
+func (l *lease) kill(cause error) {
+	if cause != nil {
+		go l.conn.socket.Kill(cause) // a user's connection may hang in its Close
 	}
 }
 

@@ -36,6 +36,7 @@ type journal struct {
 	gaveUp         bool              // Run ends by a failure and not because its context has ended
 
 	summaryTimer *time.Timer // runs after a line about handlers, until a summary is due
+	summaryDue   bool        // it runs
 	failures     failures
 	panics       failures
 }
@@ -82,6 +83,9 @@ const (
 	extraLines = 12
 	extraEvery = 5 * time.Minute
 )
+
+// waiting reports whether one of the timers runs.
+func (j *journal) waiting() bool { return j.pending != nil || j.summaryDue }
 
 // stop leaves no timer behind.
 func (j *journal) stop() {
@@ -479,12 +483,14 @@ func (f failure) text() string {
 // since is summarized.
 func (j *journal) writeFailure(record slog.Record) {
 	j.summaryTimer.Reset(longestSilence + failureGap) // a failure that is due by then says more
+	j.summaryDue = true
 	j.write(record)
 }
 
 // summarize logs how much was left out since the last line about handlers, if no later line has
 // said so.
 func (j *journal) summarize() {
+	j.summaryDue = false
 	j.summarizeOne(&j.failures, slog.LevelWarn, "more handlers failed")
 	j.summarizeOne(&j.panics, slog.LevelError, "more handlers panicked")
 }

@@ -88,6 +88,9 @@ const stallConfirm = 5 * time.Second
 func (p *prober) look() error {
 	if moves := p.progress(); moves != p.lastProgress || p.full() {
 		p.lastProgress, p.length = moves, -1
+		if p.question != nil && p.question.givenUp.Load() {
+			p.question = nil
+		}
 		return nil
 	}
 	if p.refused {
@@ -274,10 +277,10 @@ func (p *prober) inspect() (amqp.Queue, error) {
 	}
 	select {
 	case <-q.done:
-		p.question = nil
-		if q.givenUp.Load() {
+		if q.givenUp.Load() { // it stays unanswered until something moves
 			return amqp.Queue{}, errUnanswered
 		}
+		p.question = nil
 		return q.queue, q.err
 	default:
 		return amqp.Queue{}, errUnanswered

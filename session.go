@@ -40,7 +40,7 @@ type session struct {
 	queue       string
 	tag         string
 	cancels     chan string // the driver's NotifyCancel
-	channelEnd  *notifier   // why the channel ended: what the broker said, else errChannelEnded
+	channelEnd  channelEnd
 	lease       *lease      // of the connection
 	declaration declaration // what its declaration asks for
 	limit       int         // delivery limit of its queue, 0 if none drops messages
@@ -77,6 +77,7 @@ type scope struct {
 	reporter *reporter
 	handlers context.Context // parent of the contexts of handlers
 	running  func() int64    // returns how many workers have not returned
+	hire     func() bool     // starts one more worker; true once there may be no more
 	stream   *position       // where to resume, nil unless the queue is a stream
 	notices  *notices
 	tries    atomic.Uint64 // so far; two may overlap if one was abandoned
@@ -149,7 +150,7 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 		tag:         tag,
 		declaration: t,
 		lease:       lease,
-		channelEnd:  newNotifier(),
+		channelEnd:  channelEnd{closes: channel.NotifyClose(make(chan *amqp.Error, 1))},
 		cancels:     channel.NotifyCancel(make(chan string, 2)), // a lookup has two consumers
 		gate:        newGate(),
 		stall:       newNotifier(),
@@ -159,7 +160,6 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 		done:        make(chan struct{}),
 	}
 	s.holds.session = s
-	go s.watchChannel(channel.NotifyClose(make(chan *amqp.Error, 1)))
 	s.settler = s
 	if of.config.hooks.Settled != nil {
 		s.settler = hookSettler{s}
@@ -183,7 +183,7 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 
 // receive registers where the deliveries of the consumer with the session's tag go.
 func (s *session) receive() {
-	s.inbox, s.aside = newInbox(s.config.prefetch), newAside()
+	s.inbox, s.aside = newInbox(s.config.prefetch, s.hire), newAside()
 	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, &receiver{inbox: s.inbox, aside: s.aside})
 }
 
@@ -240,20 +240,47 @@ func (s *session) channelCause(err error) error {
 	if !errors.Is(err, amqp.ErrClosed) {
 		return err
 	}
-	<-s.channelEnd.Done() // ErrClosed says that the cause is about to come
-	if brokerErr := s.channelEnd.Cause(); !errors.Is(brokerErr, errChannelEnded) {
+	// ErrClosed says that the cause is about to come.
+	if brokerErr := s.channelEnd.await(); !errors.Is(brokerErr, errChannelEnded) {
 		return brokerErr
 	}
 	return err
 }
 
-// watchChannel records why the driver's channel ended, and reads its NotifyClose to the end.
-func (s *session) watchChannel(closes <-chan *amqp.Error) {
-	if e := <-closes; e != nil {
-		s.channelEnd.notify(e)
+// channelEnd is why the driver's channel ended. It belongs to the goroutine of the try, and then to
+// run.
+type channelEnd struct {
+	// closes is the driver's NotifyClose. It gets one value at most before it is closed, and has
+	// room for it, so the driver never waits for us.
+	closes <-chan *amqp.Error
+	cause  error // what the broker said, else errChannelEnded; nil while nobody has read closes
+}
+
+// record notes what was read from closes.
+func (c *channelEnd) record(said *amqp.Error) {
+	switch {
+	case c.cause != nil: // the first one stays
+	case said != nil:
+		c.cause = said
+	default:
+		c.cause = errChannelEnded
 	}
-	s.channelEnd.notify(errChannelEnded)
-	drain(closes)
+}
+
+// await waits for the end of the channel and returns its cause.
+func (c *channelEnd) await() error {
+	c.record(<-c.closes)
+	return c.cause
+}
+
+// Cause returns the cause, nil while the channel has not ended.
+func (c *channelEnd) Cause() error {
+	select {
+	case said := <-c.closes:
+		c.record(said)
+	default:
+	}
+	return c.cause
 }
 
 // run is the session's goroutine from consume-ok to its end.
@@ -289,7 +316,8 @@ func (s *session) consume() error {
 		case <-s.aside.more:
 			s.setAside()
 			continue
-		case <-s.channelEnd.Done():
+		case said := <-s.channelEnd.closes:
+			s.channelEnd.record(said)
 		case _, cancelled := <-s.cancels:
 			if cancelled {
 				return s.lost(errCancelled)
@@ -341,7 +369,8 @@ func (s *session) diagnose() error {
 	// NotifyCancel was closed without a value. Either the close of the channel follows at once, or
 	// the connection is about to end.
 	select {
-	case <-s.channelEnd.Done():
+	case said := <-s.channelEnd.closes:
+		s.channelEnd.record(said)
 	case <-s.conn.end.Done():
 	case <-time.After(s.config.closeTimeout):
 	}
@@ -382,7 +411,8 @@ func (s *session) retire(cause error) {
 	select {
 	case <-s.gate.done: // closeChannel proves their settlements
 		return
-	case <-s.channelEnd.Done():
+	case said := <-s.channelEnd.closes:
+		s.channelEnd.record(said)
 		s.drainErr = s.acksLost(s.diagnose())
 	case <-s.conn.end.Done():
 		s.drainErr = s.acksLost(s.conn.end.Cause())
@@ -430,7 +460,8 @@ func (s *session) awaitHandlers(limit <-chan time.Time) error {
 	select {
 	case <-s.gate.done:
 		return nil
-	case <-s.channelEnd.Done():
+	case said := <-s.channelEnd.closes:
+		s.channelEnd.record(said)
 		return s.acksLost(s.diagnose())
 	case <-s.conn.end.Done():
 		return s.acksLost(s.conn.end.Cause())
@@ -508,9 +539,9 @@ func (s *session) closeChannel(hardLimit time.Duration) {
 		err = errCloseTimeout
 		go drain(s.cancels)
 	} else {
-		<-s.channelEnd.Done()
+		cause := s.channelEnd.await()
 		drain(s.cancels)
-		if cause := s.channelEnd.Cause(); !errors.Is(cause, errChannelEnded) {
+		if !errors.Is(cause, errChannelEnded) {
 			err = s.diagnose()
 		}
 	}

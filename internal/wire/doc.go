@@ -25,7 +25,7 @@
 //	workers            a Run          Ack, Reject, Requeue
 //	whoever gives up   one call       GiveUp: wakes the driver's reader by a read deadline
 //	writer             a Socket       writeLoop: Write of the connection, the buffer it has taken
-//	watchdog           a Socket       watch, from WatchPeer on: only looks at when Read last read
+//	a timer            a moment       watch, from WatchPeer on: only looks at when Read last read
 //	whoever ends it    one call       Kill, Close, Wait
 //
 // # Locks

@@ -29,8 +29,10 @@ type inbound struct {
 	delivered atomic.Int64           // when bytes of a delivery last came, likewise
 	offer     atomic.Pointer[string] // the mechanisms of the broker's first frame, nil before it
 
-	buf  []byte
-	r, w int
+	buf   []byte
+	r, w  int
+	full  bool  // the last read has filled buf
+	slack slack // when buf becomes small again
 
 	greeted     bool  // the broker's first frame has come
 	passThrough int64 // bytes of the current frame that the driver still gets
@@ -51,7 +53,8 @@ type inbound struct {
 }
 
 const (
-	// readBuffer makes one read of the socket serve many small frames.
+	// readBuffer makes one read of the socket serve many small frames. The buffer grows to that while
+	// reads fill it, and beyond it only for a frame that is larger.
 	readBuffer = 64 << 10
 
 	// maxHeader is how large the frame with the headers of a message may be. It may be larger than
@@ -71,7 +74,7 @@ const (
 
 func (in *inbound) init(s *Socket) {
 	in.socket = s
-	in.buf = make([]byte, readBuffer)
+	in.buf = make([]byte, idleBuffer)
 }
 
 // Read hands out what the broker sent for the driver.
@@ -127,6 +130,7 @@ func (in *inbound) fill() error {
 		return in.readFailed(err)
 	}
 	in.w += n
+	in.full = in.w == len(in.buf)
 	in.heard.Store(int64(time.Since(s.start)))
 	return nil
 }
@@ -184,21 +188,28 @@ func (in *inbound) sinceDelivery() time.Duration {
 }
 
 // makeRoom lets the buffer grow with what comes, whatever is announced, and shrink again after a
-// large frame.
+// large frame, and when there is little to read for a while.
 func (in *inbound) makeRoom() {
+	used := in.w
 	if in.r > 0 {
 		in.w = copy(in.buf, in.buf[in.r:in.w])
 		in.r = 0
 	}
 	size := len(in.buf)
+	idle := in.slack.over(used, in.lastHeard())
 	switch {
-	case in.w == size:
+	case in.w == size, in.full && size < readBuffer:
 		size *= 2
-	case size > readBuffer && in.w == 0:
+	case in.w > 0:
+		return
+	case size > readBuffer:
 		size = readBuffer
+	case idle && size > idleBuffer:
+		size = idleBuffer
 	default:
 		return
 	}
+	in.full = false
 	in.buf = append(make([]byte, 0, size), in.buf[:in.w]...)[:size]
 }
 

@@ -29,6 +29,7 @@ type outbound struct {
 	mu            sync.Mutex    // held for memory only, never across a blocking call
 	pending       []byte        // waits for the connection
 	spare         []byte        // the other of the two buffers that take swaps
+	slack         slack         // when they become small again
 	flush         flushPolicy   // when pending goes out
 	room          chan struct{} // closed when there may be room again; nil if nobody waits
 	scanner       scanner       // follows the driver's frames
@@ -252,6 +253,9 @@ func (o *outbound) take() (batch []byte, closed bool) {
 		return nil, false
 	}
 	batch = o.pending
+	if idle := o.slack.over(len(batch), time.Since(o.socket.start)); idle && cap(o.spare) > idleBuffer {
+		o.spare = nil
+	}
 	o.pending, o.spare = o.spare[:0], batch
 	o.flush.taken()
 	o.signalRoom()

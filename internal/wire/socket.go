@@ -29,6 +29,8 @@ type Socket struct {
 	end          end
 	disconnected chan struct{}  // closed when raw has been closed, soon after the end
 	running      sync.WaitGroup // the socket's own goroutines
+	dog          watchdog       // only WatchPeer uses it, and then watch
+	dogTimer     *time.Timer    // calls watch
 
 	out outbound
 	_   [cacheLine]byte
@@ -95,6 +97,8 @@ func NewSocket(conn net.Conn, o Options) *Socket {
 	if c, ok := conn.(*tls.Conn); ok {
 		s.raw = c.NetConn()
 	}
+	s.dogTimer = time.AfterFunc(time.Hour, s.watch)
+	s.dogTimer.Stop()
 	s.running.Go(s.out.writeLoop)
 	return s
 }
@@ -172,6 +176,7 @@ func (s *Socket) disconnect(reset bool) {
 	if !s.end.close() {
 		return
 	}
+	s.dogTimer.Stop()
 	defer close(s.disconnected)
 	if reset {
 		Abort(s.raw)
