@@ -178,9 +178,13 @@ func (a *aside) take() []unreadable {
 // receiver is where the wire gives the messages of one subscription. It does not remember the message
 // that is being read: a consumer may be idle for hours, and would keep its last message as long.
 type receiver struct {
-	inbox *inbox
-	aside *aside
+	inbox  *inbox
+	aside  *aside
+	config *config
 }
+
+// Refuse implements wire.Refuser.
+func (r *receiver) Refuse(size uint64) error { return r.config.tooLarge(size) }
 
 // New implements wire.Receiver.
 func (r *receiver) New() *amqp.Delivery {

@@ -243,7 +243,7 @@ func ask(s *session) *question {
 	q := &question{overdue: make(chan struct{}), done: make(chan struct{})}
 	limit := s.config.setupTimeout
 	var channel atomic.Pointer[wire.Channel]
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(context.WithoutCancel(s.ctx))
 	answered := s.conn.socket.AfterSilence(limit, wire.MostSilences*limit, func() {
 		close(q.overdue)
 		cancel()

@@ -184,7 +184,7 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 // receive registers where the deliveries of the consumer with the session's tag go.
 func (s *session) receive() {
 	s.inbox, s.aside = newInbox(s.config.prefetch, s.hire), newAside()
-	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, &receiver{inbox: s.inbox, aside: s.aside})
+	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, &receiver{inbox: s.inbox, aside: s.aside, config: s.config})
 }
 
 // forget unregisters a consumer that does not exist, or not any more.

@@ -199,6 +199,38 @@ func TestSetUpThatMakesTheBrokerCloseTheConnectionDisturbsTheOthersTwice(t *test
 	})
 }
 
+func TestSetUpThatHangsCostsAChannelAndNotTheConnection(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 3).start()
+		r.Broker.HangAt(steadymqtest.StageConsume, true)
+		late := p.add(rig.Ack)
+		r.Wait(16 * time.Second)
+		require.Equal(t, steadymq.Connecting, late.State())
+		require.EqualValues(t, 1, late.Stats().GivenUp)
+		require.Equal(t, 1, r.OpenConnections())
+		r.Wait(20 * time.Second)
+		require.Equal(t, 1, p.group.Stats().Isolated, "once it is plain that the others live")
+		for i := range 3 {
+			r.Broker.Publish(p.name(i), "m")
+		}
+		r.Wait(time.Second)
+		for _, c := range p.consumers[:3] {
+			require.EqualValues(t, 1, c.Stats().Sessions)
+			require.EqualValues(t, 1, c.Stats().Acked)
+		}
+		r.Broker.HangAt(steadymqtest.StageConsume, false)
+		r.Wait(30 * time.Second)
+		require.Equal(t, steadymq.Consuming, late.State())
+		r.Wait(75 * time.Second)
+		require.Equal(t, steadymq.Consuming, late.State())
+		require.Equal(t, 1, r.OpenConnections(), "it shares the connection again")
+		r.Broker.Publish(p.name(3), "m", "n")
+		r.Wait(time.Second)
+		require.EqualValues(t, 2, late.Stats().Acked)
+		require.NoError(t, p.stop())
+	})
+}
+
 func TestMoreConsumersThanChannelsOpenAFurtherConnection(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		urls := r.Broker.URLs()
@@ -375,6 +407,22 @@ func TestOptionsOfAConsumerComeAfterThoseOfItsGroup(t *testing.T) {
 		assert.Equal(t, 32, r.Broker.Unsettled("first"))
 		assert.Equal(t, 5, r.Broker.Unsettled("second"))
 		close(block)
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestEachConsumerOfAGroupHasItsOwnLimitOfAMessage(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 0, steadymq.WithMaxMessageSize(10))
+		small, large := p.add(rig.Ack), p.add(rig.Ack, steadymq.WithMaxMessageSize(20))
+		p.start()
+		for i := range 2 {
+			r.Broker.Publish(p.name(i), "fifteen bytes!!")
+		}
+		r.Wait(time.Second)
+		assert.EqualValues(t, 1, small.Stats().Unreadable)
+		assert.Zero(t, large.Stats().Unreadable)
+		assert.EqualValues(t, 1, large.Stats().Acked)
 		require.NoError(t, p.stop())
 	})
 }

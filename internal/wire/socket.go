@@ -50,7 +50,8 @@ type Options struct {
 	WriteTimeout time.Duration
 	// WriteDelay is the longest that a settlement waits to share a write.
 	WriteDelay time.Duration
-	// Refuse says why a body of so many bytes is not kept, nil if it is. Without it all are.
+	// Refuse says why a body of so many bytes is not kept, nil if it is, unless its Receiver is a
+	// Refuser. Without it all are.
 	Refuse func(size uint64) error
 	// Transfer calls Read or Write of the connection, which may be the user's and panic. It tells
 	// broken of a panic, even where that ends the goroutine. Without it they are called directly.

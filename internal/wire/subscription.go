@@ -22,6 +22,7 @@ type Subscription struct {
 	closed    bool         // nothing more is settled; outbound's mutex guards it and channel
 	unsettled atomic.Int64 // deliveries that are not settled
 	heard     atomic.Int64 // when bytes of a delivery last came, since the socket's start
+	refuse    func(size uint64) error
 
 	// The message that is being read, which only Read's caller touches. What the workers read for
 	// every settlement fills the cache line before.
@@ -47,6 +48,12 @@ type Receiver interface {
 	// PutAside takes a complete message that no handler can be given, and why; size is that of its
 	// body, which was not kept.
 	PutAside(d *amqp.Delivery, size uint64, reason error)
+}
+
+// Refuser is a Receiver that says by itself why a body of so many bytes is not kept, nil if it is, in
+// place of Options.Refuse.
+type Refuser interface {
+	Refuse(size uint64) error
 }
 
 // newMessage returns memory for the next message. One of a closed channel goes nowhere.
@@ -91,7 +98,7 @@ func (sub *Subscription) header(payload []byte) {
 	sub.size = d.longlong()
 	sub.interner.properties(&d, sub.message)
 	sub.hasHeader = true
-	if err := sub.socket.opts.refuse(sub.size); err != nil {
+	if err := sub.refuse(sub.size); err != nil {
 		sub.setUnfit(err)
 	}
 	if d.err != nil {
@@ -275,7 +282,7 @@ func (all *subscriptions) giveUp(s *Socket, channel uint16) {
 
 // newTombstone returns what takes the place of a closed subscription: it drops late deliveries.
 func newTombstone(s *Socket, channel uint16) *Subscription {
-	return &Subscription{socket: s, channel: channel, closed: true, closedByBroker: true}
+	return &Subscription{socket: s, channel: channel, closed: true, closedByBroker: true, refuse: s.opts.refuse}
 }
 
 func (all *subscriptions) isGivenUp(channel uint16) bool {
@@ -314,7 +321,10 @@ func consumerTag(p []byte) string {
 // Subscribe makes the subscription of a consumer that is about to be. It opens with the
 // basic.consume of this tag, which the driver writes.
 func (s *Socket) Subscribe(tag string, prefetch int, to Receiver) *Subscription {
-	sub := &Subscription{socket: s, receiver: to, tag: tag, prefetch: int64(prefetch), closed: true}
+	sub := &Subscription{socket: s, receiver: to, tag: tag, prefetch: int64(prefetch), closed: true, refuse: s.opts.refuse}
+	if own, ok := to.(Refuser); ok {
+		sub.refuse = own.Refuse
+	}
 	s.out.mu.Lock()
 	defer s.out.mu.Unlock()
 	s.out.subscriptions.expected[tag] = sub
