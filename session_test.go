@@ -98,7 +98,7 @@ func hireNobody() bool { return true }
 
 func TestMoreThanThePrefetchIsKept(t *testing.T) {
 	box := newInbox(2, hireNobody)
-	to := &receiver{inbox: box, aside: newAside()}
+	to := &receiver{inbox: box, aside: newAside(), config: defaults("amqp://h/", "q")}
 	for tag := range uint64(100) { // a stream's chunk
 		d := to.New()
 		d.DeliveryTag = tag + 1
