@@ -426,3 +426,29 @@ func TestEachConsumerOfAGroupHasItsOwnLimitOfAMessage(t *testing.T) {
 		require.NoError(t, p.stop())
 	})
 }
+
+func TestMisuseOfOneChannelIsNotThatOfAnother(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 0)
+		inside := make(chan struct{})
+		good := p.add(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			<-inside
+			return "", nil
+		}))
+		bad := p.add(rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			err := ch.Tx()
+			select {
+			case <-inside:
+			default:
+				close(inside)
+			}
+			return "", err
+		}))
+		p.start()
+		r.Wait(10 * time.Second)
+		assert.Equal(t, steadymq.Consuming, good.State())
+		assert.EqualValues(t, 1, good.Stats().Sessions)
+		assert.NotEqual(t, steadymq.Consuming, bad.State())
+		require.NoError(t, p.stop())
+	})
+}

@@ -888,7 +888,7 @@ var mutants = []mutant{
 	inTest("TestQueueThatAMQPCannotCarryIsNotSent", change("the queue of a topology function is not looked at", "topology.go",
 		"if problem := shortStringProblem(queue); problem != \"\" {", "if problem := shortStringProblem(queue); false {")),
 	inTest("TestTopologyFunctionThatMakesTheChannelTransactionalIsRefused", change("a transactional channel is consumed from", "internal/wire/subscription.go",
-		"\tcase txSelect:\n\t\tall.misuse.Transactions++\n", "")),
+		"\t\tm.Transactions++\n", "")),
 	inTest("TestTopologyFunctionThatConsumesIsToldOnce", change("a consumer of the topology function is told for every session", "topology.go",
 		"s.notices.consumed.CompareAndSwap(false, true)", "true")),
 

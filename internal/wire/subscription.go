@@ -228,13 +228,14 @@ type subscriptions struct {
 	expected   map[string]*Subscription // by consumer tag, until its basic.consume is written
 	open       map[uint16]*Subscription // by channel
 	tombstones map[uint16]*Subscription // closed ones, until the channel is opened again
-	misuse     Misuse
+	misuse     map[uint16]Misuse        // by channel, until that is opened again
 }
 
 func (all *subscriptions) init() {
 	all.expected = make(map[string]*Subscription)
 	all.open = make(map[uint16]*Subscription)
 	all.tombstones = make(map[uint16]*Subscription)
+	all.misuse = make(map[uint16]Misuse)
 }
 
 // learn takes a frame that the driver writes, or at least its beginning.
@@ -248,13 +249,18 @@ func (all *subscriptions) learn(p []byte) {
 			sub.channel, sub.closed = channel, false
 			all.open[channel] = sub
 		} else {
-			all.misuse.Consumers++
+			m := all.misuse[channel]
+			m.Consumers++
+			all.misuse[channel] = m
 		}
 	case txSelect:
-		all.misuse.Transactions++
+		m := all.misuse[channel]
+		m.Transactions++
+		all.misuse[channel] = m
 	case channelOpen:
 		all.close(channel)
 		delete(all.tombstones, channel)
+		delete(all.misuse, channel)
 	case channelClose, channelCloseOk:
 		all.close(channel)
 	case connectionClose, connectionCloseOk:
@@ -354,15 +360,16 @@ func (sub *Subscription) LeaveTombstone() {
 }
 
 // Misuse counts what must not be done with the channel that a TopologyFunc is given. Only such a
-// function does it, and no two of them run at the same time on one connection.
+// function does it.
 type Misuse struct {
 	Transactions int
 	Consumers    int
 }
 
-// Misuse is what was counted on the socket so far.
-func (s *Socket) Misuse() Misuse {
-	s.out.mu.Lock()
-	defer s.out.mu.Unlock()
-	return s.out.subscriptions.misuse
+// Misuse is what was counted on the channel so far.
+func (c *Channel) Misuse() Misuse {
+	o := &c.socket.out
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.subscriptions.misuse[c.number]
 }
