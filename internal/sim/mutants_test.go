@@ -488,9 +488,10 @@ var mutants = []mutant{
 		"min(2*cap(full.waiting), i.most)", "2*cap(full.waiting)+0*i.most")),
 	inTest("TestMoreThanThePrefetchIsKept", change("workers stop at the end of the first stretch", "inbox.go",
 		"\t\tif s.next == nil {\n", "\t\tif true {\n")),
-	inTest("TestMessageThatIsDoneWithIsNotKeptInMemory", change("the last message is kept", "inbox.go",
-		"\taside *aside\n}\n\n// New implements wire.Receiver.\nfunc (r *receiver) New() *amqp.Delivery {\n\td := newDelivery()\n",
-		"\taside *aside\n\tlast *Delivery\n}\n\n// New implements wire.Receiver.\nfunc (r *receiver) New() *amqp.Delivery {\n\td := newDelivery()\n\tr.last = d\n")),
+	inTest("TestMessageThatIsDoneWithIsNotKeptInMemory", mutant{name: "the last message is kept", edits: []edit{
+		{"inbox.go", "\tconfig *config\n}\n", "\tconfig *config\n\tlast   *Delivery\n}\n"},
+		{"inbox.go", "\td := newDelivery()\n", "\td := newDelivery()\n\tr.last = d\n"},
+	}}),
 	inTest("TestHandlerThatHangsKeepsNoLaterSessionsInMemory", change("all connections are kept", "consumer.go",
 		"func (s *supervisor) forgetClosed() { s.closing = slices.DeleteFunc(s.closing, closer.isDone) }", "func (s *supervisor) forgetClosed() { slices.IndexFunc(s.closing, closer.isDone) }")),
 	inTest("TestStopOnABusyPathLetsRunningHandlersFinish", change("the close limit counts while deliveries come", "session.go",
