@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -22,6 +23,10 @@ import (
 type config struct {
 	urls  []string
 	queue string
+
+	by           string   // the function that was given the queue, for refusals
+	connections  int      // that the consumers of a Group share
+	ofConnection []string // names of the options given that belong to the connection
 
 	concurrency int
 	prefetch    int
@@ -65,8 +70,10 @@ type config struct {
 
 func defaults(url, queue string) *config {
 	return &config{
+		by:             "New",
 		urls:           []string{url},
 		queue:          queue,
+		connections:    1,
 		concurrency:    1,
 		prefetch:       32,
 		retryInitial:   250 * time.Millisecond,
@@ -199,6 +206,40 @@ type Binding struct {
 	Args amqp.Table
 }
 
+// clone returns a copy of what the consumers of a Group share, for the consumer of one queue.
+func (c *config) clone(queue string) *config {
+	own := *c
+	own.queue, own.by = queue, "Handle"
+	own.set = maps.Clone(c.set)
+	own.middleware = slices.Clip(c.middleware)
+	own.ofConnection, own.problems = nil, nil
+	if c.declare != nil {
+		declare := *c.declare // what it points to is copied before it is completed
+		own.declare = &declare
+	}
+	return &own
+}
+
+// takeQueue copies q with all that it holds and that a user may change.
+func (c *config) takeQueue(q *Queue) *Queue {
+	own := *q
+	own.Args = c.takeTable("WithQueue", "Args", q.Args)
+	own.Bindings = slices.Clone(q.Bindings)
+	for i := range own.Bindings {
+		own.Bindings[i].Args = c.takeTable("WithQueue", fmt.Sprintf("Bindings[%d].Args", i), q.Bindings[i].Args)
+	}
+	if q.Exchange != nil {
+		x := *q.Exchange
+		x.Args = c.takeTable("WithQueue", "Exchange.Args", x.Args)
+		own.Exchange = &x
+	}
+	if q.DeadLetter != nil {
+		dead := *q.DeadLetter
+		own.DeadLetter = &dead
+	}
+	return &own
+}
+
 func (c *config) refuse(option, format string, args ...any) {
 	c.problems = append(c.problems, &OptionError{Option: option, Reason: fmt.Sprintf(format, args...)})
 }
@@ -234,7 +275,7 @@ func (c *config) checkURLs() {
 		e, err := parseEndpoint(u)
 		switch {
 		case err != nil && i == 0:
-			c.refuse("New", "%v", err)
+			c.refuse(c.by, "%v", err)
 			continue
 		case err != nil:
 			c.refuse("WithURLs", "URL %d: %v", i, err)
@@ -310,11 +351,11 @@ func (c *config) checkQueue() {
 	}
 	q := c.declare
 	if c.queue == "" && c.topology == nil && (q == nil || q.Type != "classic" || !q.Exclusive) {
-		c.refuse("New", "the queue name is empty; give it, or WithTopology, or WithQueue with an exclusive classic queue, whose name the broker may choose")
+		c.refuse(c.by, "the queue name is empty; give it, or WithTopology, or WithQueue with an exclusive classic queue, whose name the broker may choose")
 	}
-	c.shortString("New", "the queue name", c.queue)
+	c.shortString(c.by, "the queue name", c.queue)
 	if strings.ContainsAny(c.queue, "\r\n") {
-		c.refuse("New", "the queue name %q has a line break, and RabbitMQ takes those out of the names of queues: none has this one", c.queue)
+		c.refuse(c.by, "the queue name %q has a line break, and RabbitMQ takes those out of the names of queues: none has this one", c.queue)
 	}
 	if q != nil {
 		c.checkDeclare(q)

@@ -7,7 +7,6 @@ import (
 	"maps"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -16,7 +15,7 @@ import (
 )
 
 // connection is one socket with one *amqp.Connection on it. It is never repaired, only replaced. It
-// has an owner, the supervisor or for one question the prober, which opens it and asks it to close.
+// has an owner, connections or for one question the prober, which opens it and asks it to close.
 // Its goroutine watch waits for the end, writes end and closes done. Sessions borrow it by a lease
 // and read host, socket, amqp and end.
 type connection struct {
@@ -30,14 +29,12 @@ type connection struct {
 	end     *notifier         // why it ended; written by watch, read by owner and sessions
 	leases  leases            // the sessions it is lent to
 	stop    chan closeRequest // asks for an orderly close; the owner writes, watch reads
-	stopped bool              // close was called; only the owner uses it
+	loans   map[*loan]bool    // to consumers; guarded by the mutex of connections
+	turns   *turns            // of the consumers that are set up on it
+	stopped bool              // close was called, after the last loan
 	done    chan struct{}     // closed when nothing of it is left
 
-	channelFailures  []time.Time  // recent ones, for the escalation; only the supervisor uses it
-	served           bool         // it has had a session; only the supervisor uses it
-	queue            string       // of its sessions, "" before it has a name; only the try uses it
-	topologyFailures atomic.Int32 // failures of a TopologyFunc; tries write, the supervisor reads
-
+	retiring    *notifier // set when the sessions are to move to another connection
 	stopRefresh context.CancelFunc
 	refreshed   chan struct{} // closed when the refresh of credentials has ended
 }
@@ -93,6 +90,9 @@ func openConnection(ctx context.Context, c *config, e endpoint, step *step, aban
 		closed:       conn.NotifyClose(make(chan *amqp.Error, 1)),
 		end:          newNotifier(),
 		stop:         make(chan closeRequest, 1),
+		loans:        make(map[*loan]bool),
+		turns:        newTurns(),
+		retiring:     newNotifier(),
 		done:         make(chan struct{}),
 		refreshed:    make(chan struct{}),
 	}
@@ -343,22 +343,10 @@ func (c *connection) shortenClose(d closeRequest) {
 	c.stop <- d
 }
 
-// alive reports whether a new session may be opened on the connection. Only the owner calls it.
+// alive reports whether a new session may be opened on the connection. connections calls it, and who
+// has been lent the connection.
 func (c *connection) alive() bool {
 	return !c.stopped && c.end.Cause() == nil && !c.amqp.IsClosed() && !c.leases.isRetired()
-}
-
-// tooManyChannelFailures records a failure at channel level and reports whether the connection has
-// to be replaced, too.
-func (c *connection) tooManyChannelFailures(now time.Time) bool {
-	recent := c.channelFailures[:0]
-	for _, t := range c.channelFailures {
-		if now.Sub(t) < escalateWithin {
-			recent = append(recent, t)
-		}
-	}
-	c.channelFailures = append(recent, now)
-	return len(c.channelFailures) >= escalateAfter
 }
 
 // major returns the first number of the broker's version, 0 if that cannot be read.
@@ -367,45 +355,4 @@ func (c *connection) major() int {
 	first, _, _ := strings.Cut(version, ".")
 	major, _ := strconv.Atoi(first)
 	return major
-}
-
-// own records the queue of the sessions on the connection. The tries on it follow one another, so
-// nobody else writes it at the same time.
-func (c *connection) own(queue string) { c.queue = queue }
-
-// owned returns the queue that the broker has named for an earlier session of the connection, "" if
-// there is none.
-func (c *connection) owned(of *config) string {
-	if of.declare == nil || of.queue != "" {
-		return ""
-	}
-	return c.queue
-}
-
-// sameQueue refuses the queue of a TopologyFunc if the function has left another one on this
-// connection. As a rule the broker has named that one, and it would live on, bound and unread.
-func (c *connection) sameQueue(queue string) error {
-	left := c.queue != queue
-	if c.queue == "" {
-		left = c.topologyFailures.Load() > 0 && strings.HasPrefix(queue, "amq.") // a prefix that only a broker may use
-	}
-	if left {
-		return &orphanedQueueError{was: c.queue, is: queue}
-	}
-	c.own(queue)
-	return nil
-}
-
-// tooManyTopologyFailures reports whether a TopologyFunc has failed so often on the connection that
-// the connection has to be replaced: each failure may have left a queue behind, and those queues
-// end with the connection.
-func (c *connection) tooManyTopologyFailures() bool {
-	return c.topologyFailures.Load() >= escalateAfter
-}
-
-// orphanedQueueError says that a TopologyFunc has left a queue behind on the connection.
-type orphanedQueueError struct{ was, is string }
-
-func (e *orphanedQueueError) Error() string {
-	return fmt.Sprintf("the topology function returned the queue %q, and has left another one behind on the same connection", e.is)
 }

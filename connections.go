@@ -1,110 +1,415 @@
 package steadymq
 
-import "sync"
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+)
 
-// How a connection is lent to sessions and given back. The supervisor opens connections and asks
-// them to close; openSession borrows one for each try, and the session gives it back at its end.
+// Who owns connections. A Consumer alone and all consumers of a Group borrow them here: one dials
+// for all who wait, those who share a connection lose it together, and the last one to give it back
+// closes it. What they are lent is in loan.go.
 
-// leases are the sessions that a connection is lent to. After a basic.cancel there are two for a
-// while: the old one, whose handlers may still settle, and its successor. What one of them does to
-// the connection waits until the other has given it back. A connection is retired when it must take
-// no more sessions; it then ends with its last lease. Sessions, tries and the owner of the
-// connection use leases at the same time, under mu.
-type leases struct {
-	mu       sync.Mutex
-	lent     int
-	retired  error         // why the connection takes no more sessions; nil as long as it does
-	returned chan struct{} // closed when the last lease has ended; nil until watch waits for that
+// connections are those of one Run, of a Consumer or of a Group. Supervisors and their tries use
+// them, under mu, which is held for memory only.
+type connections struct {
+	config *config
+	stats  *counters // counts dials, connections and what had to be left behind
+	told   *reporter // of what all who share a connection have in common; nil for a Consumer alone
+
+	mu      sync.Mutex
+	hosts   *hosts
+	keepers []*keeper // that lend to everybody; the first ones stay
+	asked   int       // how many of them stay
+	apart   int       // borrowers with a keeper of their own
+	open    int       // connections that are lent
 }
 
-// retire is called when no answer has come to a call that belongs to no lease. The connection takes
-// no more sessions, and ends now if it is lent to none.
-func (c *connection) retire(cause error) {
-	if end := c.leases.retire(cause); end != nil {
-		c.socket.Kill(end)
+func newConnections(c *config, stats *counters) *connections {
+	cs := &connections{config: c, stats: stats, hosts: newHosts(c), asked: c.connections}
+	for range cs.asked {
+		cs.keepers = append(cs.keepers, newKeeper())
+	}
+	return cs
+}
+
+// abandoned counts a user's function that did not return and was left running.
+func (cs *connections) abandoned() { cs.stats.abandoned.Add(1) }
+
+// keeper keeps one connection for those who share it. It knows the one that stands, else who dials,
+// or until when nobody does, so that many who wait are no more of a burden to a broker than one.
+type keeper struct {
+	members  map[*borrower]bool
+	own      bool          // it lends to one borrower that is kept apart
+	most     int           // borrowers that conn has channels for, 0 if that is not known
+	conn     *connection   // that is lent; nil if there is none
+	dial     *dial         // under way
+	failed   *dialFailure  // why the last dial failed; nil if it is not the reason for the wait
+	until    time.Time     // nobody dials before
+	attempts int           // failures in a row, for the log
+	paces    map[class]int // dials that failed in a row: the next one goes on at their pace, whoever makes it
+	next     endpoint      // of the next dial, once it is chosen
+	fresh    bool          // next has not been tried in this round
+}
+
+func newKeeper() *keeper {
+	return &keeper{members: make(map[*borrower]bool), paces: make(map[class]int)}
+}
+
+// dial is a try to open a connection, which others may wait for.
+type dial struct {
+	endpoint
+	keeper *keeper
+	done   chan struct{} // closed when it is over
+	over   bool
+}
+
+// dialFailure is what those who wait for a dial are told of its failure.
+type dialFailure struct {
+	err   error
+	host  string
+	fresh bool // the next dial goes to a host that has not been tried in this round
+}
+
+// borrower is one consumer that is lent connections, one after the other. Its supervisor uses it,
+// and the goroutine of a try that dials.
+type borrower struct {
+	of     *connections
+	keeper *keeper
+}
+
+// tell writes a line for all who share the connection of k, in place of one for each of them.
+func (cs *connections) tell(k *keeper, c StateChange) {
+	if cs.told == nil || k.own {
+		return
+	}
+	c.Time, c.consumers = time.Now(), len(k.members)
+	cs.told.changed(c)
+}
+
+// join makes a borrower.
+func (cs *connections) join() *borrower {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	b := &borrower{of: cs}
+	b.move(cs.emptiest())
+	return b
+}
+
+// leave ends the membership of a borrower that borrows no more.
+func (b *borrower) leave() {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	b.move(nil)
+}
+
+// emptiest returns the keeper with the fewest members, a further one if all are full. It is called
+// with mu held.
+func (cs *connections) emptiest() *keeper {
+	var best *keeper
+	for _, k := range cs.keepers {
+		if !k.full() && (best == nil || len(k.members) < len(best.members)) {
+			best = k
+		}
+	}
+	if best == nil {
+		best = newKeeper()
+		cs.keepers = append(cs.keepers, best)
+	}
+	return best
+}
+
+func (k *keeper) full() bool { return k.most > 0 && len(k.members) >= k.most }
+
+// move makes b a member of k, or of none. A keeper that was added goes with its last member. It is
+// called with mu held.
+func (b *borrower) move(k *keeper) {
+	cs, from := b.of, b.keeper
+	if b.keeper = k; k != nil {
+		k.members[b] = true
+	}
+	if from == nil || from == k {
+		return
+	}
+	delete(from.members, b)
+	if len(from.members) > 0 {
+		return
+	}
+	if at := slices.Index(cs.keepers, from); at >= cs.asked {
+		cs.keepers = slices.Delete(cs.keepers, at, at+1)
+	}
+	if from.own {
+		cs.apart--
 	}
 }
 
-func (l *leases) retire(cause error) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.due(cause)
+// mostApart is how many consumers may be kept apart at the same time: where that many fail, it is
+// not their doing.
+const mostApart = 32
+
+// isolate gives b a keeper of its own from the next connection on, so that what it does to that
+// disturbs nobody. Who shares with nobody keeps its keeper.
+func (b *borrower) isolate() {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	if len(b.keeper.members) == 1 || b.of.apart >= mostApart {
+		return
+	}
+	own := newKeeper()
+	own.own = true
+	b.of.apart++
+	b.move(own)
 }
 
-// due retires the connection if there is a cause. It returns why the connection has to end now, or
-// nil if it does not have to. It is called with mu held.
-func (l *leases) due(cause error) error {
-	if l.retired == nil {
-		l.retired = cause
+// isolated reports whether b is kept apart from others.
+func (b *borrower) isolated() bool {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	return b.keeper.own
+}
+
+// rejoin ends the isolation of b.
+func (b *borrower) rejoin() {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	b.move(b.of.emptiest())
+}
+
+// overflow moves b to another keeper, because the connection has no channel left for it. further
+// reports whether that is an additional one; moved is false if b is alone on its connection.
+func (b *borrower) overflow() (moved, further bool) {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	k := b.keeper
+	if len(k.members) == 1 {
+		return false, false
 	}
-	if l.lent > 0 {
+	before := len(b.of.keepers)
+	k.most = len(k.members) - 1
+	b.move(b.of.emptiest())
+	return true, len(b.of.keepers) > before
+}
+
+// elsewhere moves b to another keeper that has a connection and room, and reports whether there is
+// one: b's own cannot open one, because of a limit on connections.
+func (b *borrower) elsewhere() bool {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	for _, k := range b.of.keepers {
+		k.forgetDead()
+		if k != b.keeper && k.conn != nil && !k.full() {
+			b.move(k)
+			return true
+		}
+	}
+	return false
+}
+
+// count returns how many connections there are, and how many of those who use them are kept apart.
+func (cs *connections) count() (open, apart int) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	return cs.open, cs.apart
+}
+
+// offer is the answer to a borrower that asks for a connection. One of its parts is set.
+type offer struct {
+	loan   *loan         // a connection that stands
+	own    *dial         // the borrower is to dial
+	others *dial         // somebody else dials
+	failed *dialFailure  // with wait: why the last dial failed, nil if that is not the reason
+	wait   time.Duration // nobody dials for so long
+}
+
+// borrow asks for a connection.
+func (b *borrower) borrow(now time.Time) offer {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	k := b.keeper
+	k.forgetDead()
+	switch {
+	case k.conn != nil:
+		return offer{loan: k.lend()}
+	case k.dial != nil:
+		return offer{others: k.dial}
+	case now.Before(k.until):
+		return offer{failed: k.failed, wait: k.until.Sub(now)}
+	}
+	k.choose(b.of.hosts, now)
+	k.dial = &dial{endpoint: k.next, keeper: k, done: make(chan struct{})}
+	k.next, k.failed = endpoint{}, nil
+	return offer{own: k.dial}
+}
+
+// choose picks the host of the next dial, once.
+func (k *keeper) choose(h *hosts, now time.Time) {
+	if k.next.address == "" {
+		k.next, k.fresh = h.next(now)
+	}
+}
+
+// forgetDead forgets a connection that takes no more sessions.
+func (k *keeper) forgetDead() {
+	if k.conn != nil && !k.conn.alive() {
+		k.conn, k.most = nil, 0
+	}
+}
+
+func (k *keeper) lend() *loan {
+	l := &loan{connection: k.conn, keeper: k}
+	k.conn.loans[l] = true
+	return l
+}
+
+// opened hands over the connection that b's dial has opened: it is lent, first to b. opened returns
+// nil if the dial has been given up meanwhile. Then nobody waits for the connection.
+func (b *borrower) opened(d *dial, c *connection) *loan {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	if d.over {
 		return nil
 	}
-	return l.retired
+	d.end()
+	d.keeper.conn = c
+	b.of.open++
+	b.of.tell(d.keeper, StateChange{To: Consuming, Host: c.host, Attempt: d.keeper.attempts})
+	d.keeper.attempts = 0
+	return d.keeper.lend()
 }
 
-// lease is the use of a connection by one session, or by the try for one. Its methods are safe for
-// concurrent use, and the first one called ends it.
-type lease struct {
-	conn  *connection
-	ended bool // guarded by the mutex of the connection's leases
-}
-
-// lend lends the connection to one more session.
-func (c *connection) lend() *lease {
-	c.leases.mu.Lock()
-	defer c.leases.mu.Unlock()
-	c.leases.lent++
-	return &lease{conn: c}
-}
-
-// giveBack ends the lease. A retired connection ends with its last one.
-func (l *lease) giveBack() { l.end(nil) }
-
-// giveUp ends the lease of a session when one of its calls has outlasted its limit, and retires the
-// connection: the driver's calls take no context, so only the end of the connection ends them.
-func (l *lease) giveUp(cause error) { l.end(cause) }
-
-func (l *lease) end(cause error) {
-	if end := l.conn.leases.take(l, cause); end != nil {
-		go l.conn.socket.Kill(end) // a user's connection may hang in its Close
+// end tells all who wait that the dial is over. It is called with mu held.
+func (d *dial) end() {
+	if !d.over {
+		d.over = true
+		d.keeper.dial = nil
+		close(d.done)
 	}
 }
 
-// take takes a lease back, once. It returns why the connection has to end now, or nil if it does
-// not have to.
-func (l *leases) take(one *lease, cause error) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if one.ended {
-		return nil
+// withdraw ends a dial without an outcome: one of those who wait dials in its place.
+func (b *borrower) withdraw(d *dial) {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	if d != nil {
+		d.end()
 	}
-	one.ended = true
-	l.lent--
-	if l.lent == 0 && l.returned != nil {
-		close(l.returned)
-		l.returned = nil
-	}
-	return l.due(cause)
 }
 
-// allReturned returns a channel that is closed once the connection is lent to nobody any more. Only
-// watch asks, once, after the owner has lent the connection for the last time.
-func (l *leases) allReturned() <-chan struct{} {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	returned := make(chan struct{})
-	if l.lent == 0 {
-		close(returned)
-		return returned
+// giveBack ends a loan. It reports whether it was the last one: then the connection has been asked
+// to close.
+func (b *borrower) giveBack(l *loan, d closeRequest) (last bool) {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	c := l.connection
+	delete(c.loans, l)
+	if len(c.loans) > 0 {
+		return false
 	}
-	l.returned = returned
-	return returned
+	if l.keeper.conn == c {
+		l.keeper.conn, l.keeper.most = nil, 0
+	}
+	b.of.open--
+	c.close(d)
+	return true
 }
 
-// isRetired reports whether the connection takes no more sessions.
-func (l *leases) isRetired() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.retired != nil
+// sharing reports whether others borrow from the same keeper, too.
+func (b *borrower) sharing(l *loan) bool {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	return len(l.keeper.members) > 1
+}
+
+// blame records a failure of the host at address.
+func (b *borrower) blame(address string, err error, now time.Time) {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	b.of.hosts.failed(address, err, now)
+}
+
+// praise records that a session was set up on the host at address.
+func (b *borrower) praise(address string) {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	b.of.hosts.connected(address)
+	delete(b.keeper.paces, classOperator)
+}
+
+// proved records that the session that just ended has proved that the broker works, and that it was
+// up for a while.
+func (b *borrower) proved(healthy, lasted bool) {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	if healthy {
+		clear(b.keeper.paces)
+	}
+	if lasted {
+		b.of.hosts.outlived()
+	}
+}
+
+// wait returns how long b, which has no connection any more, waits after err before it asks for one.
+// All who share a connection wait for the same time: the first that asks after a failure draws it.
+// It ends the dial d, if that has failed; else d is nil.
+func (b *borrower) wait(r *retry, err error, d *dial, host string, now time.Time) time.Duration {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	k := b.keeper
+	k.forgetDead()
+	if k.conn != nil || k.dial != nil && k.dial != d { // another one was quicker
+		return r.wait(err, now, true)
+	}
+	k.choose(b.of.hosts, now)
+	r.catchUp(k.paces)
+	wait := r.wait(err, now, k.fresh)
+	if k.until.After(now) {
+		return k.until.Sub(now)
+	}
+	k.until, k.failed = now.Add(wait), nil
+	k.attempts++
+	b.of.tell(k, StateChange{To: Backoff, Host: host, Attempt: k.attempts, RetryIn: wait, Cause: err})
+	if d != nil {
+		k.failed = &dialFailure{err: err, host: host, fresh: k.fresh}
+		k.paces[r.kind] = r.rules[r.kind].failures
+		d.end()
+	}
+	return wait
+}
+
+// connect makes the dial d and returns the loan of its connection, with the first turn on it. Its
+// error is that of openConnection.
+func (b *borrower) connect(ctx context.Context, d *dial, suspect bool, step *step) (*loan, turn, error) {
+	cs := b.of
+	e := d.endpoint
+	if cs.config.urlFunc != nil {
+		var err error
+		if e, err = cs.askURL(ctx); err != nil {
+			return nil, nil, &SessionError{Op: "dial", Err: err}
+		}
+	}
+	cs.stats.dials.Add(1)
+	c, err := openConnection(ctx, cs.config, e, step, cs.abandoned)
+	if err != nil {
+		return nil, nil, err
+	}
+	cs.stats.connections.Add(1)
+	turn := c.turns.take(ctx, suspect)
+	l := b.opened(d, c)
+	if l == nil {
+		c.close(closeRequest{limit: c.closeTimeout})
+		return nil, nil, &SessionError{Host: e.address, Op: "open", Err: causeOf(ctx)}
+	}
+	return l, turn, nil
+}
+
+func (cs *connections) askURL(ctx context.Context) (e endpoint, err error) {
+	text, err := userCall[string]{option: "WithURLFunc", f: cs.config.urlFunc, left: cs.abandoned}.run(ctx)
+	if err != nil {
+		return endpoint{}, err
+	}
+	if e, err = cs.config.endpointOf(text); err != nil {
+		return endpoint{}, &urlError{"WithURLFunc", err}
+	}
+	return e, nil
 }

@@ -9,20 +9,29 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/steadymq/steadymq/internal/errtext"
 )
 
 // Consumer keeps one subscription to one queue alive. Make it with [New], run it with
 // [Consumer.Run]. All methods are safe for concurrent use.
 type Consumer struct {
-	config  *config
-	running atomic.Bool
-	state   atomic.Int32
-	stats   *counters
-	fault   atomic.Pointer[faultError]
+	config *config
+	state  atomic.Int32
+	stats  *counters
+	fault  atomic.Pointer[faultError]
+
+	grouped bool // a Group runs it
+
+	mu      sync.Mutex
+	stop    context.CancelFunc // ends the Run under way; nil if there is none
+	done    chan struct{}      // closed when that Run has returned
+	err     error              // of the last Run
+	stopped atomic.Bool        // Stop was called
 }
 
 // New checks url, queue and options and returns a [Consumer]. It dials nothing. The error joins one
@@ -93,18 +102,74 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if ctx == nil {
 		return &OptionError{"Run", "the context must not be nil"}
 	}
+	if c.grouped {
+		return &OptionError{"Run", "this Consumer belongs to a Group, whose Run runs it"}
+	}
 	if fault := c.fault.Load(); fault != nil {
 		return fault
 	}
-	if !c.running.CompareAndSwap(false, true) {
+	return c.run(ctx, h, newConnections(c.config, c.stats))
+}
+
+// run is Run on connections that others may share.
+func (c *Consumer) run(ctx context.Context, h Handler, from *connections) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	if !c.begin(stop) {
 		return ErrRunning
 	}
-	defer c.running.Store(false)
 	h, err := wrap(ctx, c.config, h, func() { c.stats.abandoned.Add(1) })
-	if err != nil {
-		return err
+	if err == nil {
+		err = newSupervisor(ctx, c, h, from).run()
 	}
-	return newSupervisor(ctx, c, h).run()
+	c.end(err)
+	return err
+}
+
+func (c *Consumer) begin(stop context.CancelFunc) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stop != nil {
+		return false
+	}
+	c.stop, c.done = stop, make(chan struct{})
+	if !c.grouped {
+		c.stopped.Store(false)
+	} else if c.stopped.Load() {
+		stop()
+	}
+	return true
+}
+
+func (c *Consumer) end(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stop, c.err = nil, err
+	close(c.done)
+}
+
+// Stop ends the Run of this Consumer alone, as the end of its context does, waits until it has
+// drained, and returns what Run returns, or, if ctx ends first, the cause of that; the drain goes on.
+// A Consumer of a [Group] leaves the group. Without a Run there is nothing to wait for, and Stop
+// returns nil; a Consumer of a group whose Run has not begun never starts then. It must not be called
+// by the consumer's own handlers or hooks, which it would wait for.
+func (c *Consumer) Stop(ctx context.Context) error {
+	c.mu.Lock()
+	c.stopped.Store(true)
+	stop, done := c.stop, c.done
+	c.mu.Unlock()
+	if stop == nil {
+		return nil
+	}
+	stop()
+	select {
+	case <-done:
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // Queue returns the queue given to [New], "" if a [TopologyFunc] or the broker names it.
@@ -131,6 +196,7 @@ func (c *Consumer) Stats() Stats {
 		Stale:         n.stale.Load(),
 		Failed:        n.failed.Load(),
 		Unreadable:    n.unreadable.Load(),
+		GivenUp:       n.givenUp.Load(),
 		Abandoned:     n.abandoned.Load(),
 		EventsDropped: n.eventsDropped.Load(),
 	}
@@ -146,19 +212,22 @@ type supervisor struct {
 	ctx      context.Context // of Run; its end asks for the stop
 
 	retry    *retry
-	hosts    *hosts
+	borrower *borrower // of connections
 	pool     *pool
 	reporter *reporter
 
-	conn    *connection     // for the next session too; nil if that has to dial
+	conn    *loan           // for the next session too; nil if that needs another connection
+	dial    *dial           // that this supervisor is to make, or makes
 	session *session        // that is consuming, else nil
 	probed  <-chan struct{} // closed by the session's prober at its end
 	number  uint64          // of the current or last session
 	scope   *scope          // what all sessions of this Run share
 	tag     string          // prefix of all consumer tags
 	host    string          // address of the current or last connection, for reports
-	next    endpoint        // of the next dial, once it is chosen
 
+	away    away          // what has failed since the last session
+	hung    int           // set-ups in a row that hung
+	strikes int           // connections that the broker closed during this consumer's set-up
 	closing []closer      // what is ending and has to end before Run returns
 	cause   error         // of the last failure
 	retryIn time.Duration // wait before the next try
@@ -167,7 +236,7 @@ type supervisor struct {
 
 type stateFunc func() stateFunc
 
-func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
+func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connections) *supervisor {
 	random := make([]byte, 4)
 	_, _ = rand.Read(random) // never fails
 	reporter := newReporter(ctx, c.config, &c.stats.eventsDropped)
@@ -187,7 +256,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 		stats:    c.stats,
 		ctx:      ctx,
 		retry:    newRetry(c.config),
-		hosts:    newHosts(c.config),
+		borrower: from.join(),
 		reporter: reporter,
 		pool:     workers,
 		scope: &scope{
@@ -196,6 +265,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler) *supervisor {
 			reporter: reporter,
 			handlers: context.WithoutCancel(ctx), // the values of ctx, without its end
 			running:  workers.alive.Load,
+			hire:     workers.hire,
 			stream:   newPosition(c.config),
 			notices:  new(notices),
 		},
@@ -207,14 +277,7 @@ func (s *supervisor) run() error {
 	ctx, stop := context.WithCancelCause(s.ctx)
 	defer stop(nil)
 	s.ctx = ctx
-	go func() { // it ends with ctx, which ends with Run
-		select {
-		case <-s.reporter.fault.Done():
-			stop(errStopped)
-		case <-ctx.Done():
-		}
-	}()
-	s.pool.start()
+	s.reporter.faulted = func() { stop(errStopped) }
 	for state := s.connecting; state != nil; {
 		state = state()
 	}
@@ -234,34 +297,54 @@ func (s *supervisor) result() error {
 	return s.err
 }
 
-// connecting tries once to set up a session, on the connection that there is or on a new one.
+// connecting asks for a connection, unless there is one from the last session.
 func (s *supervisor) connecting() stateFunc {
 	if s.ctx.Err() != nil {
 		return s.draining
 	}
 	if s.conn != nil && !s.conn.alive() { // it ended during the backoff
-		s.hosts.failed(s.conn.host, s.conn.end.Cause(), time.Now())
+		s.borrower.blame(s.conn.host, s.conn.end.Cause(), time.Now())
 		s.dropConnection()
 	}
-	if s.conn == nil && s.next.address == "" {
-		s.next, _ = s.hosts.next(time.Now())
+	if s.conn != nil {
+		return s.settingUp
 	}
-	conn, number, e := s.conn, s.number+1, s.next
-	s.next = endpoint{}
-	if conn == nil {
-		s.host = e.address // "" until WithURLFunc has named it
+	offer := s.borrower.borrow(time.Now())
+	switch {
+	case offer.loan != nil:
+		s.conn, s.host = offer.loan, offer.loan.host
+		return s.settingUp
+	case offer.own != nil:
+		s.dial, s.host = offer.own, offer.own.address // "" until WithURLFunc has named it
+		return s.settingUp
+	case offer.others != nil:
+		s.host = offer.others.address
+		return waitFor(s, offer.others.done)
+	case offer.failed != nil:
+		return s.told(offer.failed, offer.wait)
+	}
+	return waitFor(s, time.After(offer.wait))
+}
+
+// settingUp tries once to set up a session, on the connection that there is or on a new one.
+func (s *supervisor) settingUp() stateFunc {
+	conn, dial, number := s.conn, s.dial, s.number+1
+	s.enterConnecting()
+	if conn != nil {
+		defer conn.turns.take(s.ctx, s.strikes > 0).giveBack()
+		if !conn.alive() { // it ended meanwhile, which others have to answer for
+			return s.connecting
+		}
 	}
 	ctx, cancel := s.tryContext()
 	defer cancel()
-	if s.consumer.State() != Connecting {
-		s.enter(Connecting, nil)
-	}
 	step := newStep("dial")
 	defer s.scope.watchTry(s.host, step)()
 	try := s.scope.begin()
-	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, e, number, try, step) }, step)
+	suspect := s.strikes > 0
+	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, dial, suspect, number, try, step) }, step)
 	if a.conn != nil {
-		s.conn, s.host = a.conn, a.conn.host
+		s.conn, s.host, s.dial = a.conn, a.conn.host, nil
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
 	}
 	if s.replacedForOrphan(a.err) {
@@ -277,6 +360,7 @@ func (s *supervisor) connecting() stateFunc {
 		return s.failed(a.err)
 	}
 	s.number, s.session, s.probed = number, a.session, probe(a.session)
+	s.strikes, s.hung = 0, 0
 	return s.consuming
 }
 
@@ -291,44 +375,21 @@ func (s *supervisor) tryContext() (context.Context, context.CancelFunc) {
 
 // open is one try. It runs on a goroutine of its own, which may outlive its limit, so it touches
 // nothing of the supervisor that changes.
-func (s *supervisor) open(ctx context.Context, conn *connection, e endpoint, number, try uint64, step *step) attempt {
-	own := conn == nil
-	if own {
+func (s *supervisor) open(ctx context.Context, conn *loan, dial *dial, suspect bool, number, try uint64, step *step) attempt {
+	var giveBack func()
+	if conn == nil {
 		var err error
-		if conn, err = s.connect(ctx, e, step); err != nil {
+		var turn turn
+		if conn, turn, err = s.borrower.connect(ctx, dial, suspect, step); err != nil {
 			return attempt{err: err}
 		}
+		defer turn.giveBack()
+		giveBack = func() { s.borrower.giveBack(conn, closeRequest{limit: s.config.closeTimeout}) }
 	}
 	// A tag is never used again, not even by the next try for the same session.
 	tag := fmt.Sprintf("%s.%d-%d", s.tag, try, number)
 	session, err := openSession(ctx, conn, s.scope, number, try, tag, step)
-	return attempt{conn: conn, own: own, session: session, err: err}
-}
-
-func (s *supervisor) connect(ctx context.Context, e endpoint, step *step) (*connection, error) {
-	if s.config.urlFunc != nil {
-		var err error
-		if e, err = s.askURL(ctx); err != nil {
-			return nil, &SessionError{Op: "dial", Err: err}
-		}
-	}
-	s.stats.dials.Add(1)
-	conn, err := openConnection(ctx, s.config, e, step, s.scope.abandoned)
-	if err == nil {
-		s.stats.connections.Add(1)
-	}
-	return conn, err
-}
-
-func (s *supervisor) askURL(ctx context.Context) (e endpoint, err error) {
-	text, err := userCall[string]{option: "WithURLFunc", f: s.config.urlFunc, left: s.scope.abandoned}.run(ctx)
-	if err != nil {
-		return endpoint{}, err
-	}
-	if e, err = s.config.endpointOf(text); err != nil {
-		return endpoint{}, &urlError{"WithURLFunc", err}
-	}
-	return e, nil
+	return attempt{conn: conn, giveBack: giveBack, session: session, err: err}
 }
 
 // consuming waits for the end of the session or of Run's context.
@@ -336,30 +397,61 @@ func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
 	s.conn.served = true
 	s.retry.consuming()
-	s.hosts.connected(s.host)
+	s.borrower.praise(s.host)
 	s.enter(Consuming, nil) // first: a handler may ask for the state
+	s.away = away{}
 	s.pool.serve(s.session)
-	select {
-	case <-s.session.end.Done():
-		session := s.session
-		s.release()
-		s.recordHealth(session)
-		return s.failed(session.end.Cause())
-	case <-s.ctx.Done():
-		s.recordHealth(s.session)
-		return s.draining
+	retiring, proven := s.reasonsToMove()
+	for {
+		select {
+		case <-s.session.end.Done():
+			session := s.session
+			s.release()
+			s.recordHealth(session)
+			if errors.Is(session.end.Cause(), errMoved) {
+				s.dropConnection()
+				return s.connecting
+			}
+			return s.failed(session.end.Cause())
+		case <-s.ctx.Done():
+			s.recordHealth(s.session)
+			return s.draining
+		case <-proven:
+			proven = nil
+			s.borrower.rejoin()
+			s.session.moves.notify(errMoved)
+		case <-retiring:
+			retiring = nil
+			s.session.moves.notify(errMoved)
+		}
 	}
+}
+
+// provenApart is how long a session lasts on a connection of its own, until its consumer shares one
+// again.
+const provenApart = 70 * time.Second
+
+// reasonsToMove returns what tells that the session's successor does better on another connection:
+// its own is to go, or a consumer that was kept apart is healthy. A queue that would end with the
+// connection stays.
+func (s *supervisor) reasonsToMove() (retiring <-chan struct{}, proven <-chan time.Time) {
+	if s.owns() {
+		return nil, nil
+	}
+	if s.borrower.isolated() {
+		proven = time.After(provenApart)
+	}
+	return s.conn.retiring.Done(), proven
 }
 
 // recordHealth records how well the session did that is ending now.
 func (s *supervisor) recordHealth(session *session) {
 	now := time.Now()
-	if session.healthy(now) {
+	healthy := session.healthy(now)
+	if healthy {
 		s.retry.healthy()
 	}
-	if now.Sub(session.since) >= provenAfter {
-		s.hosts.outlived()
-	}
+	s.borrower.proved(healthy, now.Sub(session.since) >= provenAfter)
 }
 
 // release takes the session away from the workers and lets it end by itself.
@@ -373,29 +465,113 @@ func (s *supervisor) release() {
 // when the next try is.
 func (s *supervisor) failed(err error) stateFunc {
 	now := time.Now()
-	if s.ctx.Err() != nil || s.expired(now) {
+	if s.over(now) {
 		return s.draining
 	}
-	s.hosts.failed(s.host, err, now)
+	s.borrower.blame(s.host, err, now)
+	err = s.unproven(err)
+	s.away.add(s.concernsAll(err))
 	s.keepOrReplace(err, now)
+	if s.conn != nil {
+		return s.decide(err, s.retry.wait(err, now, false))
+	}
+	wait := s.borrower.wait(s.retry, err, s.dial, s.host, now)
+	s.dial = nil
+	return s.decide(err, s.sooner(err, wait))
+}
+
+// sooner shortens the wait after a dial that the broker has refused because of a limit on
+// connections, if another connection has room for this consumer.
+func (s *supervisor) sooner(err error, wait time.Duration) time.Duration {
+	var at *SessionError
+	if errors.As(err, &at) && at.Op == "open" && classify(err) == classLocked && s.borrower.elsewhere() {
+		return s.retry.shortDelay()
+	}
+	return wait
+}
+
+// told is failed for a dial that another consumer has made.
+func (s *supervisor) told(f *dialFailure, wait time.Duration) stateFunc {
+	now := time.Now()
+	if s.over(now) {
+		return s.draining
+	}
+	s.host = f.host
+	s.away.add(true)
+	err := s.asOwn(f.err)
+	_ = s.retry.wait(err, now, f.fresh)
+	return s.decide(err, s.sooner(err, wait))
+}
+
+// asOwn returns the failure of a dial as this consumer tells it.
+func (s *supervisor) asOwn(err error) error {
+	var at *SessionError
+	if !errors.As(err, &at) {
+		return err
+	}
+	own := *at
+	own.Queue, own.Session = s.config.queue, s.number+1
+	return &own
+}
+
+// decide ends Run because of err, or lets it wait for the next try.
+func (s *supervisor) decide(err error, wait time.Duration) stateFunc {
 	if gives, fault := s.givesUp(err); gives || fault != nil {
 		s.addError(fault)
 		s.addError(err)
 		return s.draining
 	}
-	fresh := false
-	if s.conn == nil {
-		s.next, fresh = s.hosts.next(now)
-	}
-	s.cause, s.retryIn = err, s.retry.wait(err, now, fresh)
+	s.cause, s.retryIn = err, wait
 	return s.backoff
 }
 
-// expired reports whether the deadline of Run's context has passed. A dial that has the same
+// waitFor waits for a moment at which a connection may be had, while others dial.
+func waitFor[T any](s *supervisor, moment <-chan T) stateFunc {
+	s.enterConnecting()
+	select {
+	case <-moment:
+		return s.connecting
+	case <-s.ctx.Done():
+		return s.draining
+	}
+}
+
+// concernsAll reports whether err is a failure of a connection that others share.
+func (s *supervisor) concernsAll(err error) bool {
+	var at *SessionError
+	failed := errors.As(err, &at) && (at.Op == "dial" || at.Op == "open")
+	return (failed || s.conn != nil && !s.conn.alive()) && !s.borrower.isolated()
+}
+
+// away is what has failed since a consumer's last session.
+type away struct {
+	last bool // the last failure was that of a connection that others share
+	own  bool // another one was the consumer's own
+}
+
+func (a *away) add(concernsAll bool) {
+	a.last = concernsAll
+	a.own = a.own || !concernsAll
+}
+
+// tellsGroup reports whether the Group's log tells of a change to that state, for all consumers.
+func (a away) tellsGroup(to State) bool {
+	switch to {
+	case Connecting:
+		return true
+	case Backoff:
+		return a.last
+	case Consuming:
+		return a.last && !a.own
+	}
+	return false
+}
+
+// over reports whether Run's context has ended, or its deadline has passed: a dial that has the same
 // deadline may end a moment before the context does.
-func (s *supervisor) expired(now time.Time) bool {
+func (s *supervisor) over(now time.Time) bool {
 	limit, ok := s.ctx.Deadline()
-	return ok && !now.Before(limit)
+	return s.ctx.Err() != nil || ok && !now.Before(limit)
 }
 
 // givesUp reports whether err ends Run. A WithFatal that panics or does not return in time ends it,
@@ -416,11 +592,57 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 	if s.conn == nil {
 		return
 	}
-	keep := s.conn.alive() && !s.conn.tooManyTopologyFailures() && !leavesNode(err)
-	if keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)) {
+	alive := s.conn.alive()
+	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err)
+	switch {
+	case errors.Is(err, amqp.ErrChannelMax) && s.overflows():
+	case keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)):
 		return
+	case alive, s.strikes > 1:
+		s.borrower.isolate() // what it does to a connection must not concern others
 	}
 	s.dropConnection()
+}
+
+// mostHangs is how many set-ups in a row may hang on a connection that others share.
+const mostHangs = 2
+
+// hangs reports whether a set-up has hung, so that the next one does better on another connection.
+// Where others share the connection, and live on it, it takes a second one to say so: for a while a
+// broker may be slow for all of them.
+func (s *supervisor) hangs(err error) bool {
+	if !errors.Is(err, errSetupTimeout) {
+		return false
+	}
+	s.hung++
+	return !s.borrower.sharing(s.conn) || s.hung >= mostHangs && s.conn.leases.any()
+}
+
+// unproven marks err if the broker has closed a connection that others share while this consumer was
+// set up on it: any of them may be the reason. It counts how often that happened.
+func (s *supervisor) unproven(err error) error {
+	var at *SessionError
+	var brokerErr *amqp.Error
+	switch {
+	case !errors.As(err, &at), at.Op == "dial", at.Op == "open", at.Op == "lost",
+		!errors.As(err, &brokerErr), !brokerErr.Server, brokerErr.Recover, brokerErr.Code == amqp.ConnectionForced,
+		s.conn == nil, !s.borrower.sharing(s.conn):
+		return err
+	}
+	s.strikes++
+	own := *at
+	own.Err = &unprovenError{at.Err}
+	return &own
+}
+
+// overflows moves the consumer to another connection, if it shares one that has no channel left.
+func (s *supervisor) overflows() bool {
+	moved, further := s.borrower.overflow()
+	if further {
+		s.reporter.warn("the connection has no channel left for all consumers, so a further connection is opened: raise channel_max, or set WithConnections",
+			slog.String("queue", s.config.queue), slog.String("host", s.host))
+	}
+	return moved
 }
 
 // leavesNode reports whether the next session would fail in the same way on the same node, while
@@ -431,7 +653,7 @@ func leavesNode(err error) bool { return errors.Is(err, errStalled) }
 // blameless reports whether a session would fail in the same way on another connection: because of
 // a lock, or because of a missing queue where no other host may know of it.
 func (s *supervisor) blameless(kind class) bool {
-	return kind == classLocked || kind == classAbsent && len(s.hosts.endpoints) < 2
+	return kind == classLocked || kind == classAbsent && len(s.borrower.of.hosts.endpoints) < 2
 }
 
 // dropConnection closes the connection. The close waits until the handlers of a session that the
@@ -445,8 +667,9 @@ func (s *supervisor) closeConnection(d closeRequest) {
 	if s.conn == nil {
 		return
 	}
-	s.conn.close(d)
-	s.closing = append(s.closing, closer{done: s.conn.done, conn: s.conn})
+	if last := s.borrower.giveBack(s.conn, d); last {
+		s.closing = append(s.closing, closer{done: s.conn.done, conn: s.conn.connection})
+	}
 	s.conn = nil
 }
 
@@ -492,9 +715,10 @@ func (s *supervisor) draining() stateFunc {
 	s.enter(Draining, s.result())
 	s.forgetClosed()
 	s.shortenCloses()
+	s.borrower.withdraw(s.dial)
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
-	close(s.pool.stop)
+	s.pool.end()
 	left := s.config.closeTimeout
 	if s.session != nil {
 		close(s.session.stop)
@@ -508,6 +732,7 @@ func (s *supervisor) draining() stateFunc {
 	}
 	left = max(left, time.Millisecond)
 	s.closeConnection(closeRequest{grace: left / 2, limit: left / 2})
+	s.borrower.leave()
 	s.awaitClosing()
 	return nil
 }
@@ -576,6 +801,13 @@ func (s *supervisor) awaitClosing() {
 	}
 }
 
+// enterConnecting does not tell of a try on another connection as a change of state.
+func (s *supervisor) enterConnecting() {
+	if s.consumer.State() != Connecting {
+		s.enter(Connecting, nil)
+	}
+}
+
 // enter changes the state and reports it.
 func (s *supervisor) enter(to State, cause error) {
 	from := State(s.consumer.state.Swap(int32(to)))
@@ -589,6 +821,7 @@ func (s *supervisor) enter(to State, cause error) {
 		Attempt: s.retry.failures,
 		Cause:   cause,
 	}
+	change.shared = s.consumer.grouped && s.away.tellsGroup(to)
 	if s.session != nil {
 		change.Queue, change.ConsumerTag = s.session.queue, s.session.tag
 	}

@@ -71,6 +71,7 @@ var (
 	errChannelEnded = errors.New("the channel ended without a reason from the broker")
 	errStopped      = errors.New("the consumer was stopped")
 	errStalled      = errors.New("stalled") // by WithStallDetector
+	errMoved        = errors.New("the consumer goes on on another connection")
 
 	// errSilentRefusal is what the end of the socket after 3 s of silence most probably means.
 	errSilentRefusal = fmt.Errorf("%w: the broker ended the socket after 3s of silence, which is how RabbitMQ refuses a login without saying so: check user name, password and mechanism (a cut network path can look the same)", ErrLoginRefused)
@@ -221,6 +222,16 @@ func (e *DrainError) Error() string {
 
 // Unwrap returns [ErrDrainTimeout].
 func (e *DrainError) Unwrap() error { return ErrDrainTimeout }
+
+// unprovenError is the broker's reason for closing a connection that several consumers share. It is
+// that of one of them at most.
+type unprovenError struct{ error }
+
+func (e *unprovenError) Error() string {
+	return e.error.Error() + "; another consumer of the connection may be the reason"
+}
+
+func (e *unprovenError) Unwrap() error { return e.error }
 
 // advice says what to do about a refusal of the broker, whose own text says only what it refuses.
 // Code and step decide, never the text, which repeats names of queues and users.

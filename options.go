@@ -18,6 +18,15 @@ import (
 // configurations only the last is looked at. The package comment lists the options by concern.
 type Option func(*config)
 
+// ofConnection is an option of the connection. In a Group all consumers share that, so only the
+// group can be given it.
+func ofConnection(name string, o Option) Option {
+	return func(c *config) {
+		c.ofConnection = append(c.ofConnection, name)
+		o(c)
+	}
+}
+
 // Connection: where the broker is, how to log in there, and when a path counts as dead.
 
 // WithURLs adds hosts of the same cluster to the URL given to [New]. The host that worked last is
@@ -28,12 +37,12 @@ type Option func(*config)
 // Default: only the URL of [New]. New refuses an empty list, a URL that it would refuse itself, and
 // [WithURLFunc] beside it.
 func WithURLs(urls ...string) Option {
-	return func(c *config) {
+	return ofConnection("WithURLs", func(c *config) {
 		c.urls = append(c.urls[:1:1], urls...)
 		if len(urls) == 0 {
 			c.refuse("WithURLs", "needs at least one URL")
 		}
-	}
+	})
 }
 
 // WithURLFunc asks f for the URL before every dial: for credentials that rotate or hosts that move.
@@ -47,12 +56,12 @@ func WithURLs(urls ...string) Option {
 //
 // Default: none. New refuses nil, and [WithURLs] beside it.
 func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
-	return func(c *config) {
+	return ofConnection("WithURLFunc", func(c *config) {
 		c.urlFunc = f
 		if f == nil {
 			c.refuse("WithURLFunc", "must not be nil")
 		}
-	}
+	})
 }
 
 // WithCredentials asks f for user name and password before every dial, in place of those in the
@@ -71,12 +80,12 @@ func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
 //
 // Default: none. New refuses nil, [WithSASL] beside it, and a URL with auth_mechanism.
 func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
-	return func(c *config) {
+	return ofConnection("WithCredentials", func(c *config) {
 		c.credentials = f
 		if f == nil {
 			c.refuse("WithCredentials", "must not be nil")
 		}
-	}
+	})
 }
 
 // WithSASL sets the login mechanisms (https://www.rabbitmq.com/docs/access-control#mechanisms),
@@ -88,7 +97,7 @@ func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
 // try. Default: PLAIN, or the auth_mechanism of the URL. New refuses an empty list, a mechanism
 // that is nil, [WithCredentials] beside it, and a URL with auth_mechanism.
 func WithSASL(mechanisms ...amqp.Authentication) Option {
-	return func(c *config) {
+	return ofConnection("WithSASL", func(c *config) {
 		c.sasl = slices.Clone(mechanisms)
 		if len(mechanisms) == 0 {
 			c.refuse("WithSASL", "needs at least one mechanism")
@@ -98,7 +107,7 @@ func WithSASL(mechanisms ...amqp.Authentication) Option {
 				c.refuse("WithSASL", "a mechanism is nil, or a nil pointer")
 			}
 		}
-	}
+	})
 }
 
 // WithTLSConfig sets the TLS configuration of amqps URLs (https://www.rabbitmq.com/docs/ssl). It is
@@ -111,7 +120,7 @@ func WithSASL(mechanisms ...amqp.Authentication) Option {
 // those parameters, and InsecureSkipVerify without VerifyConnection or VerifyPeerCertificate,
 // unless [WithInsecureSkipVerify] is given as well.
 func WithTLSConfig(t *tls.Config) Option {
-	return func(c *config) {
+	return ofConnection("WithTLSConfig", func(c *config) {
 		c.tls = copyTLS(t)
 		switch {
 		case t == nil:
@@ -120,14 +129,14 @@ func WithTLSConfig(t *tls.Config) Option {
 			t.MaxVersion != 0 && t.MaxVersion < tls.VersionTLS12:
 			c.refuse("WithTLSConfig", "TLS below 1.2 is refused; raise MinVersion and MaxVersion")
 		}
-	}
+	})
 }
 
 // WithInsecureSkipVerify does not verify the broker's certificate, as InsecureSkipVerify of a
 // [tls.Config] does: anyone on the path can then read the password. For tests only. Off by default.
 // New refuses it for URLs with the scheme amqp, which have no TLS.
 func WithInsecureSkipVerify() Option {
-	return func(c *config) { c.insecure = true }
+	return ofConnection("WithInsecureSkipVerify", func(c *config) { c.insecure = true })
 }
 
 // WithDialer replaces the TCP dial: for proxies, tunnels and tests (Broker.Dialer of package
@@ -139,12 +148,12 @@ func WithInsecureSkipVerify() Option {
 // which notices a path that loses only what is sent; a dialer of your own should set both. New
 // refuses nil.
 func WithDialer(dial func(ctx context.Context, network, address string) (net.Conn, error)) Option {
-	return func(c *config) {
+	return ofConnection("WithDialer", func(c *config) {
 		c.dial = dial
 		if dial == nil {
 			c.refuse("WithDialer", "must not be nil")
 		}
-	}
+	})
 }
 
 // WithHeartbeat sets the heartbeat that is asked for when a connection is opened (connection.tune,
@@ -154,32 +163,39 @@ func WithDialer(dial func(ctx context.Context, network, address string) (net.Con
 // Default 10 s, or the heartbeat parameter of the URL dialled. Range: whole seconds, 1 s to 10 min;
 // New refuses anything else. Below 5 s a busy network raises false alarms.
 func WithHeartbeat(d time.Duration) Option {
-	return func(c *config) {
+	return ofConnection("WithHeartbeat", func(c *config) {
 		c.heartbeat = d
 		c.set["WithHeartbeat"] = true
 		if d < time.Second || d > 10*time.Minute || d%time.Second != 0 {
 			c.refuse("WithHeartbeat", "must be whole seconds between 1s and 10m, got %v", d)
 		}
-	}
+	})
 }
 
 // WithDialTimeout bounds one TCP connect, name resolution included. [WithSetupTimeout] bounds it as
 // well. Default 5 s, or the connection_timeout parameter of the URL dialled, in milliseconds. Range
 // 1 ms to 24 h.
 func WithDialTimeout(d time.Duration) Option {
-	return func(c *config) { c.dialTimeout = d; c.set["WithDialTimeout"] = true; c.duration("WithDialTimeout", d) }
+	return ofConnection("WithDialTimeout", func(c *config) { c.dialTimeout = d; c.set["WithDialTimeout"] = true; c.duration("WithDialTimeout", d) })
 }
 
 // WithConnectionName sets the name that the broker's management page and log show for the
 // connection (the client property connection_name,
 // https://www.rabbitmq.com/docs/connections#client-provided-names). Default: none. 1 to 255 bytes.
 func WithConnectionName(name string) Option {
-	return func(c *config) {
+	return ofConnection("WithConnectionName", func(c *config) {
 		c.connectionName = name
 		if name == "" || len(name) > 255 {
 			c.refuse("WithConnectionName", "must have 1 to 255 bytes, got %d", len(name))
 		}
-	}
+	})
+}
+
+// WithConnections sets how many connections the consumers of a [Group] share. The next consumer is
+// lent the one with the fewest. A connection whose channels are used up (channel_max) opens a
+// further one by itself. Default 1. Range 1 to 65535. [New] refuses it: a Consumer alone has one.
+func WithConnections(n int) Option {
+	return ofConnection("WithConnections", func(c *config) { c.connections = n; c.count("WithConnections", n) })
 }
 
 // Queue: what is consumed, what is declared before, and the arguments of the subscription.
@@ -326,12 +342,12 @@ func WithHandlerTimeout(d time.Duration) Option {
 // (multiple=false). Default 1 ms. Range 0 to 100 ms; 0 shares only what piles up during another
 // write.
 func WithWriteDelay(d time.Duration) Option {
-	return func(c *config) {
+	return ofConnection("WithWriteDelay", func(c *config) {
 		c.writeDelay = d
 		if d < 0 || d > maxWriteDelay {
 			c.refuse("WithWriteDelay", "must be between 0 and %v, got %v", maxWriteDelay, d)
 		}
-	}
+	})
 }
 
 // WithMaxMessageSize keeps messages with a body of more bytes from the handlers. None of such a
@@ -399,7 +415,7 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 //     need to notice that its owner is gone (3 heartbeats and 5 s), then as what an operator has to
 //     mend.
 func WithBackoff(initial, limit time.Duration) Option {
-	return func(c *config) {
+	return ofConnection("WithBackoff", func(c *config) {
 		c.retryInitial, c.retryCap = initial, limit
 		c.set["WithBackoff"] = true
 		c.duration("WithBackoff", initial)
@@ -407,7 +423,7 @@ func WithBackoff(initial, limit time.Duration) Option {
 		if limit < initial {
 			c.refuse("WithBackoff", "the limit must not be below the initial wait, got %v and %v", initial, limit)
 		}
-	}
+	})
 }
 
 // WithFatal decides which failures end [Consumer.Run]: Run returns the error for which fatal
@@ -554,18 +570,51 @@ func WithHooks(hooks Hooks) Option {
 	}
 }
 
-// build applies the options and checks what they say together.
+// build applies the options of a Consumer and checks what they say together.
 func build(url, queue string, opts []Option) (*config, error) {
 	c := defaults(url, queue)
-	for i, opt := range opts {
-		if opt == nil {
-			c.refuse("New", "option %d is nil", i+1)
-			continue
-		}
-		opt(c)
+	apply(c, opts)
+	if slices.Contains(c.ofConnection, "WithConnections") {
+		c.refuse("WithConnections", "is for NewGroup, whose consumers share connections; a Consumer alone has one")
 	}
 	c.checkURLs()
 	c.checkQueue()
 	c.checkTogether()
 	return c, errors.Join(c.problems...)
+}
+
+// buildGroup applies the options that the consumers of a Group share. What only a queue can show to
+// be wrong is checked with the queue, by buildMember.
+func buildGroup(url string, opts []Option) (*config, error) {
+	c := defaults(url, "")
+	c.by = "NewGroup"
+	apply(c, opts)
+	c.checkURLs()
+	c.checkTogether()
+	if c.declare != nil {
+		c.declare = c.takeQueue(c.declare)
+	}
+	return c, errors.Join(c.problems...)
+}
+
+// buildMember applies the options of one consumer of a Group, after those of the group.
+func buildMember(of *config, queue string, opts []Option) (*config, error) {
+	c := of.clone(queue)
+	apply(c, opts)
+	for _, name := range c.ofConnection {
+		c.refuse(name, "belongs to the connection, which all consumers of a Group share: give it to NewGroup")
+	}
+	c.checkQueue()
+	c.checkTogether()
+	return c, errors.Join(c.problems...)
+}
+
+func apply(c *config, opts []Option) {
+	for i, opt := range opts {
+		if opt == nil {
+			c.refuse(c.by, "option %d is nil", i+1)
+			continue
+		}
+		opt(c)
+	}
 }

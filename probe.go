@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -87,6 +88,9 @@ const stallConfirm = 5 * time.Second
 func (p *prober) look() error {
 	if moves := p.progress(); moves != p.lastProgress || p.full() {
 		p.lastProgress, p.length = moves, -1
+		if p.question != nil && p.question.givenUp.Load() {
+			p.question = nil
+		}
 		return nil
 	}
 	if p.refused {
@@ -160,7 +164,7 @@ func (p *prober) waits(q amqp.Queue) bool {
 // a majority of all hosts has to say that messages wait for us, which takes at least three hosts.
 func (p *prober) askOtherHosts(here amqp.Queue) error {
 	s := p.session
-	hosts := newHosts(s.config).endpoints
+	hosts := newHosts(s.config).endpoints // its order is as good as any: nobody else uses these
 	others := slices.DeleteFunc(slices.Clone(hosts), func(e endpoint) bool { return e.address == s.conn.host })
 	rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
 	need := len(hosts)/2 + 1
@@ -192,7 +196,10 @@ func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
 	step := newStep("dial")
 	a := runBounded(ctx, func() attempt {
 		c, err := openConnection(ctx, s.config, e, step, s.abandoned)
-		return attempt{conn: c, own: true, err: err}
+		if err != nil {
+			return attempt{err: err}
+		}
+		return attempt{conn: &loan{connection: c}, giveBack: func() { c.close(closeRequest{limit: c.closeTimeout}) }}
 	}, step)
 	if a.err != nil {
 		return amqp.Queue{}, a.err
@@ -203,13 +210,13 @@ func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
 		<-a.conn.done
 		unguard()
 	}()
-	return inspect(a.conn, s.queue)
+	return inspect(ctx, a.conn.connection, s.queue, func(*wire.Channel) {})
 }
 
 // inspect asks for the queue, on a channel of its own, because the broker closes the channel if it
 // refuses.
-func inspect(c *connection, queue string) (amqp.Queue, error) {
-	channel, err := c.amqp.Channel()
+func inspect(ctx context.Context, c *connection, queue string, use func(*wire.Channel)) (amqp.Queue, error) {
+	channel, err := c.openChannel(ctx, use)
 	if err != nil {
 		return amqp.Queue{}, err
 	}
@@ -227,6 +234,7 @@ var errUnanswered = errors.New("the stall detector's question was not answered w
 type question struct {
 	overdue chan struct{} // closed when the limit has passed
 	done    chan struct{} // closed when there is an answer
+	givenUp atomic.Bool   // there will be none
 	queue   amqp.Queue    // the answer, as err
 	err     error
 }
@@ -234,14 +242,23 @@ type question struct {
 func ask(s *session) *question {
 	q := &question{overdue: make(chan struct{}), done: make(chan struct{})}
 	limit := s.config.setupTimeout
+	var channel atomic.Pointer[wire.Channel]
+	ctx, cancel := context.WithCancel(context.WithoutCancel(s.ctx))
 	answered := s.conn.socket.AfterSilence(limit, wire.MostSilences*limit, func() {
 		close(q.overdue)
+		cancel()
+		if c := channel.Load(); c != nil && s.conn.leases.shared() {
+			q.givenUp.Store(true)
+			s.conn.giveUp(c, errUnanswered)
+			return
+		}
 		s.conn.retire(errUnanswered)
 	})
 	go func() {
 		defer close(q.done)
+		defer cancel()
 		defer answered()
-		q.queue, q.err = inspect(s.conn, s.queue)
+		q.queue, q.err = inspect(ctx, s.conn.connection, s.queue, channel.Store)
 	}()
 	return q
 }
@@ -260,6 +277,9 @@ func (p *prober) inspect() (amqp.Queue, error) {
 	}
 	select {
 	case <-q.done:
+		if q.givenUp.Load() { // it stays unanswered until something moves
+			return amqp.Queue{}, errUnanswered
+		}
 		p.question = nil
 		return q.queue, q.err
 	default:

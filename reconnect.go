@@ -31,6 +31,7 @@ type retry struct {
 	lockSeen   time.Time // when it was last found locked
 	refusals   int       // logins refused in a row
 	hadSession bool      // there has been a session
+	kind       class     // of the last failure
 
 	heartbeat time.Duration // the longest of all connections so far, 0 before the first
 }
@@ -128,12 +129,14 @@ func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	if errors.As(err, &at) && at.Op == "lost" {
 		kind = classNetwork // whatever ended the session, it had been set up
 		if r.failures == 1 {
+			r.kind = kind
 			return r.shortDelay()
 		}
 	}
 	if kind == classLocked && !r.lockIsFresh(now) {
 		kind = classOperator
 	}
+	r.kind = kind
 	rule := r.rules[kind]
 	rule.failures++
 	if fresh && rule.another {
@@ -148,6 +151,13 @@ func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	}
 	r.deferred = r.deferred[:0]
 	return wait
+}
+
+// catchUp goes on at the pace of others who have tried the same more often.
+func (r *retry) catchUp(failures map[class]int) {
+	for kind, n := range failures {
+		r.rules[kind].failures = max(r.rules[kind].failures, n)
+	}
 }
 
 func (r *retry) deferPace(p *pace) {
@@ -195,6 +205,9 @@ func (p *pace) draw() time.Duration {
 // first. The driver's own codes mean nothing: it has 501 for every failure of I/O, and 403 for a
 // socket lost in the handshake.
 func classify(err error) class {
+	if errors.As(err, new(*unprovenError)) {
+		return classNetwork
+	}
 	var brokerErr *amqp.Error
 	if errors.As(err, &brokerErr) && brokerErr.Server {
 		return classifyBroker(brokerErr)
@@ -233,7 +246,7 @@ func wrongPeer(err error) bool {
 // counts before the first session only.
 func permanent(err error) bool {
 	var brokerErr *amqp.Error
-	if !errors.As(err, &brokerErr) || !brokerErr.Server || classifyBroker(brokerErr) != classOperator {
+	if !errors.As(err, &brokerErr) || !brokerErr.Server || classify(err) != classOperator {
 		return false
 	}
 	switch brokerErr.Code {
@@ -249,8 +262,8 @@ const (
 )
 
 // hosts is the order in which hosts are tried: the last good one, then the others at random. For a
-// minute those go last that refused, announced their end, fell silent or are not the broker. Only
-// the supervisor uses it.
+// minute those go last that refused, announced their end, fell silent or are not the broker. All
+// who share connections share it, under the mutex of connections.
 type hosts struct {
 	endpoints []endpoint
 	avoid     map[string]time.Time // address -> until when it goes last

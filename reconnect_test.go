@@ -264,7 +264,7 @@ func TestDeferredWaitEndsWithItsRound(t *testing.T) {
 }
 
 func TestEscalationCountsChannelFailuresOfHalfAMinute(t *testing.T) {
-	c, now := new(connection), time.Now()
+	c, now := new(loan), time.Now()
 	assert.False(t, c.tooManyChannelFailures(now))
 	assert.False(t, c.tooManyChannelFailures(now.Add(29*time.Second)))
 	assert.False(t, c.tooManyChannelFailures(now.Add(31*time.Second)))
@@ -561,7 +561,7 @@ func receiving(t *testing.T, during time.Duration) *supervisor {
 		s.Wait()
 		_ = far.Close()
 	})
-	s.Subscribe("t", 1, &receiver{inbox: newInbox(1), aside: newAside()})
+	s.Subscribe("t", 1, &receiver{inbox: newInbox(1, hireNobody), aside: newAside(), config: defaults("amqp://h/", "q")})
 	go func() { _, _ = io.Copy(io.Discard, far) }()
 	go func() { _, _ = io.Copy(io.Discard, s) }()
 	_, err := s.Write(methodOf(1, 60, 20, 0, 0, 1, 'q', 1, 't', 0, 0, 0, 0, 0))
@@ -581,7 +581,7 @@ func receiving(t *testing.T, during time.Duration) *supervisor {
 	}()
 	c := defaults("amqp://h/", "q")
 	c.setupTimeout = 10 * time.Second
-	return &supervisor{config: c, ctx: t.Context(), conn: &connection{socket: s}}
+	return &supervisor{config: c, ctx: t.Context(), conn: &loan{connection: &connection{socket: s}}}
 }
 
 // took returns how long a try may take.

@@ -1,5 +1,6 @@
 // Command bench compares steadymq with the plain driver: how fast it consumes,
-// what that costs, and how soon it consumes again after a fault.
+// what that costs, how soon it consumes again after a fault, and what it takes
+// while it is idle.
 //
 //	go run ./bench -quick                      a few minutes' impression
 //	go run ./bench -write                      everything, into bench/RESULTS.md
@@ -43,6 +44,9 @@ func run(args []string) error {
 	if len(args) == 2 && args[0] == "recover" {
 		return recoverMain(args[1])
 	}
+	if len(args) == 2 && args[0] == "idle" {
+		return idleMain(args[1])
+	}
 	o, err := parseOptions(args)
 	if err != nil {
 		return err
@@ -57,6 +61,7 @@ type options struct {
 	workloads  []workload
 	throughput []variant
 	recovery   []variant
+	idle       []variant
 	faults     []string
 
 	rounds         int
@@ -74,7 +79,7 @@ type options struct {
 
 func parseOptions(args []string) (o options, err error) {
 	f := flag.NewFlagSet("bench", flag.ExitOnError)
-	only := f.String("only", "throughput,recovery", "which benchmarks: throughput, recovery")
+	only := f.String("only", "throughput,recovery,idle", "which benchmarks: throughput, recovery, idle")
 	variants := f.String("variants", "driver,steadymq,multiple,auto", "throughput variants; the first is the base of the ratios")
 	healers := f.String("healers", "steadymq,recovery,loop", "recovery variants")
 	faults := f.String("faults", strings.Join(replay.Faults, ","), "faults of the recovery benchmark")
@@ -108,6 +113,11 @@ func parseOptions(args []string) (o options, err error) {
 	}
 	if strings.Contains(*only, "recovery") && o.amqp == "" {
 		if o.recovery, err = pick(recoveryVariants, *healers); err != nil {
+			return o, err
+		}
+	}
+	if strings.Contains(*only, "idle") && o.amqp == "" {
+		if o.idle, err = pick(throughputVariants, "driver,steadymq"); err != nil {
 			return o, err
 		}
 	}
@@ -199,6 +209,9 @@ func benchmark(ctx context.Context, o options) (err error) {
 		return err
 	}
 	if rep.recovery, err = recovery(ctx, o, server); err != nil {
+		return err
+	}
+	if rep.idle, err = idle(ctx, o, server); err != nil {
 		return err
 	}
 	return rep.deliver()

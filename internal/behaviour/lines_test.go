@@ -305,16 +305,39 @@ var goldenRows = []goldenRow{
 		want: []string{"INFO steadymq: draining; " + atFirst},
 	},
 	{
+		name: "a group", message: "connected",
+		provoke: func(r *rig.Rig, l *recorder) {
+			p := grouped(r, 2, l.option()).start()
+			require.NoError(r, p.stop())
+		},
+		want: []string{"INFO steadymq: connected; Int64 consumers=2; String host=mq1.test:5672"},
+	},
+	{
+		name: "a group", message: "the connection has no channel left for all consumers, so a further connection is opened: raise channel_max, or set WithConnections",
+		provoke: func(r *rig.Rig, l *recorder) {
+			g, err := steadymq.NewGroup(r.Broker.URLs()[0]+"?channel_max=1", steadymq.WithDialer(r.Broker.Dialer()), l.option())
+			require.NoError(r, err)
+			p := &party{Rig: r, group: g}
+			p.add(rig.Ack)
+			p.add(rig.Ack)
+			require.NoError(r, p.start().stop())
+		},
+		want: []string{
+			"WARN steadymq: the connection has no channel left for all consumers, so a further connection is opened: raise channel_max, or set WithConnections; " +
+				"String queue=<queue>; String host=mq1.test:5672",
+		},
+	},
+	{
 		name: "a refused login", message: "stopped",
 		provoke: func(r *rig.Rig, l *recorder) {
 			r.Broker.RefuseLogin(true)
 			r.Run(rig.Ack, l.option())
 			require.Error(r, <-r.Result)
 			r.Result = nil
-			l.golden(r, "draining", []string{"DEBUG steadymq: draining; String queue=orders; Uint64 session=0; String host=mq1.test:5672"})
+			l.golden(r, "draining", []string{"DEBUG steadymq: draining; String queue=orders; Uint64 session=0; String host=mq1.test:5672; Int64 attempt=1"})
 		},
 		want: []string{
-			"ERROR steadymq: stopped; String queue=orders; Uint64 session=0; String host=mq1.test:5672; " +
+			"ERROR steadymq: stopped; String queue=orders; Uint64 session=0; String host=mq1.test:5672; Int64 attempt=1; " +
 				"String cause=open: login refused: 403 ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN. For details see the broker logfile: check user name, password and mechanism",
 		},
 	},
@@ -326,7 +349,7 @@ var goldenRows = []goldenRow{
 			r.Result = nil
 		},
 		want: []string{
-			"ERROR steadymq: stopped; String queue=orders; Uint64 session=0; String host=mq1.test:5672; " +
+			"ERROR steadymq: stopped; String queue=orders; Uint64 session=0; String host=mq1.test:5672; Int64 attempt=1; " +
 				"String cause=declare: 406 PRECONDITION_FAILED - inequivalent arg 'x-queue-type' <the broker's words>; what exists was declared otherwise: declare it alike, or delete it (its messages go with it)",
 		},
 	},

@@ -93,8 +93,8 @@ func TestChangesOfStateAreToldInTheirOrderWithAllThatTheyHold(t *testing.T) {
 			happens: func(r *rig.Rig) { r.Broker.RefuseLogin(true); r.Wait(time.Second) },
 			want: []string{
 				started,
-				"connecting to draining, queue orders, session 0, host mq1.test:5672, attempt 0" + refusedBy,
-				"draining to stopped, queue orders, session 0, host mq1.test:5672, attempt 0" + refusedBy,
+				"connecting to draining, queue orders, session 0, host mq1.test:5672, attempt 1" + refusedBy,
+				"draining to stopped, queue orders, session 0, host mq1.test:5672, attempt 1" + refusedBy,
 			},
 		},
 		"stop in backoff": {
@@ -120,8 +120,8 @@ func TestChangesOfStateAreToldInTheirOrderWithAllThatTheyHold(t *testing.T) {
 			options: rig.Options(steadymq.WithFatal(func(error) bool { return true })),
 			want: []string{
 				started, confirmed,
-				"consuming to draining, queue orders, session 1, host mq1.test:5672, attempt 0" + lostOrders + "320 CONNECTION_FORCED - bye",
-				"draining to stopped, queue orders, session 1, host mq1.test:5672, attempt 0" + lostOrders + "320 CONNECTION_FORCED - bye",
+				"consuming to draining, queue orders, session 1, host mq1.test:5672, attempt 1" + lostOrders + "320 CONNECTION_FORCED - bye",
+				"draining to stopped, queue orders, session 1, host mq1.test:5672, attempt 1" + lostOrders + "320 CONNECTION_FORCED - bye",
 			},
 		},
 		"a queue that the topology names": {

@@ -1,0 +1,306 @@
+package steadymq
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/wire"
+)
+
+// What a consumer is lent: a loan is its use of a connection, and a lease the use by one of its
+// sessions, or by the try for one.
+
+// loan is what a consumer is lent: a connection, for one session after the other.
+type loan struct {
+	*connection
+	keeper *keeper // that lends it
+
+	channelFailures  []time.Time  // recent ones, for the escalation; only the supervisor uses it
+	served           bool         // it has had a session; only the supervisor uses it
+	queue            string       // of its sessions, "" before it has a name; only the try uses it
+	topologyFailures atomic.Int32 // failures of a TopologyFunc; tries write, the supervisor reads
+}
+
+// tooManyChannelFailures records a failure at channel level and reports whether the connection has
+// to be replaced, too.
+func (l *loan) tooManyChannelFailures(now time.Time) bool {
+	recent := l.channelFailures[:0]
+	for _, t := range l.channelFailures {
+		if now.Sub(t) < escalateWithin {
+			recent = append(recent, t)
+		}
+	}
+	l.channelFailures = append(recent, now)
+	return len(l.channelFailures) >= escalateAfter
+}
+
+// own records the queue of the sessions on the connection. The tries on it follow one another, so
+// nobody else writes it at the same time.
+func (l *loan) own(queue string) { l.queue = queue }
+
+// owned returns the queue that the broker has named for an earlier session of the connection, "" if
+// there is none.
+func (l *loan) owned(of *config) string {
+	if of.declare == nil || of.queue != "" {
+		return ""
+	}
+	return l.queue
+}
+
+// sameQueue refuses the queue of a TopologyFunc if the function has left another one on this
+// connection. As a rule the broker has named that one, and it would live on, bound and unread.
+func (l *loan) sameQueue(queue string) error {
+	left := l.queue != queue
+	if l.queue == "" {
+		left = l.topologyFailures.Load() > 0 && strings.HasPrefix(queue, "amq.") // a prefix that only a broker may use
+	}
+	if left {
+		return &orphanedQueueError{was: l.queue, is: queue}
+	}
+	l.own(queue)
+	return nil
+}
+
+// tooManyTopologyFailures reports whether a TopologyFunc has failed so often on the connection that
+// the connection has to be replaced: each failure may have left a queue behind, and those queues
+// end with the connection.
+func (l *loan) tooManyTopologyFailures() bool {
+	return l.topologyFailures.Load() >= escalateAfter
+}
+
+// turns let at most so many consumers be set up at the same time on a connection, because a slow
+// broker would not answer all of them within their limits. One that the broker may have closed a
+// connection for is set up beside no other such one, so that the next time tells which it was.
+type turns struct {
+	any     chan struct{}
+	suspect chan struct{}
+}
+
+// mostSetups is how many consumers are set up at the same time on a connection.
+const mostSetups = 32
+
+func newTurns() *turns {
+	return &turns{any: make(chan struct{}, mostSetups), suspect: make(chan struct{}, 1)}
+}
+
+// turn is a place among those who are set up.
+type turn []chan struct{}
+
+// take waits for a turn, or for the end of ctx.
+func (t *turns) take(ctx context.Context, suspect bool) turn {
+	var taken turn
+	places := []chan struct{}{t.any}
+	if suspect {
+		places = []chan struct{}{t.suspect, t.any}
+	}
+	for _, place := range places {
+		select {
+		case place <- struct{}{}:
+			taken = append(taken, place)
+		case <-ctx.Done():
+			return taken
+		}
+	}
+	return taken
+}
+
+func (t turn) giveBack() {
+	for _, place := range t {
+		<-place
+	}
+}
+
+// leases are the sessions that a connection is lent to, and the tries for sessions. What one of them
+// does to the connection waits until the others have given it back. A connection is retired when it
+// must take no more sessions; it ends with its last lease. Sessions, tries and the owner of the connection use leases at the same time, under mu.
+type leases struct {
+	mu       sync.Mutex
+	lent     int
+	retired  error         // why the connection takes no more sessions; nil as long as it does
+	returned chan struct{} // closed when the last lease has ended; nil until watch waits for that
+}
+
+// mostGivenUp is how many channels of a connection may be given up, with no answer from the broker,
+// before the connection is replaced.
+const mostGivenUp = 3
+
+// openChannel opens a channel. It tells use of it before the broker has answered, so that it can be
+// given up meanwhile.
+func (c *connection) openChannel(ctx context.Context, use func(*wire.Channel)) (*amqp.Channel, error) {
+	claim, err := c.socket.ClaimChannel(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer claim.Release()
+	use(claim)
+	return c.amqp.Channel()
+}
+
+// giveUp ends a channel on which a call was not answered in time, while others live on the
+// connection. The connection is retired once there are too many of them.
+func (c *connection) giveUp(channel *wire.Channel, cause error) {
+	channel.GiveUp(amqp.InternalError, "given up: a call was not answered in time")
+	if c.socket.GivenUp() >= mostGivenUp {
+		c.retire(cause)
+		c.retiring.notify(cause)
+	}
+}
+
+// retire lets the connection take no more sessions. It ends now if it is lent to none.
+func (c *connection) retire(cause error) {
+	if end := c.leases.retire(cause); end != nil {
+		c.socket.Kill(end)
+	}
+}
+
+func (l *leases) retire(cause error) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.due(cause)
+}
+
+// due retires the connection if there is a cause. It returns why the connection has to end now, or
+// nil if it does not have to. It is called with mu held.
+func (l *leases) due(cause error) error {
+	if l.retired == nil {
+		l.retired = cause
+	}
+	if l.lent > 0 {
+		return nil
+	}
+	return l.retired
+}
+
+// lease is the use of a connection by one session, or by the try for one. Its methods are safe for
+// concurrent use. The first of giveBack and giveUp ends it.
+type lease struct {
+	conn    *connection
+	channel *wire.Channel // in use; guarded by the mutex of the connection's leases, as the rest
+	ended   bool
+	up      bool // it ended by giveUp
+}
+
+// lend lends the connection to one more session.
+func (c *connection) lend() *lease {
+	c.leases.mu.Lock()
+	defer c.leases.mu.Unlock()
+	c.leases.lent++
+	return &lease{conn: c}
+}
+
+// use tells the lease which channel is in use. One that has been given up meanwhile gets no further.
+func (l *lease) use(channel *wire.Channel) {
+	l.conn.leases.mu.Lock()
+	l.channel = channel
+	up := l.up
+	l.conn.leases.mu.Unlock()
+	if up {
+		channel.GiveUp(amqp.InternalError, "given up: the try has taken too long")
+	}
+}
+
+// givenUp reports whether the lease has ended by giveUp.
+func (l *lease) givenUp() bool {
+	l.conn.leases.mu.Lock()
+	defer l.conn.leases.mu.Unlock()
+	return l.up
+}
+
+// giveBack ends the lease. A retired connection ends with its last one.
+func (l *lease) giveBack() {
+	if last, end := l.conn.leases.take(l, nil); last {
+		l.kill(end)
+	}
+}
+
+// giveUp ends the lease when a call has outlasted its limit: the driver's calls take no context, so
+// only the end of the channel ends them, or of the connection if it is lent to nobody else.
+func (l *lease) giveUp(cause error) {
+	last, end := l.conn.leases.take(l, cause)
+	if last {
+		l.kill(end)
+	} else if channel := l.inUse(); channel != nil {
+		l.conn.giveUp(channel, cause)
+	}
+}
+
+// inUse returns the channel in use, nil if there is none yet.
+func (l *lease) inUse() *wire.Channel {
+	l.conn.leases.mu.Lock()
+	defer l.conn.leases.mu.Unlock()
+	return l.channel
+}
+
+// kill ends the connection if there is a cause.
+func (l *lease) kill(cause error) {
+	if cause != nil {
+		go l.conn.socket.Kill(cause) // a user's connection may hang in its Close
+	}
+}
+
+// take takes a lease back, once. It reports whether that was the last one, and why the connection
+// has to end then, nil if it does not have to. A cause says that it was given up.
+func (l *leases) take(one *lease, cause error) (last bool, end error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if one.ended {
+		return true, nil
+	}
+	one.ended, one.up = true, cause != nil
+	l.lent--
+	if l.lent > 0 {
+		return false, nil
+	}
+	if l.returned != nil {
+		close(l.returned)
+		l.returned = nil
+	}
+	return true, l.due(cause)
+}
+
+// any reports whether the connection is lent to somebody.
+func (l *leases) any() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.lent > 0
+}
+
+// shared reports whether the connection is lent to more than one.
+func (l *leases) shared() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.lent > 1
+}
+
+// allReturned returns a channel that is closed once the connection is lent to nobody any more. Only
+// watch asks, once, after the owner has lent the connection for the last time.
+func (l *leases) allReturned() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	returned := make(chan struct{})
+	if l.lent == 0 {
+		close(returned)
+		return returned
+	}
+	l.returned = returned
+	return returned
+}
+
+// isRetired reports whether the connection takes no more sessions.
+func (l *leases) isRetired() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.retired != nil
+}
+
+// orphanedQueueError says that a TopologyFunc has left a queue behind on the connection.
+type orphanedQueueError struct{ was, is string }
+
+func (e *orphanedQueueError) Error() string {
+	return fmt.Sprintf("the topology function returned the queue %q, and has left another one behind on the same connection", e.is)
+}
