@@ -16,6 +16,7 @@ import (
 type connections struct {
 	config *config
 	stats  *counters // counts dials, connections and what had to be left behind
+	told   *reporter // of what all who share a connection have in common; nil for a Consumer alone
 
 	mu      sync.Mutex
 	hosts   *hosts
@@ -39,16 +40,17 @@ func (cs *connections) abandoned() { cs.stats.abandoned.Add(1) }
 // keeper keeps one connection for those who share it. It knows the one that stands, else who dials,
 // or until when nobody does, so that many who wait are no more of a burden to a broker than one.
 type keeper struct {
-	members map[*borrower]bool
-	own     bool          // it lends to one borrower that is kept apart
-	most    int           // borrowers that conn has channels for, 0 if that is not known
-	conn    *connection   // that is lent; nil if there is none
-	dial    *dial         // under way
-	failed  *dialFailure  // why the last dial failed; nil if it is not the reason for the wait
-	until   time.Time     // nobody dials before
-	paces   map[class]int // dials that failed in a row: the next one goes on at their pace, whoever makes it
-	next    endpoint      // of the next dial, once it is chosen
-	fresh   bool          // next has not been tried in this round
+	members  map[*borrower]bool
+	own      bool          // it lends to one borrower that is kept apart
+	most     int           // borrowers that conn has channels for, 0 if that is not known
+	conn     *connection   // that is lent; nil if there is none
+	dial     *dial         // under way
+	failed   *dialFailure  // why the last dial failed; nil if it is not the reason for the wait
+	until    time.Time     // nobody dials before
+	attempts int           // failures in a row, for the log
+	paces    map[class]int // dials that failed in a row: the next one goes on at their pace, whoever makes it
+	next     endpoint      // of the next dial, once it is chosen
+	fresh    bool          // next has not been tried in this round
 }
 
 func newKeeper() *keeper {
@@ -75,6 +77,15 @@ type dialFailure struct {
 type borrower struct {
 	of     *connections
 	keeper *keeper
+}
+
+// tell writes a line for all who share the connection of k, in place of one for each of them.
+func (cs *connections) tell(k *keeper, c StateChange) {
+	if cs.told == nil || k.own {
+		return
+	}
+	c.Time, c.consumers = time.Now(), len(k.members)
+	cs.told.changed(c)
 }
 
 // join makes a borrower.
@@ -133,12 +144,16 @@ func (b *borrower) move(k *keeper) {
 	}
 }
 
+// mostApart is how many consumers may be kept apart at the same time: where that many fail, it is
+// not their doing.
+const mostApart = 32
+
 // isolate gives b a keeper of its own from the next connection on, so that what it does to that
 // disturbs nobody. Who shares with nobody keeps its keeper.
 func (b *borrower) isolate() {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	if len(b.keeper.members) == 1 {
+	if len(b.keeper.members) == 1 || b.of.apart >= mostApart {
 		return
 	}
 	own := newKeeper()
@@ -258,6 +273,8 @@ func (b *borrower) opened(d *dial, c *connection) *loan {
 	d.end()
 	d.keeper.conn = c
 	b.of.open++
+	b.of.tell(d.keeper, StateChange{To: Consuming, Host: c.host, Attempt: d.keeper.attempts})
+	d.keeper.attempts = 0
 	return d.keeper.lend()
 }
 
@@ -350,6 +367,8 @@ func (b *borrower) wait(r *retry, err error, d *dial, host string, now time.Time
 		return k.until.Sub(now)
 	}
 	k.until, k.failed = now.Add(wait), nil
+	k.attempts++
+	b.of.tell(k, StateChange{To: Backoff, Host: host, Attempt: k.attempts, RetryIn: wait, Cause: err})
 	if d != nil {
 		k.failed = &dialFailure{err: err, host: host, fresh: k.fresh}
 		k.paces[r.kind] = r.rules[r.kind].failures
@@ -358,29 +377,30 @@ func (b *borrower) wait(r *retry, err error, d *dial, host string, now time.Time
 	return wait
 }
 
-// connect makes the dial d and returns the loan of its connection. Its error is that of
-// openConnection.
-func (b *borrower) connect(ctx context.Context, d *dial, step *step) (*loan, error) {
+// connect makes the dial d and returns the loan of its connection, with the first turn on it. Its
+// error is that of openConnection.
+func (b *borrower) connect(ctx context.Context, d *dial, suspect bool, step *step) (*loan, turn, error) {
 	cs := b.of
 	e := d.endpoint
 	if cs.config.urlFunc != nil {
 		var err error
 		if e, err = cs.askURL(ctx); err != nil {
-			return nil, &SessionError{Op: "dial", Err: err}
+			return nil, nil, &SessionError{Op: "dial", Err: err}
 		}
 	}
 	cs.stats.dials.Add(1)
 	c, err := openConnection(ctx, cs.config, e, step, cs.abandoned)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	cs.stats.connections.Add(1)
+	turn := c.turns.take(ctx, suspect)
 	l := b.opened(d, c)
 	if l == nil {
 		c.close(closeRequest{limit: c.closeTimeout})
-		return nil, &SessionError{Host: e.address, Op: "open", Err: causeOf(ctx)}
+		return nil, nil, &SessionError{Host: e.address, Op: "open", Err: causeOf(ctx)}
 	}
-	return l, nil
+	return l, turn, nil
 }
 
 func (cs *connections) askURL(ctx context.Context) (e endpoint, err error) {

@@ -25,8 +25,7 @@ type Consumer struct {
 	stats  *counters
 	fault  atomic.Pointer[faultError]
 
-	group   *Group  // that runs it, nil for a Consumer alone
-	handler Handler // given with the group
+	grouped bool // a Group runs it
 
 	mu      sync.Mutex
 	stop    context.CancelFunc // ends the Run under way; nil if there is none
@@ -103,7 +102,7 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if ctx == nil {
 		return &OptionError{"Run", "the context must not be nil"}
 	}
-	if c.group != nil {
+	if c.grouped {
 		return &OptionError{"Run", "this Consumer belongs to a Group, whose Run runs it"}
 	}
 	if fault := c.fault.Load(); fault != nil {
@@ -134,7 +133,7 @@ func (c *Consumer) begin(stop context.CancelFunc) bool {
 		return false
 	}
 	c.stop, c.done = stop, make(chan struct{})
-	if c.group == nil {
+	if !c.grouped {
 		c.stopped.Store(false)
 	} else if c.stopped.Load() {
 		stop()
@@ -197,6 +196,7 @@ func (c *Consumer) Stats() Stats {
 		Stale:         n.stale.Load(),
 		Failed:        n.failed.Load(),
 		Unreadable:    n.unreadable.Load(),
+		GivenUp:       n.givenUp.Load(),
 		Abandoned:     n.abandoned.Load(),
 		EventsDropped: n.eventsDropped.Load(),
 	}
@@ -225,6 +225,8 @@ type supervisor struct {
 	tag     string          // prefix of all consumer tags
 	host    string          // address of the current or last connection, for reports
 
+	away    away          // what has failed since the last session
+	hung    int           // set-ups in a row that hung
 	strikes int           // connections that the broker closed during this consumer's set-up
 	closing []closer      // what is ending and has to end before Run returns
 	cause   error         // of the last failure
@@ -263,6 +265,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connection
 			reporter: reporter,
 			handlers: context.WithoutCancel(ctx), // the values of ctx, without its end
 			running:  workers.alive.Load,
+			hire:     workers.hire,
 			stream:   newPosition(c.config),
 			notices:  new(notices),
 		},
@@ -274,14 +277,7 @@ func (s *supervisor) run() error {
 	ctx, stop := context.WithCancelCause(s.ctx)
 	defer stop(nil)
 	s.ctx = ctx
-	go func() { // it ends with ctx, which ends with Run
-		select {
-		case <-s.reporter.fault.Done():
-			stop(errStopped)
-		case <-ctx.Done():
-		}
-	}()
-	s.pool.start()
+	s.reporter.faulted = func() { stop(errStopped) }
 	for state := s.connecting; state != nil; {
 		state = state()
 	}
@@ -333,19 +329,20 @@ func (s *supervisor) connecting() stateFunc {
 // settingUp tries once to set up a session, on the connection that there is or on a new one.
 func (s *supervisor) settingUp() stateFunc {
 	conn, dial, number := s.conn, s.dial, s.number+1
-	if s.consumer.State() != Connecting {
-		s.enter(Connecting, nil)
-	}
+	s.enterConnecting()
 	if conn != nil {
-		turn := conn.turns.take(s.ctx, s.strikes > 0)
-		defer turn.giveBack()
+		defer conn.turns.take(s.ctx, s.strikes > 0).giveBack()
+		if !conn.alive() { // it ended meanwhile, which others have to answer for
+			return s.connecting
+		}
 	}
 	ctx, cancel := s.tryContext()
 	defer cancel()
 	step := newStep("dial")
 	defer s.scope.watchTry(s.host, step)()
 	try := s.scope.begin()
-	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, dial, number, try, step) }, step)
+	suspect := s.strikes > 0
+	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, dial, suspect, number, try, step) }, step)
 	if a.conn != nil {
 		s.conn, s.host, s.dial = a.conn, a.conn.host, nil
 		s.retry.heartbeat = max(s.retry.heartbeat, a.conn.heartbeat)
@@ -362,7 +359,8 @@ func (s *supervisor) settingUp() stateFunc {
 		}
 		return s.failed(a.err)
 	}
-	s.number, s.session, s.probed, s.strikes = number, a.session, probe(a.session), 0
+	s.number, s.session, s.probed = number, a.session, probe(a.session)
+	s.strikes, s.hung = 0, 0
 	return s.consuming
 }
 
@@ -377,13 +375,15 @@ func (s *supervisor) tryContext() (context.Context, context.CancelFunc) {
 
 // open is one try. It runs on a goroutine of its own, which may outlive its limit, so it touches
 // nothing of the supervisor that changes.
-func (s *supervisor) open(ctx context.Context, conn *loan, dial *dial, number, try uint64, step *step) attempt {
+func (s *supervisor) open(ctx context.Context, conn *loan, dial *dial, suspect bool, number, try uint64, step *step) attempt {
 	var giveBack func()
 	if conn == nil {
 		var err error
-		if conn, err = s.borrower.connect(ctx, dial, step); err != nil {
+		var turn turn
+		if conn, turn, err = s.borrower.connect(ctx, dial, suspect, step); err != nil {
 			return attempt{err: err}
 		}
+		defer turn.giveBack()
 		giveBack = func() { s.borrower.giveBack(conn, closeRequest{limit: s.config.closeTimeout}) }
 	}
 	// A tag is never used again, not even by the next try for the same session.
@@ -399,6 +399,7 @@ func (s *supervisor) consuming() stateFunc {
 	s.retry.consuming()
 	s.borrower.praise(s.host)
 	s.enter(Consuming, nil) // first: a handler may ask for the state
+	s.away = away{}
 	s.pool.serve(s.session)
 	retiring, proven := s.reasonsToMove()
 	for {
@@ -464,11 +465,12 @@ func (s *supervisor) release() {
 // when the next try is.
 func (s *supervisor) failed(err error) stateFunc {
 	now := time.Now()
-	if s.ctx.Err() != nil || s.expired(now) {
+	if s.over(now) {
 		return s.draining
 	}
 	s.borrower.blame(s.host, err, now)
 	err = s.unproven(err)
+	s.away.add(s.concernsAll(err))
 	s.keepOrReplace(err, now)
 	if s.conn != nil {
 		return s.decide(err, s.retry.wait(err, now, false))
@@ -491,10 +493,11 @@ func (s *supervisor) sooner(err error, wait time.Duration) time.Duration {
 // told is failed for a dial that another consumer has made.
 func (s *supervisor) told(f *dialFailure, wait time.Duration) stateFunc {
 	now := time.Now()
-	if s.ctx.Err() != nil || s.expired(now) {
+	if s.over(now) {
 		return s.draining
 	}
 	s.host = f.host
+	s.away.add(true)
 	err := s.asOwn(f.err)
 	_ = s.retry.wait(err, now, f.fresh)
 	return s.decide(err, s.sooner(err, wait))
@@ -524,9 +527,7 @@ func (s *supervisor) decide(err error, wait time.Duration) stateFunc {
 
 // waitFor waits for a moment at which a connection may be had, while others dial.
 func waitFor[T any](s *supervisor, moment <-chan T) stateFunc {
-	if s.consumer.State() != Connecting {
-		s.enter(Connecting, nil)
-	}
+	s.enterConnecting()
 	select {
 	case <-moment:
 		return s.connecting
@@ -535,11 +536,42 @@ func waitFor[T any](s *supervisor, moment <-chan T) stateFunc {
 	}
 }
 
-// expired reports whether the deadline of Run's context has passed. A dial that has the same
+// concernsAll reports whether err is a failure of a connection that others share.
+func (s *supervisor) concernsAll(err error) bool {
+	var at *SessionError
+	failed := errors.As(err, &at) && (at.Op == "dial" || at.Op == "open")
+	return (failed || s.conn != nil && !s.conn.alive()) && !s.borrower.isolated()
+}
+
+// away is what has failed since a consumer's last session.
+type away struct {
+	last bool // the last failure was that of a connection that others share
+	own  bool // another one was the consumer's own
+}
+
+func (a *away) add(concernsAll bool) {
+	a.last = concernsAll
+	a.own = a.own || !concernsAll
+}
+
+// tellsGroup reports whether the Group's log tells of a change to that state, for all consumers.
+func (a away) tellsGroup(to State) bool {
+	switch to {
+	case Connecting:
+		return true
+	case Backoff:
+		return a.last
+	case Consuming:
+		return a.last && !a.own
+	}
+	return false
+}
+
+// over reports whether Run's context has ended, or its deadline has passed: a dial that has the same
 // deadline may end a moment before the context does.
-func (s *supervisor) expired(now time.Time) bool {
+func (s *supervisor) over(now time.Time) bool {
 	limit, ok := s.ctx.Deadline()
-	return ok && !now.Before(limit)
+	return s.ctx.Err() != nil || ok && !now.Before(limit)
 }
 
 // givesUp reports whether err ends Run. A WithFatal that panics or does not return in time ends it,
@@ -561,7 +593,7 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 		return
 	}
 	alive := s.conn.alive()
-	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err)
+	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err)
 	switch {
 	case errors.Is(err, amqp.ErrChannelMax) && s.overflows():
 	case keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)):
@@ -570,6 +602,20 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) {
 		s.borrower.isolate() // what it does to a connection must not concern others
 	}
 	s.dropConnection()
+}
+
+// mostHangs is how many set-ups in a row may hang on a connection that others share.
+const mostHangs = 2
+
+// hangs reports whether a set-up has hung, so that the next one does better on another connection.
+// Where others share the connection, and live on it, it takes a second one to say so: for a while a
+// broker may be slow for all of them.
+func (s *supervisor) hangs(err error) bool {
+	if !errors.Is(err, errSetupTimeout) {
+		return false
+	}
+	s.hung++
+	return !s.borrower.sharing(s.conn) || s.hung >= mostHangs && s.conn.leases.any()
 }
 
 // unproven marks err if the broker has closed a connection that others share while this consumer was
@@ -594,7 +640,7 @@ func (s *supervisor) overflows() bool {
 	moved, further := s.borrower.overflow()
 	if further {
 		s.reporter.warn("the connection has no channel left for all consumers, so a further connection is opened: raise channel_max, or set WithConnections",
-			slog.String("host", s.host))
+			slog.String("queue", s.config.queue), slog.String("host", s.host))
 	}
 	return moved
 }
@@ -672,7 +718,7 @@ func (s *supervisor) draining() stateFunc {
 	s.borrower.withdraw(s.dial)
 	limit := time.NewTimer(s.config.drainTimeout)
 	defer limit.Stop()
-	close(s.pool.stop)
+	s.pool.end()
 	left := s.config.closeTimeout
 	if s.session != nil {
 		close(s.session.stop)
@@ -755,6 +801,13 @@ func (s *supervisor) awaitClosing() {
 	}
 }
 
+// enterConnecting does not tell of a try on another connection as a change of state.
+func (s *supervisor) enterConnecting() {
+	if s.consumer.State() != Connecting {
+		s.enter(Connecting, nil)
+	}
+}
+
 // enter changes the state and reports it.
 func (s *supervisor) enter(to State, cause error) {
 	from := State(s.consumer.state.Swap(int32(to)))
@@ -768,6 +821,7 @@ func (s *supervisor) enter(to State, cause error) {
 		Attempt: s.retry.failures,
 		Cause:   cause,
 	}
+	change.shared = s.consumer.grouped && s.away.tellsGroup(to)
 	if s.session != nil {
 		change.Queue, change.ConsumerTag = s.session.queue, s.session.tag
 	}

@@ -13,17 +13,26 @@
 //  1. Every delivery is settled at most once, with multiple=false, and only on the channel that
 //     delivered it. A late ack returns [ErrStale] and puts nothing on the wire. A copy of a
 //     [Delivery] is the same delivery.
+//
 //  2. Connection lost, channel closed, consumer cancelled, queue deleted, path gone silent, set-up
 //     hung: the consumer is consuming again within a stated bound, for ever, until its context
 //     ends. Only before the first session does [Consumer.Run] give up, on what cannot work.
+//
 //  3. Nothing of a dead session stays behind: socket, goroutines and timers are gone within a
 //     stated bound, also when the path swallows packets.
+//
 //  4. Stopping drains: no handler starts once the context of Run has ended, running handlers finish
 //     within the drain limit, the broker confirms their acks, everything else goes back.
+//
 //  5. At-least-once, with numbers: at most prefetch duplicates per lost session, none on a clean
 //     stop.
+//
 //  6. With the defaults no message of a queue that [WithQueue] declares is lost because a handler
 //     fails, however long: not by RabbitMQ's delivery limit, not by a message that cannot be read.
+//
+//  7. What one consumer of a [Group] does (406 again and again, a set-up that hangs or makes the
+//     broker close the connection, a handler that never returns) does not disturb the others on its
+//     connection beyond two reconnects.
 //
 // What it does not do: publish, AMQP 1.0, order across sessions, exactly-once, deduplication. Make
 // handlers idempotent.
@@ -54,6 +63,14 @@
 // broker cancels the consumer (basic.cancel), running handlers may still settle on the old channel
 // while the next session consumes already.
 //
+// # Many queues
+//
+// A [Group] runs the consumers of many queues on one connection, or on a few ([WithConnections]).
+// Each has its own channel, workers, limits and healing, and its own [State], [Stats] and hooks.
+// What concerns the connection happens once for all of them: the dial, the pace of retries, the
+// line in the log, which says how many consumers it is about. A consumer that cannot keep a session
+// goes on on a connection of its own.
+//
 // # Options
 //
 // Defaults are in parentheses. [New] checks all options and returns every problem at once, each as
@@ -71,6 +88,7 @@
 //   - [WithHeartbeat] sets how soon a silent path is noticed (10 s)
 //   - [WithDialTimeout] bounds a TCP connect (5 s)
 //   - [WithConnectionName] names the connection for the management page (none)
+//   - [WithConnections] sets how many connections the consumers of a [Group] share (1)
 //
 // Queue: what is consumed, what is declared before, and the arguments of the subscription.
 //

@@ -223,6 +223,16 @@ func (e *DrainError) Error() string {
 // Unwrap returns [ErrDrainTimeout].
 func (e *DrainError) Unwrap() error { return ErrDrainTimeout }
 
+// unprovenError is the broker's reason for closing a connection that several consumers share. It is
+// that of one of them at most.
+type unprovenError struct{ error }
+
+func (e *unprovenError) Error() string {
+	return e.error.Error() + "; another consumer of the connection may be the reason"
+}
+
+func (e *unprovenError) Unwrap() error { return e.error }
+
 // advice says what to do about a refusal of the broker, whose own text says only what it refuses.
 // Code and step decide, never the text, which repeats names of queues and users.
 func advice(op string, err error) string {

@@ -24,6 +24,7 @@ type Group struct {
 
 	mu        sync.Mutex
 	consumers []*Consumer
+	handlers  map[*Consumer]Handler
 	run       *groupRun // nil before Run
 	ended     bool      // Run takes no more consumers
 }
@@ -33,6 +34,7 @@ type groupRun struct {
 	ctx         context.Context
 	end         context.CancelFunc
 	connections *connections
+	reporter    *reporter
 	running     sync.WaitGroup // the consumers' goroutines; added to under the mutex of the group
 	errs        []error        // of consumers; guarded by the mutex of the group
 }
@@ -46,7 +48,7 @@ func NewGroup(url string, opts ...Option) (*Group, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Group{config: c, stats: new(counters)}, nil
+	return &Group{config: c, stats: new(counters), handlers: make(map[*Consumer]Handler)}, nil
 }
 
 // Handle adds a consumer of queue to the group and returns it. It dials nothing and does not block.
@@ -65,13 +67,14 @@ func (g *Group) Handle(queue string, h Handler, opts ...Option) (*Consumer, erro
 	if err != nil {
 		return nil, err
 	}
-	c := &Consumer{config: config, stats: new(counters), group: g, handler: h}
+	c := &Consumer{config: config, stats: new(counters), grouped: true}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.ended {
 		return nil, &OptionError{"Handle", "the group's Run has ended; make another group with NewGroup"}
 	}
 	g.consumers = append(g.consumers, c)
+	g.handlers[c] = h
 	if g.run != nil {
 		g.start(c)
 	}
@@ -97,13 +100,18 @@ func (g *Group) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	<-run.ctx.Done()
+	select {
+	case <-run.ctx.Done():
+	case <-run.reporter.fault.Done():
+		run.end()
+	}
 	g.mu.Lock()
 	g.ended = true
 	g.mu.Unlock()
 	run.running.Wait()
 	run.end()
-	return errtext.Join(toldOnce(run.errs)...)
+	run.reporter.stop()
+	return errtext.Join(append(toldOnce(run.errs), run.reporter.fault.Cause())...)
 }
 
 func (g *Group) begin(ctx context.Context) (*groupRun, error) {
@@ -113,7 +121,12 @@ func (g *Group) begin(ctx context.Context) (*groupRun, error) {
 		return nil, ErrRunning
 	}
 	ctx, end := context.WithCancel(ctx)
-	g.run = &groupRun{ctx: ctx, end: end, connections: newConnections(g.config, g.stats)}
+	quiet := *g.config
+	quiet.hooks = Hooks{} // they are told of consumers
+	reporter := newReporter(ctx, &quiet, &g.stats.eventsDropped)
+	connections := newConnections(g.config, g.stats)
+	connections.told = reporter
+	g.run = &groupRun{ctx: ctx, end: end, connections: connections, reporter: reporter}
 	for _, c := range g.consumers {
 		g.start(c)
 	}
@@ -122,12 +135,13 @@ func (g *Group) begin(ctx context.Context) (*groupRun, error) {
 
 // start runs c on a goroutine of its own. It is called with mu held.
 func (g *Group) start(c *Consumer) {
-	run := g.run
+	run, h := g.run, g.handlers[c]
 	run.running.Go(func() {
-		err := c.run(run.ctx, c.handler, run.connections)
+		err := c.run(run.ctx, h, run.connections)
 		g.mu.Lock()
 		defer g.mu.Unlock()
 		if c.stopped.Load() {
+			delete(g.handlers, c)
 			g.consumers = slices.DeleteFunc(g.consumers, func(other *Consumer) bool { return other == c })
 			return
 		}

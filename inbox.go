@@ -10,62 +10,87 @@ import (
 // inbox is what the broker has delivered and no worker has taken yet. The goroutine that reads from
 // the socket puts, workers take, and the session closes and clears it.
 type inbox struct {
-	next chan *Delivery
+	first atomic.Pointer[stretch] // where workers take
+	most  int                     // the longest stretch
+	hire  func() (all bool)       // called for a delivery that no worker was waiting for
+
+	staffed atomic.Bool // there are no more workers to be hired
 
 	mu      sync.Mutex
-	closed  bool
-	rest    []*Delivery // what does not fit into next, or came after close
+	last    *stretch    // where put puts
+	closed  bool        // nothing is put into last any more
+	late    []*Delivery // what came, or came back, after that
 	cleared bool        // clear was called
-	more    atomic.Bool // rest is not empty
 }
 
-func newInbox(size int) *inbox {
-	return &inbox{next: make(chan *Delivery, size)}
+// stretch is a part of the queue in an inbox. A queue begins with a short one, because a consumer
+// may be idle for hours. Where a stretch is full a longer one follows it, up to the prefetch; there
+// may be several of these, for stream queues deliver whole chunks.
+type stretch struct {
+	waiting chan *Delivery // closed once another stretch follows, or the inbox is closed
+	next    *stretch       // set before waiting is closed
 }
 
-// put never blocks. Stream queues deliver whole chunks, so there may be more than the prefetch.
+func newStretch(size int) *stretch { return &stretch{waiting: make(chan *Delivery, size)} }
+
+// shortStretch is how many deliveries an inbox has room for in the beginning.
+const shortStretch = 16
+
+func newInbox(prefetch int, hire func() (all bool)) *inbox {
+	i := &inbox{most: max(prefetch, shortStretch), hire: hire, last: newStretch(shortStretch)}
+	i.first.Store(i.last)
+	return i
+}
+
+// put never blocks.
 func (i *inbox) put(d *Delivery) {
+	if i.add(d) && i.hire() {
+		i.staffed.Store(true)
+	}
+}
+
+// add reports whether d, or another delivery, waits for a worker that may still start.
+func (i *inbox) add(d *Delivery) (waits bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if !i.closed && len(i.rest) == 0 {
-		select {
-		case i.next <- d:
-			return
-		default:
-		}
+	if i.closed {
+		i.late = append(i.late, d)
+		return false
 	}
-	i.rest = append(i.rest, d)
-	i.more.Store(true)
-	i.refill() // a worker may have made room before more was set
+	select {
+	case i.last.waiting <- d:
+	default:
+		i.lengthen()
+		i.last.waiting <- d
+	}
+	return !i.staffed.Load() && len(i.last.waiting) > 0 // a worker that waits takes it at once
+}
+
+// lengthen adds a stretch behind the last one, which is full. It is called with mu held.
+func (i *inbox) lengthen() {
+	full := i.last
+	i.last = newStretch(min(2*cap(full.waiting), i.most))
+	full.next = i.last
+	close(full.waiting)
 }
 
 // take waits for a delivery. It returns false once the inbox is closed and empty.
 func (i *inbox) take() (*Delivery, bool) {
-	d, ok := <-i.next
-	if ok && i.more.Load() {
-		i.mu.Lock()
-		i.refill()
-		i.mu.Unlock()
+	for {
+		s := i.first.Load()
+		if d, ok := <-s.waiting; ok {
+			return d, true
+		}
+		if s.next == nil {
+			return nil, false
+		}
+		i.first.CompareAndSwap(s, s.next) // nobody takes from a later one before this one is empty
 	}
-	return d, ok
 }
 
-// refill moves deliveries from rest to next. It is called with mu held.
-func (i *inbox) refill() {
-	for len(i.rest) > 0 && !i.closed {
-		select {
-		case i.next <- i.rest[0]:
-			i.rest[0] = nil // the array outlives the delivery
-			i.rest = i.rest[1:]
-		default:
-			return
-		}
-	}
-	if len(i.rest) == 0 {
-		i.rest = nil
-	}
-	i.more.Store(len(i.rest) > 0)
-}
+// next returns the channel that the next delivery comes from. Only the try for a session uses it,
+// before any worker takes.
+func (i *inbox) next() <-chan *Delivery { return i.first.Load().waiting }
 
 // takeBack takes a delivery back that a worker does not start. It returns false if clear has been
 // called already.
@@ -75,8 +100,7 @@ func (i *inbox) takeBack(d *Delivery) bool {
 	if i.cleared {
 		return false
 	}
-	i.rest = append(i.rest, d)
-	i.more.Store(true)
+	i.late = append(i.late, d)
 	return true
 }
 
@@ -84,7 +108,11 @@ func (i *inbox) takeBack(d *Delivery) bool {
 func (i *inbox) waiting() int {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	return len(i.next) + len(i.rest)
+	n := len(i.late)
+	for s := i.first.Load(); s != nil; s = s.next {
+		n += len(s.waiting)
+	}
+	return n
 }
 
 // close ends the wait of workers. clear returns what is left, and what still arrives.
@@ -93,7 +121,7 @@ func (i *inbox) close() {
 	defer i.mu.Unlock()
 	if !i.closed {
 		i.closed = true
-		close(i.next)
+		close(i.last.waiting)
 	}
 }
 
@@ -102,10 +130,12 @@ func (i *inbox) clear() []*Delivery {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	var all []*Delivery
-	for d := range i.next {
-		all = append(all, d)
+	for s := i.first.Load(); s != nil; s = s.next {
+		for d := range s.waiting {
+			all = append(all, d)
+		}
 	}
-	all, i.rest, i.cleared = append(all, i.rest...), nil, true
+	all, i.late, i.cleared = append(all, i.late...), nil, true
 	return all
 }
 
@@ -148,9 +178,13 @@ func (a *aside) take() []unreadable {
 // receiver is where the wire gives the messages of one subscription. It does not remember the message
 // that is being read: a consumer may be idle for hours, and would keep its last message as long.
 type receiver struct {
-	inbox *inbox
-	aside *aside
+	inbox  *inbox
+	aside  *aside
+	config *config
 }
+
+// Refuse implements wire.Refuser.
+func (r *receiver) Refuse(size uint64) error { return r.config.tooLarge(size) }
 
 // New implements wire.Receiver.
 func (r *receiver) New() *amqp.Delivery {

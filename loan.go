@@ -7,6 +7,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // What a consumer is lent: a loan is its use of a connection, and a lease the use by one of its
@@ -112,11 +115,9 @@ func (t turn) giveBack() {
 	}
 }
 
-// leases are the sessions that a connection is lent to. After a basic.cancel there are two for a
-// while: the old one, whose handlers may still settle, and its successor. What one of them does to
-// the connection waits until the other has given it back. A connection is retired when it must take
-// no more sessions; it then ends with its last lease. Sessions, tries and the owner of the
-// connection use leases at the same time, under mu.
+// leases are the sessions that a connection is lent to, and the tries for sessions. What one of them
+// does to the connection waits until the others have given it back. A connection is retired when it
+// must take no more sessions; it ends with its last lease. Sessions, tries and the owner of the connection use leases at the same time, under mu.
 type leases struct {
 	mu       sync.Mutex
 	lent     int
@@ -124,8 +125,33 @@ type leases struct {
 	returned chan struct{} // closed when the last lease has ended; nil until watch waits for that
 }
 
-// retire is called when no answer has come to a call that belongs to no lease. The connection takes
-// no more sessions, and ends now if it is lent to none.
+// mostGivenUp is how many channels of a connection may be given up, with no answer from the broker,
+// before the connection is replaced.
+const mostGivenUp = 3
+
+// openChannel opens a channel. It tells use of it before the broker has answered, so that it can be
+// given up meanwhile.
+func (c *connection) openChannel(ctx context.Context, use func(*wire.Channel)) (*amqp.Channel, error) {
+	claim, err := c.socket.ClaimChannel(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer claim.Release()
+	use(claim)
+	return c.amqp.Channel()
+}
+
+// giveUp ends a channel on which a call was not answered in time, while others live on the
+// connection. The connection is retired once there are too many of them.
+func (c *connection) giveUp(channel *wire.Channel, cause error) {
+	channel.GiveUp(amqp.InternalError, "given up: a call was not answered in time")
+	if c.socket.GivenUp() >= mostGivenUp {
+		c.retire(cause)
+		c.retiring.notify(cause)
+	}
+}
+
+// retire lets the connection take no more sessions. It ends now if it is lent to none.
 func (c *connection) retire(cause error) {
 	if end := c.leases.retire(cause); end != nil {
 		c.socket.Kill(end)
@@ -151,10 +177,12 @@ func (l *leases) due(cause error) error {
 }
 
 // lease is the use of a connection by one session, or by the try for one. Its methods are safe for
-// concurrent use, and the first one called ends it.
+// concurrent use. The first of giveBack and giveUp ends it.
 type lease struct {
-	conn  *connection
-	ended bool // guarded by the mutex of the connection's leases
+	conn    *connection
+	channel *wire.Channel // in use; guarded by the mutex of the connection's leases, as the rest
+	ended   bool
+	up      bool // it ended by giveUp
 }
 
 // lend lends the connection to one more session.
@@ -165,34 +193,88 @@ func (c *connection) lend() *lease {
 	return &lease{conn: c}
 }
 
-// giveBack ends the lease. A retired connection ends with its last one.
-func (l *lease) giveBack() { l.end(nil) }
-
-// giveUp ends the lease of a session when one of its calls has outlasted its limit, and retires the
-// connection: the driver's calls take no context, so only the end of the connection ends them.
-func (l *lease) giveUp(cause error) { l.end(cause) }
-
-func (l *lease) end(cause error) {
-	if end := l.conn.leases.take(l, cause); end != nil {
-		go l.conn.socket.Kill(end) // a user's connection may hang in its Close
+// use tells the lease which channel is in use. One that has been given up meanwhile gets no further.
+func (l *lease) use(channel *wire.Channel) {
+	l.conn.leases.mu.Lock()
+	l.channel = channel
+	up := l.up
+	l.conn.leases.mu.Unlock()
+	if up {
+		channel.GiveUp(amqp.InternalError, "given up: the try has taken too long")
 	}
 }
 
-// take takes a lease back, once. It returns why the connection has to end now, or nil if it does
-// not have to.
-func (l *leases) take(one *lease, cause error) error {
+// givenUp reports whether the lease has ended by giveUp.
+func (l *lease) givenUp() bool {
+	l.conn.leases.mu.Lock()
+	defer l.conn.leases.mu.Unlock()
+	return l.up
+}
+
+// giveBack ends the lease. A retired connection ends with its last one.
+func (l *lease) giveBack() {
+	if last, end := l.conn.leases.take(l, nil); last {
+		l.kill(end)
+	}
+}
+
+// giveUp ends the lease when a call has outlasted its limit: the driver's calls take no context, so
+// only the end of the channel ends them, or of the connection if it is lent to nobody else.
+func (l *lease) giveUp(cause error) {
+	last, end := l.conn.leases.take(l, cause)
+	if last {
+		l.kill(end)
+	} else if channel := l.inUse(); channel != nil {
+		l.conn.giveUp(channel, cause)
+	}
+}
+
+// inUse returns the channel in use, nil if there is none yet.
+func (l *lease) inUse() *wire.Channel {
+	l.conn.leases.mu.Lock()
+	defer l.conn.leases.mu.Unlock()
+	return l.channel
+}
+
+// kill ends the connection if there is a cause.
+func (l *lease) kill(cause error) {
+	if cause != nil {
+		go l.conn.socket.Kill(cause) // a user's connection may hang in its Close
+	}
+}
+
+// take takes a lease back, once. It reports whether that was the last one, and why the connection
+// has to end then, nil if it does not have to. A cause says that it was given up.
+func (l *leases) take(one *lease, cause error) (last bool, end error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if one.ended {
-		return nil
+		return true, nil
 	}
-	one.ended = true
+	one.ended, one.up = true, cause != nil
 	l.lent--
-	if l.lent == 0 && l.returned != nil {
+	if l.lent > 0 {
+		return false, nil
+	}
+	if l.returned != nil {
 		close(l.returned)
 		l.returned = nil
 	}
-	return l.due(cause)
+	return true, l.due(cause)
+}
+
+// any reports whether the connection is lent to somebody.
+func (l *leases) any() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.lent > 0
+}
+
+// shared reports whether the connection is lent to more than one.
+func (l *leases) shared() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.lent > 1
 }
 
 // allReturned returns a channel that is closed once the connection is lent to nobody any more. Only
@@ -215,16 +297,6 @@ func (l *leases) isRetired() bool {
 	defer l.mu.Unlock()
 	return l.retired != nil
 }
-
-// unprovenError is the broker's reason for closing a connection that several consumers share. It is
-// that of one of them at most.
-type unprovenError struct{ error }
-
-func (e *unprovenError) Error() string {
-	return e.error.Error() + "; another consumer of the connection may be the reason"
-}
-
-func (e *unprovenError) Unwrap() error { return e.error }
 
 // orphanedQueueError says that a TopologyFunc has left a queue behind on the connection.
 type orphanedQueueError struct{ was, is string }

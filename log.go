@@ -36,6 +36,7 @@ type journal struct {
 	gaveUp         bool              // Run ends by a failure and not because its context has ended
 
 	summaryTimer *time.Timer // runs after a line about handlers, until a summary is due
+	summaryDue   bool        // it runs
 	failures     failures
 	panics       failures
 }
@@ -82,6 +83,9 @@ const (
 	extraLines = 12
 	extraEvery = 5 * time.Minute
 )
+
+// waiting reports whether one of the timers runs.
+func (j *journal) waiting() bool { return j.pending != nil || j.summaryDue }
 
 // stop leaves no timer behind.
 func (j *journal) stop() {
@@ -150,6 +154,10 @@ func (j *journal) write(record slog.Record) {
 
 // changed writes one line for a change of state. Tries, and what is left out, have the level Debug.
 func (j *journal) changed(c StateChange) {
+	if c.shared && (c.To != Consuming || !j.outageOpen) { // an outage that was told ends in the same log
+		j.sharedChange(c)
+		return
+	}
 	if c.To == Consuming {
 		j.consuming(c)
 		return
@@ -205,12 +213,35 @@ func (j *journal) notConsuming(now time.Time) {
 	j.stableTimer.Stop()
 }
 
+// sharedChange tells at Debug what concerns a connection that others share: the Group's own log has a
+// line for all of them.
+func (j *journal) sharedChange(c StateChange) {
+	attrs := attrsOf(c)
+	if c.To == Consuming {
+		attrs = append(attrs, durationAttr("down", c.Time.Sub(j.awaySince)))
+		j.consumingSince = c.Time
+	} else {
+		j.notConsuming(c.Time)
+	}
+	if c.Cause != nil {
+		attrs = append(attrs, slog.String("cause", reasonOf(c.Cause)))
+	}
+	j.write(newRecord(c.Time, slog.LevelDebug, c.To.String(), attrs...))
+}
+
 func attrsOf(c StateChange) []slog.Attr {
-	attrs := []slog.Attr{slog.String("queue", c.Queue)}
+	var attrs []slog.Attr
+	if c.consumers > 0 {
+		attrs = append(attrs, slog.Int("consumers", c.consumers))
+	} else {
+		attrs = append(attrs, slog.String("queue", c.Queue))
+	}
 	if c.ConsumerTag != "" {
 		attrs = append(attrs, slog.String("consumer", c.ConsumerTag))
 	}
-	attrs = append(attrs, slog.Uint64("session", c.Session))
+	if c.consumers == 0 {
+		attrs = append(attrs, slog.Uint64("session", c.Session))
+	}
 	if c.Host != "" {
 		attrs = append(attrs, slog.String("host", c.Host))
 	}
@@ -312,6 +343,9 @@ func (j *journal) consuming(c StateChange) {
 		attrs = append(attrs, durationAttr("down", down))
 	}
 	record := newRecord(c.Time, slog.LevelInfo, c.To.String(), attrs...)
+	if c.consumers > 0 {
+		record = newRecord(c.Time, slog.LevelInfo, "connected", attrs...)
+	}
 	due := j.outageOpen || down >= longOutage && c.Time.Sub(j.lastLine) >= outageGap
 	if due && !j.flapping {
 		j.recovered(record)
@@ -449,12 +483,14 @@ func (f failure) text() string {
 // since is summarized.
 func (j *journal) writeFailure(record slog.Record) {
 	j.summaryTimer.Reset(longestSilence + failureGap) // a failure that is due by then says more
+	j.summaryDue = true
 	j.write(record)
 }
 
 // summarize logs how much was left out since the last line about handlers, if no later line has
 // said so.
 func (j *journal) summarize() {
+	j.summaryDue = false
 	j.summarizeOne(&j.failures, slog.LevelWarn, "more handlers failed")
 	j.summarizeOne(&j.panics, slog.LevelError, "more handlers panicked")
 }

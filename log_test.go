@@ -10,6 +10,8 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -40,6 +42,81 @@ func TestHourOfFailuresIsAtMost100Lines(t *testing.T) {
 			assert.EqualValues(t, time.Hour/every+1, uint64(told)+left+f.suppressed, "all are counted")
 		})
 	}
+}
+
+// newTestReporter returns a reporter that logs nothing, and what it has dropped.
+func newTestReporter() (*reporter, *atomic.Uint64) {
+	dropped := new(atomic.Uint64)
+	return newReporter(context.Background(), &config{logger: slog.New(slog.DiscardHandler)}, dropped), dropped
+}
+
+// reports tells whether there is a goroutine that reports.
+func (r *reporter) reports() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.running
+}
+
+func TestEventAfterAQuietTimeIsTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, _ := newTestReporter()
+		assert.False(t, r.reports(), "nothing to report yet")
+		for n := range 20 { // the second one comes sooner or later after the first
+			told := 0
+			r.tell(func() { told++ })
+			time.Sleep(time.Duration(n) * 100 * time.Microsecond)
+			r.tell(func() { told++ })
+			time.Sleep(time.Second)
+			synctest.Wait()
+			assert.Equal(t, 2, told)
+			assert.False(t, r.reports(), "an idle consumer keeps no goroutine for it")
+		}
+		r.stop()
+	})
+}
+
+func TestEventWaitsForTheOneBeforeIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, dropped := newTestReporter()
+		block := make(chan struct{})
+		var told []int
+		r.tell(func() { <-block })
+		for n := range reportBacklog {
+			r.tell(func() { told = append(told, n) })
+			synctest.Wait() // while the first one hangs
+			require.Empty(t, told)
+		}
+		assert.Zero(t, dropped.Load())
+		r.tell(func() { t.Error("one too many") })
+		assert.EqualValues(t, 1, dropped.Load())
+		close(block)
+		synctest.Wait()
+		require.Len(t, told, reportBacklog)
+		for n := range told {
+			require.Equal(t, n, told[n])
+		}
+		r.stop()
+	})
+}
+
+// A goroutine that ends must not miss the event that comes at the same time, nor two of them use
+// the journal.
+func TestEventsUnderManyHandsAreToldOnce(t *testing.T) {
+	const hands, events = 4, 20_000
+	r, dropped := newTestReporter()
+	var told int // without a lock: one goroutine follows the other
+	var working sync.WaitGroup
+	for range hands {
+		working.Go(func() {
+			for range events {
+				r.tell(func() { told++ })
+				runtime.Gosched()
+			}
+		})
+	}
+	working.Wait()
+	r.stop()
+	assert.EqualValues(t, hands*events, uint64(told)+dropped.Load())
 }
 
 // What a user has switched off costs no line.

@@ -107,14 +107,15 @@ func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Deliver
 	limit := time.NewTimer(locateWait + locateTrips*trip)
 	defer limit.Stop()
 	select {
-	case d := <-s.inbox.next:
+	case d := <-s.inbox.next():
 		return d, nil
 	case <-s.aside.more: // a message that cannot be read
 	case <-limit.C:
 	case <-s.cancels:
 		s.streamPosition().doubt()
 		return nil, errCancelled
-	case <-s.channelEnd.Done():
+	case said := <-s.channelEnd.closes:
+		s.channelEnd.record(said)
 		return nil, amqp.ErrClosed
 	case <-s.conn.end.Done():
 		return nil, amqp.ErrClosed

@@ -54,33 +54,39 @@ const (
 	reportGrace   = 500 * time.Millisecond
 )
 
-// reporter calls hooks and writes the log, on one goroutine of its own, because neither a slow hook
-// nor a blocked log pipe may delay healing. Every goroutine of a Run may give it events; only its
-// own uses the journal, but for the failures of handlers.
+// reporter calls hooks and writes the log, on a goroutine of its own, because neither a slow hook nor
+// a blocked log pipe may delay healing. Every goroutine of a Run may give it events; only its own
+// uses the journal, but for the failures of handlers.
+//
+// That goroutine exists only while there is something to report, or a timer of the journal runs.
+// There is never more than one, for it begins and ends under mu: it ends where it finds nothing to
+// do, and the next event begins another one, which finds the journal as the last one has left it.
 type reporter struct {
 	hooks   Hooks
 	journal *journal
 
-	events   chan func()   // what to report, in order
-	stopping chan struct{} // closed by stop
-	done     chan struct{} // closed when the goroutine has ended
-	muted    atomic.Bool   // Run has returned, so nothing of the user is called
-	dropped  *atomic.Uint64
-	fault    *notifier // the first panic of a hook or of the log handler; the supervisor reads it
+	mu       sync.Mutex
+	events   []func() // what to report, in order
+	running  bool     // there is a goroutine, and the journal is its own
+	stopping bool     // stop was called
+
+	wake    chan struct{} // has a value once the goroutine has to look again
+	done    chan struct{} // closed after stop, when nothing is left to report
+	muted   atomic.Bool   // Run has returned, so nothing of the user is called
+	dropped *atomic.Uint64
+	fault   *notifier // the first panic of a hook or of the log handler; the supervisor reads it
+	faulted func()    // called at each; run sets it before there is an event
 }
 
 func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *reporter {
-	r := &reporter{
-		hooks:    c.hooks,
-		journal:  newJournal(ctx, c.logger),
-		events:   make(chan func(), reportBacklog),
-		stopping: make(chan struct{}),
-		done:     make(chan struct{}),
-		dropped:  dropped,
-		fault:    newNotifier(),
+	return &reporter{
+		hooks:   c.hooks,
+		journal: newJournal(ctx, c.logger),
+		wake:    make(chan struct{}, 1),
+		done:    make(chan struct{}),
+		dropped: dropped,
+		fault:   newNotifier(),
 	}
-	go r.run()
-	return r
 }
 
 // changed reports a change of state.
@@ -143,10 +149,26 @@ func (r *reporter) released(held []*Delivery) {
 
 // tell queues an event. It never blocks: if the queue is full the event is dropped and counted.
 func (r *reporter) tell(what func()) {
-	select {
-	case r.events <- what:
-	default:
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.events) >= reportBacklog {
 		r.dropped.Add(1)
+		return
+	}
+	r.events = append(r.events, what)
+	r.attend()
+}
+
+// attend makes the goroutine look again, or begins one. It is called with mu held.
+func (r *reporter) attend() {
+	if !r.running {
+		r.running = true
+		go r.run()
+		return
+	}
+	select {
+	case r.wake <- struct{}{}:
+	default:
 	}
 }
 
@@ -155,37 +177,65 @@ func (r *reporter) run() {
 	defer func() {
 		if !ended { // a hook called runtime.Goexit
 			go r.run()
-			return
 		}
-		r.journal.stop()
-		close(r.done)
 	}()
 	for {
-		select {
-		case what := <-r.events:
-			what()
-		case now := <-r.journal.stableTimer.C:
-			r.log(func() { r.journal.stable(now) })
-		case <-r.journal.summaryTimer.C:
-			r.log(r.journal.summarize)
-		case <-r.stopping:
-			for len(r.events) > 0 {
-				(<-r.events)()
-			}
+		what, more := r.next()
+		if !more {
 			ended = true
 			return
 		}
+		what()
+	}
+}
+
+// next returns what to do next. It returns false if there is nothing: then the goroutine ends.
+func (r *reporter) next() (what func(), more bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case len(r.events) > 0:
+		what = r.events[0]
+		r.events[0] = nil // the array outlives the event
+		if r.events = r.events[1:]; len(r.events) == 0 {
+			r.events = nil
+		}
+		return what, true
+	case r.stopping: // running stays true, so no other one follows
+		r.journal.stop()
+		close(r.done)
+	case r.journal.waiting():
+		return r.await, true
+	default:
+		r.running = false
+	}
+	return nil, false
+}
+
+// await waits for a timer of the journal, or for the next event.
+func (r *reporter) await() {
+	select {
+	case <-r.wake:
+	case now := <-r.journal.stableTimer.C:
+		r.log(func() { r.journal.stable(now) })
+	case <-r.journal.summaryTimer.C:
+		r.log(r.journal.summarize)
 	}
 }
 
 // stop reports what is queued and returns, at the latest after the grace that a hook gets that does
 // not return. Nothing is reported after that.
 func (r *reporter) stop() {
-	close(r.stopping)
+	r.mu.Lock()
+	r.stopping = true
+	r.attend()
+	r.mu.Unlock()
 	select {
 	case <-r.done:
 	case <-time.After(reportGrace):
+		r.mu.Lock()
 		r.dropped.Add(uint64(len(r.events)))
+		r.mu.Unlock()
 	}
 	r.muted.Store(true)
 }
@@ -210,6 +260,7 @@ func (r *reporter) call(f func(), option, what string) {
 	defer func() {
 		if !returned {
 			r.fault.notify(&faultError{option, what, panicked(recover())})
+			r.faulted()
 		}
 	}()
 	f()

@@ -573,7 +573,7 @@ func WithHooks(hooks Hooks) Option {
 // build applies the options of a Consumer and checks what they say together.
 func build(url, queue string, opts []Option) (*config, error) {
 	c := defaults(url, queue)
-	c.apply(opts)
+	apply(c, opts)
 	if slices.Contains(c.ofConnection, "WithConnections") {
 		c.refuse("WithConnections", "is for NewGroup, whose consumers share connections; a Consumer alone has one")
 	}
@@ -588,7 +588,7 @@ func build(url, queue string, opts []Option) (*config, error) {
 func buildGroup(url string, opts []Option) (*config, error) {
 	c := defaults(url, "")
 	c.by = "NewGroup"
-	c.apply(opts)
+	apply(c, opts)
 	c.checkURLs()
 	c.checkTogether()
 	if c.declare != nil {
@@ -600,7 +600,7 @@ func buildGroup(url string, opts []Option) (*config, error) {
 // buildMember applies the options of one consumer of a Group, after those of the group.
 func buildMember(of *config, queue string, opts []Option) (*config, error) {
 	c := of.clone(queue)
-	c.apply(opts)
+	apply(c, opts)
 	for _, name := range c.ofConnection {
 		c.refuse(name, "belongs to the connection, which all consumers of a Group share: give it to NewGroup")
 	}
@@ -609,7 +609,7 @@ func buildMember(of *config, queue string, opts []Option) (*config, error) {
 	return c, errors.Join(c.problems...)
 }
 
-func (c *config) apply(opts []Option) {
+func apply(c *config, opts []Option) {
 	for i, opt := range opts {
 		if opt == nil {
 			c.refuse(c.by, "option %d is nil", i+1)

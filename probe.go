@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -87,6 +88,9 @@ const stallConfirm = 5 * time.Second
 func (p *prober) look() error {
 	if moves := p.progress(); moves != p.lastProgress || p.full() {
 		p.lastProgress, p.length = moves, -1
+		if p.question != nil && p.question.givenUp.Load() {
+			p.question = nil
+		}
 		return nil
 	}
 	if p.refused {
@@ -206,13 +210,13 @@ func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
 		<-a.conn.done
 		unguard()
 	}()
-	return inspect(a.conn.connection, s.queue)
+	return inspect(ctx, a.conn.connection, s.queue, func(*wire.Channel) {})
 }
 
 // inspect asks for the queue, on a channel of its own, because the broker closes the channel if it
 // refuses.
-func inspect(c *connection, queue string) (amqp.Queue, error) {
-	channel, err := c.amqp.Channel()
+func inspect(ctx context.Context, c *connection, queue string, use func(*wire.Channel)) (amqp.Queue, error) {
+	channel, err := c.openChannel(ctx, use)
 	if err != nil {
 		return amqp.Queue{}, err
 	}
@@ -230,6 +234,7 @@ var errUnanswered = errors.New("the stall detector's question was not answered w
 type question struct {
 	overdue chan struct{} // closed when the limit has passed
 	done    chan struct{} // closed when there is an answer
+	givenUp atomic.Bool   // there will be none
 	queue   amqp.Queue    // the answer, as err
 	err     error
 }
@@ -237,14 +242,23 @@ type question struct {
 func ask(s *session) *question {
 	q := &question{overdue: make(chan struct{}), done: make(chan struct{})}
 	limit := s.config.setupTimeout
+	var channel atomic.Pointer[wire.Channel]
+	ctx, cancel := context.WithCancel(context.WithoutCancel(s.ctx))
 	answered := s.conn.socket.AfterSilence(limit, wire.MostSilences*limit, func() {
 		close(q.overdue)
+		cancel()
+		if c := channel.Load(); c != nil && s.conn.leases.shared() {
+			q.givenUp.Store(true)
+			s.conn.giveUp(c, errUnanswered)
+			return
+		}
 		s.conn.retire(errUnanswered)
 	})
 	go func() {
 		defer close(q.done)
+		defer cancel()
 		defer answered()
-		q.queue, q.err = inspect(s.conn.connection, s.queue)
+		q.queue, q.err = inspect(ctx, s.conn.connection, s.queue, channel.Store)
 	}()
 	return q
 }
@@ -263,6 +277,9 @@ func (p *prober) inspect() (amqp.Queue, error) {
 	}
 	select {
 	case <-q.done:
+		if q.givenUp.Load() { // it stays unanswered until something moves
+			return amqp.Queue{}, errUnanswered
+		}
 		p.question = nil
 		return q.queue, q.err
 	default:

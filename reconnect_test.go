@@ -561,7 +561,7 @@ func receiving(t *testing.T, during time.Duration) *supervisor {
 		s.Wait()
 		_ = far.Close()
 	})
-	s.Subscribe("t", 1, &receiver{inbox: newInbox(1), aside: newAside()})
+	s.Subscribe("t", 1, &receiver{inbox: newInbox(1, hireNobody), aside: newAside(), config: defaults("amqp://h/", "q")})
 	go func() { _, _ = io.Copy(io.Discard, far) }()
 	go func() { _, _ = io.Copy(io.Discard, s) }()
 	_, err := s.Write(methodOf(1, 60, 20, 0, 0, 1, 'q', 1, 't', 0, 0, 0, 0, 0))

@@ -40,7 +40,7 @@ type session struct {
 	queue       string
 	tag         string
 	cancels     chan string // the driver's NotifyCancel
-	channelEnd  *notifier   // why the channel ended: what the broker said, else errChannelEnded
+	channelEnd  channelEnd
 	lease       *lease      // of the connection
 	declaration declaration // what its declaration asks for
 	limit       int         // delivery limit of its queue, 0 if none drops messages
@@ -77,6 +77,7 @@ type scope struct {
 	reporter *reporter
 	handlers context.Context // parent of the contexts of handlers
 	running  func() int64    // returns how many workers have not returned
+	hire     func() bool     // starts one more worker; true once there may be no more
 	stream   *position       // where to resume, nil unless the queue is a stream
 	notices  *notices
 	tries    atomic.Uint64 // so far; two may overlap if one was abandoned
@@ -103,8 +104,8 @@ func (s *scope) drainError() error {
 }
 
 // openSession opens a channel on c, sets it up and subscribes, all within ctx. The driver's calls
-// take no context. So the end of ctx ends the connection under them or, if the connection is lent
-// to another session too, retires it: it then ends with that session.
+// take no context. So the end of ctx ends the connection under them or, if that is lent to another
+// session too, the channel.
 func openSession(ctx context.Context, c *loan, of *scope, id, try uint64, tag string, step *step) (*session, error) {
 	lease := c.lend()
 	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
@@ -115,23 +116,28 @@ func openSession(ctx context.Context, c *loan, of *scope, id, try uint64, tag st
 		if err != nil && t.relax(err) {
 			continue
 		}
-		if inTime := unguard(); err == nil && !inTime { // ctx ended first, and the lease with it
+		inTime := unguard()
+		if err == nil && !inTime { // ctx ended first, and the lease with it
 			close(s.stop)
 			<-s.done
 			err = s.failure(step.String(), context.Cause(ctx))
 		}
-		if err != nil {
-			lease.giveBack()
-			return nil, err
+		if err == nil {
+			return s, nil
 		}
-		return s, nil
+		if lease.givenUp() { // what the driver says of it is not the reason
+			of.stats.givenUp.Add(1)
+			err = &SessionError{Queue: of.config.queue, Host: c.host, Op: step.String(), Session: id, Err: causeOf(ctx)}
+		}
+		lease.giveBack()
+		return nil, err
 	}
 }
 
 // trySession is one round of openSession: it asks for what t says.
 func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag string, t declaration, lease *lease, step *step) (*session, error) {
 	step.at("channel")
-	channel, err := c.amqp.Channel()
+	channel, err := c.openChannel(ctx, lease.use)
 	if err != nil {
 		return nil, &SessionError{Queue: of.config.queue, Host: c.host, Op: "channel", Session: id, Err: c.explain(err)}
 	}
@@ -144,7 +150,7 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 		tag:         tag,
 		declaration: t,
 		lease:       lease,
-		channelEnd:  newNotifier(),
+		channelEnd:  channelEnd{closes: channel.NotifyClose(make(chan *amqp.Error, 1))},
 		cancels:     channel.NotifyCancel(make(chan string, 2)), // a lookup has two consumers
 		gate:        newGate(),
 		stall:       newNotifier(),
@@ -154,7 +160,6 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 		done:        make(chan struct{}),
 	}
 	s.holds.session = s
-	go s.watchChannel(channel.NotifyClose(make(chan *amqp.Error, 1)))
 	s.settler = s
 	if of.config.hooks.Settled != nil {
 		s.settler = hookSettler{s}
@@ -178,8 +183,8 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 
 // receive registers where the deliveries of the consumer with the session's tag go.
 func (s *session) receive() {
-	s.inbox, s.aside = newInbox(s.config.prefetch), newAside()
-	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, &receiver{inbox: s.inbox, aside: s.aside})
+	s.inbox, s.aside = newInbox(s.config.prefetch, s.hire), newAside()
+	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, &receiver{inbox: s.inbox, aside: s.aside, config: s.config})
 }
 
 // forget unregisters a consumer that does not exist, or not any more.
@@ -235,20 +240,47 @@ func (s *session) channelCause(err error) error {
 	if !errors.Is(err, amqp.ErrClosed) {
 		return err
 	}
-	<-s.channelEnd.Done() // ErrClosed says that the cause is about to come
-	if brokerErr := s.channelEnd.Cause(); !errors.Is(brokerErr, errChannelEnded) {
+	// ErrClosed says that the cause is about to come.
+	if brokerErr := s.channelEnd.await(); !errors.Is(brokerErr, errChannelEnded) {
 		return brokerErr
 	}
 	return err
 }
 
-// watchChannel records why the driver's channel ended, and reads its NotifyClose to the end.
-func (s *session) watchChannel(closes <-chan *amqp.Error) {
-	if e := <-closes; e != nil {
-		s.channelEnd.notify(e)
+// channelEnd is why the driver's channel ended. It belongs to the goroutine of the try, and then to
+// run.
+type channelEnd struct {
+	// closes is the driver's NotifyClose. It gets one value at most before it is closed, and has
+	// room for it, so the driver never waits for us.
+	closes <-chan *amqp.Error
+	cause  error // what the broker said, else errChannelEnded; nil while nobody has read closes
+}
+
+// record notes what was read from closes.
+func (c *channelEnd) record(said *amqp.Error) {
+	switch {
+	case c.cause != nil: // the first one stays
+	case said != nil:
+		c.cause = said
+	default:
+		c.cause = errChannelEnded
 	}
-	s.channelEnd.notify(errChannelEnded)
-	drain(closes)
+}
+
+// await waits for the end of the channel and returns its cause.
+func (c *channelEnd) await() error {
+	c.record(<-c.closes)
+	return c.cause
+}
+
+// Cause returns the cause, nil while the channel has not ended.
+func (c *channelEnd) Cause() error {
+	select {
+	case said := <-c.closes:
+		c.record(said)
+	default:
+	}
+	return c.cause
 }
 
 // run is the session's goroutine from consume-ok to its end.
@@ -284,7 +316,8 @@ func (s *session) consume() error {
 		case <-s.aside.more:
 			s.setAside()
 			continue
-		case <-s.channelEnd.Done():
+		case said := <-s.channelEnd.closes:
+			s.channelEnd.record(said)
 		case _, cancelled := <-s.cancels:
 			if cancelled {
 				return s.lost(errCancelled)
@@ -336,7 +369,8 @@ func (s *session) diagnose() error {
 	// NotifyCancel was closed without a value. Either the close of the channel follows at once, or
 	// the connection is about to end.
 	select {
-	case <-s.channelEnd.Done():
+	case said := <-s.channelEnd.closes:
+		s.channelEnd.record(said)
 	case <-s.conn.end.Done():
 	case <-time.After(s.config.closeTimeout):
 	}
@@ -377,7 +411,8 @@ func (s *session) retire(cause error) {
 	select {
 	case <-s.gate.done: // closeChannel proves their settlements
 		return
-	case <-s.channelEnd.Done():
+	case said := <-s.channelEnd.closes:
+		s.channelEnd.record(said)
 		s.drainErr = s.acksLost(s.diagnose())
 	case <-s.conn.end.Done():
 		s.drainErr = s.acksLost(s.conn.end.Cause())
@@ -425,7 +460,8 @@ func (s *session) awaitHandlers(limit <-chan time.Time) error {
 	select {
 	case <-s.gate.done:
 		return nil
-	case <-s.channelEnd.Done():
+	case said := <-s.channelEnd.closes:
+		s.channelEnd.record(said)
 		return s.acksLost(s.diagnose())
 	case <-s.conn.end.Done():
 		return s.acksLost(s.conn.end.Cause())
@@ -454,9 +490,10 @@ func (s *session) call(limit <-chan time.Time, f func() error) error {
 	return overdue
 }
 
-// giveUp leaves the channel to end with its connection.
+// giveUp ends the channel, by itself or with its connection.
 func (s *session) giveUp(cause error) {
 	s.givenUp = true
+	s.stats.givenUp.Add(1)
 	s.lease.giveUp(cause)
 }
 
@@ -502,9 +539,9 @@ func (s *session) closeChannel(hardLimit time.Duration) {
 		err = errCloseTimeout
 		go drain(s.cancels)
 	} else {
-		<-s.channelEnd.Done()
+		cause := s.channelEnd.await()
 		drain(s.cancels)
-		if cause := s.channelEnd.Cause(); !errors.Is(cause, errChannelEnded) {
+		if !errors.Is(cause, errChannelEnded) {
 			err = s.diagnose()
 		}
 	}

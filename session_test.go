@@ -93,9 +93,12 @@ func TestLateRefusalOfALookLeavesThePlaceOfALaterSession(t *testing.T) {
 	assert.Equal(t, from, p.resume(3, nil, false)[offsetKey])
 }
 
+// hireNobody is for an inbox whose workers are there already.
+func hireNobody() bool { return true }
+
 func TestMoreThanThePrefetchIsKept(t *testing.T) {
-	box := newInbox(2)
-	to := &receiver{inbox: box, aside: newAside()}
+	box := newInbox(2, hireNobody)
+	to := &receiver{inbox: box, aside: newAside(), config: defaults("amqp://h/", "q")}
 	for tag := range uint64(100) { // a stream's chunk
 		d := to.New()
 		d.DeliveryTag = tag + 1
@@ -108,11 +111,55 @@ func TestMoreThanThePrefetchIsKept(t *testing.T) {
 	}
 }
 
+// An inbox has room for what has come so far, not for all that the prefetch lets come.
+func TestInboxGrowsWithWhatWaitsInIt(t *testing.T) {
+	const prefetch = 1000
+	box := newInbox(prefetch, hireNobody)
+	assert.LessOrEqual(t, cap(box.last.waiting), 32, "an idle one is small")
+	var last *stretch
+	for burst := range 4 {
+		for range prefetch {
+			box.put(&Delivery{})
+		}
+		assert.Equal(t, prefetch, box.waiting())
+		for range prefetch {
+			_, _ = box.take()
+		}
+		box.put(&Delivery{})
+		_, _ = box.take()
+		assert.Zero(t, box.waiting())
+		assert.Same(t, box.last, box.first.Load(), "those before the last one are gone")
+		assert.LessOrEqual(t, cap(box.last.waiting), prefetch)
+		if burst > 1 {
+			assert.Same(t, last, box.last, "it is long enough, and grows no more")
+		}
+		last = box.last
+	}
+}
+
+func TestOneWorkerTakesInOrderWhileTheInboxGrows(t *testing.T) {
+	box := newInbox(64, hireNobody)
+	go func() {
+		for tag := range uint64(20_000) {
+			d := &Delivery{}
+			d.DeliveryTag = tag
+			box.put(d)
+		}
+		box.close()
+	}()
+	want := uint64(0)
+	for d, ok := box.take(); ok; d, ok = box.take() {
+		require.Equal(t, want, d.DeliveryTag)
+		want++
+	}
+	assert.EqualValues(t, 20_000, want)
+}
+
 func TestInboxUnderManyHands(t *testing.T) {
 	const workers, messages = 4, 20_000
 	for _, size := range []int{1, 3, 256} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
-			box := newInbox(size)
+			box := newInbox(size, hireNobody)
 			var mu sync.Mutex
 			seen := make(map[uint64]int)
 			var working sync.WaitGroup
@@ -151,7 +198,7 @@ func TestInboxUnderManyHands(t *testing.T) {
 
 // What waited beyond the prefetch is not kept after it was taken.
 func TestInboxForgetsWhatWasTaken(t *testing.T) {
-	box := newInbox(1)
+	box := newInbox(1, hireNobody)
 	freed := make(chan struct{}, 100)
 	for range 100 {
 		d := &Delivery{}
@@ -173,7 +220,7 @@ func TestInboxForgetsWhatWasTaken(t *testing.T) {
 }
 
 func TestWaitingCountsWhatDoesNotFit(t *testing.T) {
-	box := newInbox(2)
+	box := newInbox(2, func() bool { return true })
 	for n := range 5 {
 		assert.Equal(t, n, box.waiting())
 		box.put(&Delivery{})
@@ -208,14 +255,14 @@ func TestPortIsNamedHoweverThePeerEnds(t *testing.T) {
 }
 
 func TestInboxThatIsClearedKeepsNothing(t *testing.T) {
-	box := newInbox(10)
-	for range 15 {
+	box := newInbox(10, hireNobody)
+	for range 50 {
 		box.put(&Delivery{})
 	}
 	box.close()
-	assert.Len(t, box.clear(), 15)
-	assert.Empty(t, box.next)
-	assert.Empty(t, box.rest)
+	assert.Len(t, box.clear(), 50)
+	assert.Empty(t, box.last.waiting)
+	assert.Zero(t, box.waiting())
 }
 
 // A lookup that compares is cut off, and the topology function names another stream: what is found

@@ -116,6 +116,9 @@ type StateChange struct {
 	// Cause is why: a [*SessionError] in [Backoff]; in [Draining] why Run gives up, nil if its
 	// context has ended; in [Stopped] Run's error.
 	Cause error
+
+	consumers int  // whose connection it is about, in the log of a Group; 0 in that of a consumer
+	shared    bool // it is about a connection that others share, for which the Group's log has a line
 }
 
 // Stats is a snapshot of the counters of a [Consumer], over all its Runs; see [Consumer.Stats].
@@ -151,6 +154,9 @@ type Stats struct {
 	// Unreadable counts deliveries that no handler could be given, see [MessageError]. Of the
 	// numbers above only Held counts them, for as long as they are held.
 	Unreadable uint64
+	// GivenUp counts channels that were given up because their set-up, or a call on them, outlasted
+	// its limit, also where the connection ended with them.
+	GivenUp uint64
 	// Abandoned counts what could not be ended in time: a user's function that ignored the end of
 	// its context, or a teardown that outlasted its limit.
 	Abandoned uint64
@@ -168,4 +174,5 @@ type counters struct {
 	unreadable                   atomic.Uint64
 	outcomes                     [Stale]atomic.Uint64 // indexed by Outcome
 	abandoned, eventsDropped     atomic.Uint64
+	givenUp                      atomic.Uint64
 }

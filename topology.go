@@ -52,7 +52,7 @@ func (s *session) callTopology(ctx context.Context) (queue string, err error) {
 
 // askTopology calls the user's function, and checks what it has done to the channel.
 func (s *session) askTopology(ctx context.Context) (queue string, err error) {
-	before := s.conn.socket.Misuse()
+	before := s.lease.inUse().Misuse()
 	call := userCall[string]{
 		option: "WithTopology",
 		f:      func(ctx context.Context) (string, error) { return s.config.topology(ctx, s.channel) },
@@ -64,7 +64,7 @@ func (s *session) askTopology(ctx context.Context) (queue string, err error) {
 	if problem := shortStringProblem(queue); problem != "" {
 		return "", call.named(fmt.Errorf("the queue's name %s", problem))
 	}
-	switch now := s.conn.socket.Misuse(); {
+	switch now := s.lease.inUse().Misuse(); {
 	case now.Transactions > before.Transactions:
 		return "", call.named(errTransactional)
 	case now.Consumers > before.Consumers && s.notices.consumed.CompareAndSwap(false, true):

@@ -11,8 +11,9 @@ import (
 
 // pool is the workers of one Run. They outlive sessions, so that the concurrency holds across
 // reconnects: a handler that is still busy with a delivery of a dead session occupies its worker
-// until it returns. The supervisor starts the pool, gives it sessions and closes stop; the workers
-// read session and changed, under mu.
+// until it returns. A worker starts when a delivery finds none that waits for it, because a consumer
+// may be idle for hours. The supervisor gives the pool sessions and stops it; the workers read
+// session and changed, under mu.
 type pool struct {
 	handler  Handler
 	config   *config
@@ -23,10 +24,11 @@ type pool struct {
 	mu      sync.Mutex
 	session *session      // the newest session, nil while there is none
 	changed chan struct{} // closed when there is another session
+	stopped bool          // stop is closed, so no worker starts any more
 
 	stop  chan struct{} // closed when no more sessions come
-	alive atomic.Int64  // workers that have not returned
-	done  chan struct{} // closed when the last worker has returned
+	alive atomic.Int64  // workers that have started and not returned; raised under mu
+	done  chan struct{} // closed after stop, when no worker is left
 }
 
 // serve gives the workers a session, or takes the last one away from them. A worker that is busy
@@ -48,13 +50,29 @@ func (p *pool) newest() (*session, <-chan struct{}) {
 	return p.session, p.changed
 }
 
-// start starts the workers, who wait for the first session.
-func (p *pool) start() {
-	n := p.config.concurrency
-	p.alive.Store(int64(n))
-	for range n {
+// hire starts one more worker, unless there are as many as may handle at once. It is called for
+// each delivery that no worker was waiting for, until it returns true: there may be no more.
+func (p *pool) hire() (all bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.full() && !p.stopped {
+		p.alive.Add(1)
 		go p.work()
 	}
+	return p.full()
+}
+
+func (p *pool) full() bool { return p.alive.Load() >= int64(p.config.concurrency) }
+
+// end lets the workers end: those that wait at once, the others when their handler has returned.
+func (p *pool) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stopped = true
+	if p.alive.Load() == 0 {
+		close(p.done)
+	}
+	close(p.stop)
 }
 
 // work is a worker's goroutine: it serves one session after the other.
@@ -65,7 +83,7 @@ func (p *pool) work() {
 			go p.work()
 			return
 		}
-		if p.alive.Add(-1) == 0 {
+		if p.alive.Add(-1) == 0 { // no more start, for only after end does one return
 			close(p.done)
 		}
 	}()

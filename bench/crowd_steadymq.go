@@ -35,7 +35,7 @@ func eachOf(each func([]byte)) steadymq.Handler {
 	}
 }
 
-// steadyCrowd is consumers of one Group, or without one.
+// steadyCrowd is consumers of one Group, or with a connection each.
 type steadyCrowd struct {
 	url      string
 	each     func([]byte)
@@ -48,10 +48,6 @@ type steadyCrowd struct {
 
 func openGroupCrowd(url string, each func([]byte)) (crowd, error) {
 	return newSteadyCrowd(url, each, 1)
-}
-
-func openConsumerCrowd(url string, each func([]byte)) (crowd, error) {
-	return newSteadyCrowd(url, each, 0)
 }
 
 func openHerd(url string, connections int) (*steadyCrowd, error) {

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -21,13 +20,13 @@ import (
 // groups is what that part of the benchmark found.
 type groups struct {
 	throughput []comparison
-	idle       []idleRow
+	further    []furtherRow
 	herds      []herdRow
 	beside     []besideRow
 }
 
 func (g groups) empty() bool {
-	return len(g.throughput)+len(g.idle)+len(g.herds)+len(g.beside) == 0
+	return len(g.throughput)+len(g.further)+len(g.herds)+len(g.beside) == 0
 }
 
 // groupPrefetch is that of each consumer. The further ones of a thousand have
@@ -47,7 +46,7 @@ func benchGroups(ctx context.Context, o options, server *replay.Process) (g grou
 		}
 		g.throughput = append(g.throughput, c)
 	}
-	if g.idle, err = benchIdle(ctx, o, server, most); err != nil {
+	if g.further, err = benchFurther(ctx, o, server, most); err != nil {
 		return g, err
 	}
 	if g.herds, err = benchHerds(ctx, o, server, most); err != nil {
@@ -59,8 +58,7 @@ func benchGroups(ctx context.Context, o options, server *replay.Process) (g grou
 
 // ---- what an idle one adds ----
 
-// crowd is consumers that come one after the other: on one connection, or each
-// with its own.
+// crowd is consumers that come one after the other, on one connection.
 type crowd interface {
 	// add adds n consumers of a queue and returns when all of them consume.
 	add(ctx context.Context, queue string, n int) error
@@ -70,80 +68,71 @@ type crowd interface {
 type crowdVariant struct {
 	name, label string
 	open        func(url string, each func([]byte)) (crowd, error)
-	most        int // further ones that are enough to measure, 0 for all
 }
 
 var crowds = []crowdVariant{
 	{name: "channels", label: "amqp091-go, a channel each", open: openDriverCrowd},
 	{name: "group", label: "steadymq, of a Group", open: openGroupCrowd},
-	{name: "each", label: "steadymq, a Consumer each", open: openConsumerCrowd, most: 100},
 }
 
 func findCrowd(name string) crowdVariant {
 	return crowds[slices.IndexFunc(crowds, func(c crowdVariant) bool { return c.name == name })]
 }
 
-// idleConfig tells a client process to add consumers to one that consumes.
-type idleConfig struct {
+// furtherConfig tells a client process to add consumers to one that consumes.
+type furtherConfig struct {
 	Variant, Control string
 	Further          int
 }
 
-// idleCost is per further consumer, but for the time until all of them consume.
-type idleCost struct {
+// furtherCost is per further consumer, but for the time until all of them consume.
+type furtherCost struct {
 	Bytes, Goroutines float64
 	Took              time.Duration
 }
 
-type idleRow struct {
+type furtherRow struct {
 	crowd   crowdVariant
 	further int
-	cost    idleCost // medians
+	cost    furtherCost // medians
 }
 
-func benchIdle(ctx context.Context, o options, server *replay.Process, n int) (rows []idleRow, err error) {
-	costs := make([][]idleCost, len(crowds))
-	for range idleRounds(o) {
+func benchFurther(ctx context.Context, o options, server *replay.Process, n int) (rows []furtherRow, err error) {
+	costs := make([][]furtherCost, len(crowds))
+	for range furtherRounds(o) {
 		for i, v := range crowds {
-			var cost idleCost
-			if err := reexec(ctx, "idle", idleConfig{Variant: v.name, Control: server.Control, Further: v.further(n)}, &cost); err != nil {
-				return nil, fmt.Errorf("idle, %s: %w", v.name, err)
+			var cost furtherCost
+			if err := reexec(ctx, "further", furtherConfig{Variant: v.name, Control: server.Control, Further: n}, &cost); err != nil {
+				return nil, fmt.Errorf("a further one, %s: %w", v.name, err)
 			}
-			logf("idle %-9s %6.0f bytes, %.1f goroutines, %d consume after %v", v.name, cost.Bytes, cost.Goroutines, v.further(n), cost.Took)
+			logf("a further one, %-9s %6.0f bytes, %.1f goroutines, %d consume after %v", v.name, cost.Bytes, cost.Goroutines, n, cost.Took)
 			costs[i] = append(costs[i], cost)
 		}
 	}
 	for i, v := range crowds {
-		rows = append(rows, idleRow{crowd: v, further: v.further(n), cost: medianCost(costs[i])})
+		rows = append(rows, furtherRow{crowd: v, further: n, cost: medianCost(costs[i])})
 	}
 	return rows, nil
 }
 
-func idleRounds(o options) int { return min(3, o.rounds) }
+func furtherRounds(o options) int { return min(3, o.rounds) }
 
-func (v crowdVariant) further(n int) int {
-	if v.most > 0 {
-		return min(v.most, n)
-	}
-	return n
-}
-
-func medianCost(costs []idleCost) (m idleCost) {
-	of := func(f func(idleCost) float64) float64 {
+func medianCost(costs []furtherCost) (m furtherCost) {
+	of := func(f func(furtherCost) float64) float64 {
 		var vs []float64
 		for _, c := range costs {
 			vs = append(vs, f(c))
 		}
 		return median(vs)
 	}
-	m.Bytes = of(func(c idleCost) float64 { return c.Bytes })
-	m.Goroutines = of(func(c idleCost) float64 { return c.Goroutines })
-	m.Took = time.Duration(of(func(c idleCost) float64 { return float64(c.Took) }))
+	m.Bytes = of(func(c furtherCost) float64 { return c.Bytes })
+	m.Goroutines = of(func(c furtherCost) float64 { return c.Goroutines })
+	m.Took = time.Duration(of(func(c furtherCost) float64 { return float64(c.Took) }))
 	return m
 }
 
-func idleMain(arg string) error {
-	var c idleConfig
+func furtherMain(arg string) error {
+	var c furtherConfig
 	if err := json.Unmarshal([]byte(arg), &c); err != nil {
 		return err
 	}
@@ -154,7 +143,7 @@ func idleMain(arg string) error {
 	return json.NewEncoder(os.Stdout).Encode(cost)
 }
 
-func (c idleConfig) measure() (cost idleCost, err error) {
+func (c furtherConfig) measure() (cost furtherCost, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	control, addr, done, err := openServer(c.Control)
@@ -173,15 +162,14 @@ func (c idleConfig) measure() (cost idleCost, err error) {
 	if err := all.add(ctx, "size=100", 1); err != nil {
 		return cost, err
 	}
-	bytes, goroutines := atRest()
+	before := atRest()
 	began := time.Now()
 	if err := all.add(ctx, "size=100", c.Further); err != nil {
 		return cost, err
 	}
 	cost.Took = time.Since(began)
-	moreBytes, moreGoroutines := atRest()
-	cost.Bytes = (moreBytes - bytes) / float64(c.Further)
-	cost.Goroutines = (moreGoroutines - goroutines) / float64(c.Further)
+	more := atRest().each(before, c.Further)
+	cost.Bytes, cost.Goroutines = more.Heap+more.Stacks, more.Goroutines
 	return cost, nil
 }
 
@@ -200,14 +188,10 @@ func openServer(at string) (control *replay.Control, addr string, done func(), e
 	}, nil
 }
 
-// atRest is the memory of a process whose last set-up is over: heap and stacks.
-func atRest() (bytes, goroutines float64) {
+// atRest is the footprint of a process whose last set-up is over.
+func atRest() footprint {
 	time.Sleep(300 * time.Millisecond)
-	runtime.GC()
-	runtime.GC()
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	return float64(m.HeapAlloc + m.StackInuse), float64(runtime.NumGoroutine())
+	return takeFootprint()
 }
 
 // ---- a herd ----
@@ -342,7 +326,7 @@ type besideRow struct {
 
 func benchBeside(ctx context.Context, o options, server *replay.Process) ([]besideRow, error) {
 	var rows []besideRow
-	for _, v := range crowds[:2] { // on one connection
+	for _, v := range crowds {
 		rows = append(rows, besideRow{crowd: v})
 	}
 	for range o.rounds {

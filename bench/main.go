@@ -1,5 +1,6 @@
 // Command bench compares steadymq with the plain driver: how fast it consumes,
-// what that costs, and how soon it consumes again after a fault.
+// what that costs, how soon it consumes again after a fault, and what it takes
+// while it is idle.
 //
 //	go run ./bench -quick                      a few minutes' impression
 //	go run ./bench -write                      everything, into bench/RESULTS.md
@@ -35,7 +36,7 @@ func main() {
 // roles are those of a client process, by its first argument; the second one is
 // its configuration.
 var roles = map[string]func(string) error{
-	"client": clientMain, "recover": recoverMain, "idle": idleMain, "herd": herdMain, "beside": besideMain,
+	"client": clientMain, "recover": recoverMain, "idle": idleMain, "further": furtherMain, "herd": herdMain, "beside": besideMain,
 }
 
 // run plays the role that a parent process asked for, or is the parent.
@@ -60,6 +61,7 @@ type options struct {
 	workloads  []workload
 	throughput []variant
 	recovery   []variant
+	idle       []variant
 	faults     []string
 	consumers  []int // on one connection, of the group benchmark
 
@@ -78,7 +80,7 @@ type options struct {
 
 func parseOptions(args []string) (o options, err error) {
 	f := flag.NewFlagSet("bench", flag.ExitOnError)
-	only := f.String("only", "throughput,recovery,groups", "which benchmarks: throughput, recovery, groups")
+	only := f.String("only", "throughput,recovery,idle,groups", "which benchmarks: throughput, recovery, idle, groups")
 	variants := f.String("variants", "driver,steadymq,multiple,auto", "throughput variants; the first is the base of the ratios")
 	healers := f.String("healers", "steadymq,recovery,loop", "recovery variants")
 	faults := f.String("faults", strings.Join(replay.Faults, ","), "faults of the recovery benchmark")
@@ -113,6 +115,11 @@ func parseOptions(args []string) (o options, err error) {
 	}
 	if strings.Contains(*only, "recovery") && o.amqp == "" {
 		if o.recovery, err = pick(recoveryVariants, *healers); err != nil {
+			return o, err
+		}
+	}
+	if strings.Contains(*only, "idle") && o.amqp == "" {
+		if o.idle, err = pick(throughputVariants, "driver,steadymq"); err != nil {
 			return o, err
 		}
 	}
@@ -209,6 +216,9 @@ func benchmark(ctx context.Context, o options) (err error) {
 		return err
 	}
 	if rep.recovery, err = recovery(ctx, o, server); err != nil {
+		return err
+	}
+	if rep.idle, err = idle(ctx, o, server); err != nil {
 		return err
 	}
 	if rep.groups, err = benchGroups(ctx, o, server); err != nil {

@@ -17,6 +17,7 @@ type report struct {
 	opts       options
 	throughput []comparison
 	recovery   []healing
+	idle       []idling
 	groups     groups
 }
 
@@ -55,6 +56,12 @@ func (r report) print(w io.Writer) {
 	for _, h := range r.recovery {
 		fmt.Fprintln(tw, strings.Join(h.cells(), "\t"))
 	}
+	if len(r.idle) > 0 {
+		fmt.Fprintf(tw, "\n%s\n", strings.Join(idleHead, "\t"))
+	}
+	for _, i := range r.idle {
+		fmt.Fprintln(tw, strings.Join(i.cells(), "\t"))
+	}
 	r.groups.print(tw)
 }
 
@@ -78,6 +85,14 @@ func (h healing) cells() []string {
 	return cells
 }
 
+var idleHead = []string{"idle", "consumer", "KiB", "of these stacks", "goroutines"}
+
+func (i idling) cells() []string {
+	return []string{
+		i.lull.Name, i.variant.label, fmt.Sprintf("%.1f", (i.Heap+i.Stacks)/1024), fmt.Sprintf("%.1f", i.Stacks/1024), fmt.Sprintf("%.2f", i.Goroutines),
+	}
+}
+
 var faultText = map[string]string{
 	"rst":          "TCP reset",
 	"fin":          "socket closed",
@@ -97,6 +112,9 @@ func (r report) markdown(w io.Writer) {
 	}
 	if len(r.recovery) > 0 {
 		r.recoveryMarkdown(w)
+	}
+	if len(r.idle) > 0 {
+		r.idleMarkdown(w)
 	}
 	r.groups.markdown(w)
 }
@@ -130,6 +148,17 @@ func (r report) recoveryMarkdown(w io.Writer) {
 	table(w, recoveryHead, func(yield func([]string)) {
 		for _, h := range r.recovery {
 			yield(h.cells())
+		}
+	})
+}
+
+func (r report) idleMarkdown(w io.Writer) {
+	fmt.Fprintf(w, "\n## Idle\n\nWhat each of %d consumers takes in one process, each with a connection of its own, "+
+		"while nothing is delivered: heap after a collection, and stacks. The server is a process of its own; what the kernel keeps for a socket does not count. "+
+		"The burst was %v long, and ended %v before.\n\n", idleConsumers, burst, settleDown)
+	table(w, idleHead, func(yield func([]string)) {
+		for _, i := range r.idle {
+			yield(i.cells())
 		}
 	})
 }

@@ -17,9 +17,9 @@ func (o outcome) groupCells() []string {
 	}
 }
 
-var idleHead = []string{"a further consumer", "bytes", "goroutines", "all consume"}
+var furtherHead = []string{"a further consumer", "bytes", "goroutines", "all consume"}
 
-func (r idleRow) cells() []string {
+func (r furtherRow) cells() []string {
 	return []string{
 		r.crowd.label, grouped(r.cost.Bytes), fmt.Sprintf("%.1f", r.cost.Goroutines),
 		fmt.Sprintf("%d after %s", r.further, span(r.cost.Took)),
@@ -46,13 +46,13 @@ func (g groups) tables(do func(title, text string, head []string, rows [][]strin
 	for _, c := range g.throughput {
 		do(c.workload.String(), "", groupHead, rowsOf(c.outcomes, outcome.groupCells))
 	}
-	do("A further consumer that idles", idleText, idleHead, rowsOf(g.idle, idleRow.cells))
+	do("A further consumer that idles", furtherText, furtherHead, rowsOf(g.further, furtherRow.cells))
 	do("A herd", herdText, herdHead, rowsOf(g.herds, herdRow.cells))
 	do("A slow consumer beside a fast one", besideText, besideHead, rowsOf(g.beside, besideRow.cells))
 }
 
 const (
-	idleText = "Heap and stacks after a collection, and goroutines, for each consumer that is added to one that consumes, " +
+	furtherText = "Heap and stacks after a collection, and goroutines, for each consumer that is added to one that consumes, " +
 		"and the time until all of them do. The plain driver sets them up one after the other; no message ever comes."
 	herdText   = "The server is away for 3 s, and all have lost their connection. The time is from its return until the last one consumes."
 	besideText = "Time from the server's write to the handler, of a consumer that gets a message every 10 ms: alone on its connection, " +

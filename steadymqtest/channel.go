@@ -90,13 +90,15 @@ func (c *conn) onMethod(ch *channel, id uint16, m method, d *decoder) {
 		c.fail(refuse(504, "expected 'channel.open'"), m)
 	case ch.closing && m == channelCloseOk:
 		c.forget(ch)
+	case ch.closing && m == channelClose: // it is answered, and the broker's own is still to be
+		c.closeOk(func() { c.method(id, channelCloseOk) })
 	case m == channelClose:
 		ch.end("closed by the client")
 		c.closeOk(func() {
 			c.method(id, channelCloseOk)
 			c.forget(ch)
 		})
-	case ch.closing || ch.deaf:
+	case ch.closing || ch.ended || ch.deaf:
 	case ch.incoming != nil:
 		c.fail(refuse(505, "expected content for method %d.%d", m.class(), m.id()), m)
 	default:
@@ -107,12 +109,9 @@ func (c *conn) onMethod(ch *channel, id uint16, m method, d *decoder) {
 }
 
 func (c *conn) openChannel(ch *channel, id uint16) {
-	if ch != nil && !ch.closing {
+	if ch != nil {
 		c.fail(refuse(504, "second 'channel.open' seen"), channelOpen)
 		return
-	}
-	if ch != nil {
-		c.forget(ch)
 	}
 	c.b.lastChan++
 	ch = &channel{c: c, id: id, session: c.b.lastChan, firstTag: 1}

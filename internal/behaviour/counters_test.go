@@ -216,11 +216,11 @@ func TestWhatIsLeftBehindIsCountedOnce(t *testing.T) {
 		r.Wait(50 * time.Millisecond)
 		assert.EqualValues(r, 1, r.Consumer.Stats().Abandoned)
 		r.Wait(time.Minute)
-		assert.Equal(r, steadymq.Stats{State: steadymq.Consuming, Sessions: 1, Connections: 4, Dials: 4, Abandoned: 3}, r.Consumer.Stats())
+		assert.Equal(r, steadymq.Stats{State: steadymq.Consuming, Sessions: 1, Connections: 4, Dials: 4, GivenUp: 3, Abandoned: 3}, r.Consumer.Stats())
 		close(release)
 		r.Wait(time.Minute)
 		require.NoError(r, r.Stop())
-		assert.Equal(r, steadymq.Stats{State: steadymq.Stopped, Sessions: 1, Connections: 4, Dials: 4, Abandoned: 3}, r.Consumer.Stats())
+		assert.Equal(r, steadymq.Stats{State: steadymq.Stopped, Sessions: 1, Connections: 4, Dials: 4, GivenUp: 3, Abandoned: 3}, r.Consumer.Stats())
 	})
 }
 

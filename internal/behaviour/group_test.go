@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"regexp"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -24,6 +26,7 @@ type party struct {
 	group     *steadymq.Group
 	consumers []*steadymq.Consumer
 	cancel    context.CancelFunc
+	read      int // of the log
 	result    chan error
 }
 
@@ -65,8 +68,9 @@ func (p *party) start() *party {
 	ctx, cancel := context.WithCancel(p.Context())
 	p.cancel, p.result = cancel, make(chan error, 1)
 	go func() {
-		defer cancel()
-		p.result <- p.group.Run(ctx)
+		err := p.group.Run(ctx)
+		cancel()
+		p.result <- err
 	}()
 	p.Wait(200 * time.Millisecond)
 	return p
@@ -195,6 +199,38 @@ func TestSetUpThatMakesTheBrokerCloseTheConnectionDisturbsTheOthersTwice(t *test
 	})
 }
 
+func TestSetUpThatHangsCostsAChannelAndNotTheConnection(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 3).start()
+		r.Broker.HangAt(steadymqtest.StageConsume, true)
+		late := p.add(rig.Ack)
+		r.Wait(16 * time.Second)
+		require.Equal(t, steadymq.Connecting, late.State())
+		require.EqualValues(t, 1, late.Stats().GivenUp)
+		require.Equal(t, 1, r.OpenConnections())
+		r.Wait(20 * time.Second)
+		require.Equal(t, 1, p.group.Stats().Isolated, "once it is plain that the others live")
+		for i := range 3 {
+			r.Broker.Publish(p.name(i), "m")
+		}
+		r.Wait(time.Second)
+		for _, c := range p.consumers[:3] {
+			require.EqualValues(t, 1, c.Stats().Sessions)
+			require.EqualValues(t, 1, c.Stats().Acked)
+		}
+		r.Broker.HangAt(steadymqtest.StageConsume, false)
+		r.Wait(30 * time.Second)
+		require.Equal(t, steadymq.Consuming, late.State())
+		r.Wait(75 * time.Second)
+		require.Equal(t, steadymq.Consuming, late.State())
+		require.Equal(t, 1, r.OpenConnections(), "it shares the connection again")
+		r.Broker.Publish(p.name(3), "m", "n")
+		r.Wait(time.Second)
+		require.EqualValues(t, 2, late.Stats().Acked)
+		require.NoError(t, p.stop())
+	})
+}
+
 func TestMoreConsumersThanChannelsOpenAFurtherConnection(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		urls := r.Broker.URLs()
@@ -221,16 +257,16 @@ func TestConsumerOfAGroupStartsAndStopsAlone(t *testing.T) {
 		require.Equal(t, 3, p.consuming())
 		require.Equal(t, []*steadymq.Consumer{p.consumers[0], p.consumers[1], late}, p.group.Consumers())
 
-		require.NoError(t, p.consumers[0].Stop(t.Context()))
+		require.NoError(t, p.consumers[0].Stop(r.Context()))
 		require.Equal(t, steadymq.Stopped, p.consumers[0].State())
 		require.Equal(t, 2, p.consuming())
 		require.Equal(t, p.consumers[1:], p.group.Consumers())
 		require.Equal(t, 1, r.OpenConnections())
-		require.ErrorContains(t, late.Run(t.Context(), rig.Ack), "belongs to a Group")
+		require.ErrorContains(t, late.Run(r.Context(), rig.Ack), "belongs to a Group")
 		require.NoError(t, p.stop())
 		_, err := p.group.Handle("q0", rig.Ack)
 		require.ErrorContains(t, err, "has ended")
-		require.ErrorIs(t, p.group.Run(t.Context()), steadymq.ErrRunning)
+		require.ErrorIs(t, p.group.Run(r.Context()), steadymq.ErrRunning)
 	})
 }
 
@@ -262,4 +298,158 @@ func errorsOf(err error) []error {
 		return all.Unwrap()
 	}
 	return []error{err}
+}
+
+// told returns the lines of the log at INFO and above since the last call.
+func (p *party) told() []string {
+	var lines []string
+	for line := range strings.Lines(p.Log.String()[p.read:]) {
+		if !strings.Contains(line, "level=DEBUG") {
+			_, line, _ = strings.Cut(strings.TrimSpace(line), "level=")
+			lines = append(lines, variable.ReplaceAllString(line, "$1=..."))
+		}
+	}
+	p.read = len(p.Log.String())
+	return lines
+}
+
+var variable = regexp.MustCompile(`(retry_in|down|consumer)=\S+`)
+
+func TestLogTellsOnceOfAConnectionThatManyHaveLost(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 3).start()
+		require.ElementsMatch(t, []string{
+			`INFO msg="steadymq: connected" consumers=3 host=mq1.test:5672`,
+			`INFO msg="steadymq: consuming" queue=q0 consumer=... session=1 host=mq1.test:5672`,
+			`INFO msg="steadymq: consuming" queue=q1 consumer=... session=1 host=mq1.test:5672`,
+			`INFO msg="steadymq: consuming" queue=q2 consumer=... session=1 host=mq1.test:5672`,
+		}, p.told())
+		r.Wait(2 * time.Minute)
+		r.Broker.FIN()
+		r.Wait(time.Second)
+		require.Equal(t, 3, p.consuming())
+		require.Equal(t, []string{
+			`WARN msg="steadymq: backoff" consumers=3 host=mq1.test:5672 attempt=1 retry_in=... up=2m0.193s cause="lost: the peer closed the connection"`,
+			`INFO msg="steadymq: connected" consumers=3 host=mq1.test:5672 attempt=1 down=...`,
+		}, p.told())
+
+		r.Broker.DeleteQueue("q1")
+		r.Wait(2 * time.Second)
+		r.Broker.DeclareQueue("q1", steadymqtest.QueueOptions{})
+		r.Wait(6 * time.Second)
+		lines := p.told()
+		require.NotEmpty(t, lines)
+		for _, line := range lines {
+			require.Contains(t, line, "queue=q1", "its own event")
+		}
+		require.Contains(t, lines[len(lines)-1], "consuming")
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestGroupRefusesWhatIsWrongAndSaysWhatToDo(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var none context.Context
+		url := r.Broker.URLs()[0]
+		g, err := steadymq.NewGroup(url)
+		require.NoError(t, err)
+		rows := map[string]struct {
+			err  error
+			says []string
+		}{
+			"no handler and no queue":       {second(g.Handle("", nil)), []string{"Handle: the queue name is empty", "Handle: the handler must not be nil"}},
+			"options of the connection":     {second(g.Handle("q", rig.Ack, steadymq.WithHeartbeat(time.Second), steadymq.WithBackoff(time.Second, time.Minute))), []string{"WithHeartbeat: belongs to the connection", "WithBackoff: belongs to the connection", "NewGroup"}},
+			"connections of one consumer":   {second(steadymq.New(url, "q", steadymq.WithConnections(2))), []string{"WithConnections: is for NewGroup"}},
+			"connections of one in a group": {second(g.Handle("q", rig.Ack, steadymq.WithConnections(2))), []string{"WithConnections: belongs to the connection"}},
+			"no connections":                {second(steadymq.NewGroup(url, steadymq.WithConnections(0))), []string{"WithConnections: must be between 1 and 65535, got 0"}},
+			"too many connections":          {second(steadymq.NewGroup(url, steadymq.WithConnections(65536))), []string{"must be between 1 and 65535"}},
+			"a wrong URL":                   {second(steadymq.NewGroup("http://h/")), []string{"NewGroup: "}},
+			"a nil option":                  {second(steadymq.NewGroup(url, nil)), []string{"NewGroup: option 1 is nil"}},
+			"a nil option of a consumer":    {second(g.Handle("q", rig.Ack, nil)), []string{"Handle: option 1 is nil"}},
+			"no context":                    {g.Run(none), []string{"Run: the context must not be nil"}},
+		}
+		for name, row := range rows {
+			for _, says := range row.says {
+				require.ErrorContains(t, row.err, says, name)
+			}
+			require.ErrorAs(t, row.err, new(*steadymq.OptionError), name)
+		}
+		_, err = steadymq.NewGroup(url, steadymq.WithConnections(65535))
+		require.NoError(t, err)
+	})
+}
+
+func second[T any](_ T, err error) error { return err }
+
+func TestOptionsOfAConsumerComeAfterThoseOfItsGroup(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		block := make(chan struct{})
+		wait := func(context.Context, *steadymq.Delivery) error { <-block; return nil }
+		queue := steadymq.Queue{Type: "classic", Args: amqp.Table{"x-message-ttl": 60_000}}
+		p := grouped(r, 0, steadymq.WithQueue(queue), steadymq.WithConcurrency(3))
+		queue.Args["x-message-ttl"] = "too late, and refused"
+		_, err := p.group.Handle("first", wait)
+		require.NoError(t, err)
+		_, err = p.group.Handle("second", wait, steadymq.WithQueue(steadymq.Queue{}), steadymq.WithPrefetch(5), steadymq.WithConcurrency(1))
+		require.NoError(t, err)
+		p.start()
+		for _, c := range p.group.Consumers() {
+			require.Equal(t, steadymq.Consuming, c.State())
+			for range 50 {
+				r.Broker.Publish(c.Queue(), "m")
+			}
+		}
+		r.Wait(time.Second)
+		handling := [2]int{}
+		for i, c := range p.group.Consumers() {
+			handling[i] = c.Stats().Handling
+		}
+		assert.Equal(t, [2]int{3, 1}, handling)
+		assert.Equal(t, 32, r.Broker.Unsettled("first"))
+		assert.Equal(t, 5, r.Broker.Unsettled("second"))
+		close(block)
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestEachConsumerOfAGroupHasItsOwnLimitOfAMessage(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 0, steadymq.WithMaxMessageSize(10))
+		small, large := p.add(rig.Ack), p.add(rig.Ack, steadymq.WithMaxMessageSize(20))
+		p.start()
+		for i := range 2 {
+			r.Broker.Publish(p.name(i), "fifteen bytes!!")
+		}
+		r.Wait(time.Second)
+		assert.EqualValues(t, 1, small.Stats().Unreadable)
+		assert.Zero(t, large.Stats().Unreadable)
+		assert.EqualValues(t, 1, large.Stats().Acked)
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestMisuseOfOneChannelIsNotThatOfAnother(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 0)
+		inside := make(chan struct{})
+		good := p.add(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			<-inside
+			return "", nil
+		}))
+		bad := p.add(rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			err := ch.Tx()
+			select {
+			case <-inside:
+			default:
+				close(inside)
+			}
+			return "", err
+		}))
+		p.start()
+		r.Wait(10 * time.Second)
+		assert.Equal(t, steadymq.Consuming, good.State())
+		assert.EqualValues(t, 1, good.Stats().Sessions)
+		assert.NotEqual(t, steadymq.Consuming, bad.State())
+		require.NoError(t, p.stop())
+	})
 }

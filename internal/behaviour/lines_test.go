@@ -305,6 +305,29 @@ var goldenRows = []goldenRow{
 		want: []string{"INFO steadymq: draining; " + atFirst},
 	},
 	{
+		name: "a group", message: "connected",
+		provoke: func(r *rig.Rig, l *recorder) {
+			p := grouped(r, 2, l.option()).start()
+			require.NoError(r, p.stop())
+		},
+		want: []string{"INFO steadymq: connected; Int64 consumers=2; String host=mq1.test:5672"},
+	},
+	{
+		name: "a group", message: "the connection has no channel left for all consumers, so a further connection is opened: raise channel_max, or set WithConnections",
+		provoke: func(r *rig.Rig, l *recorder) {
+			g, err := steadymq.NewGroup(r.Broker.URLs()[0]+"?channel_max=1", steadymq.WithDialer(r.Broker.Dialer()), l.option())
+			require.NoError(r, err)
+			p := &party{Rig: r, group: g}
+			p.add(rig.Ack)
+			p.add(rig.Ack)
+			require.NoError(r, p.start().stop())
+		},
+		want: []string{
+			"WARN steadymq: the connection has no channel left for all consumers, so a further connection is opened: raise channel_max, or set WithConnections; " +
+				"String queue=<queue>; String host=mq1.test:5672",
+		},
+	},
+	{
 		name: "a refused login", message: "stopped",
 		provoke: func(r *rig.Rig, l *recorder) {
 			r.Broker.RefuseLogin(true)

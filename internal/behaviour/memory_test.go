@@ -104,27 +104,101 @@ func TestLostSessionsLeaveNothingInMemory(t *testing.T) {
 	}
 }
 
-// An idle consumer has a connection, a session and its queue of events; what the broker in the same
-// process keeps for it counts here as well.
+// The goroutines of a consumer: the caller of Run, one for the connection and one for the session;
+// the writer of the socket; the driver's reader, heartbeater and buffer. A worker starts with a
+// delivery that none waits for.
+const idleGoroutines = 7
+
+// The bound is generous, for what the broker in the same process keeps for a consumer counts as
+// well. bench tells how much it is without that.
 func TestIdleConsumerIsSmall(t *testing.T) {
+	for name, o := range map[string]struct {
+		options    []steadymq.Option
+		deliveries int
+		goroutines int
+	}{
+		"by default":            {nil, 0, idleGoroutines},
+		"with much room":        {rig.Options(steadymq.WithPrefetch(10_000), steadymq.WithConcurrency(64)), 0, idleGoroutines},
+		"behind its deliveries": {nil, 1, idleGoroutines + 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				const consumers = 50
+				quiet := append(o.options, steadymq.WithLogger(slog.New(slog.DiscardHandler)))
+				r.Consuming(rig.Ack, quiet...)
+				before, goroutines := heapAndStacks(), rig.ClientGoroutines()
+				stops := make([]func() error, consumers)
+				for i := range consumers {
+					other := &rig.Rig{T: r.T, Broker: r.Broker, Log: r.Log}
+					other.Run(rig.Ack, quiet...)
+					stops[i] = other.Stop
+				}
+				r.Wait(time.Minute)
+				for range (consumers + 1) * o.deliveries {
+					r.Broker.Publish(rig.Queue, "tea") // to each in turn
+					r.Wait(time.Millisecond)
+				}
+				r.Wait(time.Minute)
+				each := (heapAndStacks() - before) / consumers
+				t.Logf("an idle consumer has %d bytes, with the broker's share", each)
+				assert.Less(r, each, 128<<10)
+				assert.Equal(r, consumers*o.goroutines, rig.ClientGoroutines()-goroutines-(o.goroutines-idleGoroutines))
+				for _, stop := range stops {
+					require.NoError(r, stop())
+				}
+			}, steadymqtest.WithoutLedger())
+		})
+	}
+}
+
+func heapAndStacks() int {
+	var m runtime.MemStats
+	for range 3 { // each halves the stacks that are too large
+		runtime.GC()
+	}
+	runtime.ReadMemStats(&m)
+	return int(m.HeapAlloc + m.StackInuse)
+}
+
+func TestWorkerStartsForADeliveryThatNoneWaitsFor(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
-		const consumers = 50
+		release := make(chan struct{})
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "long" {
+				<-release
+			}
+			return nil
+		}, steadymq.WithConcurrency(3))
+		r.Wait(time.Second)
+		workers := func(bodies ...string) int {
+			for _, body := range bodies {
+				r.Broker.Publish(rig.Queue, body)
+			}
+			r.Wait(time.Second)
+			return rig.ClientGoroutines() - idleGoroutines
+		}
+		assert.Equal(r, 0, workers())
+		assert.Equal(r, 1, workers("short"))
+		assert.Equal(r, 1, workers("short"), "one waits for it")
+		assert.Equal(r, 2, workers("long", "long"), "one waits for one of them")
+		assert.Equal(r, 3, workers("long", "long"), "no more than the concurrency")
+		assert.Equal(r, 3, r.Consumer.Stats().Handling)
+		r.Broker.Reset()
+		assert.Equal(r, 3, workers("short"), "whatever becomes of the session")
+		assert.EqualValues(r, 2, r.Consumer.Stats().Acked, "they are busy with messages of the old session")
+		close(release)
+		assert.Equal(r, 3, workers())
+		assert.Zero(r, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
+	})
+}
+
+func TestStopBeforeAnyDeliveryIsPrompt(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
 		r.Consuming(rig.Ack)
-		before, goroutines := heap(), runtime.NumGoroutine()
-		stops := make([]func() error, consumers)
-		for i := range consumers {
-			other := &rig.Rig{T: r.T, Broker: r.Broker, Log: r.Log}
-			other.Run(rig.Ack)
-			stops[i] = other.Stop
-		}
-		r.Wait(time.Minute)
-		each := (heap() - before) / consumers
-		t.Logf("an idle consumer has %d bytes and %d goroutines, with the broker's share", each, (runtime.NumGoroutine()-goroutines)/consumers)
-		assert.Less(r, each, 256<<10)
-		for _, stop := range stops {
-			require.NoError(r, stop())
-		}
-	}, steadymqtest.WithoutLedger())
+		since := time.Now()
+		require.NoError(r, r.Stop())
+		assert.Less(r, time.Since(since), time.Second)
+	})
 }
 
 // Options bring goroutines, timers and places of their own to each session.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -38,12 +39,20 @@ func (c *CountedConn) Close() error {
 }
 
 // DriverGoroutines returns how many goroutines of the driver there are.
-func DriverGoroutines() int {
-	stacks := make([]byte, 1<<20)
+func DriverGoroutines() int { return goroutinesOf("amqp091-go.") }
+
+// ClientGoroutines returns how many goroutines there are of the library and of the driver, those
+// that call Run included.
+func ClientGoroutines() int {
+	return goroutinesOf("amqp091-go.", "github.com/steadymq/steadymq.(", "github.com/steadymq/steadymq/internal/wire.(")
+}
+
+// goroutinesOf returns how many goroutines are in a function whose name holds one of the texts.
+func goroutinesOf(functions ...string) (n int) {
+	stacks := make([]byte, 8<<20)
 	stacks = stacks[:runtime.Stack(stacks, true)]
-	n := 0
 	for g := range strings.SplitSeq(string(stacks), "\n\n") {
-		if strings.Contains(g, "amqp091-go.") {
+		if slices.ContainsFunc(functions, func(name string) bool { return strings.Contains(g, name) }) {
 			n++
 		}
 	}

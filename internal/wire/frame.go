@@ -28,6 +28,7 @@ const (
 	channelClose      = 20<<16 | 40
 	channelCloseOk    = 20<<16 | 41
 	basicConsume      = 60<<16 | 20
+	basicPublish      = 60<<16 | 40
 	basicDeliver      = 60<<16 | 60
 	basicAck          = 60<<16 | 80
 	basicReject       = 60<<16 | 90
@@ -326,18 +327,23 @@ func mechanismsOf(b []byte) string {
 
 // scanner follows the frames in a stream, by their first bytes only.
 type scanner struct {
-	onFrame func(start []byte) // sees the beginning of each frame
-	skip    uint64             // bytes to the next frame
-	part    [headerHead]byte   // the beginning of a frame that a write cut
-	have    int                // bytes in part
-	opaque  bool               // the stream holds no frames any more
+	onFrame func(start []byte) (pass bool) // sees the beginning of each frame, and keeps it back or not
+	pass    bool                           // the current frame
+	skip    uint64                         // bytes to the next frame
+	part    [headerHead]byte               // the beginning of a frame that a write cut, before onFrame saw it
+	have    int                            // bytes in part
+	opaque  bool                           // the stream holds no frames any more
 }
 
-// next goes over the following bytes of the stream.
-func (c *scanner) next(b []byte) {
+// next goes over the following bytes of the stream. It appends to out what is not kept back.
+func (c *scanner) next(out, b []byte) []byte {
 	for len(b) > 0 && !c.opaque {
 		if c.skip > 0 {
-			b = b[c.skipRest(b):]
+			n := c.skipRest(b)
+			if c.pass {
+				out = append(out, b[:n]...)
+			}
+			b = b[n:]
 			continue
 		}
 		start := c.frameStart(b)
@@ -350,11 +356,14 @@ func (c *scanner) next(b []byte) {
 			c.opaque = true
 			break
 		}
-		c.onFrame(start)
+		if c.pass = c.onFrame(start); c.pass {
+			out = append(out, start[:need]...)
+		}
 		b = b[need-c.have:]
 		c.have = 0
 		c.skip = length + frameHead + 1 - uint64(need)
 	}
+	return out
 }
 
 // betweenFrames tells whether the next byte begins a frame.

@@ -149,7 +149,7 @@ func TestHeadersTakeMemoryAsTheyCome(t *testing.T) {
 		_, err := far.Write(message[:100])
 		require.NoError(t, err)
 		synctest.Wait()
-		assert.Len(t, sub.socket.in.buf, readBuffer, "what is announced is not believed")
+		assert.Len(t, sub.socket.in.buf, idleBuffer, "what is announced is not believed")
 		_, err = far.Write(message[100:])
 		require.NoError(t, err)
 		_, err = far.Write(heartbeatFrame)

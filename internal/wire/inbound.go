@@ -7,6 +7,8 @@ import (
 	"io"
 	"math"
 	"os"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -27,8 +29,10 @@ type inbound struct {
 	delivered atomic.Int64           // when bytes of a delivery last came, likewise
 	offer     atomic.Pointer[string] // the mechanisms of the broker's first frame, nil before it
 
-	buf  []byte
-	r, w int
+	buf   []byte
+	r, w  int
+	full  bool  // the last read has filled buf
+	slack slack // when buf becomes small again
 
 	greeted     bool  // the broker's first frame has come
 	passThrough int64 // bytes of the current frame that the driver still gets
@@ -37,14 +41,20 @@ type inbound struct {
 	current  *Subscription // whose message is being read
 	bodyLeft int           // bytes of its frame still to come, with the frame's end
 
-	beat           []byte        // for the driver, in place of the deliveries it does not see
+	told           []byte        // for the driver, by the wire and not by the broker
 	lastPassed     time.Duration // when the driver last got a frame, since the socket's start
 	deliveredSince bool          // a subscription got bytes after lastPassed
 	deliveredNow   bool          // a subscription got bytes of what was read last
+
+	untold     atomic.Bool // the wire has something to tell the driver
+	waking     atomic.Bool // and a read deadline in the past ends the wait for the broker
+	deadlineMu sync.Mutex  // guards both deadlines, for memory only
+	deadline   time.Time   // the driver's own
 }
 
 const (
-	// readBuffer makes one read of the socket serve many small frames.
+	// readBuffer makes one read of the socket serve many small frames. The buffer grows to that while
+	// reads fill it, and beyond it only for a frame that is larger.
 	readBuffer = 64 << 10
 
 	// maxHeader is how large the frame with the headers of a message may be. It may be larger than
@@ -64,7 +74,7 @@ const (
 
 func (in *inbound) init(s *Socket) {
 	in.socket = s
-	in.buf = make([]byte, readBuffer)
+	in.buf = make([]byte, idleBuffer)
 }
 
 // Read hands out what the broker sent for the driver.
@@ -72,6 +82,9 @@ func (s *Socket) Read(p []byte) (int, error) { return s.in.read(p) }
 
 func (in *inbound) read(p []byte) (int, error) {
 	for len(p) > 0 && !in.socket.end.closed.Load() {
+		if in.untold.Load() && in.passThrough == 0 && !in.opaque {
+			in.hear()
+		}
 		n, err := in.demux(p)
 		if err != nil {
 			in.dismiss(err)
@@ -94,7 +107,7 @@ func (in *inbound) read(p []byte) (int, error) {
 func (in *inbound) fill() error {
 	s := in.socket
 	if heard := in.lastHeard(); in.deliveredSince && in.passThrough == 0 && heard-in.lastPassed >= beatEvery {
-		in.beat, in.deliveredSince, in.lastPassed = heartbeat, false, heard
+		in.told, in.deliveredSince, in.lastPassed = heartbeat, false, heard
 		return nil
 	}
 	in.makeRoom()
@@ -106,12 +119,65 @@ func (in *inbound) fill() error {
 	s.out.flushIfIdle()
 	n, err := s.opts.transfer(s.conn.Read, in.buf[in.w:], s.Kill)
 	s.out.readerIdle.Store(false)
+	woken := in.waking.Load()
+	if woken {
+		in.sleep()
+	}
+	if n == 0 && woken && errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil
+	}
 	if n == 0 {
 		return in.readFailed(err)
 	}
 	in.w += n
+	in.full = in.w == len(in.buf)
 	in.heard.Store(int64(time.Since(s.start)))
 	return nil
+}
+
+// hear takes what the wire has to tell the driver, between two frames of the broker. It ends a
+// message whose channel was given up.
+func (in *inbound) hear() {
+	in.untold.Store(false)
+	out := &in.socket.out
+	out.mu.Lock()
+	in.told = slices.Concat(in.told, out.channels.toDriver)
+	out.channels.toDriver = nil
+	current := in.current
+	over := current != nil && out.subscriptions.isGivenUp(current.channel)
+	out.mu.Unlock()
+	if over {
+		current.drop()
+	}
+}
+
+// wake makes Read look for what the wire has to tell the driver, on any goroutine. A connection
+// without read deadlines is woken by the broker's next bytes.
+func (in *inbound) wake() {
+	in.untold.Store(true)
+	in.deadlineMu.Lock()
+	defer in.deadlineMu.Unlock()
+	in.waking.Store(true)
+	_ = in.socket.conn.SetReadDeadline(time.Unix(1, 0))
+}
+
+// sleep lets Read wait for the broker again, up to the driver's own deadline.
+func (in *inbound) sleep() {
+	in.deadlineMu.Lock()
+	defer in.deadlineMu.Unlock()
+	in.waking.Store(false)
+	_ = in.socket.conn.SetReadDeadline(in.deadline)
+}
+
+// setDeadline takes the driver's own read deadline.
+func (in *inbound) setDeadline(t time.Time) error {
+	in.deadlineMu.Lock()
+	defer in.deadlineMu.Unlock()
+	in.deadline = t
+	if in.waking.Load() {
+		return nil // sleep will set it
+	}
+	return in.socket.conn.SetReadDeadline(t)
 }
 
 func (in *inbound) lastHeard() time.Duration { return time.Duration(in.heard.Load()) }
@@ -122,21 +188,28 @@ func (in *inbound) sinceDelivery() time.Duration {
 }
 
 // makeRoom lets the buffer grow with what comes, whatever is announced, and shrink again after a
-// large frame.
+// large frame, and when there is little to read for a while.
 func (in *inbound) makeRoom() {
+	used := in.w
 	if in.r > 0 {
 		in.w = copy(in.buf, in.buf[in.r:in.w])
 		in.r = 0
 	}
 	size := len(in.buf)
+	idle := in.slack.over(used, in.lastHeard())
 	switch {
-	case in.w == size:
+	case in.w == size, in.full && size < readBuffer:
 		size *= 2
-	case size > readBuffer && in.w == 0:
+	case in.w > 0:
+		return
+	case size > readBuffer:
 		size = readBuffer
+	case idle && size > idleBuffer:
+		size = idleBuffer
 	default:
 		return
 	}
+	in.full = false
 	in.buf = append(make([]byte, 0, size), in.buf[:in.w]...)[:size]
 }
 
@@ -147,9 +220,9 @@ func (in *inbound) demux(p []byte) (int, error) {
 		var err error
 		complete := true
 		switch {
-		case len(in.beat) > 0:
-			n := copy(p, in.beat)
-			in.beat = in.beat[n:]
+		case len(in.told) > 0:
+			n := copy(p, in.told)
+			in.told = in.told[n:]
 			return n, nil
 		case in.r == in.w:
 			return 0, nil
@@ -204,10 +277,12 @@ func (in *inbound) next() (complete bool, err error) {
 	if !in.greeted && !in.greet(b, whole) {
 		return false, nil
 	}
-	sub := in.subscriptionOn(binary.BigEndian.Uint16(b[1:]))
+	sub := in.subscriptionOn(binary.BigEndian.Uint16(b[1:]), b[0])
 	switch {
 	case sub == nil:
 		return in.leaveToDriver(b, whole)
+	case sub.givenUp:
+		return in.late(sub, b, whole)
 	case b[0] == frameHeader && sub.wantsHeader() && whole <= math.MaxInt32:
 		return in.header(sub, b, int(whole))
 	case whole > FrameSize: // the driver refuses what is longer than agreed
@@ -222,9 +297,28 @@ func (in *inbound) next() (complete bool, err error) {
 	}
 }
 
+// late drops a frame of a channel that was given up, piece by piece.
+func (in *inbound) late(tombstone *Subscription, b []byte, whole uint64) (complete bool, err error) {
+	if whole > FrameSize && b[0] != frameHeader || whole > math.MaxInt32 {
+		return in.leaveToDriver(b, whole)
+	}
+	if id := methodID(b); endsChannel(id) {
+		in.socket.out.ends(tombstone.channel, id)
+	}
+	return in.takePiecemeal(tombstone, int(whole)), nil
+}
+
+func endsChannel(method uint32) bool { return method == channelClose || method == channelCloseOk }
+
 // leaveToDriver leaves a frame to the driver. The driver cannot skip a body, and allocates as much
 // as its header announces.
 func (in *inbound) leaveToDriver(b []byte, whole uint64) (complete bool, err error) {
+	if id := methodID(b); endsChannel(id) && whole <= FrameSize {
+		channel := binary.BigEndian.Uint16(b[1:])
+		if in.socket.out.ends(channel, id) { // it was given up this very moment
+			return in.takePiecemeal(newTombstone(in.socket, channel), int(whole)), nil
+		}
+	}
 	if b[0] == frameHeader {
 		size := binary.BigEndian.Uint64(b[frameHead+4:])
 		if err := in.socket.opts.refuse(size); err != nil {
@@ -260,8 +354,8 @@ func (in *inbound) greet(b []byte, whole uint64) bool {
 
 // subscriptionOn returns the subscription of a channel, nil if there is none. It spares the lock
 // while a message is being read.
-func (in *inbound) subscriptionOn(channel uint16) *Subscription {
-	if sub := in.current; sub != nil && sub.channel == channel && sub.message != nil {
+func (in *inbound) subscriptionOn(channel uint16, frame byte) *Subscription {
+	if sub := in.current; sub != nil && sub.channel == channel && sub.message != nil && frame != frameMethod {
 		return sub
 	}
 	out := &in.socket.out
@@ -278,8 +372,7 @@ func (in *inbound) method(sub *Subscription, b []byte, whole int) (complete bool
 	if id != basicDeliver && !again {
 		sub.drop()
 		sub.closedByBroker = sub.closedByBroker || id == channelClose
-		in.passThrough = int64(whole)
-		return true, nil
+		return in.leaveToDriver(b, uint64(whole))
 	}
 	if len(b) < whole {
 		return false, nil

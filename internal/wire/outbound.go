@@ -29,10 +29,12 @@ type outbound struct {
 	mu            sync.Mutex    // held for memory only, never across a blocking call
 	pending       []byte        // waits for the connection
 	spare         []byte        // the other of the two buffers that take swaps
+	slack         slack         // when they become small again
 	flush         flushPolicy   // when pending goes out
 	room          chan struct{} // closed when there may be room again; nil if nobody waits
 	scanner       scanner       // follows the driver's frames
 	subscriptions subscriptions
+	channels      channels
 	closed        bool      // takes nothing more; what is pending still goes out
 	deadline      time.Time // the driver's own write deadline
 	limit         time.Time // the deadline of the write under way; zero before the first
@@ -59,7 +61,8 @@ func (o *outbound) init(s *Socket) {
 	o.delay.Stop()
 	o.done = make(chan struct{})
 	o.subscriptions.init()
-	o.scanner.onFrame = o.subscriptions.learn
+	o.channels.init()
+	o.scanner.onFrame = o.learn
 	o.flush = flushPolicy{delay: s.opts.WriteDelay, idle: o.idle}
 }
 
@@ -75,20 +78,23 @@ func (o *outbound) write(p []byte) (int, error) {
 		o.mu.Unlock()
 		return 0, s.err()
 	}
-	o.observe(p)
+	o.append(p)
 	if o.scanner.opaque {
 		o.mu.Unlock()
 		s.Kill(errDriverGarbled)
 		return 0, s.err()
 	}
-	o.pending = append(o.pending, p...)
+	o.insertPending()
 	if !o.scanner.withinFrame() {
 		o.signalRoom() // settlements wait for the end of a long frame
 	}
-	wake := o.flush.flushNow()
+	wake, tell := o.flush.flushNow(), len(o.channels.toDriver) > 0
 	o.mu.Unlock()
 	if wake {
 		o.wakeWriter()
+	}
+	if tell {
+		s.in.wake()
 	}
 	return len(p), nil
 }
@@ -147,12 +153,23 @@ func (o *outbound) signalRoom() {
 	}
 }
 
-// observe looks at what the driver writes, except for its very first words, which are no frame.
-func (o *outbound) observe(p []byte) {
+// append adds what the driver writes and the broker is to get. The driver's very first words are no
+// frame.
+func (o *outbound) append(p []byte) {
 	if o.scanner.betweenFrames() && bytes.HasPrefix(p, []byte("AMQP")) {
+		o.pending = append(o.pending, p...)
 		return
 	}
-	o.scanner.next(p)
+	o.pending = o.scanner.next(o.pending, p)
+}
+
+// learn takes a frame that the driver writes, or at least its beginning. It returns false if the
+// broker must not get it.
+func (o *outbound) learn(p []byte) (pass bool) {
+	if pass = o.channels.learn(p); pass {
+		o.subscriptions.learn(p)
+	}
+	return pass
 }
 
 // idle tells whether no settlement can follow for now. The caller holds mu.
@@ -236,6 +253,9 @@ func (o *outbound) take() (batch []byte, closed bool) {
 		return nil, false
 	}
 	batch = o.pending
+	if idle := o.slack.over(len(batch), time.Since(o.socket.start)); idle && cap(o.spare) > idleBuffer {
+		o.spare = nil
+	}
 	o.pending, o.spare = o.spare[:0], batch
 	o.flush.taken()
 	o.signalRoom()

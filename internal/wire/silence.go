@@ -13,29 +13,30 @@ import (
 // WatchPeer begins to watch for a peer that falls silent. It is called once, after the handshake:
 // before that, silence can be an answer, and the limit of the set-up bounds it.
 func (s *Socket) WatchPeer() {
-	if s.opts.IdleTimeout > 0 {
-		s.running.Go(s.watch)
+	if idle := s.opts.IdleTimeout; idle > 0 {
+		s.dog.idle, s.dog.due = idle, time.Since(s.start)+idle
+		s.lookAgain(idle)
 	}
 }
 
 // watch ends the socket when Read has read nothing for too long. That covers a silent peer and a
-// driver that stopped reading alike.
+// driver that stopped reading alike. It is the function of the timer: a socket that is idle needs
+// no goroutine for it.
 func (s *Socket) watch() {
-	dog := watchdog{idle: s.opts.IdleTimeout, due: time.Since(s.start) + s.opts.IdleTimeout}
-	timer := time.NewTimer(dog.idle)
-	defer timer.Stop()
-	for {
-		select {
-		case <-s.end.done:
-			return
-		case <-timer.C:
-		}
-		now := time.Since(s.start)
-		if dog.expired(now, time.Duration(s.in.heard.Load())) {
-			s.Kill(fmt.Errorf("%w for %v: the peer or the path to it is dead, or the driver stopped reading", ErrWatchdog, dog.idle))
-			return
-		}
-		timer.Reset(dog.due - now)
+	now := time.Since(s.start)
+	if s.dog.expired(now, time.Duration(s.in.heard.Load())) {
+		s.Kill(fmt.Errorf("%w for %v: the peer or the path to it is dead, or the driver stopped reading", ErrWatchdog, s.dog.idle))
+		return
+	}
+	s.lookAgain(s.dog.due - now)
+}
+
+// lookAgain starts the timer, which the end of the socket stops: either the end has come and is seen
+// here, or it comes later.
+func (s *Socket) lookAgain(after time.Duration) {
+	s.dogTimer.Reset(after)
+	if s.end.closed.Load() {
+		s.dogTimer.Stop()
 	}
 }
 

@@ -29,6 +29,8 @@ type Socket struct {
 	end          end
 	disconnected chan struct{}  // closed when raw has been closed, soon after the end
 	running      sync.WaitGroup // the socket's own goroutines
+	dog          watchdog       // only WatchPeer uses it, and then watch
+	dogTimer     *time.Timer    // calls watch
 
 	out outbound
 	_   [cacheLine]byte
@@ -48,7 +50,8 @@ type Options struct {
 	WriteTimeout time.Duration
 	// WriteDelay is the longest that a settlement waits to share a write.
 	WriteDelay time.Duration
-	// Refuse says why a body of so many bytes is not kept, nil if it is. Without it all are.
+	// Refuse says why a body of so many bytes is not kept, nil if it is, unless its Receiver is a
+	// Refuser. Without it all are.
 	Refuse func(size uint64) error
 	// Transfer calls Read or Write of the connection, which may be the user's and panic. It tells
 	// broken of a panic, even where that ends the goroutine. Without it they are called directly.
@@ -95,6 +98,8 @@ func NewSocket(conn net.Conn, o Options) *Socket {
 	if c, ok := conn.(*tls.Conn); ok {
 		s.raw = c.NetConn()
 	}
+	s.dogTimer = time.AfterFunc(time.Hour, s.watch)
+	s.dogTimer.Stop()
 	s.running.Go(s.out.writeLoop)
 	return s
 }
@@ -172,6 +177,7 @@ func (s *Socket) disconnect(reset bool) {
 	if !s.end.close() {
 		return
 	}
+	s.dogTimer.Stop()
 	defer close(s.disconnected)
 	if reset {
 		Abort(s.raw)
@@ -223,4 +229,4 @@ func (s *Socket) SetDeadline(t time.Time) error {
 }
 
 // SetReadDeadline implements net.Conn.
-func (s *Socket) SetReadDeadline(t time.Time) error { return s.conn.SetReadDeadline(t) }
+func (s *Socket) SetReadDeadline(t time.Time) error { return s.in.setDeadline(t) }

@@ -73,6 +73,16 @@ func TestWatchdogIsFedByWhatTheDriverReads(t *testing.T) {
 	})
 }
 
+func TestSocketThatHasEndedIsNotWatched(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, _ := pipe(t, socketLimits)
+		s.Kill(nil)
+		assert.False(t, s.dogTimer.Stop(), "a timer would keep the socket in memory")
+		s.WatchPeer() // the end may come before it
+		assert.False(t, s.dogTimer.Stop())
+	})
+}
+
 func TestWatchdogForgivesAMachineThatStoodStill(t *testing.T) {
 	dog := watchdog{idle: 20 * time.Second, due: 20 * time.Second}
 	assert.False(t, dog.expired(20*time.Second, 7*time.Second), "fed meanwhile")

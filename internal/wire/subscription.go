@@ -22,6 +22,7 @@ type Subscription struct {
 	closed    bool         // nothing more is settled; outbound's mutex guards it and channel
 	unsettled atomic.Int64 // deliveries that are not settled
 	heard     atomic.Int64 // when bytes of a delivery last came, since the socket's start
+	refuse    func(size uint64) error
 
 	// The message that is being read, which only Read's caller touches. What the workers read for
 	// every settlement fills the cache line before.
@@ -31,6 +32,7 @@ type Subscription struct {
 	announcedSize  uint64 // of the body, once unfit is set
 	unfit          error  // why no handler can be given it
 	closedByBroker bool   // the broker has closed the channel
+	givenUp        bool   // all that comes is dropped
 	interner       interner
 }
 
@@ -46,6 +48,12 @@ type Receiver interface {
 	// PutAside takes a complete message that no handler can be given, and why; size is that of its
 	// body, which was not kept.
 	PutAside(d *amqp.Delivery, size uint64, reason error)
+}
+
+// Refuser is a Receiver that says by itself why a body of so many bytes is not kept, nil if it is, in
+// place of Options.Refuse.
+type Refuser interface {
+	Refuse(size uint64) error
 }
 
 // newMessage returns memory for the next message. One of a closed channel goes nowhere.
@@ -90,7 +98,7 @@ func (sub *Subscription) header(payload []byte) {
 	sub.size = d.longlong()
 	sub.interner.properties(&d, sub.message)
 	sub.hasHeader = true
-	if err := sub.socket.opts.refuse(sub.size); err != nil {
+	if err := sub.refuse(sub.size); err != nil {
 		sub.setUnfit(err)
 	}
 	if d.err != nil {
@@ -114,6 +122,9 @@ func (sub *Subscription) oversizedHeader(size uint64) {
 
 // body takes a part of the body. Only at the end of a frame can the message be whole.
 func (sub *Subscription) body(part []byte, frameEnds bool) {
+	if sub.message == nil {
+		return // the channel was given up
+	}
 	if sub.unfit == nil {
 		sub.message.Body = append(sub.message.Body, part...)
 	} else {
@@ -217,13 +228,14 @@ type subscriptions struct {
 	expected   map[string]*Subscription // by consumer tag, until its basic.consume is written
 	open       map[uint16]*Subscription // by channel
 	tombstones map[uint16]*Subscription // closed ones, until the channel is opened again
-	misuse     Misuse
+	misuse     map[uint16]Misuse        // by channel, until that is opened again
 }
 
 func (all *subscriptions) init() {
 	all.expected = make(map[string]*Subscription)
 	all.open = make(map[uint16]*Subscription)
 	all.tombstones = make(map[uint16]*Subscription)
+	all.misuse = make(map[uint16]Misuse)
 }
 
 // learn takes a frame that the driver writes, or at least its beginning.
@@ -237,13 +249,18 @@ func (all *subscriptions) learn(p []byte) {
 			sub.channel, sub.closed = channel, false
 			all.open[channel] = sub
 		} else {
-			all.misuse.Consumers++
+			m := all.misuse[channel]
+			m.Consumers++
+			all.misuse[channel] = m
 		}
 	case txSelect:
-		all.misuse.Transactions++
+		m := all.misuse[channel]
+		m.Transactions++
+		all.misuse[channel] = m
 	case channelOpen:
 		all.close(channel)
 		delete(all.tombstones, channel)
+		delete(all.misuse, channel)
 	case channelClose, channelCloseOk:
 		all.close(channel)
 	case connectionClose, connectionCloseOk:
@@ -259,6 +276,24 @@ func (all *subscriptions) close(channel uint16) {
 		delete(all.open, channel)
 		all.tombstones[channel] = sub
 	}
+}
+
+// giveUp ends the subscription of a channel, if it has one. All that comes on the channel is dropped
+// until it is opened again.
+func (all *subscriptions) giveUp(s *Socket, channel uint16) {
+	all.close(channel)
+	all.tombstones[channel] = newTombstone(s, channel)
+	all.tombstones[channel].givenUp = true
+}
+
+// newTombstone returns what takes the place of a closed subscription: it drops late deliveries.
+func newTombstone(s *Socket, channel uint16) *Subscription {
+	return &Subscription{socket: s, channel: channel, closed: true, closedByBroker: true, refuse: s.opts.refuse}
+}
+
+func (all *subscriptions) isGivenUp(channel uint16) bool {
+	sub := all.on(channel)
+	return sub != nil && sub.givenUp
 }
 
 // on returns the subscription of a channel, nil if there is none.
@@ -292,7 +327,10 @@ func consumerTag(p []byte) string {
 // Subscribe makes the subscription of a consumer that is about to be. It opens with the
 // basic.consume of this tag, which the driver writes.
 func (s *Socket) Subscribe(tag string, prefetch int, to Receiver) *Subscription {
-	sub := &Subscription{socket: s, receiver: to, tag: tag, prefetch: int64(prefetch), closed: true}
+	sub := &Subscription{socket: s, receiver: to, tag: tag, prefetch: int64(prefetch), closed: true, refuse: s.opts.refuse}
+	if own, ok := to.(Refuser); ok {
+		sub.refuse = own.Refuse
+	}
 	s.out.mu.Lock()
 	defer s.out.mu.Unlock()
 	s.out.subscriptions.expected[tag] = sub
@@ -315,22 +353,23 @@ func (sub *Subscription) LeaveTombstone() {
 	out.mu.Lock()
 	defer out.mu.Unlock()
 	if out.subscriptions.tombstones[sub.channel] == sub {
-		out.subscriptions.tombstones[sub.channel] = &Subscription{
-			socket: sub.socket, tag: sub.tag, channel: sub.channel, closed: true, closedByBroker: true,
-		}
+		tombstone := newTombstone(sub.socket, sub.channel)
+		tombstone.tag = sub.tag
+		out.subscriptions.tombstones[sub.channel] = tombstone
 	}
 }
 
 // Misuse counts what must not be done with the channel that a TopologyFunc is given. Only such a
-// function does it, and no two of them run at the same time on one connection.
+// function does it.
 type Misuse struct {
 	Transactions int
 	Consumers    int
 }
 
-// Misuse is what was counted on the socket so far.
-func (s *Socket) Misuse() Misuse {
-	s.out.mu.Lock()
-	defer s.out.mu.Unlock()
-	return s.out.subscriptions.misuse
+// Misuse is what was counted on the channel so far.
+func (c *Channel) Misuse() Misuse {
+	o := &c.socket.out
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.subscriptions.misuse[c.number]
 }

@@ -36,13 +36,14 @@ var rooms = []room{
 	{"reconnect.go"},
 	{"notify.go", "log.go"},
 	{"dial.go"},
-	{"connection.go", "connections.go"},
+	{"connection.go", "loan.go", "connections.go"},
 	{"inbox.go"},
 	{"stream.go"},
 	{"session.go", "topology.go", "hold.go", "lookup.go"},
 	{"probe.go"},
 	{"worker.go"},
 	{"consumer.go"},
+	{"group.go"},
 }
 
 // A rule says what the packages that match must not import, tests apart.
