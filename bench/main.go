@@ -1,6 +1,6 @@
 // Command bench compares steadymq with the plain driver: how fast it consumes,
-// what that costs, how soon it consumes again after a fault, and what it takes
-// while it is idle.
+// what that costs, how soon it consumes again after a fault, what it takes while
+// it is idle, and what many consumers on one connection do.
 //
 //	go run ./bench -quick                      a few minutes' impression
 //	go run ./bench -write                      everything, into bench/RESULTS.md

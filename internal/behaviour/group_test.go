@@ -506,3 +506,24 @@ func TestEndOfAConnectionIsNobodysOwnRefusalOnceTheOneToBlameHasLeft(t *testing.
 		require.NoError(t, p.stop())
 	})
 }
+
+// What flows to others is in nobody's way for ever.
+func TestSetUpThatHangsIsGivenUpThoughOthersAreBusy(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 1, steadymq.WithSetupTimeout(3*time.Second))
+		bad := p.add(rig.Ack, steadymq.WithTopology(func(ctx context.Context, _ *amqp.Channel) (string, error) {
+			<-ctx.Done()
+			return "", context.Cause(ctx)
+		}))
+		p.start()
+		for range 600 { // a minute
+			r.Broker.Publish(p.name(0), "x")
+			r.Wait(100 * time.Millisecond)
+		}
+		assert.EqualValues(t, 600, p.consumers[0].Stats().Acked)
+		assert.EqualValues(t, 1, p.consumers[0].Stats().Sessions)
+		assert.Equal(t, 1, p.group.Stats().Isolated, "its set-ups have outlasted their limit again and again")
+		assert.NotEqual(t, steadymq.Consuming, bad.State())
+		require.NoError(t, p.stop())
+	})
+}
