@@ -261,6 +261,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connection
 		pool:     workers,
 		scope: &scope{
 			config:   c.config,
+			from:     from,
 			stats:    c.stats,
 			reporter: reporter,
 			handlers: context.WithoutCancel(ctx), // the values of ctx, without its end

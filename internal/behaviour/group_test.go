@@ -453,3 +453,36 @@ func TestMisuseOfOneChannelIsNotThatOfAnother(t *testing.T) {
 		require.NoError(t, p.stop())
 	})
 }
+
+func TestDetectorsOfAGroupShareTheConnectionTheyAskAnotherHostOn(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 10, steadymq.WithStallDetector(10*time.Second)).start()
+		require.Equal(t, 10, p.consuming())
+		before := len(r.Broker.Connections())
+		r.Wait(11 * time.Second) // each of them looks once, at the same time
+		assert.LessOrEqual(t, len(r.Broker.Connections())-before, 4, "ten consumers, two other hosts")
+		assert.Equal(t, 1, r.OpenConnections())
+		for i := range p.consumers {
+			require.EqualValues(t, 1, p.consumers[i].Stats().Sessions)
+		}
+		require.NoError(t, p.stop())
+	}, steadymqtest.WithHosts(3))
+}
+
+func TestStalledConsumerMovesAndLeavesTheOthersAlone(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 3, steadymq.WithStallDetector(10*time.Second)).start()
+		r.Broker.QuorumStall("q1", true)
+		r.Broker.Publish("q1", "m")
+		r.Wait(time.Minute)
+		require.NotZero(t, p.group.Stats().Isolated)
+		for _, c := range []*steadymq.Consumer{p.consumers[0], p.consumers[2]} {
+			assert.EqualValues(t, 1, c.Stats().Sessions)
+		}
+		r.Broker.QuorumStall("q1", false)
+		r.Wait(3 * time.Minute)
+		assert.EqualValues(t, 1, p.consumers[1].Stats().Acked)
+		assert.Zero(t, p.group.Stats().Isolated)
+		require.NoError(t, p.stop())
+	})
+}
