@@ -170,11 +170,17 @@ func (b *borrower) isolated() bool {
 	return b.keeper.own
 }
 
-// rejoin ends the isolation of b.
-func (b *borrower) rejoin() {
+// rejoin ends the isolation of b, if there is a connection to share. It reports whether there is.
+func (b *borrower) rejoin() bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	b.move(b.of.emptiest())
+	k := b.of.emptiest()
+	k.forgetDead()
+	if k.conn == nil {
+		return false
+	}
+	b.move(k)
+	return true
 }
 
 // overflow moves b to another keeper, because the connection has no channel left for it. further

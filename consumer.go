@@ -418,8 +418,11 @@ func (s *supervisor) consuming() stateFunc {
 			s.recordHealth(s.session)
 			return s.draining
 		case <-proven:
+			if !s.borrower.rejoin() {
+				proven = time.After(provenApart)
+				continue
+			}
 			proven = nil
-			s.borrower.rejoin()
 			s.session.moves.notify(errMoved)
 		case <-retiring:
 			retiring = nil

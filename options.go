@@ -286,7 +286,8 @@ func WithConsumerTag(prefix string) Option {
 // WithConcurrency sets how many handlers run at once. It holds across reconnects: a handler that is
 // still busy with a delivery of a lost session counts. Default 1, which also starts handlers in the
 // order in which a session's messages are delivered; a message that failed comes later than those
-// behind it. Range 1 to 65535.
+// behind it. A goroutine of a handler starts with the first delivery that finds none waiting. Range 1
+// to 65535.
 func WithConcurrency(n int) Option {
 	return func(c *config) { c.concurrency = n; c.count("WithConcurrency", n) }
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"regexp"
 	"strings"
 	"sync/atomic"
@@ -483,6 +484,44 @@ func TestStalledConsumerMovesAndLeavesTheOthersAlone(t *testing.T) {
 		r.Wait(3 * time.Minute)
 		assert.EqualValues(t, 1, p.consumers[1].Stats().Acked)
 		assert.Zero(t, p.group.Stats().Isolated)
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestConsumerThatIsKeptApartStaysThereWhileThereIsNothingToShare(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var failing atomic.Bool
+		failing.Store(true)
+		var conns []net.Conn // the first one is shared
+		p := grouped(r, 2, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := r.Broker.Dialer()(ctx, network, address)
+			if err == nil {
+				conns = append(conns, c)
+			}
+			return c, err
+		}))
+		apart := p.add(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			if failing.Load() {
+				return "", errors.New("not yet")
+			}
+			return "", nil
+		}))
+		p.start()
+		r.Wait(30 * time.Second)
+		require.Equal(t, 1, p.group.Stats().Isolated)
+		failing.Store(false)
+		r.Wait(11 * time.Second)
+		require.Equal(t, steadymq.Consuming, apart.State())
+		sessions := apart.Stats().Sessions
+		r.Broker.Refuse(true)
+		require.NoError(t, conns[0].Close())
+		r.Wait(5 * time.Minute)
+		require.Equal(t, steadymq.Consuming, apart.State())
+		require.Equal(t, sessions, apart.Stats().Sessions)
+		r.Broker.Refuse(false)
+		r.Wait(3 * time.Minute)
+		require.Equal(t, 3, p.consuming())
+		require.Equal(t, 1, r.OpenConnections())
 		require.NoError(t, p.stop())
 	})
 }
