@@ -51,8 +51,8 @@ func WithURLs(urls ...string) Option {
 // ctx ends with the limit of [WithSetupTimeout]. An error of f is retried like a refused dial, see
 // [WithBackoff]; it must not hold a secret, for it is logged. A URL that [New] would refuse, or
 // that contradicts an option (amqp beside [WithTLSConfig]), is not dialled: f is asked again after
-// 1 s, then up to 30 s. f is called by one goroutine at a time, unless a call that ignored the end
-// of its ctx was left behind.
+// 1 s, then up to 30 s. f is called by one goroutine at a time for each connection
+// ([WithConnections]), unless a call that ignored the end of its ctx was left behind.
 //
 // Default: none. New refuses nil, and [WithURLs] beside it.
 func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
