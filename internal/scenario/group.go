@@ -40,7 +40,6 @@ type Group struct {
 	Result  chan error         // of Run
 	path    *Scenario          // the way to the broker
 	table   *Results
-	notes   []string
 }
 
 // memberGap is the pause between the messages of a member: ten members are not to be ten times the
