@@ -18,17 +18,18 @@ type connections struct {
 	stats  *counters // counts dials, connections and what had to be left behind
 	told   *reporter // of what all who share a connection have in common; nil for a Consumer alone
 
-	mu       sync.Mutex
-	hosts    *hosts
-	keepers  []*keeper // that lend to everybody; the first ones stay
-	asked    int       // how many of them stay
-	apart    int       // borrowers with a keeper of their own
-	open     int       // connections that are lent
-	channels int       // that the last connection had room for, 0 before the first
+	mu        sync.Mutex
+	hosts     *hosts
+	keepers   []*keeper           // that lend to everybody; the first ones stay
+	asked     int                 // how many of them stay
+	apart     int                 // borrowers with a keeper of their own
+	open      int                 // connections that are lent
+	channels  int                 // that the last connection had room for, 0 before the first
+	inquiries map[string]*inquiry // the questions of stall detectors, by the address of the host
 }
 
 func newConnections(c *config, stats *counters) *connections {
-	cs := &connections{config: c, stats: stats, hosts: newHosts(c), asked: c.connections}
+	cs := &connections{config: c, stats: stats, hosts: newHosts(c), asked: c.connections, inquiries: make(map[string]*inquiry)}
 	for range cs.asked {
 		cs.keepers = append(cs.keepers, newKeeper())
 	}
@@ -171,11 +172,17 @@ func (b *borrower) isolated() bool {
 	return b.keeper.own
 }
 
-// rejoin ends the isolation of b.
-func (b *borrower) rejoin() {
+// rejoin ends the isolation of b, if there is a connection to share. It reports whether there is.
+func (b *borrower) rejoin() bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	b.move(b.of.emptiest())
+	k := b.of.emptiest()
+	k.forgetDead()
+	if k.conn == nil {
+		return false
+	}
+	b.move(k)
+	return true
 }
 
 // overflow moves b to another keeper, because the connection has no channel left for it. further
@@ -418,4 +425,68 @@ func (cs *connections) askURL(ctx context.Context) (e endpoint, err error) {
 		return endpoint{}, &urlError{"WithURLFunc", err}
 	}
 	return e, nil
+}
+
+// inquiry is a connection to another host for the questions of stall detectors. Those of all
+// consumers take turns on it, and the last one closes it.
+type inquiry struct {
+	turn  chan struct{} // has room for one; who has put something there may use conn
+	conn  *connection   // nil if there is none
+	users int           // who ask or wait; guarded by the mutex of connections
+}
+
+// inquire opens a connection to a host for a question, unless there is one from the last question,
+// and lets ask ask it, all within ctx.
+func (cs *connections) inquire(ctx context.Context, e endpoint, ask func(*connection) error) error {
+	i := cs.inquiry(e.address)
+	defer cs.forget(e.address, i)
+	select {
+	case i.turn <- struct{}{}:
+		defer func() { <-i.turn }()
+	case <-ctx.Done():
+		return causeOf(ctx)
+	}
+	defer cs.closeIfLast(i)
+	if i.conn == nil {
+		c, err := openConnection(ctx, cs.config, e, newStep("dial"), cs.abandoned)
+		if err != nil {
+			return err
+		}
+		i.conn = c
+	}
+	c := i.conn
+	defer context.AfterFunc(ctx, func() { c.socket.Kill(causeOf(ctx)) })()
+	return ask(c)
+}
+
+func (cs *connections) inquiry(address string) *inquiry {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	i := cs.inquiries[address]
+	if i == nil {
+		i = &inquiry{turn: make(chan struct{}, 1)}
+		cs.inquiries[address] = i
+	}
+	i.users++
+	return i
+}
+
+// closeIfLast closes the connection if nobody else waits for it, or if it is of no use any more.
+func (cs *connections) closeIfLast(i *inquiry) {
+	cs.mu.Lock()
+	last := i.users == 1
+	cs.mu.Unlock()
+	if i.conn != nil && (last || !i.conn.alive()) {
+		i.conn.close(closeRequest{limit: i.conn.closeTimeout})
+		<-i.conn.done
+		i.conn = nil
+	}
+}
+
+func (cs *connections) forget(address string, i *inquiry) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if i.users--; i.users == 0 {
+		delete(cs.inquiries, address)
+	}
 }

@@ -261,6 +261,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connection
 		pool:     workers,
 		scope: &scope{
 			config:   c.config,
+			from:     from,
 			stats:    c.stats,
 			reporter: reporter,
 			handlers: context.WithoutCancel(ctx), // the values of ctx, without its end
@@ -418,8 +419,11 @@ func (s *supervisor) consuming() stateFunc {
 			s.recordHealth(s.session)
 			return s.draining
 		case <-proven:
+			if !s.borrower.rejoin() {
+				proven = time.After(provenApart)
+				continue
+			}
 			proven = nil
-			s.borrower.rejoin()
 			s.session.moves.notify(errMoved)
 		case <-retiring:
 			retiring = nil

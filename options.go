@@ -51,8 +51,8 @@ func WithURLs(urls ...string) Option {
 // ctx ends with the limit of [WithSetupTimeout]. An error of f is retried like a refused dial, see
 // [WithBackoff]; it must not hold a secret, for it is logged. A URL that [New] would refuse, or
 // that contradicts an option (amqp beside [WithTLSConfig]), is not dialled: f is asked again after
-// 1 s, then up to 30 s. f is called by one goroutine at a time, unless a call that ignored the end
-// of its ctx was left behind.
+// 1 s, then up to 30 s. f is called by one goroutine at a time for each connection
+// ([WithConnections]), unless a call that ignored the end of its ctx was left behind.
 //
 // Default: none. New refuses nil, and [WithURLs] beside it.
 func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
@@ -286,7 +286,8 @@ func WithConsumerTag(prefix string) Option {
 // WithConcurrency sets how many handlers run at once. It holds across reconnects: a handler that is
 // still busy with a delivery of a lost session counts. Default 1, which also starts handlers in the
 // order in which a session's messages are delivered; a message that failed comes later than those
-// behind it. Range 1 to 65535.
+// behind it. A goroutine of a handler starts with the first delivery that finds none waiting. Range 1
+// to 65535.
 func WithConcurrency(n int) Option {
 	return func(c *config) { c.concurrency = n; c.count("WithConcurrency", n) }
 }

@@ -188,29 +188,16 @@ func (p *prober) contradicts(here, there amqp.Queue) bool {
 	return p.waits(there)
 }
 
-// inspectAt opens a connection to another host for one question, within the setup limit.
-func (p *prober) inspectAt(e endpoint) (amqp.Queue, error) {
+// inspectAt asks another host, within the setup limit.
+func (p *prober) inspectAt(e endpoint) (q amqp.Queue, err error) {
 	s := p.session
 	ctx, cancel := context.WithTimeoutCause(s.ctx, s.config.setupTimeout, s.config.setupPassed())
 	defer cancel()
-	step := newStep("dial")
-	a := runBounded(ctx, func() attempt {
-		c, err := openConnection(ctx, s.config, e, step, s.abandoned)
-		if err != nil {
-			return attempt{err: err}
-		}
-		return attempt{conn: &loan{connection: c}, giveBack: func() { c.close(closeRequest{limit: c.closeTimeout}) }}
-	}, step)
-	if a.err != nil {
-		return amqp.Queue{}, a.err
-	}
-	unguard := context.AfterFunc(ctx, func() { a.conn.socket.Kill(causeOf(ctx)) })
-	defer func() {
-		a.conn.close(closeRequest{limit: s.config.closeTimeout})
-		<-a.conn.done
-		unguard()
-	}()
-	return inspect(ctx, a.conn.connection, s.queue, func(*wire.Channel) {})
+	err = s.from.inquire(ctx, e, func(c *connection) (err error) {
+		q, err = inspect(ctx, c, s.queue, func(*wire.Channel) {})
+		return err
+	})
+	return q, err
 }
 
 // inspect asks for the queue, on a channel of its own, because the broker closes the channel if it

@@ -73,6 +73,7 @@ type session struct {
 // change after that.
 type scope struct {
 	config   *config
+	from     *connections
 	stats    *counters
 	reporter *reporter
 	handlers context.Context // parent of the contexts of handlers

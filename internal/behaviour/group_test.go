@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"regexp"
 	"strings"
 	"sync/atomic"
@@ -527,6 +528,77 @@ func TestMisuseOfOneChannelIsNotThatOfAnother(t *testing.T) {
 		assert.Equal(t, steadymq.Consuming, good.State())
 		assert.EqualValues(t, 1, good.Stats().Sessions)
 		assert.NotEqual(t, steadymq.Consuming, bad.State())
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestDetectorsOfAGroupShareTheConnectionTheyAskAnotherHostOn(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 10, steadymq.WithStallDetector(10*time.Second)).start()
+		require.Equal(t, 10, p.consuming())
+		before := len(r.Broker.Connections())
+		r.Wait(11 * time.Second) // each of them looks once, at the same time
+		assert.LessOrEqual(t, len(r.Broker.Connections())-before, 4, "ten consumers, two other hosts")
+		assert.Equal(t, 1, r.OpenConnections())
+		for i := range p.consumers {
+			require.EqualValues(t, 1, p.consumers[i].Stats().Sessions)
+		}
+		require.NoError(t, p.stop())
+	}, steadymqtest.WithHosts(3))
+}
+
+func TestStalledConsumerMovesAndLeavesTheOthersAlone(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 3, steadymq.WithStallDetector(10*time.Second)).start()
+		r.Broker.QuorumStall("q1", true)
+		r.Broker.Publish("q1", "m")
+		r.Wait(time.Minute)
+		require.NotZero(t, p.group.Stats().Isolated)
+		for _, c := range []*steadymq.Consumer{p.consumers[0], p.consumers[2]} {
+			assert.EqualValues(t, 1, c.Stats().Sessions)
+		}
+		r.Broker.QuorumStall("q1", false)
+		r.Wait(3 * time.Minute)
+		assert.EqualValues(t, 1, p.consumers[1].Stats().Acked)
+		assert.Zero(t, p.group.Stats().Isolated)
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestConsumerThatIsKeptApartStaysThereWhileThereIsNothingToShare(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var failing atomic.Bool
+		failing.Store(true)
+		var conns []net.Conn // the first one is shared
+		p := grouped(r, 2, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := r.Broker.Dialer()(ctx, network, address)
+			if err == nil {
+				conns = append(conns, c)
+			}
+			return c, err
+		}))
+		apart := p.add(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			if failing.Load() {
+				return "", errors.New("not yet")
+			}
+			return "", nil
+		}))
+		p.start()
+		r.Wait(30 * time.Second)
+		require.Equal(t, 1, p.group.Stats().Isolated)
+		failing.Store(false)
+		r.Wait(11 * time.Second)
+		require.Equal(t, steadymq.Consuming, apart.State())
+		sessions := apart.Stats().Sessions
+		r.Broker.Refuse(true)
+		require.NoError(t, conns[0].Close())
+		r.Wait(5 * time.Minute)
+		require.Equal(t, steadymq.Consuming, apart.State())
+		require.Equal(t, sessions, apart.Stats().Sessions)
+		r.Broker.Refuse(false)
+		r.Wait(3 * time.Minute)
+		require.Equal(t, 3, p.consuming())
+		require.Equal(t, 1, r.OpenConnections())
 		require.NoError(t, p.stop())
 	})
 }

@@ -85,10 +85,10 @@ type verdict struct {
 	took time.Duration
 }
 
-var topTest = regexp.MustCompile(` ((?:Test|Example|Fuzz)\w+)(?:/\S*)?$`)
+var topTest = regexp.MustCompile(` ((?:Test|Example|Fuzz)\w+)(?:/\S*?)?(?:, which does not end)?$`)
 
-// onlyOnce says whether the test that caught a slip lets it through when it runs alone: then it may
-// have been the machine and not the slip. What does not end does not get another hour.
+// onlyOnce says whether the test that caught a slip, or did not end, lets it through when it runs
+// alone: then it may have been the machine and not the slip.
 func (j *judge) onlyOnce(ctx context.Context, dir string, s *suite, by string) (bool, error) {
 	found := topTest.FindStringSubmatch(by)
 	if found == nil || s == j.simulation || found[1] == "TestMain" {

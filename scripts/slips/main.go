@@ -181,7 +181,7 @@ type sums struct {
 	all, caught int
 	survivors   []*slip
 	harmless    []*slip // survived, and equivalent.txt says why
-	once        []*slip // caught, but not when the test ran alone
+	once        []*slip // caught, but not when the test ran alone, which does not count
 	wrong       []*slip // equivalent.txt says that they change nothing, and a test caught them
 }
 
@@ -189,12 +189,11 @@ func (s *sums) add(w io.Writer, sl *slip, v verdict, reason string) {
 	s.all++
 	by := v.by
 	switch {
+	case v.once:
+		by += ", but not alone"
+		s.once = append(s.once, sl)
 	case v.by != "":
 		s.caught++
-		if v.once {
-			by += ", but not alone"
-			s.once = append(s.once, sl)
-		}
 		if reason != "" {
 			s.wrong = append(s.wrong, sl)
 		}
@@ -225,7 +224,7 @@ func (s *sums) report(w io.Writer) bool {
 		fmt.Fprintf(w, "%s\n", sl)
 	}
 	if len(s.once) > 0 {
-		fmt.Fprintf(w, "\ncaught by a test that let them through when it ran alone; look whether it was the slip or the machine:\n")
+		fmt.Fprintf(w, "\ncaught by a test that let them through when it ran alone, so they do not count; look whether it was the slip or the machine:\n")
 	}
 	for _, sl := range s.once {
 		fmt.Fprintf(w, "%s\n", sl)
