@@ -24,6 +24,7 @@ type connections struct {
 	asked     int                 // how many of them stay
 	apart     int                 // borrowers with a keeper of their own
 	open      int                 // connections that are lent
+	channels  int                 // that the last connection had room for, 0 before the first
 	inquiries map[string]*inquiry // the questions of stall detectors, by the address of the host
 }
 
@@ -43,7 +44,7 @@ func (cs *connections) abandoned() { cs.stats.abandoned.Add(1) }
 type keeper struct {
 	members  map[*borrower]bool
 	own      bool          // it lends to one borrower that is kept apart
-	most     int           // borrowers that conn has channels for, 0 if that is not known
+	most     int           // borrowers that its connection has channels for, 0 if that is not known
 	conn     *connection   // that is lent; nil if there is none
 	dial     *dial         // under way
 	failed   *dialFailure  // why the last dial failed; nil if it is not the reason for the wait
@@ -116,6 +117,7 @@ func (cs *connections) emptiest() *keeper {
 	}
 	if best == nil {
 		best = newKeeper()
+		best.most = cs.channels
 		cs.keepers = append(cs.keepers, best)
 	}
 	return best
@@ -193,7 +195,9 @@ func (b *borrower) overflow() (moved, further bool) {
 		return false, false
 	}
 	before := len(b.of.keepers)
-	k.most = len(k.members) - 1
+	if fewer := len(k.members) - 1; !k.full() || fewer < k.most { // of the old session a channel may be left
+		k.most = fewer
+	}
 	b.move(b.of.emptiest())
 	return true, len(b.of.keepers) > before
 }
@@ -259,7 +263,7 @@ func (k *keeper) choose(h *hosts, now time.Time) {
 // forgetDead forgets a connection that takes no more sessions.
 func (k *keeper) forgetDead() {
 	if k.conn != nil && !k.conn.alive() {
-		k.conn, k.most = nil, 0
+		k.conn = nil
 	}
 }
 
@@ -283,6 +287,8 @@ func (b *borrower) opened(d *dial, c *connection) *loan {
 	d.end()
 	d.keeper.conn = c
 	b.of.open++
+	b.of.channels = int(c.amqp.Config.ChannelMax)
+	d.keeper.most = b.of.channels
 	b.of.tell(d.keeper, StateChange{To: Consuming, Host: c.host, Attempt: d.keeper.attempts})
 	d.keeper.attempts = 0
 	return d.keeper.lend()
@@ -317,7 +323,7 @@ func (b *borrower) giveBack(l *loan, d closeRequest) (last bool) {
 		return false
 	}
 	if l.keeper.conn == c {
-		l.keeper.conn, l.keeper.most = nil, 0
+		l.keeper.conn = nil
 	}
 	b.of.open--
 	c.close(d)

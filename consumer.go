@@ -269,6 +269,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connection
 			hire:     workers.hire,
 			stream:   newPosition(c.config),
 			notices:  new(notices),
+			grouped:  c.grouped,
 		},
 		tag: c.config.tagPrefix + "-" + hex.EncodeToString(random),
 	}
@@ -475,8 +476,11 @@ func (s *supervisor) failed(err error) stateFunc {
 	s.borrower.blame(s.host, err, now)
 	err = s.unproven(err)
 	s.away.add(s.concernsAll(err))
-	s.keepOrReplace(err, now)
-	if s.conn != nil {
+	moved := s.keepOrReplace(err, now)
+	switch {
+	case moved: // to where there is room, which is no reason to wait
+		return s.decide(err, s.retry.shortDelay())
+	case s.conn != nil:
 		return s.decide(err, s.retry.wait(err, now, false))
 	}
 	wait := s.borrower.wait(s.retry, err, s.dial, s.host, now)
@@ -591,21 +595,24 @@ func (s *supervisor) givesUp(err error) (bool, error) {
 // keepOrReplace closes the connection after a failure, unless the next session does better to use
 // it: it is alive, leads to a node that serves its queues, no topology function has failed on it
 // too often, and either it has not failed its sessions too often or it owns a queue that would be
-// lost with it.
-func (s *supervisor) keepOrReplace(err error, now time.Time) {
+// lost with it. It reports whether the connection has no channel left for the consumer, which goes on
+// on another one.
+func (s *supervisor) keepOrReplace(err error, now time.Time) (moved bool) {
 	if s.conn == nil {
-		return
+		return false
 	}
 	alive := s.conn.alive()
 	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err)
 	switch {
 	case errors.Is(err, amqp.ErrChannelMax) && s.overflows():
+		moved = true
 	case keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)):
-		return
+		return false
 	case alive, s.strikes > 1:
 		s.borrower.isolate() // what it does to a connection must not concern others
 	}
 	s.dropConnection()
+	return moved
 }
 
 // mostHangs is how many set-ups in a row may hang on a connection that others share.

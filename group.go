@@ -146,7 +146,7 @@ func (g *Group) start(c *Consumer) {
 			return
 		}
 		if err != nil {
-			run.errs = append(run.errs, named(err, c.config.queue))
+			run.errs = append(run.errs, named(err, c.config))
 			run.end()
 		}
 	})
@@ -188,12 +188,16 @@ func (g *Group) Stats() GroupStats {
 	return s
 }
 
-// named returns err with the queue that it is about, which a SessionError tells by itself.
-func named(err error, queue string) error {
-	if errors.As(err, new(*SessionError)) {
+// named returns err with the queue that it is about, which a SessionError tells by itself. Where the
+// queue has no name of the user's, the consumer tag has to do.
+func named(err error, c *config) error {
+	switch {
+	case errors.As(err, new(*SessionError)):
 		return err
+	case c.queue == "":
+		return fmt.Errorf("consumer %s: %w", c.tagPrefix, err)
 	}
-	return fmt.Errorf("queue %s: %w", queue, err)
+	return fmt.Errorf("queue %s: %w", c.queue, err)
 }
 
 // toldOnce leaves out what repeats an earlier failure of the same connection.

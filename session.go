@@ -81,6 +81,7 @@ type scope struct {
 	hire     func() bool     // starts one more worker; true once there may be no more
 	stream   *position       // where to resume, nil unless the queue is a stream
 	notices  *notices
+	grouped  bool          // others may share the connection
 	tries    atomic.Uint64 // so far; two may overlap if one was abandoned
 }
 
@@ -293,6 +294,7 @@ func (s *session) run() {
 	case cause == nil:
 		hardLimit = s.config.closeTimeout // no deliveries can hold up close-ok any more
 		s.drain()
+		s.leaveQueue()
 	case errors.Is(cause, errCancelled):
 		s.stream.doubt()
 		s.retire(cause)
@@ -300,6 +302,9 @@ func (s *session) run() {
 		s.retire(cause)
 	default:
 		s.lose(cause)
+		if errors.Is(cause, errStalled) { // the queue is given up, too
+			s.leaveQueue()
+		}
 	}
 	s.closeChannel(hardLimit)
 	s.lose(cmp.Or(cause, error(errStopped)))
@@ -436,6 +441,15 @@ func (s *session) drain() {
 	}
 	if s.drainErr != nil {
 		s.lose(s.drainErr)
+	}
+}
+
+// leaveQueue deletes a queue that lives as long as its connection, because others may keep that
+// after this consumer: nobody would read the queue any more, and no other connection could have it.
+// There is no answer to wait for, close-ok comes after it.
+func (s *session) leaveQueue() {
+	if of := s.config.declare; s.grouped && of != nil && of.Exclusive && !s.givenUp {
+		_, _ = s.channel.QueueDelete(s.queue, false, false, true)
 	}
 }
 

@@ -250,6 +250,25 @@ func TestMoreConsumersThanChannelsOpenAFurtherConnection(t *testing.T) {
 	})
 }
 
+func TestConsumerFindsAConnectionWithAChannelAtOnce(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		g, err := steadymq.NewGroup(r.Broker.URLs()[0]+"?channel_max=1", steadymq.WithDialer(r.Broker.Dialer()),
+			steadymq.WithLogger(slog.New(slog.NewTextHandler(r.Log, nil))))
+		require.NoError(t, err)
+		p := &party{Rig: r, group: g}
+		for range 20 {
+			p.add(rig.Ack)
+		}
+		p.start()
+		require.Equal(t, 20, p.consuming(), "200 ms after the start")
+		require.Equal(t, 20, r.OpenConnections())
+		late := p.add(rig.Ack)
+		r.Wait(100 * time.Millisecond)
+		require.Equal(t, steadymq.Consuming, late.State())
+		require.NoError(t, p.stop())
+	})
+}
+
 func TestConsumerOfAGroupStartsAndStopsAlone(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		p := grouped(r, 2).start()
@@ -268,6 +287,64 @@ func TestConsumerOfAGroupStartsAndStopsAlone(t *testing.T) {
 		_, err := p.group.Handle("q0", rig.Ack)
 		require.ErrorContains(t, err, "has ended")
 		require.ErrorIs(t, p.group.Run(r.Context()), steadymq.ErrRunning)
+	})
+}
+
+func TestQueueOfItsConnectionGoesWithItsConsumer(t *testing.T) {
+	for _, queue := range []string{"mine", ""} {
+		rig.Bubble(t, func(r *rig.Rig) {
+			p := grouped(r, 4, steadymq.WithConnections(2)).start()
+			for range 5 {
+				own := steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true})
+				c, err := p.group.Handle(queue, rig.Ack, own)
+				require.NoError(t, err)
+				p.consumers = append(p.consumers, c)
+				r.Wait(time.Second)
+				require.Equal(t, steadymq.Consuming, c.State())
+				require.NoError(t, c.Stop(r.Context()))
+				require.Len(t, r.Broker.Queues(), 5, "four of the others, and that of the rig")
+				p.add(rig.Ack) // makes the other connection the one for the next
+				r.Broker.DeleteQueue(p.name(len(p.consumers) - 1))
+				require.NoError(t, p.consumers[len(p.consumers)-1].Stop(r.Context()))
+			}
+			require.NoError(t, p.stop())
+		})
+	}
+}
+
+func TestQueueOfItsConnectionIsNotLeftBehindLockedAfterAStall(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2)
+		c, err := p.group.Handle("mine", rig.Ack, steadymq.WithStallDetector(5*time.Second),
+			steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true}))
+		require.NoError(t, err)
+		p.start()
+		r.Broker.QuorumStall("mine", true)
+		r.Broker.Publish("mine", "never delivered")
+		r.Wait(16 * time.Second)
+		r.Broker.QuorumStall("mine", false)
+		r.Wait(time.Second)
+		require.Equal(t, steadymq.Consuming, c.State())
+		require.Greater(t, c.Stats().Sessions, uint64(1), "a stall was found")
+		require.Equal(t, 2, p.consuming(), "the others are where they were")
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestErrorOfAConsumerWithoutANameOfItsQueueNamesTheTag(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 1)
+		release := make(chan struct{})
+		_, err := p.group.Handle("", rig.Hold(make(chan *steadymq.Delivery, 1), release), steadymq.WithConsumerTag("news"),
+			steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true, Bindings: []steadymq.Binding{{Exchange: "amq.fanout"}}}))
+		require.NoError(t, err)
+		p.start()
+		r.Broker.PublishExchange("amq.fanout", "", steadymqtest.Message{})
+		r.Wait(time.Second)
+		err = p.stop()
+		close(release)
+		require.ErrorIs(t, err, steadymq.ErrDrainTimeout)
+		require.ErrorContains(t, err, "consumer news: ")
 	})
 }
 
