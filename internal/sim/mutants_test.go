@@ -991,6 +991,8 @@ var mutants = []mutant{
 		"\t\ts.drain()\n\t\ts.leaveQueue()\n", "\t\ts.drain()\n")),
 	inTest("TestQueueOfItsConnectionIsNotLeftBehindLockedAfterAStall", change("a stall leaves a locked queue behind", "session.go",
 		"\t\tif errors.Is(cause, errStalled) {", "\t\tif errors.Is(cause, errStalled) && false {")),
+	inTest("TestTopologyThatNamesAnotherQueueLeavesNoneOnASharedConnection", change("a topology leaves its queues behind on a shared connection", "topology.go",
+		"\ts.dropOrphans(err)\n", "")),
 	inTest("TestErrorOfAConsumerWithoutANameOfItsQueueNamesTheTag", change("the error of a queue without a name names nothing", "group.go",
 		"\tcase c.queue == \"\":", "\tcase c.queue == \"\" && false:")),
 }
