@@ -270,6 +270,9 @@ func (k *keeper) forgetDead() {
 func (k *keeper) lend() *loan {
 	l := &loan{connection: k.conn, keeper: k}
 	k.conn.loans[l] = true
+	if len(k.conn.loans) > 1 {
+		k.conn.shared = true
+	}
 	return l
 }
 
@@ -327,11 +330,12 @@ func (b *borrower) giveBack(l *loan, d closeRequest) (last bool) {
 	return true
 }
 
-// sharing reports whether others borrow from the same keeper, too.
+// sharing reports whether others borrow from the same keeper, too, or have borrowed the connection:
+// who has ended it may have left already.
 func (b *borrower) sharing(l *loan) bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	return len(l.keeper.members) > 1
+	return l.shared || len(l.keeper.members) > 1
 }
 
 // blame records a failure of the host at address.
