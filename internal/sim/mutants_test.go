@@ -1000,6 +1000,8 @@ var mutants = []mutant{
 		"\t\ts.drain()\n\t\ts.leaveQueue()\n", "\t\ts.drain()\n")),
 	inTest("TestQueueOfItsConnectionIsNotLeftBehindLockedAfterAStall", change("a stall leaves a locked queue behind", "session.go",
 		"\t\tif errors.Is(cause, errStalled) {", "\t\tif errors.Is(cause, errStalled) && false {")),
+	inTest("TestTopologyThatNamesAnotherQueueLeavesNoneOnASharedConnection", change("a topology leaves its queues behind on a shared connection", "topology.go",
+		"\ts.dropOrphans(err)\n", "")),
 	inTest("TestErrorOfAConsumerWithoutANameOfItsQueueNamesTheTag", change("the error of a queue without a name names nothing", "group.go",
 		"\tif c.queue == \"\" && !errors.As(err, new(*SessionError)) {", "\tif false {")),
 }
