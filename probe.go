@@ -222,30 +222,27 @@ type question struct {
 	overdue chan struct{} // closed when the limit has passed
 	done    chan struct{} // closed when there is an answer
 	givenUp atomic.Bool   // there will be none
-	queue   amqp.Queue    // the answer, as err
+	channel atomic.Pointer[wire.Channel]
+	queue   amqp.Queue // the answer, as err
 	err     error
 }
 
 func ask(s *session) *question {
 	q := &question{overdue: make(chan struct{}), done: make(chan struct{})}
 	limit := s.config.setupTimeout
-	var channel atomic.Pointer[wire.Channel]
 	ctx, cancel := context.WithCancel(context.WithoutCancel(s.ctx))
 	answered := s.conn.socket.AfterSilence(limit, wire.MostSilences*limit, func() {
 		close(q.overdue)
 		cancel()
-		if c := channel.Load(); c != nil && s.conn.leases.shared() {
-			q.givenUp.Store(true)
-			s.conn.giveUp(c, errUnanswered)
-			return
+		if !s.conn.leases.shared() || !q.giveUp(s.conn) {
+			s.conn.retire(errUnanswered)
 		}
-		s.conn.retire(errUnanswered)
 	})
 	go func() {
 		defer close(q.done)
 		defer cancel()
 		defer answered()
-		q.queue, q.err = inspect(ctx, s.conn.connection, s.queue, channel.Store)
+		q.queue, q.err = inspect(ctx, s.conn.connection, s.queue, q.channel.Store)
 	}()
 	return q
 }
@@ -274,11 +271,28 @@ func (p *prober) inspect() (amqp.Queue, error) {
 	}
 }
 
-// finish waits for the answer that is due, so that no goroutine outlives the prober.
+// finish waits for the answer that is due, so that no goroutine outlives the prober. In a Group it
+// gives the question up: its answer may take longer than a stop may.
 func (p *prober) finish() {
-	if p.question != nil {
-		<-p.question.done
+	q := p.question
+	if q == nil {
+		return
 	}
+	if p.session.grouped { // nobody waits for it, and the connection lives on
+		q.giveUp(p.session.conn)
+	}
+	<-q.done
+}
+
+// giveUp ends the question by the end of its channel, and reports whether there is one.
+func (q *question) giveUp(l *loan) bool {
+	channel := q.channel.Load()
+	if channel == nil {
+		return false
+	}
+	q.givenUp.Store(true)
+	l.giveUp(channel, errUnanswered)
+	return true
 }
 
 // cannotAsk warns, once in a Run, that the detector finds nothing, because that must not look like
