@@ -89,6 +89,7 @@ type dialFailure struct {
 	err   error
 	host  string
 	fresh bool // the next dial goes to a host that has not been tried in this round
+	final bool // it ends the Run of who has dialled
 }
 
 // borrower is one consumer that is lent connections, one after the other. Its supervisor uses it,
@@ -215,17 +216,18 @@ func (b *borrower) move(k *keeper) {
 const mostApart = 32
 
 // isolate gives b a keeper of its own from the next connection on, so that what it does to that
-// disturbs nobody. Who shares with nobody keeps its keeper.
-func (b *borrower) isolate() {
+// disturbs nobody. Who shares with nobody keeps its keeper. It reports whether that is a change.
+func (b *borrower) isolate() bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
 	if len(b.keeper.members) == 1 || b.of.apart >= mostApart {
-		return
+		return false
 	}
 	own := newKeeper()
 	own.own = true
 	b.of.apart++
 	b.move(own)
+	return true
 }
 
 // isolated reports whether b is kept apart from others.
@@ -432,7 +434,8 @@ func (b *borrower) proved(healthy, lasted bool) {
 // wait returns how long b, which has no connection any more, waits after err before it asks for one.
 // All who share a connection wait for the same time: the first that asks after a failure draws it.
 // It ends the dial d, if that has failed; else d is nil.
-func (b *borrower) wait(r *retry, err error, d *dial, host string, now time.Time) time.Duration {
+func (b *borrower) wait(r *retry, f dialFailure, d *dial, now time.Time) time.Duration {
+	err := f.err
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
 	k := b.keeper
@@ -448,9 +451,12 @@ func (b *borrower) wait(r *retry, err error, d *dial, host string, now time.Time
 	}
 	k.until, k.failed = now.Add(wait), nil
 	k.attempts++
-	b.of.tell(k, StateChange{To: Backoff, Host: host, Attempt: k.attempts, RetryIn: wait, Cause: err})
+	if !f.final {
+		b.of.tell(k, StateChange{To: Backoff, Host: f.host, Attempt: k.attempts, RetryIn: wait, Cause: err})
+	}
 	if d != nil {
-		k.failed = &dialFailure{err: err, host: host, fresh: k.fresh}
+		f.fresh = k.fresh
+		k.failed = &f
 		k.paces[r.kind] = r.rules[r.kind].failures
 		d.end()
 	}

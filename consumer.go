@@ -427,6 +427,8 @@ func (s *supervisor) consuming() stateFunc {
 				continue
 			}
 			proven = nil
+			s.reporter.info("the consumer has been healthy on a connection of its own, so it shares one again",
+				slog.String("queue", s.session.queue), slog.String("host", s.host))
 			s.session.moves.notify(errMoved)
 		case <-retiring:
 			retiring = nil
@@ -480,15 +482,16 @@ func (s *supervisor) failed(err error) stateFunc {
 	err = s.unproven(err)
 	s.away.add(s.concernsAll(err))
 	moved := s.keepOrReplace(err, now)
+	gives := s.retry.givesUp(err) && s.config.fatal == nil
 	switch {
 	case moved: // to where there is room, which is no reason to wait
-		return s.decide(err, s.retry.shortDelay())
+		return s.decide(err, gives, s.retry.shortDelay())
 	case s.conn != nil:
-		return s.decide(err, s.retry.wait(err, now, false))
+		return s.decide(err, gives, s.retry.wait(err, now, false))
 	}
-	wait := s.borrower.wait(s.retry, err, s.dial, s.host, now)
+	wait := s.borrower.wait(s.retry, dialFailure{err: err, host: s.host, final: gives}, s.dial, now)
 	s.dial = nil
-	return s.decide(err, s.sooner(err, wait))
+	return s.decide(err, gives, s.sooner(err, wait))
 }
 
 // sooner shortens the wait after a dial that the broker has refused because of a limit on
@@ -511,7 +514,8 @@ func (s *supervisor) told(f *dialFailure, wait time.Duration) stateFunc {
 	s.away.add(true)
 	err := s.asOwn(f.err)
 	_ = s.retry.wait(err, now, f.fresh)
-	return s.decide(err, s.sooner(err, wait))
+	gives := s.retry.givesUp(err) && s.config.fatal == nil
+	return s.decide(err, gives, s.sooner(err, wait))
 }
 
 // asOwn returns the failure of a dial as this consumer tells it.
@@ -525,9 +529,14 @@ func (s *supervisor) asOwn(err error) error {
 	return &own
 }
 
-// decide ends Run because of err, or lets it wait for the next try.
-func (s *supervisor) decide(err error, wait time.Duration) stateFunc {
-	if gives, fault := s.givesUp(err); gives || fault != nil {
+// decide ends Run because of err, if gives or WithFatal says so, or lets it wait for the next try. A
+// WithFatal that panics or does not return in time ends Run, too.
+func (s *supervisor) decide(err error, gives bool, wait time.Duration) stateFunc {
+	var fault error
+	if s.config.fatal != nil {
+		gives, fault = isFatal(s.ctx, s.config, err, s.scope.abandoned)
+	}
+	if gives || fault != nil {
 		s.addError(fault)
 		s.addError(err)
 		return s.draining
@@ -585,16 +594,6 @@ func (s *supervisor) over(now time.Time) bool {
 	return s.ctx.Err() != nil || ok && !now.Before(limit)
 }
 
-// givesUp reports whether err ends Run. A WithFatal that panics or does not return in time ends it,
-// too.
-func (s *supervisor) givesUp(err error) (bool, error) {
-	gives := s.retry.givesUp(err)
-	if s.config.fatal == nil {
-		return gives, nil
-	}
-	return isFatal(s.ctx, s.config, err, s.scope.abandoned)
-}
-
 // keepOrReplace closes the connection after a failure, unless the next session does better to use
 // it: it is alive, leads to a node that serves its queues, no topology function has failed on it
 // too often, and either it has not failed its sessions too often or it owns a queue that would be
@@ -612,10 +611,18 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) (moved bool) {
 	case keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)):
 		return false
 	case alive, s.strikes > 1:
-		s.borrower.isolate() // what it does to a connection must not concern others
+		s.isolate()
 	}
 	s.dropConnection()
 	return moved
+}
+
+// isolate keeps the consumer apart from others: what it does to a connection must not concern them.
+func (s *supervisor) isolate() {
+	if s.borrower.isolate() {
+		s.reporter.warn("the consumer cannot keep a session, so it goes on on a connection of its own, where it disturbs no other",
+			slog.String("queue", s.config.queue), slog.String("host", s.host))
+	}
 }
 
 // mostHangs is how many set-ups in a row may hang on a connection that others share.

@@ -219,7 +219,11 @@ type DrainError struct {
 
 // Error tells the number, the limit and what to do.
 func (e *DrainError) Error() string {
-	return fmt.Sprintf("%v: %d handlers still running after %v; their messages go back to the queue (let handlers end when their context does, or raise WithDrainTimeout)", ErrDrainTimeout, e.Handlers, e.Limit)
+	running := "1 handler still running"
+	if e.Handlers != 1 {
+		running = fmt.Sprintf("%d handlers still running", e.Handlers)
+	}
+	return fmt.Sprintf("%v: %s after %v; what is unsettled goes back to the queue (let handlers end when their context does, or raise WithDrainTimeout)", ErrDrainTimeout, running, e.Limit)
 }
 
 // Unwrap returns [ErrDrainTimeout].

@@ -610,6 +610,6 @@ func ExampleDrainError() {
 	fmt.Println("back in the queue:", broker.QueueLen("orders"))
 	// Output:
 	// handlers left: 1
-	// steadymq: drain limit passed: 1 handlers still running after 20ms; their messages go back to the queue (let handlers end when their context does, or raise WithDrainTimeout)
+	// steadymq: drain limit passed: 1 handler still running after 20ms; what is unsettled goes back to the queue (let handlers end when their context does, or raise WithDrainTimeout)
 	// back in the queue: 1
 }

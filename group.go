@@ -186,15 +186,19 @@ type GroupStats struct {
 	Open, Isolated int
 	// Abandoned counts functions of the connection's options that ignored the end of their context.
 	Abandoned uint64
+	// EventsDropped counts lines of the log about connections that were not told, because the logger
+	// was too slow.
+	EventsDropped uint64
 }
 
 // Stats returns the counters of what the consumers share. Those of each consumer are in its own
 // [Consumer.Stats].
 func (g *Group) Stats() GroupStats {
 	s := GroupStats{
-		Connections: g.stats.connections.Load(),
-		Dials:       g.stats.dials.Load(),
-		Abandoned:   g.stats.abandoned.Load(),
+		Connections:   g.stats.connections.Load(),
+		Dials:         g.stats.dials.Load(),
+		Abandoned:     g.stats.abandoned.Load(),
+		EventsDropped: g.stats.eventsDropped.Load(),
 	}
 	g.mu.Lock()
 	run := g.run

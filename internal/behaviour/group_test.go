@@ -794,3 +794,13 @@ func TestSetUpThatHangsIsGivenUpThoughOthersAreBusy(t *testing.T) {
 		require.NoError(t, p.stop())
 	})
 }
+
+func TestRefusedLoginOfAGroupIsNoBackoff(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.RefuseLogin(true)
+		p := grouped(r, 5).start()
+		require.Error(t, <-p.result)
+		require.NotContains(t, r.Log.String(), "backoff", "nothing is tried again")
+		require.EqualValues(t, 1, p.group.Stats().Dials, "and nobody dials once more")
+	})
+}

@@ -328,6 +328,16 @@ var goldenRows = []goldenRow{
 		},
 	},
 	{
+		name: "a group", message: "the consumer cannot keep a session, so it goes on on a connection of its own, where it disturbs no other",
+		provoke: keptApart,
+		want:    []string{"WARN steadymq: <message>; String queue=q1; String host=mq1.test:5672"},
+	},
+	{
+		name: "a group", message: "the consumer has been healthy on a connection of its own, so it shares one again",
+		provoke: keptApart,
+		want:    []string{"INFO steadymq: <message>; String queue=q1; String host=mq1.test:5672"},
+	},
+	{
 		name: "a refused login", message: "stopped",
 		provoke: func(r *rig.Rig, l *recorder) {
 			r.Broker.RefuseLogin(true)
@@ -376,8 +386,8 @@ var goldenRows = []goldenRow{
 			r.Wait(time.Minute)
 		},
 		want: []string{
-			"WARN steadymq: stopped; " + atFirst + "; String cause=steadymq: drain limit passed: 1 handlers still running after 1s; " +
-				"their messages go back to the queue (let handlers end when their context does, or raise WithDrainTimeout)",
+			"WARN steadymq: stopped; " + atFirst + "; String cause=steadymq: drain limit passed: 1 handler still running after 1s; " +
+				"what is unsettled goes back to the queue (let handlers end when their context does, or raise WithDrainTimeout)",
 		},
 	},
 	{
@@ -661,6 +671,24 @@ var goldenRows = []goldenRow{
 			"WARN steadymq: <message>; " + atFirst + "; String advice=the connection has no channel left for it: raise channel_max; String error=<the driver's words>",
 		},
 	},
+}
+
+// keptApart lets a consumer of a group fail until it is kept apart, and heal.
+func keptApart(r *rig.Rig, l *recorder) {
+	var failing atomic.Bool
+	failing.Store(true)
+	p := grouped(r, 1, l.option())
+	p.add(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+		if failing.Load() {
+			return "", errors.New("not yet")
+		}
+		return "", nil
+	}))
+	p.start()
+	r.Wait(30 * time.Second)
+	failing.Store(false)
+	r.Wait(2 * time.Minute)
+	require.NoError(r, p.stop())
 }
 
 func TestEveryLineOfTheLogIsAsItWas(t *testing.T) {
