@@ -31,6 +31,7 @@ type connection struct {
 	stop    chan closeRequest // asks for an orderly close; the owner writes, watch reads
 	loans   map[*loan]bool    // to consumers; guarded by the mutex of connections
 	turns   *turns            // of the consumers that are set up on it
+	keptTo  time.Time         // how long sessions of ended loans may keep their leases; guarded by the same
 	stopped bool              // close was called, after the last loan
 	done    chan struct{}     // closed when nothing of it is left
 
@@ -318,6 +319,9 @@ func (c *connection) teardown(limit time.Duration) {
 	c.socket.Wait()
 }
 
+// teardownGrace is how long a teardown may take beyond its limits before it counts as abandoned.
+const teardownGrace = 500 * time.Millisecond
+
 // closeRequest says how a connection is to close.
 type closeRequest struct {
 	grace time.Duration // how long sessions may keep their leases
@@ -341,6 +345,16 @@ func (c *connection) shortenClose(d closeRequest) {
 	default:
 	}
 	c.stop <- d
+}
+
+// isOver reports whether nothing of the connection is left.
+func (c *connection) isOver() bool {
+	select {
+	case <-c.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // alive reports whether a new session may be opened on the connection. connections calls it, and who

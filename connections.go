@@ -24,7 +24,9 @@ type connections struct {
 	asked     int                 // how many of them stay
 	apart     int                 // borrowers with a keeper of their own
 	open      int                 // connections that are lent
+	served    bool                // there has been a session
 	channels  int                 // that the last connection had room for, 0 before the first
+	closing   []*connection       // that were lent, and have not ended yet
 	inquiries map[string]*inquiry // the questions of stall detectors, by the address of the host
 }
 
@@ -152,17 +154,18 @@ func (b *borrower) move(k *keeper) {
 const mostApart = 32
 
 // isolate gives b a keeper of its own from the next connection on, so that what it does to that
-// disturbs nobody. Who shares with nobody keeps its keeper.
-func (b *borrower) isolate() {
+// disturbs nobody. Who shares with nobody keeps its keeper, then it returns false.
+func (b *borrower) isolate() (leaves bool) {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
 	if len(b.keeper.members) == 1 || b.of.apart >= mostApart {
-		return
+		return false
 	}
 	own := newKeeper()
 	own.own = true
 	b.of.apart++
 	b.move(own)
+	return true
 }
 
 // isolated reports whether b is kept apart from others.
@@ -309,22 +312,59 @@ func (b *borrower) withdraw(d *dial) {
 	}
 }
 
-// giveBack ends a loan. It reports whether it was the last one: then the connection has been asked
-// to close.
-func (b *borrower) giveBack(l *loan, d closeRequest) (last bool) {
+// giveBack ends a loan. The last one closes the connection, which then waits for the sessions of all
+// who had it, as long as each of them has asked for. It reports whether b has to wait for the close:
+// it has not where sessions of others may put that off.
+func (b *borrower) giveBack(l *loan, d closeRequest) (mine bool) {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
 	c := l.connection
 	delete(c.loans, l)
+	now := time.Now()
 	if len(c.loans) > 0 {
+		if until := now.Add(d.grace); until.After(c.keptTo) {
+			c.keptTo = until
+		}
 		return false
 	}
 	if l.keeper.conn == c {
 		l.keeper.conn = nil
 	}
 	b.of.open--
+	left := c.keptTo.Sub(now)
+	mine = left <= 0 || !c.leases.any()
+	d.grace = max(d.grace, left)
+	b.of.letGo(c, d)
+	return mine
+}
+
+// letGo asks a connection that nobody is lent any more to close. It is called with mu held.
+func (cs *connections) letGo(c *connection, d closeRequest) {
 	c.close(d)
-	return true
+	cs.closing = append(slices.DeleteFunc(cs.closing, (*connection).isOver), c)
+}
+
+// await waits until all connections have closed, once nobody borrows any more. It counts those that
+// outlast the limit.
+func (cs *connections) await() {
+	limit := time.NewTimer(cs.config.closeTimeout + teardownGrace)
+	defer limit.Stop()
+	cs.mu.Lock()
+	closing := slices.Clone(cs.closing)
+	cs.mu.Unlock()
+	passed := false
+	for _, c := range closing {
+		if !passed {
+			select {
+			case <-c.done:
+			case <-limit.C:
+				passed = true
+			}
+		}
+		if !c.isOver() {
+			cs.abandoned()
+		}
+	}
 }
 
 // sharing reports whether others borrow from the same keeper, too.
@@ -332,6 +372,13 @@ func (b *borrower) sharing(l *loan) bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
 	return len(l.keeper.members) > 1
+}
+
+// outlived reports whether the connection goes on without b, because others borrow it, too.
+func (b *borrower) outlived(l *loan) bool {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	return len(l.loans) > 1
 }
 
 // blame records a failure of the host at address.
@@ -345,8 +392,16 @@ func (b *borrower) blame(address string, err error, now time.Time) {
 func (b *borrower) praise(address string) {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
+	b.of.served = true
 	b.of.hosts.connected(address)
 	delete(b.keeper.paces, classOperator)
+}
+
+// served reports whether there has been a session of anybody on the connections.
+func (b *borrower) served() bool {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	return b.of.served
 }
 
 // proved records that the session that just ended has proved that the broker works, and that it was
@@ -364,8 +419,9 @@ func (b *borrower) proved(healthy, lasted bool) {
 
 // wait returns how long b, which has no connection any more, waits after err before it asks for one.
 // All who share a connection wait for the same time: the first that asks after a failure draws it.
-// It ends the dial d, if that has failed; else d is nil.
-func (b *borrower) wait(r *retry, err error, d *dial, host string, now time.Time) time.Duration {
+// It ends the dial d, if that has failed; else d is nil. concernsAll says that err is the connection's
+// end, of which one line tells for all.
+func (b *borrower) wait(r *retry, err error, d *dial, host string, concernsAll bool, now time.Time) time.Duration {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
 	k := b.keeper
@@ -380,8 +436,10 @@ func (b *borrower) wait(r *retry, err error, d *dial, host string, now time.Time
 		return k.until.Sub(now)
 	}
 	k.until, k.failed = now.Add(wait), nil
-	k.attempts++
-	b.of.tell(k, StateChange{To: Backoff, Host: host, Attempt: k.attempts, RetryIn: wait, Cause: err})
+	if concernsAll {
+		k.attempts++
+		b.of.tell(k, StateChange{To: Backoff, Host: host, Attempt: k.attempts, RetryIn: wait, Cause: err})
+	}
 	if d != nil {
 		k.failed = &dialFailure{err: err, host: host, fresh: k.fresh}
 		k.paces[r.kind] = r.rules[r.kind].failures
@@ -407,10 +465,12 @@ func (b *borrower) connect(ctx context.Context, d *dial, suspect bool, step *ste
 		return nil, nil, err
 	}
 	cs.stats.connections.Add(1)
-	turn := c.turns.take(ctx, suspect)
+	turn := c.takeTurn(ctx, suspect)
 	l := b.opened(d, c)
 	if l == nil {
-		c.close(closeRequest{limit: c.closeTimeout})
+		cs.mu.Lock()
+		defer cs.mu.Unlock()
+		cs.letGo(c, closeRequest{limit: c.closeTimeout})
 		return nil, nil, &SessionError{Host: e.address, Op: "open", Err: causeOf(ctx)}
 	}
 	return l, turn, nil

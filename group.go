@@ -109,6 +109,7 @@ func (g *Group) Run(ctx context.Context) error {
 	g.ended = true
 	g.mu.Unlock()
 	run.running.Wait()
+	run.connections.await()
 	run.end()
 	run.reporter.stop()
 	return errtext.Join(append(toldOnce(run.errs), run.reporter.fault.Cause())...)
