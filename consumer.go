@@ -447,7 +447,7 @@ const provenApart = 70 * time.Second
 // its own is to go, or a consumer that was kept apart is healthy. A queue that would end with the
 // connection stays.
 func (s *supervisor) reasonsToMove() (retiring <-chan struct{}, proven <-chan time.Time) {
-	if s.owns() {
+	if s.owns() || s.consumer.grouped && namedByBroker(s.session.queue) {
 		return nil, nil
 	}
 	if s.borrower.isolated() {
@@ -873,7 +873,11 @@ func (s *supervisor) replacedForOrphan(err error) bool {
 			"what is in a queue that the broker has named is lost with the session. WithQueue keeps such a queue as long as the connection lives",
 			slog.String("queue", left.is), slog.String("before", left.was), slog.String("host", s.host))
 	}
-	s.isolate(err)
+	if namedByBroker(left.was) { // both are deleted
+		s.borrower.isolate()
+	} else {
+		s.isolate(err)
+	}
 	s.dropConnection()
 	return true
 }

@@ -331,6 +331,26 @@ func TestQueueOfItsConnectionIsNotLeftBehindLockedAfterAStall(t *testing.T) {
 	})
 }
 
+func TestTopologyThatNamesAnotherQueueLeavesNoneOnASharedConnection(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2)
+		c, err := p.group.Handle("", rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			q, err := ch.QueueDeclare("", false, false, true, false, nil)
+			return q.Name, err
+		}))
+		require.NoError(t, err)
+		p.start()
+		for range 4 {
+			r.Broker.CancelConsumers("")
+			r.Wait(75 * time.Second)
+			require.Equal(t, steadymq.Consuming, c.State())
+			require.Len(t, r.Broker.Queues(), 4, "two of the others, that of the rig and one that the broker has named")
+		}
+		require.LessOrEqual(t, r.OpenConnections(), 2)
+		require.NoError(t, p.stop())
+	})
+}
+
 func TestErrorOfAConsumerWithoutANameOfItsQueueNamesTheTag(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		p := grouped(r, 1)

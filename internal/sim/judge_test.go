@@ -538,6 +538,9 @@ func (j *simJudge) stalled(c *simConsumer, cause error) {
 		return
 	}
 	calm := j.s.now() - j.s.lastMark
+	if strings.Contains(cause.Error(), "does not answer") { // its limit counts silence, too
+		calm -= c.plan.patience(&simKind{pace: paceHang})
+	}
 	if j.s.active.Load() == 0 && calm > 2*c.plan.stall+c.plan.setup+10*time.Second+c.plan.lag {
 		j.note("stall", "a session of %s was ended though nothing has happened for %v: %v", c.plan.name, calm, cause)
 	}
