@@ -359,9 +359,10 @@ func (c *connection) isOver() bool {
 
 // alive reports whether a new session may be opened on the connection. connections calls it, and who
 // has been lent the connection.
-func (c *connection) alive() bool {
-	return !c.stopped && c.end.Cause() == nil && !c.amqp.IsClosed() && !c.leases.isRetired()
-}
+func (c *connection) alive() bool { return c.stands() && !c.leases.isRetired() }
+
+// stands reports whether the connection has not ended, and nobody has asked it to close.
+func (c *connection) stands() bool { return !c.stopped && c.end.Cause() == nil && !c.amqp.IsClosed() }
 
 // major returns the first number of the broker's version, 0 if that cannot be read.
 func (c *connection) major() int {

@@ -33,7 +33,7 @@ type connections struct {
 func newConnections(c *config, stats *counters) *connections {
 	cs := &connections{config: c, stats: stats, hosts: newHosts(c), asked: c.connections, inquiries: make(map[string]*inquiry)}
 	for range cs.asked {
-		cs.keepers = append(cs.keepers, newKeeper())
+		cs.keepers = append(cs.keepers, newKeeper(c))
 	}
 	return cs
 }
@@ -45,20 +45,21 @@ func (cs *connections) abandoned() { cs.stats.abandoned.Add(1) }
 // or until when nobody does, so that many who wait are no more of a burden to a broker than one.
 type keeper struct {
 	members  map[*borrower]bool
-	own      bool          // it lends to one borrower that is kept apart
-	most     int           // borrowers that its connection has channels for, 0 if that is not known
-	conn     *connection   // that is lent; nil if there is none
-	dial     *dial         // under way
-	failed   *dialFailure  // why the last dial failed; nil if it is not the reason for the wait
-	until    time.Time     // nobody dials before
-	attempts int           // failures in a row, for the log
-	paces    map[class]int // dials that failed in a row: the next one goes on at their pace, whoever makes it
-	next     endpoint      // of the next dial, once it is chosen
-	fresh    bool          // next has not been tried in this round
+	own      bool         // it lends to one borrower that is kept apart
+	most     int          // borrowers that its connection has channels for, 0 if that is not known
+	conn     *connection  // that is lent; nil if there is none
+	dial     *dial        // under way
+	failed   *dialFailure // why the last dial failed; nil if it is not the reason for the wait
+	until    time.Time    // nobody dials before
+	attempts int          // failures in a row, for the log
+	retry    *retry       // the pace at which those who share it dial, whoever does
+	since    time.Time    // when conn was opened; zero once that counts no more
+	next     endpoint     // of the next dial, once it is chosen
+	fresh    bool         // next has not been tried in this round
 }
 
-func newKeeper() *keeper {
-	return &keeper{members: make(map[*borrower]bool), paces: make(map[class]int)}
+func newKeeper(c *config) *keeper {
+	return &keeper{members: make(map[*borrower]bool), retry: newRetry(c)}
 }
 
 // dial is a try to open a connection, which others may wait for.
@@ -118,7 +119,7 @@ func (cs *connections) emptiest() *keeper {
 		}
 	}
 	if best == nil {
-		best = newKeeper()
+		best = newKeeper(cs.config)
 		best.most = cs.channels
 		cs.keepers = append(cs.keepers, best)
 	}
@@ -161,7 +162,7 @@ func (b *borrower) isolate() (leaves bool) {
 	if len(b.keeper.members) == 1 || b.of.apart >= mostApart {
 		return false
 	}
-	own := newKeeper()
+	own := newKeeper(b.of.config)
 	own.own = true
 	b.of.apart++
 	b.move(own)
@@ -285,7 +286,7 @@ func (b *borrower) opened(d *dial, c *connection) *loan {
 		return nil
 	}
 	d.end()
-	d.keeper.conn = c
+	d.keeper.conn, d.keeper.since = c, time.Now()
 	b.of.open++
 	b.of.channels = int(c.amqp.Config.ChannelMax)
 	d.keeper.most = b.of.channels
@@ -394,7 +395,7 @@ func (b *borrower) praise(address string) {
 	defer b.of.mu.Unlock()
 	b.of.served = true
 	b.of.hosts.connected(address)
-	delete(b.keeper.paces, classOperator)
+	b.keeper.retry.consuming()
 }
 
 // served reports whether there has been a session of anybody on the connections.
@@ -410,7 +411,7 @@ func (b *borrower) proved(healthy, lasted bool) {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
 	if healthy {
-		clear(b.keeper.paces)
+		b.keeper.retry.healthy()
 	}
 	if lasted {
 		b.of.hosts.outlived()
@@ -430,10 +431,12 @@ func (b *borrower) wait(r *retry, err error, d *dial, host string, concernsAll b
 		return r.wait(err, now, true)
 	}
 	k.choose(b.of.hosts, now)
-	r.catchUp(k.paces)
 	wait := r.wait(err, now, k.fresh)
 	if k.until.After(now) {
 		return k.until.Sub(now)
+	}
+	if concernsAll && b.of.told != nil { // not at the pace of one that has failures of its own
+		wait = k.wait(r, err, now)
 	}
 	k.until, k.failed = now.Add(wait), nil
 	if concernsAll {
@@ -442,10 +445,20 @@ func (b *borrower) wait(r *retry, err error, d *dial, host string, concernsAll b
 	}
 	if d != nil {
 		k.failed = &dialFailure{err: err, host: host, fresh: k.fresh}
-		k.paces[r.kind] = r.rules[r.kind].failures
 		d.end()
 	}
 	return wait
+}
+
+// wait returns how long those who share k wait after err. A connection that was up for long forgets
+// the failures before it.
+func (k *keeper) wait(r *retry, err error, now time.Time) time.Duration {
+	if !k.since.IsZero() && now.Sub(k.since) >= healthyAfter {
+		k.retry.healthy()
+	}
+	k.since = time.Time{}
+	k.retry.heartbeat = max(k.retry.heartbeat, r.heartbeat)
+	return k.retry.wait(err, now, k.fresh)
 }
 
 // connect makes the dial d and returns the loan of its connection, with the first turn on it. Its

@@ -311,7 +311,7 @@ func (s *supervisor) connecting() stateFunc {
 	if s.ctx.Err() != nil {
 		return s.draining
 	}
-	if s.conn != nil && !s.conn.alive() { // it ended during the backoff
+	if s.conn != nil && !s.usable() { // it ended during the backoff
 		s.borrower.blame(s.conn.host, s.conn.end.Cause(), time.Now())
 		s.dropConnection()
 	}
@@ -341,7 +341,7 @@ func (s *supervisor) settingUp() stateFunc {
 	s.enterConnecting()
 	if conn != nil {
 		defer conn.takeTurn(s.ctx, s.strikes > 0).giveBack()
-		if !conn.alive() { // it ended meanwhile, which others have to answer for
+		if !s.usable() { // it ended meanwhile, which others have to answer for
 			return s.connecting
 		}
 	}
@@ -405,6 +405,9 @@ func (s *supervisor) open(ctx context.Context, conn *loan, dial *dial, suspect b
 func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
 	s.conn.served = true
+	if s.consumer.grouped && s.owns() {
+		s.conn.keep()
+	}
 	s.retry.consuming()
 	s.borrower.praise(s.host)
 	s.enter(Consuming, nil) // first: a handler may ask for the state
@@ -560,7 +563,7 @@ func waitFor[T any](s *supervisor, moment <-chan T) stateFunc {
 
 // concernsAll reports whether err is a failure of a connection that others share.
 func (s *supervisor) concernsAll(err error) bool {
-	return (noConnection(err) || s.conn != nil && !s.conn.alive()) && !s.borrower.isolated()
+	return (noConnection(err) || s.conn != nil && !s.usable()) && !s.borrower.isolated()
 }
 
 // noConnection reports whether no connection could be opened.
@@ -619,7 +622,7 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) (moved bool) {
 	if s.conn == nil {
 		return false
 	}
-	alive := s.conn.alive()
+	alive := s.usable()
 	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err)
 	switch {
 	case errors.Is(err, amqp.ErrChannelMax) && !s.owns() && s.overflows():
@@ -890,6 +893,12 @@ func (s *supervisor) owns() bool {
 
 func (s *supervisor) declaresOwned() bool {
 	return s.config.declare != nil && s.config.declare.Exclusive
+}
+
+// usable reports whether the next session may be opened on the connection. One that is to go because of
+// others takes that of a consumer whose queue would go with it.
+func (s *supervisor) usable() bool {
+	return s.conn.alive() || s.consumer.grouped && s.owns() && s.conn.stands()
 }
 
 // isolate lets the consumer go on on a connection of its own. A queue that ends with the connection it

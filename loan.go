@@ -135,6 +135,7 @@ type leases struct {
 	mu       sync.Mutex
 	lent     int
 	retired  error         // why the connection takes no more sessions; nil as long as it does
+	kept     bool          // a queue ends with the connection: that closes once it is no longer borrowed, and not before
 	returned chan struct{} // closed when the last lease has ended; nil until watch waits for that
 }
 
@@ -179,19 +180,26 @@ func (c *connection) retire(cause error) {
 func (l *leases) retire(cause error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.due(cause)
+	return l.due(cause, l.kept)
 }
 
 // due retires the connection if there is a cause. It returns why the connection has to end now, or
-// nil if it does not have to. It is called with mu held.
-func (l *leases) due(cause error) error {
+// nil if it does not have to, or is kept. It is called with mu held.
+func (l *leases) due(cause error, kept bool) error {
 	if l.retired == nil {
 		l.retired = cause
 	}
-	if l.lent > 0 {
+	if l.lent > 0 || kept {
 		return nil
 	}
 	return l.retired
+}
+
+// keep keeps a retired connection until nobody borrows it any more, although it is lent to no session.
+func (c *connection) keep() {
+	c.leases.mu.Lock()
+	defer c.leases.mu.Unlock()
+	c.leases.kept = true
 }
 
 // lease is the use of a connection by one session, or by the try for one. Its methods are safe for
@@ -278,7 +286,7 @@ func (l *leases) take(one *lease, cause error) (last bool, end error) {
 		close(l.returned)
 		l.returned = nil
 	}
-	return true, l.due(cause)
+	return true, l.due(cause, l.kept && cause == nil) // nobody else lives on it, so no channel can be given up alone
 }
 
 // any reports whether the connection is lent to somebody.

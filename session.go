@@ -685,7 +685,7 @@ func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
 // it: a quorum queue without a leader answers consume-ok and fails 65 s later.
 func (s *session) healthy(now time.Time) bool {
 	up := now.Sub(s.since)
-	return up >= 70*time.Second || up >= 10*time.Second && s.settled.Load()
+	return up >= healthyAfter || up >= 10*time.Second && s.settled.Load()
 }
 
 // gate counts the handlers at work. Once it is closed no handler enters any more, and done is

@@ -176,6 +176,9 @@ func TestStopOfOneConsumerLeavesTheHandlersOfThoseThatHaveMovedAlone(t *testing.
 				r.Wait(10 * time.Second)
 				close(release)
 				require.NoError(t, <-stopped)
+				if r.Wait(0); name == "all" {
+					assert.Zero(t, rig.DriverGoroutines(), "Run waits for the connections")
+				}
 				r.Wait(time.Second)
 				assert.EqualValues(t, 1, slow.Stats().Acked)
 				assert.Zero(t, slow.Stats().Stale)
@@ -302,4 +305,61 @@ func TestConsumerKeptApartDoesNotComeBackForWantOfAConnection(t *testing.T) {
 		require.Equal(t, 4, p.consuming(), "it is not forgotten")
 		require.NoError(t, p.stop())
 	}, steadymqtest.WithHooks(steadymqtest.Hooks{Opened: count(1), Closed: count(-1)}))
+}
+
+// The pace of a connection is not that of the consumer which happens to ask for it first.
+func TestConsumerThatIsLostAgainAndAgainDoesNotSlowTheOthersDown(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 3).start()
+		for range 10 {
+			r.Wait(35 * time.Second)
+			for range 8 { // never often enough to be kept apart
+				r.Broker.CancelConsumers("q0")
+				r.Wait(20 * time.Second)
+			}
+			r.Broker.Reset()
+			r.Wait(100 * time.Millisecond)
+			require.GreaterOrEqual(t, p.consuming(), 2, "the others are back at once")
+		}
+		require.NoError(t, p.stop())
+	})
+}
+
+// A queue that would end with its connection keeps its consumer there, also on one that is to go.
+func TestExclusiveQueueOutlivesAFailureOnAConnectionThatIsToGo(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2)
+		var handled atomic.Int32
+		release := make(chan struct{})
+		pinned, err := p.group.Handle("mine", func(ctx context.Context, _ *steadymq.Delivery) error {
+			select {
+			case <-release:
+				handled.Add(1)
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}, steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true}))
+		require.NoError(t, err)
+		p.start()
+		r.Broker.HangAt(steadymqtest.StageConsume, true)
+		for range 3 { // channels that are given up, which is one too many
+			p.add(rig.Ack)
+		}
+		r.Wait(14 * time.Second)
+		r.Broker.HangAt(steadymqtest.StageConsume, false)
+		r.Wait(10 * time.Second)
+		require.Equal(t, 5, p.consuming())
+		require.Equal(t, 2, r.OpenConnections())
+		r.Broker.Publish("mine", "1", "2", "3")
+		r.Broker.CancelConsumers("mine")
+		r.Wait(time.Second)
+		r.Broker.CloseChannels(406, "delivery acknowledgement timed out")
+		r.Wait(5 * time.Second)
+		close(release)
+		r.Wait(time.Minute)
+		assert.Equal(t, steadymq.Consuming, pinned.State())
+		assert.EqualValues(t, 3, handled.Load())
+		require.NoError(t, p.stop())
+	})
 }
