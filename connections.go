@@ -33,7 +33,7 @@ type connections struct {
 func newConnections(c *config, stats *counters) *connections {
 	cs := &connections{config: c, stats: stats, hosts: newHosts(c), asked: c.connections, inquiries: make(map[string]*inquiry)}
 	for range cs.asked {
-		cs.keepers = append(cs.keepers, newKeeper(c))
+		cs.keepers = append(cs.keepers, newKeeper())
 	}
 	return cs
 }
@@ -52,15 +52,13 @@ type keeper struct {
 	failed   *dialFailure // why the last dial failed; nil if it is not the reason for the wait
 	until    time.Time    // nobody dials before
 	attempts int          // failures in a row, for the log
-	retry    *retry       // the pace at which those who share it dial, whoever does
+	retry    *retry       // the pace at which those who share it dial, whoever does; nil before the first wait
 	since    time.Time    // when conn was opened; zero once that counts no more
 	next     endpoint     // of the next dial, once it is chosen
 	fresh    bool         // next has not been tried in this round
 }
 
-func newKeeper(c *config) *keeper {
-	return &keeper{members: make(map[*borrower]bool), retry: newRetry(c)}
-}
+func newKeeper() *keeper { return &keeper{members: make(map[*borrower]bool)} }
 
 // dial is a try to open a connection, which others may wait for.
 type dial struct {
@@ -119,7 +117,7 @@ func (cs *connections) emptiest() *keeper {
 		}
 	}
 	if best == nil {
-		best = newKeeper(cs.config)
+		best = newKeeper()
 		best.most = cs.channels
 		cs.keepers = append(cs.keepers, best)
 	}
@@ -162,7 +160,7 @@ func (b *borrower) isolate() (leaves bool) {
 	if len(b.keeper.members) == 1 || b.of.apart >= mostApart {
 		return false
 	}
-	own := newKeeper(b.of.config)
+	own := newKeeper()
 	own.own = true
 	b.of.apart++
 	b.move(own)
@@ -274,6 +272,9 @@ func (k *keeper) forgetDead() {
 func (k *keeper) lend() *loan {
 	l := &loan{connection: k.conn, keeper: k}
 	k.conn.loans[l] = true
+	if len(k.conn.loans) > 1 {
+		k.conn.shared = true
+	}
 	return l
 }
 
@@ -368,11 +369,12 @@ func (cs *connections) await() {
 	}
 }
 
-// sharing reports whether others borrow from the same keeper, too.
+// sharing reports whether others borrow from the same keeper, too, or have borrowed the connection:
+// who has ended it may have left already.
 func (b *borrower) sharing(l *loan) bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	return len(l.keeper.members) > 1
+	return l.shared || len(l.keeper.members) > 1
 }
 
 // outlived reports whether the connection goes on without b, because others borrow it, too.
@@ -395,7 +397,9 @@ func (b *borrower) praise(address string) {
 	defer b.of.mu.Unlock()
 	b.of.served = true
 	b.of.hosts.connected(address)
-	b.keeper.retry.consuming()
+	if r := b.keeper.retry; r != nil {
+		r.consuming()
+	}
 }
 
 // served reports whether there has been a session of anybody on the connections.
@@ -410,8 +414,8 @@ func (b *borrower) served() bool {
 func (b *borrower) proved(healthy, lasted bool) {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	if healthy {
-		b.keeper.retry.healthy()
+	if r := b.keeper.retry; r != nil && healthy {
+		r.healthy()
 	}
 	if lasted {
 		b.of.hosts.outlived()
@@ -436,7 +440,7 @@ func (b *borrower) wait(r *retry, err error, d *dial, host string, concernsAll b
 		return k.until.Sub(now)
 	}
 	if concernsAll && b.of.told != nil { // not at the pace of one that has failures of its own
-		wait = k.wait(r, err, now)
+		wait = k.wait(b.of.config, r, err, now)
 	}
 	k.until, k.failed = now.Add(wait), nil
 	if concernsAll {
@@ -452,7 +456,10 @@ func (b *borrower) wait(r *retry, err error, d *dial, host string, concernsAll b
 
 // wait returns how long those who share k wait after err. A connection that was up for long forgets
 // the failures before it.
-func (k *keeper) wait(r *retry, err error, now time.Time) time.Duration {
+func (k *keeper) wait(c *config, r *retry, err error, now time.Time) time.Duration {
+	if k.retry == nil {
+		k.retry = newRetry(c)
+	}
 	if !k.since.IsZero() && now.Sub(k.since) >= healthyAfter {
 		k.retry.healthy()
 	}

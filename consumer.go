@@ -121,7 +121,9 @@ func (c *Consumer) run(ctx context.Context, h Handler, from *connections) error 
 	}
 	h, err := wrap(ctx, c.config, h, func() { c.stats.abandoned.Add(1) })
 	if err == nil {
-		err = newSupervisor(ctx, c, h, from).run()
+		s := newSupervisor(ctx, c, h, from)
+		s.reporter.faulted = stop
+		err = s.run()
 	}
 	c.end(err)
 	return err
@@ -283,10 +285,6 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connection
 }
 
 func (s *supervisor) run() error {
-	ctx, stop := context.WithCancelCause(s.ctx)
-	defer stop(nil)
-	s.ctx = ctx
-	s.reporter.faulted = func() { stop(errStopped) }
 	for state := s.connecting; state != nil; {
 		state = state()
 	}

@@ -622,3 +622,77 @@ func TestConsumerThatIsKeptApartStaysThereWhileThereIsNothingToShare(t *testing.
 		require.NoError(t, p.stop())
 	})
 }
+
+// The one that dials takes its turn as the others do: a suspect is set up beside no other.
+func TestConsumerThatDialsIsNotTakenForTheReasonOfAnothersFailure(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 0)
+		p.add(rig.Ack, steadymq.WithTopology(func(ctx context.Context, _ *amqp.Channel) (string, error) {
+			select { // it would still be under way when the other fails
+			case <-time.After(50 * time.Millisecond):
+			case <-ctx.Done():
+			}
+			return "", ctx.Err()
+		}))
+		p.add(rig.Ack, steadymq.WithTopology(func(ctx context.Context, ch *amqp.Channel) (string, error) {
+			select {
+			case <-time.After(20 * time.Millisecond):
+			case <-ctx.Done():
+			}
+			return "", ch.Qos(1, 1, false) // 540, which closes the connection
+		}), steadymq.WithFatal(func(error) bool { return false }))
+		p.start()
+		r.Wait(time.Minute)
+		assert.Equal(t, steadymq.Consuming, p.consumers[0].State())
+		assert.Equal(t, 1, p.group.Stats().Isolated)
+		require.NoError(t, p.stop())
+	})
+}
+
+// Whoever is to blame may have left the connection before the other one has heard of its end, which
+// a topology function that takes its time does late.
+func TestEndOfAConnectionIsNobodysOwnRefusalOnceTheOneToBlameHasLeft(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 1, steadymq.WithBackoff(2*time.Second, 2*time.Second))
+		again := make(chan struct{})
+		tries := 0
+		p.add(rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			if tries++; tries == 2 {
+				close(again)
+			}
+			time.Sleep(20 * time.Millisecond)
+			return "", ch.Qos(1, 1, false) // 540, which closes the connection
+		}), steadymq.WithFatal(func(error) bool { return false }))
+		p.start()
+		require.NoError(t, p.consumers[0].Stop(r.Context()))
+		newcomer := p.add(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			<-again
+			time.Sleep(time.Second)
+			return "", nil
+		}))
+		r.Wait(time.Minute)
+		assert.Equal(t, steadymq.Consuming, newcomer.State())
+		require.NoError(t, p.stop())
+	})
+}
+
+// What flows to others is in nobody's way for ever.
+func TestSetUpThatHangsIsGivenUpThoughOthersAreBusy(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 1, steadymq.WithSetupTimeout(3*time.Second))
+		bad := p.add(rig.Ack, steadymq.WithTopology(func(ctx context.Context, _ *amqp.Channel) (string, error) {
+			<-ctx.Done()
+			return "", context.Cause(ctx)
+		}))
+		p.start()
+		for range 600 { // a minute
+			r.Broker.Publish(p.name(0), "x")
+			r.Wait(100 * time.Millisecond)
+		}
+		assert.EqualValues(t, 600, p.consumers[0].Stats().Acked)
+		assert.EqualValues(t, 1, p.consumers[0].Stats().Sessions)
+		assert.Equal(t, 1, p.group.Stats().Isolated, "its set-ups have outlasted their limit again and again")
+		assert.NotEqual(t, steadymq.Consuming, bad.State())
+		require.NoError(t, p.stop())
+	})
+}

@@ -683,7 +683,8 @@ func (g *simGroup) connected(now time.Duration) {
 	if !quiet {
 		return
 	}
-	if proven && n.Isolated > pinned {
+	shares := g.plan.connections == 1 && g.plan.consumer.channelMax == 0 && n.Isolated < len(g.group.Consumers()) // else there may be nothing to share
+	if proven && shares && n.Isolated > pinned {
 		j := g.s.judge
 		j.note("I11", "%d consumers are isolated, though all have been well for %v", n.Isolated, now-latest)
 	}

@@ -182,9 +182,9 @@ func (p *simPlan) drawQueueOptions(r *rand.Rand, i int) {
 	p.drawUnfit(r, i, unfit, tooLarge && q.body == 0)
 }
 
-// ownInGroup leaves the queues that live as long as their connection to WithQueue: of what a topology
-// function has declared the library knows nothing, and a connection that is shared is not replaced
-// for it.
+// ownInGroup leaves exclusive queues with a name to WithQueue: of what a topology function has declared
+// the library knows nothing, and a connection that is shared is not replaced for it. No consumer of
+// such a queue comes and goes unless the library declares it.
 func (p *simPlan) ownInGroup(kind string, users []*simConsumerPlan) string {
 	if p.group == nil || kind != "exclusive" && kind != "named" {
 		return kind
@@ -195,7 +195,9 @@ func (p *simPlan) ownInGroup(kind string, users []*simConsumerPlan) string {
 		}
 	}
 	for _, c := range users {
-		c.declare, c.topology = true, false
+		if kind == "exclusive" || len(c.runs) > 1 {
+			c.declare, c.topology = true, false
+		}
 	}
 	return kind
 }
