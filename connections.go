@@ -377,6 +377,13 @@ func (b *borrower) sharing(l *loan) bool {
 	return l.shared || len(l.keeper.members) > 1
 }
 
+// hasLeft reports whether b's next connection is another keeper's.
+func (b *borrower) hasLeft(l *loan) bool {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	return b.keeper != l.keeper
+}
+
 // outlived reports whether the connection goes on without b, because others borrow it, too.
 func (b *borrower) outlived(l *loan) bool {
 	b.of.mu.Lock()
@@ -526,7 +533,7 @@ func (cs *connections) inquire(ctx context.Context, e endpoint, ask func(*connec
 	case <-ctx.Done():
 		return causeOf(ctx)
 	}
-	defer cs.closeIfLast(i)
+	defer i.closeIfDead()
 	if i.conn == nil {
 		c, err := openConnection(ctx, cs.config, e, newStep("dial"), cs.abandoned)
 		if err != nil {
@@ -551,22 +558,30 @@ func (cs *connections) inquiry(address string) *inquiry {
 	return i
 }
 
-// closeIfLast closes the connection if nobody else waits for it, or if it is of no use any more.
-func (cs *connections) closeIfLast(i *inquiry) {
-	cs.mu.Lock()
-	last := i.users == 1
-	cs.mu.Unlock()
-	if i.conn != nil && (last || !i.conn.alive()) {
-		i.conn.close(closeRequest{limit: i.conn.closeTimeout})
-		<-i.conn.done
-		i.conn = nil
+// closeIfDead closes the connection if it is of no use to those who wait. Who has the turn calls it.
+func (i *inquiry) closeIfDead() {
+	if i.conn != nil && !i.conn.alive() {
+		i.close()
 	}
 }
 
+func (i *inquiry) close() {
+	i.conn.close(closeRequest{limit: i.conn.closeTimeout})
+	<-i.conn.done
+	i.conn = nil
+}
+
+// forget is called by all who have asked, or have given up waiting. The last one closes the connection,
+// whichever that is.
 func (cs *connections) forget(address string, i *inquiry) {
 	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	if i.users--; i.users == 0 {
+	i.users--
+	last := i.users == 0
+	if last {
 		delete(cs.inquiries, address)
+	}
+	cs.mu.Unlock()
+	if last && i.conn != nil {
+		i.close()
 	}
 }

@@ -614,8 +614,8 @@ func (s *supervisor) givesUp(err error) (bool, error) {
 // keepOrReplace closes the connection after a failure, unless the next session does better to use
 // it: it is alive, leads to a node that serves its queues, no topology function has failed on it
 // too often, and either it has not failed its sessions too often or it owns a queue that would be
-// lost with it. It reports whether the connection has no channel left for the consumer, which goes on
-// on another one.
+// lost with it. It reports whether the consumer goes on on another one that it shares, because this one
+// has no channel left for it, or because it is kept apart no more.
 func (s *supervisor) keepOrReplace(err error, now time.Time) (moved bool) {
 	if s.conn == nil {
 		return false
@@ -623,6 +623,8 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) (moved bool) {
 	alive := s.usable()
 	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err)
 	switch {
+	case s.borrower.hasLeft(s.conn): // its session was lost as it was about to move
+		moved = true
 	case errors.Is(err, amqp.ErrChannelMax) && !s.owns() && s.overflows():
 		moved = true
 	case keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)):

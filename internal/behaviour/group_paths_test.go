@@ -363,3 +363,33 @@ func TestExclusiveQueueOutlivesAFailureOnAConnectionThatIsToGo(t *testing.T) {
 		require.NoError(t, p.stop())
 	})
 }
+
+// The end of a session may come at the moment at which it would have moved.
+func TestConsumerThatIsLostAsItComesBackSharesAgain(t *testing.T) {
+	for range 20 { // for either of the two may be seen first
+		rig.Bubble(t, func(r *rig.Rig) {
+			p := grouped(r, 2)
+			var failing atomic.Bool
+			failing.Store(true)
+			p.add(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+				if failing.Load() {
+					return "", errors.New("not yet")
+				}
+				return "", nil
+			}), steadymq.WithHooks(steadymq.Hooks{StateChanged: r.Changed}))
+			p.start()
+			r.Wait(30 * time.Second)
+			require.Equal(t, 1, p.group.Stats().Isolated)
+			failing.Store(false)
+			r.Wait(11 * time.Second)
+			last := r.LastChange()
+			require.Equal(t, steadymq.Consuming, last.To)
+			time.Sleep(time.Until(last.Time.Add(70*time.Second - time.Millisecond)))
+			r.Broker.CancelConsumers("q2") // it hears of that a millisecond later
+			r.Wait(3 * time.Minute)
+			require.Equal(t, 3, p.consuming())
+			require.Equal(t, 1, r.OpenConnections())
+			require.NoError(t, p.stop())
+		})
+	}
+}

@@ -1027,6 +1027,10 @@ var mutants = []mutant{
 		"\tc.leases.kept = true\n", "")),
 	inTest("TestExclusiveQueueOutlivesAFailureOnAConnectionThatIsToGo", change("a connection that is to go takes no session of the queue that goes with it", "consumer.go",
 		"return s.conn.alive() || s.consumer.grouped && s.owns() && s.conn.stands()", "return s.conn.alive()")),
+	inTest("TestConsumerThatIsLostAsItComesBackSharesAgain", change("who is lost as it comes back keeps its own connection", "consumer.go",
+		"\tcase s.borrower.hasLeft(s.conn):", "\tcase false:")),
+	inTest("TestConnectionForQuestionsIsClosedByWhoLeavesLast", change("a connection for questions outlives who waits for it in vain", "connections.go",
+		"\tif last && i.conn != nil {\n", "\tif last && false {\n")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
