@@ -30,6 +30,7 @@ type connection struct {
 	leases  leases            // the sessions it is lent to
 	stop    chan closeRequest // asks for an orderly close; the owner writes, watch reads
 	loans   map[*loan]bool    // to consumers; guarded by the mutex of connections
+	shared  bool              // there have been several loans at a time; guarded by the same
 	turns   *turns            // of the consumers that are set up on it
 	stopped bool              // close was called, after the last loan
 	done    chan struct{}     // closed when nothing of it is left

@@ -2,6 +2,7 @@ package steadymq
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -15,8 +16,8 @@ import (
 // them, under mu, which is held for memory only.
 type connections struct {
 	config *config
-	stats  *counters // counts dials, connections and what had to be left behind
-	told   *reporter // of what all who share a connection have in common; nil for a Consumer alone
+	stats  *counters        // counts dials, connections and what had to be left behind
+	report func() *reporter // makes one for what all who share a connection have in common; nil for a Consumer alone
 
 	mu        sync.Mutex
 	hosts     *hosts
@@ -24,15 +25,30 @@ type connections struct {
 	asked     int                 // how many of them stay
 	apart     int                 // borrowers with a keeper of their own
 	open      int                 // connections that are lent
+	channels  int                 // that the last connection had room for, 0 before the first
 	inquiries map[string]*inquiry // the questions of stall detectors, by the address of the host
+	reporters map[int]*reporter   // by the number of the keeper: each outage has its own beginning and end
 }
 
 func newConnections(c *config, stats *counters) *connections {
-	cs := &connections{config: c, stats: stats, hosts: newHosts(c), asked: c.connections, inquiries: make(map[string]*inquiry)}
+	cs := &connections{
+		config: c, stats: stats, hosts: newHosts(c), asked: c.connections,
+		inquiries: make(map[string]*inquiry), reporters: make(map[int]*reporter),
+	}
 	for range cs.asked {
-		cs.keepers = append(cs.keepers, newKeeper())
+		cs.addKeeper()
 	}
 	return cs
+}
+
+// addKeeper adds a keeper that lends to everybody, under the smallest number that is free.
+func (cs *connections) addKeeper() *keeper {
+	k := newKeeper()
+	for k.number = 1; slices.ContainsFunc(cs.keepers, func(other *keeper) bool { return other.number == k.number }); {
+		k.number++
+	}
+	cs.keepers = append(cs.keepers, k)
+	return k
 }
 
 // abandoned counts a user's function that did not return and was left running.
@@ -41,9 +57,10 @@ func (cs *connections) abandoned() { cs.stats.abandoned.Add(1) }
 // keeper keeps one connection for those who share it. It knows the one that stands, else who dials,
 // or until when nobody does, so that many who wait are no more of a burden to a broker than one.
 type keeper struct {
+	number   int // of the connection, for the log
 	members  map[*borrower]bool
 	own      bool          // it lends to one borrower that is kept apart
-	most     int           // borrowers that conn has channels for, 0 if that is not known
+	most     int           // borrowers that its connection has channels for, 0 if that is not known
 	conn     *connection   // that is lent; nil if there is none
 	dial     *dial         // under way
 	failed   *dialFailure  // why the last dial failed; nil if it is not the reason for the wait
@@ -52,6 +69,7 @@ type keeper struct {
 	paces    map[class]int // dials that failed in a row: the next one goes on at their pace, whoever makes it
 	next     endpoint      // of the next dial, once it is chosen
 	fresh    bool          // next has not been tried in this round
+	slow     rateLimited   // lines about dials that take long
 }
 
 func newKeeper() *keeper {
@@ -80,13 +98,60 @@ type borrower struct {
 	keeper *keeper
 }
 
-// tell writes a line for all who share the connection of k, in place of one for each of them.
+// tell writes a line for all who share the connection of k, in place of one for each of them. It is
+// called with mu held.
 func (cs *connections) tell(k *keeper, c StateChange) {
-	if cs.told == nil || k.own {
+	if !cs.tells(k) {
 		return
 	}
-	c.Time, c.consumers = time.Now(), len(k.members)
-	cs.told.changed(c)
+	c.Time, c.consumers, c.connection = time.Now(), len(k.members), cs.numberOf(k)
+	cs.reporter(k).changed(c)
+}
+
+// tells reports whether the log of the Group tells of the connection of k.
+func (cs *connections) tells(k *keeper) bool { return cs.report != nil && !k.own }
+
+// numberOf returns what tells the connection of k from the others in the log, 0 if there are none.
+func (cs *connections) numberOf(k *keeper) int {
+	if len(cs.keepers) == 1 {
+		return 0
+	}
+	return k.number
+}
+
+func (cs *connections) reporter(k *keeper) *reporter {
+	if cs.reporters[k.number] == nil {
+		cs.reporters[k.number] = cs.report()
+	}
+	return cs.reporters[k.number]
+}
+
+// tellsSlow writes the line about a dial of b that takes long, for all who wait for it. It returns
+// false if that is for b to tell: it waits alone, or the dial is over and the broker is slow with
+// its own session.
+func (b *borrower) tellsSlow(d *dial, t slowTry) bool {
+	cs := b.of
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if d == nil || d.over || !cs.tells(d.keeper) {
+		return false
+	}
+	t.tell(cs.reporter(d.keeper), &d.keeper.slow, sharers(len(d.keeper.members), cs.numberOf(d.keeper))...)
+	return true
+}
+
+// stopTelling writes what is still to be told, and nothing after that: nobody borrows any more, but
+// the timer of a try may have fired just before its end.
+func (cs *connections) stopTelling() {
+	cs.mu.Lock()
+	cs.report = nil
+	reporters := slices.Collect(maps.Values(cs.reporters))
+	cs.mu.Unlock()
+	var stopping sync.WaitGroup
+	for _, r := range reporters {
+		stopping.Go(r.stop)
+	}
+	stopping.Wait()
 }
 
 // join makes a borrower.
@@ -115,8 +180,8 @@ func (cs *connections) emptiest() *keeper {
 		}
 	}
 	if best == nil {
-		best = newKeeper()
-		cs.keepers = append(cs.keepers, best)
+		best = cs.addKeeper()
+		best.most = cs.channels
 	}
 	return best
 }
@@ -170,11 +235,17 @@ func (b *borrower) isolated() bool {
 	return b.keeper.own
 }
 
-// rejoin ends the isolation of b.
-func (b *borrower) rejoin() {
+// rejoin ends the isolation of b, if there is a connection to share. It reports whether there is.
+func (b *borrower) rejoin() bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	b.move(b.of.emptiest())
+	k := b.of.emptiest()
+	k.forgetDead()
+	if k.conn == nil {
+		return false
+	}
+	b.move(k)
+	return true
 }
 
 // overflow moves b to another keeper, because the connection has no channel left for it. further
@@ -187,7 +258,9 @@ func (b *borrower) overflow() (moved, further bool) {
 		return false, false
 	}
 	before := len(b.of.keepers)
-	k.most = len(k.members) - 1
+	if fewer := len(k.members) - 1; !k.full() || fewer < k.most { // of the old session a channel may be left
+		k.most = fewer
+	}
 	b.move(b.of.emptiest())
 	return true, len(b.of.keepers) > before
 }
@@ -253,13 +326,16 @@ func (k *keeper) choose(h *hosts, now time.Time) {
 // forgetDead forgets a connection that takes no more sessions.
 func (k *keeper) forgetDead() {
 	if k.conn != nil && !k.conn.alive() {
-		k.conn, k.most = nil, 0
+		k.conn = nil
 	}
 }
 
 func (k *keeper) lend() *loan {
 	l := &loan{connection: k.conn, keeper: k}
 	k.conn.loans[l] = true
+	if len(k.conn.loans) > 1 {
+		k.conn.shared = true
+	}
 	return l
 }
 
@@ -274,6 +350,8 @@ func (b *borrower) opened(d *dial, c *connection) *loan {
 	d.end()
 	d.keeper.conn = c
 	b.of.open++
+	b.of.channels = int(c.amqp.Config.ChannelMax)
+	d.keeper.most = b.of.channels
 	b.of.tell(d.keeper, StateChange{To: Consuming, Host: c.host, Attempt: d.keeper.attempts})
 	d.keeper.attempts = 0
 	return d.keeper.lend()
@@ -308,18 +386,19 @@ func (b *borrower) giveBack(l *loan, d closeRequest) (last bool) {
 		return false
 	}
 	if l.keeper.conn == c {
-		l.keeper.conn, l.keeper.most = nil, 0
+		l.keeper.conn = nil
 	}
 	b.of.open--
 	c.close(d)
 	return true
 }
 
-// sharing reports whether others borrow from the same keeper, too.
+// sharing reports whether others borrow from the same keeper, too, or have borrowed the connection:
+// who has ended it may have left already.
 func (b *borrower) sharing(l *loan) bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	return len(l.keeper.members) > 1
+	return l.shared || len(l.keeper.members) > 1
 }
 
 // blame records a failure of the host at address.

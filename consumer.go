@@ -108,11 +108,12 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if fault := c.fault.Load(); fault != nil {
 		return fault
 	}
-	return c.run(ctx, h, newConnections(c.config, c.stats))
+	return c.run(ctx, h, newConnections(c.config, c.stats).join())
 }
 
-// run is Run on connections that others may share.
-func (c *Consumer) run(ctx context.Context, h Handler, from *connections) error {
+// run is Run as a borrower of connections that others may share.
+func (c *Consumer) run(ctx context.Context, h Handler, b *borrower) error {
+	defer b.leave()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	if !c.begin(stop) {
@@ -120,7 +121,9 @@ func (c *Consumer) run(ctx context.Context, h Handler, from *connections) error 
 	}
 	h, err := wrap(ctx, c.config, h, func() { c.stats.abandoned.Add(1) })
 	if err == nil {
-		err = newSupervisor(ctx, c, h, from).run()
+		s := newSupervisor(ctx, c, h, b)
+		s.reporter.faulted = stop
+		err = s.run()
 	}
 	c.end(err)
 	return err
@@ -151,9 +154,13 @@ func (c *Consumer) end(err error) {
 // Stop ends the Run of this Consumer alone, as the end of its context does, waits until it has
 // drained, and returns what Run returns, or, if ctx ends first, the cause of that; the drain goes on.
 // A Consumer of a [Group] leaves the group. Without a Run there is nothing to wait for, and Stop
-// returns nil; a Consumer of a group whose Run has not begun never starts then. It must not be called
-// by the consumer's own handlers or hooks, which it would wait for.
+// returns nil; a Consumer of a group whose Run has not begun never starts then. It waits for the
+// consumer's own handlers and hooks, so those must not call it but on a goroutine of its own. It is an
+// [*OptionError] if ctx is nil.
 func (c *Consumer) Stop(ctx context.Context) error {
+	if ctx == nil {
+		return &OptionError{"Stop", "the context must not be nil"}
+	}
 	c.mu.Lock()
 	c.stopped.Store(true)
 	stop, done := c.stop, c.done
@@ -236,7 +243,7 @@ type supervisor struct {
 
 type stateFunc func() stateFunc
 
-func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connections) *supervisor {
+func newSupervisor(ctx context.Context, c *Consumer, h Handler, b *borrower) *supervisor {
 	random := make([]byte, 4)
 	_, _ = rand.Read(random) // never fails
 	reporter := newReporter(ctx, c.config, &c.stats.eventsDropped)
@@ -256,12 +263,12 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connection
 		stats:    c.stats,
 		ctx:      ctx,
 		retry:    newRetry(c.config),
-		borrower: from.join(),
+		borrower: b,
 		reporter: reporter,
 		pool:     workers,
 		scope: &scope{
 			config:   c.config,
-			from:     from,
+			from:     b.of,
 			stats:    c.stats,
 			reporter: reporter,
 			handlers: context.WithoutCancel(ctx), // the values of ctx, without its end
@@ -269,16 +276,13 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connection
 			hire:     workers.hire,
 			stream:   newPosition(c.config),
 			notices:  new(notices),
+			grouped:  c.grouped,
 		},
 		tag: c.config.tagPrefix + "-" + hex.EncodeToString(random),
 	}
 }
 
 func (s *supervisor) run() error {
-	ctx, stop := context.WithCancelCause(s.ctx)
-	defer stop(nil)
-	s.ctx = ctx
-	s.reporter.faulted = func() { stop(errStopped) }
 	for state := s.connecting; state != nil; {
 		state = state()
 	}
@@ -340,7 +344,7 @@ func (s *supervisor) settingUp() stateFunc {
 	ctx, cancel := s.tryContext()
 	defer cancel()
 	step := newStep("dial")
-	defer s.scope.watchTry(s.host, step)()
+	defer s.scope.watchTry(slowTry{s.host, step}, func(t slowTry) bool { return s.borrower.tellsSlow(dial, t) })()
 	try := s.scope.begin()
 	suspect := s.strikes > 0
 	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, dial, suspect, number, try, step) }, step)
@@ -418,8 +422,11 @@ func (s *supervisor) consuming() stateFunc {
 			s.recordHealth(s.session)
 			return s.draining
 		case <-proven:
+			if !s.borrower.rejoin() {
+				proven = time.After(provenApart)
+				continue
+			}
 			proven = nil
-			s.borrower.rejoin()
 			s.session.moves.notify(errMoved)
 		case <-retiring:
 			retiring = nil
@@ -436,7 +443,7 @@ const provenApart = 70 * time.Second
 // its own is to go, or a consumer that was kept apart is healthy. A queue that would end with the
 // connection stays.
 func (s *supervisor) reasonsToMove() (retiring <-chan struct{}, proven <-chan time.Time) {
-	if s.owns() {
+	if s.owns() || s.consumer.grouped && namedByBroker(s.session.queue) {
 		return nil, nil
 	}
 	if s.borrower.isolated() {
@@ -472,8 +479,11 @@ func (s *supervisor) failed(err error) stateFunc {
 	s.borrower.blame(s.host, err, now)
 	err = s.unproven(err)
 	s.away.add(s.concernsAll(err))
-	s.keepOrReplace(err, now)
-	if s.conn != nil {
+	moved := s.keepOrReplace(err, now)
+	switch {
+	case moved: // to where there is room, which is no reason to wait
+		return s.decide(err, s.retry.shortDelay())
+	case s.conn != nil:
 		return s.decide(err, s.retry.wait(err, now, false))
 	}
 	wait := s.borrower.wait(s.retry, err, s.dial, s.host, now)
@@ -588,21 +598,24 @@ func (s *supervisor) givesUp(err error) (bool, error) {
 // keepOrReplace closes the connection after a failure, unless the next session does better to use
 // it: it is alive, leads to a node that serves its queues, no topology function has failed on it
 // too often, and either it has not failed its sessions too often or it owns a queue that would be
-// lost with it.
-func (s *supervisor) keepOrReplace(err error, now time.Time) {
+// lost with it. It reports whether the connection has no channel left for the consumer, which goes on
+// on another one.
+func (s *supervisor) keepOrReplace(err error, now time.Time) (moved bool) {
 	if s.conn == nil {
-		return
+		return false
 	}
 	alive := s.conn.alive()
 	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err)
 	switch {
 	case errors.Is(err, amqp.ErrChannelMax) && s.overflows():
+		moved = true
 	case keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)):
-		return
+		return false
 	case alive, s.strikes > 1:
 		s.borrower.isolate() // what it does to a connection must not concern others
 	}
 	s.dropConnection()
+	return moved
 }
 
 // mostHangs is how many set-ups in a row may hang on a connection that others share.
@@ -845,6 +858,7 @@ func (s *supervisor) replacedForOrphan(err error) bool {
 			"what is in a queue that the broker has named is lost with the session. WithQueue keeps such a queue as long as the connection lives",
 			slog.String("queue", left.is), slog.String("before", left.was), slog.String("host", s.host))
 	}
+	s.borrower.isolate()
 	s.dropConnection()
 	return true
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -89,6 +90,143 @@ func ExampleConsumer_Run_gracefulStop() {
 	// working on tea, context: <nil>
 	// stopped: <nil>
 	// acked: 1 left for others: 2
+}
+
+// Many queues share one connection. A failure of one of them concerns no other.
+func ExampleGroup() {
+	broker := exampleBroker("tea", "milk")
+	defer broker.Close()
+	broker.DeclareQueue("invoices", steadymqtest.QueueOptions{Type: "quorum"})
+	broker.Publish("invoices", "number 1", "number 2", "number 3")
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	g, err := steadymq.NewGroup(broker.URL, steadymq.WithDialer(broker.Dialer()))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	var left sync.WaitGroup
+	left.Add(5)
+	handle := func(context.Context, *steadymq.Delivery) error {
+		left.Done()
+		return nil
+	}
+	for _, queue := range []string{"orders", "invoices"} {
+		// Options that are given here are of this consumer alone.
+		if _, err := g.Handle(queue, handle, steadymq.WithConcurrency(1)); err != nil {
+			fmt.Println(err)
+			return
+		}
+	}
+	go func() {
+		left.Wait()
+		stop() // all drain side by side
+	}()
+	fmt.Println("stopped:", g.Run(ctx))
+	for _, c := range g.Consumers() {
+		fmt.Println("acked:", c.Stats().Acked)
+	}
+	fmt.Println("connections:", g.Stats().Connections)
+	// Output:
+	// stopped: <nil>
+	// acked: 2
+	// acked: 3
+	// connections: 1
+}
+
+// A queue that is added while the group runs is consumed at once, on the connection that is there.
+func ExampleGroup_Handle() {
+	broker := exampleBroker("tea")
+	defer broker.Close()
+	broker.DeclareQueue("returns", steadymqtest.QueueOptions{Type: "quorum"})
+	broker.Publish("returns", "sour milk")
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	g, err := steadymq.NewGroup(broker.URL, steadymq.WithDialer(broker.Dialer()))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	returned := func(_ context.Context, d *steadymq.Delivery) error {
+		fmt.Printf("returned: %s\n", d.Body)
+		stop()
+		return nil
+	}
+	ordered := func(_ context.Context, d *steadymq.Delivery) error {
+		fmt.Printf("ordered: %s\n", d.Body)
+		_, err := g.Handle("returns", returned) // the shop takes returns from now on
+		return err
+	}
+	if _, err := g.Handle("orders", ordered); err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println("stopped:", g.Run(ctx))
+	fmt.Println("connections:", g.Stats().Connections)
+	// Output:
+	// ordered: tea
+	// returned: sour milk
+	// stopped: <nil>
+	// connections: 1
+}
+
+// All problems of one queue are told at once, with its name.
+func ExampleGroup_Handle_refused() {
+	g, err := steadymq.NewGroup("amqp://app:secret@mq1/", steadymq.WithConcurrency(16))
+	fmt.Println(err)
+	_, err = g.Handle("orders", nil,
+		steadymq.WithPrefetch(8),
+		steadymq.WithConnectionName("shop"))
+	fmt.Println(err)
+	// Output:
+	// <nil>
+	// queue orders: steadymq: WithConnectionName: belongs to the connection, which all consumers of a Group share: give it to NewGroup
+	// queue orders: steadymq: WithPrefetch: must be at least the concurrency (16), got 8: workers would wait for nothing
+	// queue orders: steadymq: Handle: the handler must not be nil
+}
+
+// One consumer of a group is drained, the others go on.
+func ExampleConsumer_Stop() {
+	broker := exampleBroker()
+	defer broker.Close()
+	broker.DeclareQueue("returns", steadymqtest.QueueOptions{Type: "quorum"})
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	g, err := steadymq.NewGroup(broker.URL, steadymq.WithDialer(broker.Dialer()))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	handled := make(chan string)
+	handle := func(_ context.Context, d *steadymq.Delivery) error {
+		handled <- string(d.Body)
+		return nil
+	}
+	orders, err1 := g.Handle("orders", handle)
+	_, err2 := g.Handle("returns", handle)
+	if err := errors.Join(err1, err2); err != nil {
+		fmt.Println(err)
+		return
+	}
+	stopped := make(chan error)
+	go func() { stopped <- g.Run(ctx) }()
+	broker.Publish("orders", "tea")
+	fmt.Println(<-handled)
+
+	fmt.Println("no more orders:", orders.Stop(ctx)) // its ack is confirmed
+	broker.Publish("orders", "milk")
+	broker.Publish("returns", "sour milk")
+	fmt.Println(<-handled)
+	fmt.Println("orders left:", broker.QueueLen("orders"), "consumers:", len(g.Consumers()))
+
+	stop()
+	fmt.Println("stopped:", <-stopped)
+	// Output:
+	// tea
+	// no more orders: <nil>
+	// sour milk
+	// orders left: 1 consumers: 1
+	// stopped: <nil>
 }
 
 // A readiness probe, such as Kubernetes sends.

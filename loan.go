@@ -57,7 +57,7 @@ func (l *loan) owned(of *config) string {
 func (l *loan) sameQueue(queue string) error {
 	left := l.queue != queue
 	if l.queue == "" {
-		left = l.topologyFailures.Load() > 0 && strings.HasPrefix(queue, "amq.") // a prefix that only a broker may use
+		left = l.topologyFailures.Load() > 0 && namedByBroker(queue)
 	}
 	if left {
 		return &orphanedQueueError{was: l.queue, is: queue}
@@ -65,6 +65,9 @@ func (l *loan) sameQueue(queue string) error {
 	l.own(queue)
 	return nil
 }
+
+// namedByBroker reports whether a queue has a prefix that only a broker may use.
+func namedByBroker(queue string) bool { return strings.HasPrefix(queue, "amq.") }
 
 // tooManyTopologyFailures reports whether a TopologyFunc has failed so often on the connection that
 // the connection has to be replaced: each failure may have left a queue behind, and those queues

@@ -32,11 +32,11 @@ type journal struct {
 	awaySince      time.Time         // since when it has not been consuming
 	flapping       bool              // the last session ended within stableAfter
 	pending        *slog.Record      // a "consuming" to write once the session is stable
-	stableTimer    *time.Timer       // runs while pending is set
+	stableTimer    alarm             // runs while pending is set
 	gaveUp         bool              // Run ends by a failure and not because its context has ended
 
-	summaryTimer *time.Timer // runs after a line about handlers, until a summary is due
-	summaryDue   bool        // it runs
+	summaryTimer alarm // runs after a line about handlers, until a summary is due
+	summaryDue   bool  // it runs
 	failures     failures
 	panics       failures
 }
@@ -46,15 +46,11 @@ func newJournal(ctx context.Context, logger *slog.Logger) *journal {
 		logger = slog.Default()
 	}
 	j := &journal{
-		ctx:          context.WithoutCancel(ctx),
-		logger:       logger,
-		causes:       make(map[string]*cause),
-		outageOpen:   true,
-		stableTimer:  time.NewTimer(stableAfter),
-		summaryTimer: time.NewTimer(longestSilence),
+		ctx:        context.WithoutCancel(ctx),
+		logger:     logger,
+		causes:     make(map[string]*cause),
+		outageOpen: true,
 	}
-	j.stableTimer.Stop()
-	j.summaryTimer.Stop()
 	return j
 }
 
@@ -87,10 +83,35 @@ const (
 // waiting reports whether one of the timers runs.
 func (j *journal) waiting() bool { return j.pending != nil || j.summaryDue }
 
+// alarm is a timer that is made when it is first needed, because a consumer may never need it.
+type alarm struct{ timer *time.Timer }
+
+func (a *alarm) set(d time.Duration) {
+	if a.timer == nil {
+		a.timer = time.NewTimer(d)
+		return
+	}
+	a.timer.Reset(d)
+}
+
+func (a *alarm) off() {
+	if a.timer != nil {
+		a.timer.Stop()
+	}
+}
+
+// rings has the time once the alarm goes off.
+func (a *alarm) rings() <-chan time.Time {
+	if a.timer == nil {
+		return nil
+	}
+	return a.timer.C
+}
+
 // stop leaves no timer behind.
 func (j *journal) stop() {
-	j.stableTimer.Stop()
-	j.summaryTimer.Stop()
+	j.stableTimer.off()
+	j.summaryTimer.off()
 }
 
 // series counts what repeats.
@@ -210,7 +231,7 @@ func (j *journal) notConsuming(now time.Time) {
 		j.awaySince = now
 	}
 	j.consumingSince, j.pending = time.Time{}, nil
-	j.stableTimer.Stop()
+	j.stableTimer.off()
 }
 
 // sharedChange tells at Debug what concerns a connection that others share: the Group's own log has a
@@ -232,7 +253,7 @@ func (j *journal) sharedChange(c StateChange) {
 func attrsOf(c StateChange) []slog.Attr {
 	var attrs []slog.Attr
 	if c.consumers > 0 {
-		attrs = append(attrs, slog.Int("consumers", c.consumers))
+		attrs = sharers(c.consumers, c.connection)
 	} else {
 		attrs = append(attrs, slog.String("queue", c.Queue))
 	}
@@ -250,6 +271,15 @@ func attrsOf(c StateChange) []slog.Attr {
 	}
 	if c.To == Backoff {
 		attrs = append(attrs, durationAttr("retry_in", c.RetryIn))
+	}
+	return attrs
+}
+
+// sharers are the attributes of a line about a connection that so many consumers share.
+func sharers(consumers, connection int) []slog.Attr {
+	attrs := []slog.Attr{slog.Int("consumers", consumers)}
+	if connection > 0 {
+		attrs = append(attrs, slog.Int("connection", connection))
 	}
 	return attrs
 }
@@ -354,7 +384,7 @@ func (j *journal) consuming(c StateChange) {
 	if due {
 		owed := record.Clone()
 		j.pending = &owed
-		j.stableTimer.Reset(stableAfter)
+		j.stableTimer.set(stableAfter)
 	}
 	record.Level = slog.LevelDebug
 	j.write(record)
@@ -482,7 +512,7 @@ func (f failure) text() string {
 // writeFailure writes a line about handlers, and starts the timer after which what was left out
 // since is summarized.
 func (j *journal) writeFailure(record slog.Record) {
-	j.summaryTimer.Reset(longestSilence + failureGap) // a failure that is due by then says more
+	j.summaryTimer.set(longestSilence + failureGap) // a failure that is due by then says more
 	j.summaryDue = true
 	j.write(record)
 }

@@ -216,9 +216,9 @@ func (r *reporter) next() (what func(), more bool) {
 func (r *reporter) await() {
 	select {
 	case <-r.wake:
-	case now := <-r.journal.stableTimer.C:
+	case now := <-r.journal.stableTimer.rings():
 		r.log(func() { r.journal.stable(now) })
-	case <-r.journal.summaryTimer.C:
+	case <-r.journal.summaryTimer.rings():
 		r.log(r.journal.summarize)
 	}
 }

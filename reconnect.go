@@ -22,7 +22,7 @@ import (
 // uses it, and it knows no clock except the times that it is given.
 type retry struct {
 	config *config
-	rules  map[class]rule
+	rules  [classPeer + 1]rule
 	limit  time.Duration // the longest wait, if WithBackoff is given
 
 	failures   int       // in a row, since the last healthy session
@@ -53,7 +53,7 @@ func newRetry(c *config) *retry {
 	unreachable := r.pace(0, c.retryInitial, min(c.retryCap, absentCap))
 	locked := r.pace(time.Second/2, time.Second, time.Second)
 	operator := r.pace(time.Second, time.Second, operatorCap)
-	r.rules = map[class]rule{
+	r.rules = [...]rule{
 		classNetwork:     {costly, true},
 		classForced:      {costly, true},
 		classChannel:     {costly, true},

@@ -81,6 +81,7 @@ type scope struct {
 	hire     func() bool     // starts one more worker; true once there may be no more
 	stream   *position       // where to resume, nil unless the queue is a stream
 	notices  *notices
+	grouped  bool          // others may share the connection
 	tries    atomic.Uint64 // so far; two may overlap if one was abandoned
 }
 
@@ -293,6 +294,7 @@ func (s *session) run() {
 	case cause == nil:
 		hardLimit = s.config.closeTimeout // no deliveries can hold up close-ok any more
 		s.drain()
+		s.leaveQueue()
 	case errors.Is(cause, errCancelled):
 		s.stream.doubt()
 		s.retire(cause)
@@ -300,6 +302,9 @@ func (s *session) run() {
 		s.retire(cause)
 	default:
 		s.lose(cause)
+		if errors.Is(cause, errStalled) { // the queue is given up, too
+			s.leaveQueue()
+		}
 	}
 	s.closeChannel(hardLimit)
 	s.lose(cmp.Or(cause, error(errStopped)))
@@ -436,6 +441,15 @@ func (s *session) drain() {
 	}
 	if s.drainErr != nil {
 		s.lose(s.drainErr)
+	}
+}
+
+// leaveQueue deletes a queue that lives as long as its connection, because others may keep that
+// after this consumer: nobody would read the queue any more, and no other connection could have it.
+// There is no answer to wait for, close-ok comes after it.
+func (s *session) leaveQueue() {
+	if of := s.config.declare; s.grouped && of != nil && of.Exclusive && !s.givenUp {
+		_, _ = s.channel.QueueDelete(s.queue, false, false, true)
 	}
 }
 
@@ -713,21 +727,12 @@ func (g *gate) close() {
 	}
 }
 
-const (
-	slowConnect  = 2 * time.Second  // the longest that a try takes without a line about it
-	slowInterval = 10 * time.Minute // the shortest time between two such lines
-)
-
-// watchTry logs that a try takes long, and at which step it is. The function that it returns is to
-// be called at the end of the try.
-func (s *scope) watchTry(host string, step *step) (over func()) {
+// watchTry logs that a try takes long, and at which step it is, unless shared tells it for all who
+// wait. The function that it returns is to be called at the end of the try.
+func (s *scope) watchTry(try slowTry, shared func(slowTry) bool) (over func()) {
 	timer := time.AfterFunc(slowConnect, func() {
-		if left, ok := s.notices.connecting.allow(slowInterval); ok {
-			attrs := []slog.Attr{slog.String("queue", s.config.queue), slog.String("step", step.String()), durationAttr("for", slowConnect), suppressed(left)}
-			if host != "" { // it is unknown until WithURLFunc has returned
-				attrs = append(attrs, slog.String("host", host))
-			}
-			s.reporter.info("still connecting", attrs...)
+		if !shared(try) {
+			try.tell(s.reporter, &s.notices.connecting, slog.String("queue", s.config.queue))
 		}
 	})
 	return func() { timer.Stop() }

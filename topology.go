@@ -47,7 +47,23 @@ func (s *session) callTopology(ctx context.Context) (queue string, err error) {
 		s.conn.topologyFailures.Add(1)
 		return "", err
 	}
-	return queue, s.conn.sameQueue(cmp.Or(queue, s.config.queue))
+	err = s.conn.sameQueue(cmp.Or(queue, s.config.queue))
+	s.dropOrphans(err)
+	return queue, err
+}
+
+// dropOrphans deletes what the function has left behind on a connection that others keep. Only of a
+// queue that the broker has named it is known that nobody else means it.
+func (s *session) dropOrphans(err error) {
+	var left *orphanedQueueError
+	if !s.grouped || !errors.As(err, &left) {
+		return
+	}
+	for _, queue := range []string{left.was, left.is} {
+		if namedByBroker(queue) {
+			_, _ = s.channel.QueueDelete(queue, true, false, true) // close-ok follows
+		}
+	}
 }
 
 // askTopology calls the user's function, and checks what it has done to the channel.

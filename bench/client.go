@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/pprof"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -25,6 +26,8 @@ type clientConfig struct {
 	Prefetch int
 	Workers  int
 	CA       string // PEM; empty: plain
+
+	Consumers int // on one connection; 0 is one alone
 
 	// On the replay server the measurement is a stretch of time.
 	Control        string
@@ -61,7 +64,7 @@ func clientMain(arg string) error {
 	if err := json.Unmarshal([]byte(arg), &c); err != nil {
 		return err
 	}
-	v, ok := findVariant(throughputVariants, c.Variant)
+	v, ok := findVariant(slices.Concat(throughputVariants, groupVariants), c.Variant)
 	if !ok {
 		return fmt.Errorf("no variant %q", c.Variant)
 	}
@@ -73,7 +76,7 @@ func clientMain(arg string) error {
 }
 
 func (c *clientConfig) target() (target, error) {
-	t := target{URL: c.URL, Queue: c.Queue, Prefetch: c.Prefetch, Workers: c.Workers}
+	t := target{URL: c.URL, Queue: c.Queue, Prefetch: c.Prefetch, Workers: c.Workers, Consumers: c.Consumers}
 	if c.CA != "" {
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM([]byte(c.CA)) {
@@ -114,6 +117,9 @@ func (c *clientConfig) window(ctx context.Context, v variant, meter *meter, ende
 		return m, err
 	}
 	defer control.Close()
+	if err := c.allSubscribed(ctx, control, ended); err != nil {
+		return m, err
+	}
 	if err := pause(ctx, c.Warmup, ended); err != nil {
 		return m, err
 	}
@@ -136,6 +142,27 @@ func (c *clientConfig) window(ctx context.Context, v variant, meter *meter, ende
 	}
 	m.Server, m.Reads = after.CPU-before.CPU, after.Reads-before.Reads
 	return m, errors.Join(drain(ctx, control, c.Addr, v.settles, ended), stop())
+}
+
+// allSubscribed waits until all of many consumers are set up, and has the server
+// begin to deliver only then: a set-up behind the traffic of the earlier ones
+// would take minutes.
+func (c *clientConfig) allSubscribed(ctx context.Context, control *replay.Control, ended <-chan error) error {
+	if c.Consumers == 0 {
+		return nil
+	}
+	for {
+		s, err := control.Stats(c.Addr)
+		if err != nil {
+			return err
+		}
+		if s.Subscriptions >= uint64(c.Consumers) {
+			return control.Resume(c.Addr)
+		}
+		if err := pause(ctx, 10*time.Millisecond, ended); err != nil {
+			return err
+		}
+	}
 }
 
 // drain stops the deliveries and waits until what was delivered is settled.

@@ -1,6 +1,6 @@
 // Command bench compares steadymq with the plain driver: how fast it consumes,
-// what that costs, how soon it consumes again after a fault, and what it takes
-// while it is idle.
+// what that costs, how soon it consumes again after a fault, what it takes while
+// it is idle, and what many consumers on one connection do.
 //
 //	go run ./bench -quick                      a few minutes' impression
 //	go run ./bench -write                      everything, into bench/RESULTS.md
@@ -33,19 +33,19 @@ func main() {
 	}
 }
 
+// roles are those of a client process, by its first argument; the second one is
+// its configuration.
+var roles = map[string]func(string) error{
+	"client": clientMain, "recover": recoverMain, "idle": idleMain, "further": furtherMain, "herd": herdMain, "beside": besideMain,
+}
+
 // run plays the role that a parent process asked for, or is the parent.
 func run(args []string) error {
 	if len(args) > 0 && args[0] == "replay" {
 		return replay.Main()
 	}
-	if len(args) == 2 && args[0] == "client" {
-		return clientMain(args[1])
-	}
-	if len(args) == 2 && args[0] == "recover" {
-		return recoverMain(args[1])
-	}
-	if len(args) == 2 && args[0] == "idle" {
-		return idleMain(args[1])
+	if len(args) == 2 && roles[args[0]] != nil {
+		return roles[args[0]](args[1])
 	}
 	o, err := parseOptions(args)
 	if err != nil {
@@ -63,6 +63,7 @@ type options struct {
 	recovery   []variant
 	idle       []variant
 	faults     []string
+	consumers  []int // on one connection, of the group benchmark
 
 	rounds         int
 	warmup, window time.Duration
@@ -79,10 +80,11 @@ type options struct {
 
 func parseOptions(args []string) (o options, err error) {
 	f := flag.NewFlagSet("bench", flag.ExitOnError)
-	only := f.String("only", "throughput,recovery,idle", "which benchmarks: throughput, recovery, idle")
+	only := f.String("only", "throughput,recovery,idle,groups", "which benchmarks: throughput, recovery, idle, groups")
 	variants := f.String("variants", "driver,steadymq,multiple,auto", "throughput variants; the first is the base of the ratios")
 	healers := f.String("healers", "steadymq,recovery,loop", "recovery variants")
 	faults := f.String("faults", strings.Join(replay.Faults, ","), "faults of the recovery benchmark")
+	consumers := f.String("consumers", "1,10,100,1000", "consumers on one connection, of the group benchmark")
 	prefetch := f.String("prefetch", "", "prefetch values, as 1,16,64,256,1000")
 	bodies := f.String("bodies", "", "body sizes in bytes, as 100,1024,65536")
 	workers := f.String("workers", "", "worker counts, as 1,16,64")
@@ -118,6 +120,11 @@ func parseOptions(args []string) (o options, err error) {
 	}
 	if strings.Contains(*only, "idle") && o.amqp == "" {
 		if o.idle, err = pick(throughputVariants, "driver,steadymq"); err != nil {
+			return o, err
+		}
+	}
+	if strings.Contains(*only, "groups") {
+		if o.consumers, err = ints(*consumers); err != nil {
 			return o, err
 		}
 	}
@@ -212,6 +219,9 @@ func benchmark(ctx context.Context, o options) (err error) {
 		return err
 	}
 	if rep.idle, err = idle(ctx, o, server); err != nil {
+		return err
+	}
+	if rep.groups, err = benchGroups(ctx, o, server); err != nil {
 		return err
 	}
 	return rep.deliver()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/binary"
 	"encoding/xml"
 	"errors"
 	"io"
@@ -80,5 +81,62 @@ func TestChartIsWellFormed(t *testing.T) {
 		if !strings.Contains(svg, want) {
 			t.Errorf("the chart lacks %q", want)
 		}
+	}
+}
+
+func TestGoalIsReachedByLaterArrivalsOnly(t *testing.T) {
+	var a arrivals
+	a.one()
+	g := a.more(2)
+	a.one()
+	select {
+	case <-g.done:
+		t.Fatal("one of two has come")
+	default:
+	}
+	a.one()
+	a.one() // more than asked for
+	if at, err := g.wait(t.Context()); err != nil || at.IsZero() {
+		t.Errorf("reached at %v, %v", at, err)
+	}
+}
+
+func TestGroupsAreInTheReport(t *testing.T) {
+	g := groups{
+		throughput: []comparison{{workload: workload{Prefetch: 64, Body: 100, Consumers: 1000}, outcomes: []outcome{{variant: groupVariants[1], rate: 123456, ofOne: 0.97}}}},
+		further:    []furtherRow{{crowd: crowds[1], further: 1000, cost: furtherCost{Bytes: 12345, Goroutines: 3, Took: 1500 * time.Millisecond}}},
+		herds:      []herdRow{{label: "a herd of ten", took: []time.Duration{3 * time.Second, time.Second, 2 * time.Second}}},
+		beside:     []besideRow{{crowd: crowds[1], alone: []time.Duration{time.Millisecond}, beside: []time.Duration{2 * time.Millisecond}}},
+	}
+	var b strings.Builder
+	report{groups: g}.markdown(&b)
+	for _, want := range []string{
+		"## Groups", "### 1000 consumers on one connection", "| 123,456 |", "| 0.97 |", "| 12,345 | 3.0 | 1000 after 1.5 s |",
+		"| a herd of ten | 2.0 s | 3.0 s |", "| 1.0 ms | 1.0 ms | 2.0 ms | 2.0 ms |",
+	} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("the report lacks %q:\n%s", want, b.String())
+		}
+	}
+	b.Reset()
+	report{}.markdown(&b)
+	if strings.Contains(b.String(), "Groups") {
+		t.Error("the report tells of groups that were not measured")
+	}
+}
+
+func TestOnlyTheSlowOnesLatenciesCount(t *testing.T) {
+	sent := func(size int, ago time.Duration) []byte {
+		body := make([]byte, size)
+		binary.BigEndian.PutUint64(body[8:], uint64(time.Now().Add(-ago).UnixNano()))
+		return body
+	}
+	var l latencies
+	l.each(sent(101, time.Hour)) // before it begins
+	l.begin()
+	l.each(sent(100, time.Hour)) // the fast one's
+	l.each(sent(101, time.Minute))
+	if took := l.end(); len(took) != 1 || took[0] < time.Minute || took[0] > 2*time.Minute {
+		t.Errorf("latencies %v, want one of a minute", took)
 	}
 }

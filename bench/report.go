@@ -18,6 +18,7 @@ type report struct {
 	throughput []comparison
 	recovery   []healing
 	idle       []idling
+	groups     groups
 }
 
 // folder is where the results live, from the root of the repository.
@@ -61,6 +62,7 @@ func (r report) print(w io.Writer) {
 	for _, i := range r.idle {
 		fmt.Fprintln(tw, strings.Join(i.cells(), "\t"))
 	}
+	r.groups.print(tw)
 }
 
 var throughputHead = []string{"consumer", "messages/s", "ratio", "min–max", "user µs", "system µs", "CPU ratio", "allocs", "bytes", "server µs", "server reads"}
@@ -114,6 +116,7 @@ func (r report) markdown(w io.Writer) {
 	if len(r.idle) > 0 {
 		r.idleMarkdown(w)
 	}
+	r.groups.markdown(w)
 }
 
 func (r report) throughputMarkdown(w io.Writer) {

@@ -15,9 +15,13 @@ import (
 type workload struct {
 	Prefetch, Body, Workers int
 	TLS                     bool
+	Consumers               int // on one connection; 0 is one alone
 }
 
 func (w workload) String() string {
+	if w.Consumers > 0 {
+		return fmt.Sprintf("%s on one connection, prefetch %d, %s", count(w.Consumers, "consumer"), w.Prefetch, bytesText(w.Body))
+	}
 	return fmt.Sprintf("prefetch %d, %s, %s, %s", w.Prefetch, bytesText(w.Body), count(w.Workers, "worker"), w.transport())
 }
 
@@ -83,6 +87,7 @@ type outcome struct {
 	rateMin, rateMax    float64 // of rateRatio
 	server              float64 // the server's CPU, microseconds per message
 	reads               float64 // the server's, per message
+	ofOne               float64 // the rate against the variant with one consumer, if there is one
 }
 
 type comparison struct {
@@ -117,6 +122,11 @@ func replayRunner(o options, vs []variant, p *replay.Process) *runner {
 		}
 		c.Queue = fmt.Sprintf("size=%d", w.Body)
 		c.Warmup, c.Window = o.warmup, o.window
+		if w.Consumers > 0 {
+			if err := control.Stop(addr); err != nil { // until all are set up
+				return nil, err
+			}
+		}
 		return func() error {
 			defer control.Close()
 			return control.CloseServer(addr)
@@ -139,14 +149,22 @@ func (r *runner) compare(ctx context.Context, w workload) (comparison, error) {
 		}
 	}
 	c := comparison{workload: w}
+	one := slices.IndexFunc(r.variants, func(v variant) bool { return v.one })
 	for i, v := range r.variants {
-		c.outcomes = append(c.outcomes, summarize(v, rounds[i], rounds[0]))
+		o := summarize(v, rounds[i], rounds[0])
+		if one >= 0 {
+			o.ofOne = summarize(v, rounds[i], rounds[one]).rateRatio
+		}
+		c.outcomes = append(c.outcomes, o)
 	}
 	return c, nil
 }
 
 func (r *runner) run(ctx context.Context, w workload, v variant) (m measurement, err error) {
-	c := clientConfig{Variant: v.name, Prefetch: w.Prefetch, Workers: w.Workers, Profile: r.opts.profile}
+	c := clientConfig{Variant: v.name, Prefetch: w.Prefetch, Workers: w.Workers, Consumers: w.Consumers, Profile: r.opts.profile}
+	if v.one {
+		c.Consumers = min(c.Consumers, 1)
+	}
 	done, err := r.place(ctx, w, &c)
 	if err != nil {
 		return m, err

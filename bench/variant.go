@@ -17,6 +17,8 @@ type target struct {
 	Prefetch int
 	Workers  int
 	TLS      *tls.Config
+
+	Consumers int // on one connection, of the variants that have several
 }
 
 // A consumeFunc consumes until ctx ends, calling each for every message before
@@ -31,6 +33,8 @@ type variant struct {
 	// settles says that each message is acknowledged on its own, so the server
 	// must see every tag exactly once.
 	settles bool
+	// one says that there is one consumer, however many the others have.
+	one bool
 }
 
 // The variants of the throughput benchmark. Their order is the order of the
@@ -40,6 +44,13 @@ var throughputVariants = []variant{
 	{name: "steadymq", label: "steadymq", run: steady, settles: true},
 	{name: "multiple", label: "amqp091-go, ack multiple", run: plainDriver(ackMultiple)},
 	{name: "auto", label: "amqp091-go, automatic ack", run: plainDriver(ackAuto)},
+}
+
+// The variants of the throughput of many consumers.
+var groupVariants = []variant{
+	{name: "channels", label: "amqp091-go, a channel each", run: driverChannels, settles: true},
+	{name: "group", label: "steadymq, a Group", run: steadyGroup, settles: true},
+	{name: "one", label: "steadymq, one Consumer", run: steady, settles: true, one: true},
 }
 
 // The variants of the recovery benchmark.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"regexp"
 	"strings"
 	"sync/atomic"
@@ -249,6 +250,25 @@ func TestMoreConsumersThanChannelsOpenAFurtherConnection(t *testing.T) {
 	})
 }
 
+func TestConsumerFindsAConnectionWithAChannelAtOnce(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		g, err := steadymq.NewGroup(r.Broker.URLs()[0]+"?channel_max=1", steadymq.WithDialer(r.Broker.Dialer()),
+			steadymq.WithLogger(slog.New(slog.NewTextHandler(r.Log, nil))))
+		require.NoError(t, err)
+		p := &party{Rig: r, group: g}
+		for range 20 {
+			p.add(rig.Ack)
+		}
+		p.start()
+		require.Equal(t, 20, p.consuming(), "200 ms after the start")
+		require.Equal(t, 20, r.OpenConnections())
+		late := p.add(rig.Ack)
+		r.Wait(100 * time.Millisecond)
+		require.Equal(t, steadymq.Consuming, late.State())
+		require.NoError(t, p.stop())
+	})
+}
+
 func TestConsumerOfAGroupStartsAndStopsAlone(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		p := grouped(r, 2).start()
@@ -267,6 +287,84 @@ func TestConsumerOfAGroupStartsAndStopsAlone(t *testing.T) {
 		_, err := p.group.Handle("q0", rig.Ack)
 		require.ErrorContains(t, err, "has ended")
 		require.ErrorIs(t, p.group.Run(r.Context()), steadymq.ErrRunning)
+	})
+}
+
+func TestQueueOfItsConnectionGoesWithItsConsumer(t *testing.T) {
+	for _, queue := range []string{"mine", ""} {
+		rig.Bubble(t, func(r *rig.Rig) {
+			p := grouped(r, 4, steadymq.WithConnections(2)).start()
+			for range 5 {
+				own := steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true})
+				c, err := p.group.Handle(queue, rig.Ack, own)
+				require.NoError(t, err)
+				p.consumers = append(p.consumers, c)
+				r.Wait(time.Second)
+				require.Equal(t, steadymq.Consuming, c.State())
+				require.NoError(t, c.Stop(r.Context()))
+				require.Len(t, r.Broker.Queues(), 5, "four of the others, and that of the rig")
+				p.add(rig.Ack) // makes the other connection the one for the next
+				r.Broker.DeleteQueue(p.name(len(p.consumers) - 1))
+				require.NoError(t, p.consumers[len(p.consumers)-1].Stop(r.Context()))
+			}
+			require.NoError(t, p.stop())
+		})
+	}
+}
+
+func TestQueueOfItsConnectionIsNotLeftBehindLockedAfterAStall(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2)
+		c, err := p.group.Handle("mine", rig.Ack, steadymq.WithStallDetector(5*time.Second),
+			steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true}))
+		require.NoError(t, err)
+		p.start()
+		r.Broker.QuorumStall("mine", true)
+		r.Broker.Publish("mine", "never delivered")
+		r.Wait(16 * time.Second)
+		r.Broker.QuorumStall("mine", false)
+		r.Wait(time.Second)
+		require.Equal(t, steadymq.Consuming, c.State())
+		require.Greater(t, c.Stats().Sessions, uint64(1), "a stall was found")
+		require.Equal(t, 2, p.consuming(), "the others are where they were")
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestTopologyThatNamesAnotherQueueLeavesNoneOnASharedConnection(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2)
+		c, err := p.group.Handle("", rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			q, err := ch.QueueDeclare("", false, false, true, false, nil)
+			return q.Name, err
+		}))
+		require.NoError(t, err)
+		p.start()
+		for range 4 {
+			r.Broker.CancelConsumers("")
+			r.Wait(75 * time.Second)
+			require.Equal(t, steadymq.Consuming, c.State())
+			require.Len(t, r.Broker.Queues(), 4, "two of the others, that of the rig and one that the broker has named")
+		}
+		require.LessOrEqual(t, r.OpenConnections(), 2)
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestErrorOfAConsumerWithoutANameOfItsQueueNamesTheTag(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 1)
+		release := make(chan struct{})
+		_, err := p.group.Handle("", rig.Hold(make(chan *steadymq.Delivery, 1), release), steadymq.WithConsumerTag("news"),
+			steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true, Bindings: []steadymq.Binding{{Exchange: "amq.fanout"}}}))
+		require.NoError(t, err)
+		p.start()
+		r.Broker.PublishExchange("amq.fanout", "", steadymqtest.Message{})
+		r.Wait(time.Second)
+		err = p.stop()
+		close(release)
+		require.ErrorIs(t, err, steadymq.ErrDrainTimeout)
+		require.ErrorContains(t, err, "consumer news: ")
 	})
 }
 
@@ -290,6 +388,7 @@ func TestRefusedLoginOfAGroupIsToldOnce(t *testing.T) {
 		err := <-p.result
 		require.ErrorIs(t, err, steadymq.ErrLoginRefused)
 		require.Len(t, errorsOf(err), 1)
+		require.NotContains(t, err.Error(), "queue", "it is about no queue alone")
 	})
 }
 
@@ -347,6 +446,100 @@ func TestLogTellsOnceOfAConnectionThatManyHaveLost(t *testing.T) {
 	})
 }
 
+func TestLogTellsOfEachOfSeveralConnectionsWhenItIsBack(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 4, steadymq.WithConnections(2)).start()
+		r.Wait(2 * time.Minute)
+		p.told()
+		r.Broker.FIN()
+		r.Wait(time.Second)
+		require.Equal(t, 4, p.consuming())
+		require.ElementsMatch(t, []string{
+			`WARN msg="steadymq: backoff" consumers=2 connection=1 host=mq1.test:5672 attempt=1 retry_in=... up=2m0.193s cause="lost: the peer closed the connection"`,
+			`WARN msg="steadymq: backoff" consumers=2 connection=2 host=mq1.test:5672 attempt=1 retry_in=... up=2m0.193s cause="lost: the peer closed the connection"`,
+			`INFO msg="steadymq: connected" consumers=2 connection=1 host=mq1.test:5672 attempt=1 down=...`,
+			`INFO msg="steadymq: connected" consumers=2 connection=2 host=mq1.test:5672 attempt=1 down=...`,
+		}, p.told())
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestLogTellsOfASlowDialForAllWhoWaitForIt(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DropSYN(true)
+		p := grouped(r, 3).start()
+		r.Wait(3 * time.Second)
+		require.Equal(t, []string{`INFO msg="steadymq: still connecting" consumers=3 step=dial for=2s host=mq1.test:5672`}, p.told())
+		r.Wait(30 * time.Second)
+		for _, line := range p.told() {
+			require.NotContains(t, line, "still connecting", "not again by each of them")
+		}
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestLogCountsAllWhoWaitFromTheFirstLineOn(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.Refuse(true)
+		p := grouped(r, 50).start()
+		require.Contains(t, p.told()[0], "consumers=50")
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestPanicOfTheLogHandlerInALineOfTheGroupEndsItsRun(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2, steadymq.WithLogger(slog.New(panicsAt{slog.DiscardHandler, "connected"}))).start()
+		err := <-p.result
+		var option *steadymq.OptionError
+		require.ErrorAs(t, err, &option)
+		require.Equal(t, "WithLogger", option.Option)
+		require.ErrorAs(t, err, new(*steadymq.PanicError))
+		require.Zero(t, r.OpenConnections())
+	})
+}
+
+// panicsAt is a log handler with a fault in the lines that contain a text.
+type panicsAt struct {
+	slog.Handler
+	text string
+}
+
+func (p panicsAt) Enabled(context.Context, slog.Level) bool { return true }
+
+func (p panicsAt) Handle(_ context.Context, record slog.Record) error {
+	if strings.Contains(record.Message, p.text) {
+		panic("the disk is full")
+	}
+	return nil
+}
+
+func TestGroupRunsOnce(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 1).start()
+		again := func() {
+			err := p.group.Run(t.Context())
+			require.ErrorIs(t, err, steadymq.ErrRunning)
+			require.EqualError(t, err, "steadymq: this Group runs already or has run; make another group with NewGroup")
+		}
+		again()
+		require.NoError(t, p.stop())
+		again()
+	})
+}
+
+func TestConsumerStoppedBeforeTheGroupRunsIsNoneOfItsConsumers(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2)
+		require.NoError(t, p.consumers[0].Stop(t.Context()))
+		require.Equal(t, p.consumers[1:], p.group.Consumers())
+		p.start()
+		require.Equal(t, 1, p.consuming())
+		require.Equal(t, p.consumers[1:], p.group.Consumers())
+		require.NoError(t, p.stop())
+	})
+}
+
 func TestGroupRefusesWhatIsWrongAndSaysWhatToDo(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		var none context.Context
@@ -357,8 +550,10 @@ func TestGroupRefusesWhatIsWrongAndSaysWhatToDo(t *testing.T) {
 			err  error
 			says []string
 		}{
-			"no handler and no queue":       {second(g.Handle("", nil)), []string{"Handle: the queue name is empty", "Handle: the handler must not be nil"}},
-			"options of the connection":     {second(g.Handle("q", rig.Ack, steadymq.WithHeartbeat(time.Second), steadymq.WithBackoff(time.Second, time.Minute))), []string{"WithHeartbeat: belongs to the connection", "WithBackoff: belongs to the connection", "NewGroup"}},
+			"no handler and no queue":   {second(g.Handle("", nil)), []string{"Handle: the queue name is empty", "Handle: the handler must not be nil"}},
+			"options of the connection": {second(g.Handle("q", rig.Ack, steadymq.WithHeartbeat(time.Second), steadymq.WithBackoff(time.Second, time.Minute))), []string{"queue q: steadymq: WithHeartbeat: belongs to the connection", "queue q: steadymq: WithBackoff: belongs to the connection", "NewGroup"}},
+			"no handler of a queue":     {second(g.Handle("q", nil)), []string{"queue q: steadymq: Handle: the handler must not be nil"}},
+
 			"connections of one consumer":   {second(steadymq.New(url, "q", steadymq.WithConnections(2))), []string{"WithConnections: is for NewGroup"}},
 			"connections of one in a group": {second(g.Handle("q", rig.Ack, steadymq.WithConnections(2))), []string{"WithConnections: belongs to the connection"}},
 			"no connections":                {second(steadymq.NewGroup(url, steadymq.WithConnections(0))), []string{"WithConnections: must be between 1 and 65535, got 0"}},
@@ -367,6 +562,7 @@ func TestGroupRefusesWhatIsWrongAndSaysWhatToDo(t *testing.T) {
 			"a nil option":                  {second(steadymq.NewGroup(url, nil)), []string{"NewGroup: option 1 is nil"}},
 			"a nil option of a consumer":    {second(g.Handle("q", rig.Ack, nil)), []string{"Handle: option 1 is nil"}},
 			"no context":                    {g.Run(none), []string{"Run: the context must not be nil"}},
+			"no context for a stop":         {new(steadymq.Consumer).Stop(none), []string{"Stop: the context must not be nil"}},
 		}
 		for name, row := range rows {
 			for _, says := range row.says {
@@ -483,6 +679,118 @@ func TestStalledConsumerMovesAndLeavesTheOthersAlone(t *testing.T) {
 		r.Wait(3 * time.Minute)
 		assert.EqualValues(t, 1, p.consumers[1].Stats().Acked)
 		assert.Zero(t, p.group.Stats().Isolated)
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestConsumerThatIsKeptApartStaysThereWhileThereIsNothingToShare(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var failing atomic.Bool
+		failing.Store(true)
+		var conns []net.Conn // the first one is shared
+		p := grouped(r, 2, steadymq.WithDialer(func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := r.Broker.Dialer()(ctx, network, address)
+			if err == nil {
+				conns = append(conns, c)
+			}
+			return c, err
+		}))
+		apart := p.add(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			if failing.Load() {
+				return "", errors.New("not yet")
+			}
+			return "", nil
+		}))
+		p.start()
+		r.Wait(30 * time.Second)
+		require.Equal(t, 1, p.group.Stats().Isolated)
+		failing.Store(false)
+		r.Wait(11 * time.Second)
+		require.Equal(t, steadymq.Consuming, apart.State())
+		sessions := apart.Stats().Sessions
+		r.Broker.Refuse(true)
+		require.NoError(t, conns[0].Close())
+		r.Wait(5 * time.Minute)
+		require.Equal(t, steadymq.Consuming, apart.State())
+		require.Equal(t, sessions, apart.Stats().Sessions)
+		r.Broker.Refuse(false)
+		r.Wait(3 * time.Minute)
+		require.Equal(t, 3, p.consuming())
+		require.Equal(t, 1, r.OpenConnections())
+		require.NoError(t, p.stop())
+	})
+}
+
+// The one that dials takes its turn as the others do: a suspect is set up beside no other.
+func TestConsumerThatDialsIsNotTakenForTheReasonOfAnothersFailure(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 0)
+		p.add(rig.Ack, steadymq.WithTopology(func(ctx context.Context, _ *amqp.Channel) (string, error) {
+			select { // it would still be under way when the other fails
+			case <-time.After(50 * time.Millisecond):
+			case <-ctx.Done():
+			}
+			return "", ctx.Err()
+		}))
+		p.add(rig.Ack, steadymq.WithTopology(func(ctx context.Context, ch *amqp.Channel) (string, error) {
+			select {
+			case <-time.After(20 * time.Millisecond):
+			case <-ctx.Done():
+			}
+			return "", ch.Qos(1, 1, false) // 540, which closes the connection
+		}), steadymq.WithFatal(func(error) bool { return false }))
+		p.start()
+		r.Wait(time.Minute)
+		assert.Equal(t, steadymq.Consuming, p.consumers[0].State())
+		assert.Equal(t, 1, p.group.Stats().Isolated)
+		require.NoError(t, p.stop())
+	})
+}
+
+// Whoever is to blame may have left the connection before the other one has heard of its end, which
+// a topology function that takes its time does late.
+func TestEndOfAConnectionIsNobodysOwnRefusalOnceTheOneToBlameHasLeft(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 1, steadymq.WithBackoff(2*time.Second, 2*time.Second))
+		again := make(chan struct{})
+		tries := 0
+		p.add(rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			if tries++; tries == 2 {
+				close(again)
+			}
+			time.Sleep(20 * time.Millisecond)
+			return "", ch.Qos(1, 1, false) // 540, which closes the connection
+		}), steadymq.WithFatal(func(error) bool { return false }))
+		p.start()
+		require.NoError(t, p.consumers[0].Stop(r.Context()))
+		newcomer := p.add(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			<-again
+			time.Sleep(time.Second)
+			return "", nil
+		}))
+		r.Wait(time.Minute)
+		assert.Equal(t, steadymq.Consuming, newcomer.State())
+		require.NoError(t, p.stop())
+	})
+}
+
+// What flows to others is in nobody's way for ever.
+func TestSetUpThatHangsIsGivenUpThoughOthersAreBusy(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 1, steadymq.WithSetupTimeout(3*time.Second))
+		bad := p.add(rig.Ack, steadymq.WithTopology(func(ctx context.Context, _ *amqp.Channel) (string, error) {
+			<-ctx.Done()
+			return "", context.Cause(ctx)
+		}))
+		p.start()
+		for range 600 { // a minute
+			r.Broker.Publish(p.name(0), "x")
+			r.Wait(100 * time.Millisecond)
+		}
+		assert.EqualValues(t, 600, p.consumers[0].Stats().Acked)
+		assert.EqualValues(t, 1, p.consumers[0].Stats().Sessions)
+		assert.Equal(t, 1, p.group.Stats().Isolated, "its set-ups have outlasted their limit again and again")
+		assert.NotEqual(t, steadymq.Consuming, bad.State())
 		require.NoError(t, p.stop())
 	})
 }

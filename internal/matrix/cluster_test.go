@@ -79,6 +79,9 @@ func (m *matrix) runCluster(t *testing.T, g rabbit.Generation, half int) {
 			m.happens(t, "", e.event, parties)
 		})
 	}
+	if half == 0 && m.parts != "" {
+		t.Run("group's node drained", func(t *testing.T) { m.groupMoves(t, g, c) })
+	}
 }
 
 // pauses says whether a node without a majority stops serving clients. Up to 4.2 that is
@@ -113,20 +116,9 @@ func (m *matrix) newClusterTrial(t *testing.T, g rabbit.Generation, c *rabbit.Cl
 	r := m.newTrial(t, g, p.kind, c.Nodes[p.home], cell{args: p.args})
 	r.nodes = c.Nodes
 	r.Feeder.URL = c.Nodes[p.feed].URL()
-	r.proxies = make([]*faultproxy.Proxy, len(c.Nodes))
 	var others []string
-	for i, node := range c.Nodes {
-		if i == p.home {
-			r.proxies[i] = r.Proxy
-			continue
-		}
-		other, err := r.Proxy.Beside(node.Addr())
-		require.NoError(t, err)
-		t.Cleanup(func() { assert.NoError(t, other.Close()) })
-		r.proxies[i] = other
-		others = append(others, other.URL(node.URL()))
-	}
-	r.Options = append(r.Options, steadymq.WithURLs(others...), steadymq.WithDialer(r.firstTo(p.at)))
+	r.proxies, others = beside(t, r.Proxy, c.Nodes, p.home)
+	r.Options = append(r.Options, steadymq.WithURLs(others...), steadymq.WithDialer(firstTo(r.proxies, p.at, r.Sockets.Dial)))
 	if p.stall {
 		r.Options = append(r.Options, steadymq.WithStallDetector(stallAfter))
 	}
@@ -137,20 +129,41 @@ func (m *matrix) newClusterTrial(t *testing.T, g rabbit.Generation, c *rabbit.Cl
 	return r
 }
 
-func (r *trial) firstTo(at int) func(ctx context.Context, network, address string) (net.Conn, error) {
+// beside puts a proxy in front of every node but home, which has one, and returns all of them by
+// node, and the URLs of the new ones.
+func beside(t *testing.T, of *faultproxy.Proxy, nodes []*rabbit.Broker, home int) (proxies []*faultproxy.Proxy, others []string) {
+	t.Helper()
+	proxies = make([]*faultproxy.Proxy, len(nodes))
+	for i, node := range nodes {
+		if i == home {
+			proxies[i] = of
+			continue
+		}
+		other, err := of.Beside(node.Addr())
+		require.NoError(t, err)
+		t.Cleanup(func() { assert.NoError(t, other.Close()) })
+		proxies[i] = other
+		others = append(others, other.URL(node.URL()))
+	}
+	return proxies, others
+}
+
+type dialer func(ctx context.Context, network, address string) (net.Conn, error)
+
+func firstTo(proxies []*faultproxy.Proxy, at int, dial dialer) dialer {
 	var mu sync.Mutex
 	swap := map[string]string{}
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		mu.Lock()
 		if len(swap) == 0 {
-			want := r.proxies[at].Addr()
+			want := proxies[at].Addr()
 			swap[address], swap[want] = want, address
 		}
 		if to, ok := swap[address]; ok {
 			address = to
 		}
 		mu.Unlock()
-		return r.Sockets.Dial(ctx, network, address)
+		return dial(ctx, network, address)
 	}
 }
 

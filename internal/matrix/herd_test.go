@@ -33,7 +33,48 @@ func TestHerd(t *testing.T) {
 	if os.Getenv("STEADYMQ_MATRIX") != "full" && os.Getenv("STEADYMQ_MATRIX") != "herd" {
 		t.Skip("needs the machine for itself: STEADYMQ_MATRIX=herd")
 	}
-	t.Log(herd(t))
+	for _, h := range herds {
+		t.Log(h.run(t))
+	}
+}
+
+// herd is a thousand consumers: of a Group on so many connections, or with one each if that is 0.
+type herd struct{ connections int }
+
+var herds = []herd{{0}, {1}, {10}}
+
+func (h herd) String() string {
+	switch h.connections {
+	case 0:
+		return fmt.Sprintf("%d consumers with a connection each", herdSize)
+	case 1:
+		return fmt.Sprintf("a Group of %d consumers on one connection", herdSize)
+	}
+	return fmt.Sprintf("a Group of %d consumers on %d connections", herdSize, h.connections)
+}
+
+// start runs the consumers, with default options, until ctx ends.
+func (h herd) start(t *testing.T, ctx context.Context, all *sync.WaitGroup, url string, members []*member, handle steadymq.Handler) {
+	t.Helper()
+	quiet := steadymq.WithLogger(slog.New(slog.DiscardHandler))
+	options := func(m *member) []steadymq.Option {
+		return []steadymq.Option{quiet, steadymq.WithHooks(steadymq.Hooks{StateChanged: m.changed})}
+	}
+	if h.connections == 0 {
+		for i, m := range members {
+			c, err := steadymq.New(url, herdQueue(i%herdQueues), options(m)...)
+			require.NoError(t, err)
+			all.Go(func() { assert.NoError(t, c.Run(ctx, handle)) })
+		}
+		return
+	}
+	g, err := steadymq.NewGroup(url, quiet, steadymq.WithConnections(h.connections))
+	require.NoError(t, err)
+	for i, m := range members {
+		_, err := g.Handle(herdQueue(i%herdQueues), handle, options(m)...)
+		require.NoError(t, err)
+	}
+	all.Go(func() { assert.NoError(t, g.Run(ctx)) })
 }
 
 // member is one consumer of the herd.
@@ -62,9 +103,9 @@ func (m *member) since(at time.Time) time.Time {
 	return time.Time{}
 }
 
-// herd returns what it has seen, in a sentence. The options are the defaults: what is on trial is
+// run returns what it has seen, in a sentence. The options are the defaults: what is on trial is
 // the pace of retries.
-func herd(t *testing.T) string {
+func (h herd) run(t *testing.T) string {
 	b := rabbit.Start(t, rabbit.Config{Generation: rabbit.Gen43})
 	rabbit.NeedCommands(t, b)
 	// A proxy refuses while the broker is down; a port that a container engine publishes does not.
@@ -84,14 +125,8 @@ func herd(t *testing.T) string {
 	})
 	for i := range members {
 		members[i] = new(member)
-		c, err := steadymq.New(proxy.URL(b.URL()), herdQueue(i%herdQueues),
-			steadymq.WithLogger(slog.New(slog.DiscardHandler)),
-			steadymq.WithHooks(steadymq.Hooks{StateChanged: members[i].changed}))
-		require.NoError(t, err)
-		all.Go(func() {
-			assert.NoError(t, c.Run(ctx, func(context.Context, *steadymq.Delivery) error { handled.Add(1); return nil }))
-		})
 	}
+	h.start(t, ctx, &all, proxy.URL(b.URL()), members, func(context.Context, *steadymq.Delivery) error { handled.Add(1); return nil })
 	awaitHerd(t, members, time.Time{}, 2*time.Minute)
 
 	down := time.Now()
@@ -102,6 +137,7 @@ func herd(t *testing.T) string {
 	accepted := <-accepts
 	awaitHerd(t, members, down, time.Minute)
 	text, last := spread(members, down, accepted)
+	text = fmt.Sprintf("Herd: %s, %s", h, text)
 	assert.LessOrEqual(t, last, herdLimit, "until all are consuming")
 
 	for i := range herdQueues {
@@ -144,7 +180,7 @@ func spread(members []*member, down, accepted time.Time) (text string, last time
 	slices.Sort(took)
 	at := func(share float64) string { return inWords(took[int(share*float64(len(took)-1))]) }
 	last = took[len(took)-1]
-	return fmt.Sprintf("Herd: %d consumers with default options, one broker restarted after %.1f s: consuming again after it accepts, "+
+	return fmt.Sprintf("default options, one broker restarted after %.1f s: consuming again after it accepts, "+
 		"the first after %s, half after %s, 90 %% after %s, 99 %% after %s, all after %s.",
-		len(members), accepted.Sub(down).Seconds(), at(0), at(0.5), at(0.9), at(0.99), at(1)), last
+		accepted.Sub(down).Seconds(), at(0), at(0.5), at(0.9), at(0.99), at(1)), last
 }

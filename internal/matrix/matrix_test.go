@@ -31,7 +31,7 @@ import (
 // generation of RabbitMQ and every kind of queue: on one node in node_test.go, on a cluster in
 // cluster_test.go. STEADYMQ_MATRIX=full runs all of it and writes docs/MATRIX.md; without, it is
 // one cell per fault, on the newest generation. To look at a part of it, name the parts:
-// STEADYMQ_MATRIX="node whole cluster herd 3.10 4.0 4.3".
+// STEADYMQ_MATRIX="node group whole cluster herd 3.10 4.0 4.3".
 func TestMatrix(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes minutes")
@@ -43,6 +43,9 @@ func TestMatrix(t *testing.T) {
 	// processors.
 	if m.wants("node", true) {
 		t.Run("a node", func(t *testing.T) { m.runCells(t, gens) })
+	}
+	if m.wants("group", true) {
+		t.Run("a group", func(t *testing.T) { m.runGroups(t, gens) })
 	}
 	var heavy sync.WaitGroup
 	if m.wants("whole", true) {
@@ -59,7 +62,9 @@ func TestMatrix(t *testing.T) {
 		heavy.Wait()
 	}
 	if m.wants("herd", false) { // alone: it needs the machine
-		t.Run("a herd", func(t *testing.T) { m.add("%s", herd(t)) })
+		for _, h := range herds {
+			t.Run(fmt.Sprintf("a herd on %d connections", h.connections), func(t *testing.T) { m.add("%s", h.run(t)) })
+		}
 	}
 }
 
@@ -149,6 +154,7 @@ type trial struct {
 	own     scenario.Results
 	nodes   []*rabbit.Broker
 	proxies []*faultproxy.Proxy // by node, of a cluster
+	group   string              // that its consumer belongs to, "" if it is alone
 }
 
 var trials atomic.Int64
@@ -300,6 +306,7 @@ type matrix struct {
 	results map[string]map[string]map[kind]entry // fault, broker, kind
 	brokers []string
 	extra   []string
+	groups  scenario.Results // a row for each group
 }
 
 type entry struct {
@@ -433,6 +440,9 @@ func (m *matrix) String() string {
 	}
 	fmt.Fprintf(&b, matrixHead, cells, failed, time.Since(m.begun).Round(time.Second), runtime.NumCPU())
 	b.WriteString(table.String())
+	if len(m.groups.Rows()) > 0 {
+		b.WriteString(groupsHead + m.groups.String())
+	}
 	if len(m.extra) > 0 {
 		b.WriteString("\n" + strings.Join(m.extra, "\n") + "\n")
 	}
@@ -477,6 +487,14 @@ fault where nothing has to be restored first, else from the moment the path, the
 the setup limit 3 s, the prefetch 16, with 4 workers. "Nothing to heal" means that the session lived through it, as it should, or
 that Run told at the start why there can be none. Rows are those of the table of faults in FAULTS.md.
 
+`
+
+const groupsHead = `
+## Groups
+
+Each row is a Group of ten consumers (twenty where it says so) on queues of every kind, on one connection, with a publisher for each queue.
+What concerns one of them, such as its channel, its queue or its topology, must cost no other a session. The time is that of the last one to
+consume again; sessions, messages and those handled twice are of all.
 `
 
 const matrixTail = `

@@ -48,6 +48,7 @@ type soaker struct {
 	Queue string
 	URLs  []string
 	Kind  kind
+	Group string // the consumers with the same one are of one Group; "" for one alone
 }
 
 // TestSoak runs several consumers on a cluster for a long time, with a random fault every few
@@ -68,6 +69,7 @@ type soak struct {
 	*testing.T
 	cluster *rabbit.Cluster
 	trials  []*trial
+	group   *scenario.Group // that the last ones of them are of
 	child   *exec.Cmd
 	stdin   io.Closer
 	done    chan error
@@ -100,7 +102,25 @@ func newSoak(t *testing.T) *soak {
 	for i, k := range []kind{quorum, quorum, quorum, classic, stream} {
 		s.trials = append(s.trials, m.newClusterTrial(t, rabbit.Gen43, c, place{kind: k, home: i % 3, at: i % 3, feed: i % 3}))
 	}
+	s.addGroup(quorum, classic, stream)
 	return s
+}
+
+// addGroup adds a trial for each consumer of a Group, which share their proxies.
+func (s *soak) addGroup(of ...kind) {
+	var queues []amqp.Table
+	for _, k := range of {
+		queues = append(queues, amqp.Table{"x-queue-type": string(k)})
+	}
+	nodes := s.cluster.Nodes
+	s.group = scenario.NewGroup(s.T, nodes[0], new(scenario.Results), queues...)
+	proxies, _ := beside(s.T, s.group.Proxy(), nodes, 0)
+	for i, member := range s.group.Members {
+		member.Feeder.URL = nodes[i%len(nodes)].URL()
+		s.trials = append(s.trials, &trial{
+			Scenario: member, gen: rabbit.Gen43, kind: of[i], vhost: "/", nodes: nodes, proxies: proxies, group: s.group.Name(),
+		})
+	}
 }
 
 // begin starts the process and the publishers.
@@ -111,7 +131,7 @@ func (s *soak) begin() {
 		for i, p := range r.proxies {
 			urls = append(urls, p.URL(s.cluster.Nodes[i].URL()))
 		}
-		spec = append(spec, soaker{Queue: r.Queue, URLs: urls, Kind: r.kind})
+		spec = append(spec, soaker{Queue: r.Queue, URLs: urls, Kind: r.kind, Group: r.group})
 	}
 	text, err := json.Marshal(spec)
 	require.NoError(s, err)
@@ -269,6 +289,7 @@ func (s *soak) judge() {
 			r.QueueEmpty()
 		}
 	}
+	s.group.WireIsOurs()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.resources()
@@ -277,7 +298,7 @@ func (s *soak) judge() {
 
 // resources holds the process against its beginning.
 func (s *soak) resources() {
-	assert.Equal(s, "<nil> <nil> <nil> <nil> <nil>", s.final["errors"], "what Run returned")
+	assert.Equal(s, strings.TrimSpace(strings.Repeat("<nil> ", len(s.trials))), s.final["errors"], "what Run returned")
 	assert.Equal(s, s.final["goroutines-before"], s.final["goroutines-after"], "goroutines, before the first Run and after the last")
 	assert.Equal(s, s.final["files-before"], s.final["files-after"], "descriptors")
 	assert.Equal(s, "0", s.final["abandoned"])
@@ -329,15 +350,25 @@ func TestSoakConsumers(t *testing.T) {
 	goroutines, files := runtime.NumGoroutine(), openFiles()
 	ctx, stop := context.WithCancel(context.Background())
 	consumers, errs := make([]*steadymq.Consumer, len(spec)), make([]error, len(spec))
+	groups := map[string]*steadymq.Group{}
 	var all sync.WaitGroup
 	for i, one := range spec {
-		consumers[i] = one.consumer(t)
-		all.Go(func() {
-			errs[i] = consumers[i].Run(ctx, func(_ context.Context, d *steadymq.Delivery) error {
-				tell("finished %d %d %d %s %d", i, d.Session(), d.DeliveryTag, d.MessageId, time.Now().UnixNano())
-				return nil
-			})
-		})
+		handle := func(_ context.Context, d *steadymq.Delivery) error {
+			tell("finished %d %d %d %s %d", i, d.Session(), d.DeliveryTag, d.MessageId, time.Now().UnixNano())
+			return nil
+		}
+		if one.Group == "" {
+			consumers[i] = one.consumer(t)
+			all.Go(func() { errs[i] = consumers[i].Run(ctx, handle) })
+			continue
+		}
+		g := groups[one.Group]
+		if g == nil { // its Run's error stands in the place of its first consumer
+			g = one.newGroup(t)
+			groups[one.Group] = g
+			all.Go(func() { errs[i] = g.Run(ctx) })
+		}
+		consumers[i] = one.of(t, g, handle)
 	}
 	ended := make(chan struct{})
 	go func() {
@@ -362,6 +393,9 @@ func TestSoakConsumers(t *testing.T) {
 	for _, c := range consumers {
 		abandoned += c.Stats().Abandoned
 	}
+	for _, g := range groups {
+		abandoned += g.Stats().Abandoned
+	}
 	tell("final goroutines-before %d", goroutines)
 	tell("final goroutines-after %d", runtime.NumGoroutine())
 	tell("final files-before %d", files)
@@ -372,17 +406,42 @@ func TestSoakConsumers(t *testing.T) {
 }
 
 func (one soaker) consumer(t *testing.T) *steadymq.Consumer {
+	c, err := steadymq.New(one.URLs[0], one.Queue, append(one.path(), one.options()...)...)
+	require.NoError(t, err)
+	return c
+}
+
+func (one soaker) newGroup(t *testing.T) *steadymq.Group {
+	g, err := steadymq.NewGroup(one.URLs[0], one.path()...)
+	require.NoError(t, err)
+	return g
+}
+
+func (one soaker) of(t *testing.T, g *steadymq.Group, h steadymq.Handler) *steadymq.Consumer {
+	c, err := g.Handle(one.Queue, h, one.options()...)
+	require.NoError(t, err)
+	return c
+}
+
+// path are the options of the connection.
+func (one soaker) path() []steadymq.Option {
+	return []steadymq.Option{
+		steadymq.WithURLs(one.URLs[1:]...), steadymq.WithConnectionName(one.Queue), steadymq.WithHeartbeat(scenario.Heartbeat),
+		steadymq.WithLogger(slog.New(slog.DiscardHandler)),
+	}
+}
+
+// options are the others.
+func (one soaker) options() []steadymq.Option {
 	opts := []steadymq.Option{
-		steadymq.WithURLs(one.URLs[1:]...), steadymq.WithConcurrency(4), steadymq.WithPrefetch(soakPrefetch), steadymq.WithConnectionName(one.Queue),
-		steadymq.WithHeartbeat(scenario.Heartbeat), steadymq.WithSetupTimeout(scenario.SetupTimeout), steadymq.WithCloseTimeout(scenario.CloseTimeout),
-		steadymq.WithLogger(slog.New(slog.DiscardHandler)), steadymq.WithStallDetector(5 * time.Second),
+		steadymq.WithConcurrency(4), steadymq.WithPrefetch(soakPrefetch),
+		steadymq.WithSetupTimeout(scenario.SetupTimeout), steadymq.WithCloseTimeout(scenario.CloseTimeout),
+		steadymq.WithStallDetector(5 * time.Second),
 	}
 	if one.Kind == stream {
 		opts = append(opts, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}))
 	}
-	c, err := steadymq.New(one.URLs[0], one.Queue, opts...)
-	require.NoError(t, err)
-	return c
+	return opts
 }
 
 func takeSample(consumers []*steadymq.Consumer) sample {
@@ -436,8 +495,8 @@ const soakHead = `# The soak
 
 Written by ` + "`make soak`" + `. Verdict: **%s**.
 
-Five consumers (three quorum queues, a classic one, a stream) in a process of their own, on a cluster of three nodes, each behind proxies
-that read every ack, for %v on RabbitMQ %s, with one random fault after the other, two to six seconds apart: %d in all.
+Eight consumers in a process of their own, on a cluster of three nodes, behind proxies that read every ack: five with a connection each
+(three quorum queues, a classic one, a stream) and three of one Group (a quorum queue, a classic one, a stream), for %v on RabbitMQ %s, with one random fault after the other, two to six seconds apart: %d in all.
 
 | | |
 |---|---|
@@ -450,7 +509,7 @@ that read every ack, for %v on RabbitMQ %s, with one random fault after the othe
 | the same of the last fifth | %s |
 | goroutines before the first Run and after the last | %s, %s |
 | descriptors before and after | %s, %s |
-| what the five Runs returned | %s |
+| what the Runs returned, that of the group and its members in three places | %s |
 
 ![heap, goroutines and descriptors over time](soak.svg)
 

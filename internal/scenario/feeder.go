@@ -16,6 +16,7 @@ import (
 // duplicate that is not the consumer's.
 type Feeder struct {
 	URL, Queue string
+	Gap        time.Duration // between the messages of Start
 	ledger     *Ledger
 	next       int // owned by whoever publishes
 	quit       context.CancelFunc
@@ -24,7 +25,7 @@ type Feeder struct {
 
 // NewFeeder publishes to a queue, and notes in the ledger what was confirmed.
 func NewFeeder(url, queue string, l *Ledger) *Feeder {
-	return &Feeder{URL: url, Queue: queue, ledger: l}
+	return &Feeder{URL: url, Queue: queue, Gap: 20 * time.Millisecond, ledger: l}
 }
 
 // Start publishes until Stop, and dials again whenever the connection ends.
@@ -34,7 +35,7 @@ func (f *Feeder) Start() {
 	f.quit = cancel
 	f.wg.Go(func() {
 		for ctx.Err() == nil {
-			_ = f.Publish(ctx, math.MaxInt, 20*time.Millisecond)
+			_ = f.Publish(ctx, math.MaxInt, f.Gap)
 			retry := time.NewTimer(100 * time.Millisecond)
 			select {
 			case <-retry.C:

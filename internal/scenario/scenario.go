@@ -46,6 +46,7 @@ type Scenario struct {
 	Feeder       *Feeder
 	ResumedAfter time.Duration // zero if the consumer did not have to resume
 
+	group     *Group // that the consumer belongs to, nil for a consumer alone
 	table     *Results
 	notes     []string
 	label     string       // of the goroutines
@@ -69,17 +70,24 @@ func New(t *testing.T, b *rabbit.Broker, table *Results) *Scenario {
 // restart of the node).
 func NewOn(t *testing.T, b *rabbit.Broker, table *Results, args amqp.Table) *Scenario {
 	t.Helper()
+	proxy, err := faultproxy.New(b.Addr())
+	require.NoError(t, err)
+	s := newBehind(t, b, proxy, args)
+	s.table = table
+	t.Cleanup(s.cleanup)
+	return s
+}
+
+// newBehind makes a scenario behind a proxy, and its queue. Somebody has to clean it up.
+func newBehind(t *testing.T, b *rabbit.Broker, proxy *faultproxy.Proxy, args amqp.Table) *Scenario {
+	t.Helper()
 	id := scenarios.Add(1)
 	s := &Scenario{
-		T: t, Broker: b, table: table, Queue: fmt.Sprintf("steadymq-test-%d-%d", time.Now().UnixNano(), id),
+		T: t, Broker: b, Proxy: proxy, Queue: fmt.Sprintf("steadymq-test-%d-%d", time.Now().UnixNano(), id),
 		Workers: 4, Prefetch: 16, ConsumerLog: new(Log), Ledger: NewLedger(), label: fmt.Sprintf("scenario-%d", id),
 	}
-	var err error
-	s.Proxy, err = faultproxy.New(b.Addr())
-	require.NoError(t, err)
 	s.Feeder = NewFeeder(b.URL(), s.Queue, s.Ledger)
 	require.NoError(t, b.DeclareQueue(s.Queue, args))
-	t.Cleanup(s.cleanup)
 	return s
 }
 
@@ -103,16 +111,7 @@ func (s *Scenario) cleanup() {
 // whoever starts it.
 func (s *Scenario) Start() {
 	s.Helper()
-	all := append([]steadymq.Option{
-		steadymq.WithConcurrency(s.Workers), steadymq.WithPrefetch(s.Prefetch),
-		steadymq.WithHeartbeat(Heartbeat), steadymq.WithSetupTimeout(SetupTimeout), steadymq.WithCloseTimeout(CloseTimeout),
-		steadymq.WithDrainTimeout(DrainTimeout), steadymq.WithConnectionName(s.Queue), steadymq.WithDialer(s.dial),
-		steadymq.WithLogger(slog.New(slog.NewTextHandler(s.ConsumerLog, &slog.HandlerOptions{Level: slog.LevelDebug}))),
-		steadymq.WithHooks(steadymq.Hooks{StateChanged: s.Changed}),
-	}, s.Options...)
-	if s.TLS != nil {
-		all = append(all, steadymq.WithTLSConfig(s.TLS))
-	}
+	all := slices.Concat(s.pathOptions(), s.options())
 	c, err := steadymq.New(s.address(), s.Queue, all...)
 	require.NoError(s, err)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -121,6 +120,28 @@ func (s *Scenario) Start() {
 		s.Result <- c.Run(ctx, s.deliver)
 		close(s.Result)
 	})
+}
+
+// pathOptions are those of the connection.
+func (s *Scenario) pathOptions() []steadymq.Option {
+	all := []steadymq.Option{steadymq.WithHeartbeat(Heartbeat), steadymq.WithConnectionName(s.Queue), steadymq.WithDialer(s.dial)}
+	if s.TLS != nil {
+		all = append(all, steadymq.WithTLSConfig(s.TLS))
+	}
+	return all
+}
+
+// options are the others.
+func (s *Scenario) options() []steadymq.Option {
+	return append([]steadymq.Option{
+		steadymq.WithConcurrency(s.Workers), steadymq.WithPrefetch(s.Prefetch),
+		steadymq.WithSetupTimeout(SetupTimeout), steadymq.WithCloseTimeout(CloseTimeout), steadymq.WithDrainTimeout(DrainTimeout),
+		steadymq.WithLogger(s.logger()), steadymq.WithHooks(steadymq.Hooks{StateChanged: s.Changed}),
+	}, s.Options...)
+}
+
+func (s *Scenario) logger() *slog.Logger {
+	return slog.New(slog.NewTextHandler(s.ConsumerLog, &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
 // StartConsuming is Start, and waits until the consumer consumes.

@@ -14,18 +14,32 @@ import (
 // ReadsTheWire says whether the proxy sees acks and deliveries.
 func (s *Scenario) ReadsTheWire() bool { return s.Proxy != nil && s.TLS == nil }
 
+// settlements are those of the scenario's consumer, which may share its connection with others.
 func (s *Scenario) settlements() []faultproxy.Settlement {
 	if s.Proxy == nil {
 		return nil
 	}
-	return s.Proxy.Log().Settlements()
+	all := s.Proxy.Log().Settlements()
+	if s.group == nil {
+		return all
+	}
+	own := map[faultproxy.Ref]bool{}
+	for _, d := range s.deliveries() {
+		own[d.Ref] = true
+	}
+	return slices.DeleteFunc(all, func(x faultproxy.Settlement) bool { return !own[x.Ref] })
 }
 
+// deliveries are those of the scenario's queue.
 func (s *Scenario) deliveries() []faultproxy.Delivery {
 	if s.Proxy == nil {
 		return nil
 	}
-	return s.Proxy.Log().Deliveries()
+	all := s.Proxy.Log().Deliveries()
+	if s.group == nil {
+		return all
+	}
+	return slices.DeleteFunc(all, func(d faultproxy.Delivery) bool { return d.RoutingKey != s.Queue })
 }
 
 // Delivered counts what has come from the broker.

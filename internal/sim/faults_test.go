@@ -61,7 +61,7 @@ func escapeIn(d time.Duration) func(*simConsumerPlan) time.Duration {
 }
 
 func escapeDial(c *simConsumerPlan) time.Duration  { return c.dial + 200*time.Millisecond }
-func escapeSetup(c *simConsumerPlan) time.Duration { return c.setup + time.Second }
+func escapeSetup(c *simConsumerPlan) time.Duration { return c.slowest() + time.Second }
 
 type faultsOf = steadymqtest.Faults
 
@@ -358,13 +358,22 @@ func (b *simBurst) healed(p *simPlan, c *simConsumerPlan, loosely bool) time.Dur
 
 // tail is what a consumer may need, once nothing is wrong any more, after faults that overlap.
 func (p *simPlan) tail(c *simConsumerPlan) time.Duration {
-	return 2*(c.setup+time.Second+c.limit+c.lag) + p.connect()
+	return 2*(c.slowest()+time.Second+c.limit+c.lag) + p.connect()
 }
 
 // noticed is when the fault is over and c knows of it at the latest.
 func (f simFault) noticed(c *simConsumerPlan) time.Duration {
 	k := &simKinds[f.kind]
-	return max(f.at+f.detect(c), f.end()+k.after)
+	return max(f.at+f.detect(c), f.end()+k.after+c.patience(k))
+}
+
+// patience is how much longer than its limit a set-up may hang where others share the connection: the
+// limit counts silence, and deliveries for them break that, ten times at most.
+func (c *simConsumerPlan) patience(k *simKind) time.Duration {
+	if c.others > 0 && k.pace == paceHang {
+		return 9 * c.slowest()
+	}
+	return 0
 }
 
 func (f simFault) detect(c *simConsumerPlan) time.Duration {
@@ -406,7 +415,7 @@ func (f simFault) wait(p *simPlan, c *simConsumerPlan, pace simPace) time.Durati
 	case paceSlow:
 		wait += c.limit
 	case paceHang:
-		wait += c.setup + time.Second + c.limit
+		wait += c.slowest() + time.Second + c.limit
 	case paceAbsent:
 		wait += min(absentLimit, c.limit)
 	case paceLocked:

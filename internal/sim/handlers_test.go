@@ -116,6 +116,7 @@ func (c *simConsumer) handle(run *simRun) steadymq.Handler {
 				c.s.judge.returned(h, act, errSimHandler) // a panic or Goexit
 			}
 		}()
+		c.getStuck()
 		err = h.behave(ctx, act)
 		returned = true
 		return err

@@ -167,6 +167,7 @@ func (j *simJudge) gone(r steadymqtest.ConsumerRecord) {
 		x.marks = j.s.disturbed.Load()
 	}
 	x.consumer.live--
+	j.goneInGroup(x)
 	if strings.Contains(r.Cause, "timed out. Timeout value used: "+fmt.Sprint(j.s.plan.hold.Milliseconds())) || r.Cause == "consumer timeout" {
 		x.consumer.trouble(j.s.now())
 	}
@@ -251,7 +252,7 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 	if h.run.inFlight++; h.run.inFlight > c.plan.concurrency {
 		j.note("I6", "%d handlers of %s at once, %d are allowed", h.run.inFlight, c.plan.name, c.plan.concurrency)
 	}
-	if ctx.Value(simRunKey{}) != h.run {
+	if ctx.Value(simRunKey{}) != h.run.key {
 		j.note("ctx", "a handler's context has not the values of Run's")
 	}
 	if h.run.closed {
@@ -453,6 +454,9 @@ func (j *simJudge) tick() {
 		j.unstalled(c, now)
 	}
 	j.orphans(now)
+	if g := j.s.group; g != nil {
+		g.connected(now)
+	}
 }
 
 func (j *simJudge) resumed(c *simConsumer, now time.Duration) {
@@ -465,13 +469,14 @@ func (j *simJudge) resumed(c *simConsumer, now time.Duration) {
 	if c.plan.stall > 0 {
 		most++ // it asks another host
 	}
-	if n := int(c.sockets.Load()); n > most && now > c.resumeBy+c.plan.drain+c.plan.shut+time.Second {
+	if n := int(c.sockets.Load()); c.group == nil && n > most && now > c.resumeBy+c.plan.drain+c.plan.shut+time.Second {
 		j.note("I8", "%s has %d sockets open", c.plan.name, n)
 	}
 	if c.live > 1 && now > c.resumeBy+3*c.plan.heartbeat+c.plan.drain+c.plan.shut+2*time.Second {
 		j.note("I8", "%s has %d consumers", c.plan.name, c.live)
 	}
-	if c.keep != nil && now <= c.keepUntil && c.latest != c.keep {
+	moved := c.group != nil && c.keep != nil && c.keep.record.Cause == "cancelled by the client" // to another connection
+	if c.keep != nil && now <= c.keepUntil && c.latest != c.keep && !moved {
 		j.note("I4", "%s has replaced its session without need", c.plan.name)
 	}
 }
@@ -533,6 +538,9 @@ func (j *simJudge) stalled(c *simConsumer, cause error) {
 		return
 	}
 	calm := j.s.now() - j.s.lastMark
+	if strings.Contains(cause.Error(), "does not answer") { // its limit counts silence, too
+		calm -= c.plan.patience(&simKind{pace: paceHang})
+	}
 	if j.s.active.Load() == 0 && calm > 2*c.plan.stall+c.plan.setup+10*time.Second+c.plan.lag {
 		j.note("stall", "a session of %s was ended though nothing has happened for %v: %v", c.plan.name, calm, cause)
 	}
@@ -542,7 +550,7 @@ func (j *simJudge) stalled(c *simConsumer, cause error) {
 // It is judged only where one can know that: the host's own word, or that of two others.
 func (j *simJudge) unstalled(c *simConsumer, now time.Duration) {
 	x, p := c.latest, j.s.plan
-	if c.plan.stall == 0 || c.plan.channelMax == 1 || x == nil || c.live != 1 || p.queues[c.plan.queue].kind == "stream" || len(p.users(c.plan.queue)) > 1 ||
+	if c.plan.stall == 0 || c.plan.channelMax == 1 || c.group != nil && c.plan.channelMax > 0 || x == nil || c.live != 1 || p.queues[c.plan.queue].kind == "stream" || len(p.users(c.plan.queue)) > 1 ||
 		j.s.cut[x.record.Host] == cutNot || x.outstanding >= c.plan.prefetch || c.lagging() || j.s.active.Load() > 1 {
 		c.starved = now
 		return

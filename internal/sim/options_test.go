@@ -47,7 +47,8 @@ type simConsumerOptions struct {
 	maxMessage int64
 	longest    time.Duration // of WithRequeueDelay
 	middleware bool
-	never      bool // WithFatal says that nothing is fatal
+	never      bool          // WithFatal says that nothing is fatal
+	others     time.Duration // the longest set-up limit of those in the same group
 }
 
 // simLogin is where the password comes from.
@@ -72,7 +73,7 @@ func (p *simPlan) owns(c *simConsumerPlan) bool {
 // roundabout tells that c may need several tries even after a single fault: a channel that is still
 // there leaves none for the next, or its queue comes back with another connection only.
 func (p *simPlan) roundabout(c *simConsumerPlan) bool {
-	return c.channelMax == 1 || c.channelMax == 2 || p.queues[c.queue].own()
+	return c.channelMax == 1 || c.channelMax == 2 || p.group != nil && c.channelMax > 0 || p.queues[c.queue].own()
 }
 
 // users are the consumers of queue q.
@@ -101,11 +102,18 @@ func (p *simPlan) drawOptions(r *rand.Rand) {
 	for i := range p.consumers {
 		p.drawConsumerOptions(r, &p.consumers[i])
 	}
+	if p.group != nil {
+		p.shareOptions(r)
+	}
 	for i := range p.queues {
 		p.drawQueueOptions(r, i)
 	}
-	for i := range p.consumers {
-		p.drawRunOptions(r, &p.consumers[i])
+	if p.group != nil {
+		p.shareBandwidth()
+	} else {
+		for i := range p.consumers {
+			p.drawRunOptions(r, &p.consumers[i])
+		}
 	}
 	p.drawMoreFaults(r)
 	for i := range p.queues {
@@ -148,6 +156,7 @@ func (p *simPlan) drawQueueOptions(r *rand.Rand, i int) {
 	if kind == "exclusive" && len(users) > 1 {
 		kind = "named"
 	}
+	kind = p.ownInGroup(kind, users)
 	if kind != "" {
 		q.kind = kind
 	}
@@ -166,8 +175,31 @@ func (p *simPlan) drawQueueOptions(r *rand.Rand, i int) {
 	} else if declared {
 		q.exchange = exchange
 	}
+	if p.group != nil && q.kind == "stream" {
+		unfit = 0 // see publish
+	}
 	p.drawLarge(r, i)
 	p.drawUnfit(r, i, unfit, tooLarge && q.body == 0)
+}
+
+// ownInGroup leaves exclusive queues with a name to WithQueue: of what a topology function has declared
+// the library knows nothing, and a connection that is shared is not replaced for it. No consumer of
+// such a queue comes and goes unless the library declares it.
+func (p *simPlan) ownInGroup(kind string, users []*simConsumerPlan) string {
+	if p.group == nil || kind != "exclusive" && kind != "named" {
+		return kind
+	}
+	for _, c := range users {
+		if p.group.bad >= 0 && c == &p.consumers[p.group.bad] && c.topology {
+			return ""
+		}
+	}
+	for _, c := range users {
+		if kind == "exclusive" || len(c.runs) > 1 {
+			c.declare, c.topology = true, false
+		}
+	}
+	return kind
 }
 
 // fit makes c one that can consume q.

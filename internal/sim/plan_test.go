@@ -24,6 +24,7 @@ type simPlan struct {
 	login     simLogin
 	queues    []simQueuePlan
 	consumers []simConsumerPlan
+	group     *simGroupPlan // in which all of them are, nil if they are alone
 	bursts    []simBurst
 	publishes []simPublish
 	acts      [numActs]int // weights
@@ -106,6 +107,9 @@ func (p *simPlan) String() string {
 	for _, q := range p.queues {
 		fmt.Fprintf(&b, "  queue %+v\n", q)
 	}
+	if p.group != nil {
+		fmt.Fprintf(&b, "  group %+v\n", *p.group)
+	}
 	for _, c := range p.consumers {
 		fmt.Fprintf(&b, "  consumer %+v\n", c)
 	}
@@ -132,8 +136,13 @@ func newSimPlan(seed uint64, virtual time.Duration) *simPlan {
 		p.cancels = !p.old
 	}
 	p.urlFunc = oneIn(r, 6)
-	p.drawQueues(r)
-	p.drawConsumers(r)
+	if g := rand.New(rand.NewPCG(seed, simGroupStream)); drawsGroup(g) {
+		p.drawGroup(g)
+		r = g
+	} else {
+		p.drawQueues(r)
+		p.drawConsumers(r)
+	}
 	p.drawActs(r)
 	p.drawBursts(r)
 	p.drawPublishes(r)
@@ -153,16 +162,21 @@ func between(r *rand.Rand, from, to time.Duration) time.Duration {
 
 func (p *simPlan) drawQueues(r *rand.Rand) {
 	for i := range 1 + r.IntN(2) {
-		q := simQueuePlan{name: fmt.Sprintf("q%d", i), kind: pick(r, "classic", "quorum"), limit: -1, dead: oneIn(r, 3)}
-		if oneIn(r, 4) {
-			q.limit = 20
-		}
-		p.queues = append(p.queues, q)
+		p.drawQueue(r, i)
 	}
 }
 
-func (p *simPlan) drawConsumers(r *rand.Rand) {
-	n := 1 + r.IntN(3)
+func (p *simPlan) drawQueue(r *rand.Rand, i int) {
+	q := simQueuePlan{name: fmt.Sprintf("q%d", i), kind: pick(r, "classic", "quorum"), limit: -1, dead: oneIn(r, 3)}
+	if oneIn(r, 4) {
+		q.limit = 20
+	}
+	p.queues = append(p.queues, q)
+}
+
+func (p *simPlan) drawConsumers(r *rand.Rand) { p.drawConsumersOf(r, 1+r.IntN(3)) }
+
+func (p *simPlan) drawConsumersOf(r *rand.Rand, n int) {
 	for i := range n {
 		c := simConsumerPlan{
 			name:        fmt.Sprintf("sim%d", i),
@@ -314,8 +328,14 @@ func (p *simPlan) nextBurst(r *rand.Rand, b *simBurst, end time.Duration) time.D
 // stopInFaults moves some stops to the moments at which a Consumer is most likely to be dialling,
 // logging in, subscribing or waiting.
 func (p *simPlan) stopInFaults(r *rand.Rand) {
+	var all [][]simWindow
 	for i := range p.consumers {
-		runs := p.consumers[i].runs
+		all = append(all, p.consumers[i].runs)
+	}
+	if p.group != nil {
+		all = append(all, p.group.runs)
+	}
+	for _, runs := range all {
 		for j := range runs[:len(runs)-1] {
 			if len(p.bursts) == 0 || oneIn(r, 3) {
 				continue
@@ -331,9 +351,10 @@ func (p *simPlan) stopInFaults(r *rand.Rand) {
 }
 
 func (p *simPlan) drawPublishes(r *rand.Rand) {
+	thin := time.Duration(max(1, len(p.queues)-1)) // many queues shall not cost more time than two
 	for q := range p.queues {
 		transient := oneIn(r, 6)
-		for at := time.Duration(0); at < p.chaos(); at += between(r, 500*time.Millisecond, 3*time.Second) {
+		for at := time.Duration(0); at < p.chaos(); at += thin * between(r, 500*time.Millisecond, 3*time.Second) {
 			n := 1 + r.IntN(3)
 			if oneIn(r, 40) {
 				n = 60

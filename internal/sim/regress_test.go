@@ -15,7 +15,7 @@ func TestJudgeKnowsAConsumeOkFromASession(t *testing.T) {
 	s := newSim(&simPlan{hosts: 1})
 	s.start = time.Now()
 	s.refused.Store(int64(time.Minute)) // a fault has refused
-	c := &simConsumer{s: s, plan: &simConsumerPlan{name: "sim0", limit: time.Second}, state: steadymq.Connecting}
+	c := &simConsumer{simPath: new(simPath), s: s, plan: &simConsumerPlan{name: "sim0", limit: time.Second}, state: steadymq.Connecting}
 	c.run, c.running = &simRun{}, true
 	s.consumers = []*simConsumer{c}
 	refusal := &steadymq.SessionError{Op: "consume"}

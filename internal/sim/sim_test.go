@@ -44,6 +44,7 @@ var (
 	simMax      = flag.Int("failures", 5, "stop after so many seeds that fail")
 	simShow     = flag.Bool("show", false, "print the log lines")
 	simProgress = flag.Bool("progress", false, "print each seed before it runs, to see which one crashes")
+	simGroups   = flag.Bool("groups", false, "leave out the seeds without a Group")
 	simShrink   = flag.Bool("shrink", true, "look for fewer faults that make a seed fail")
 )
 
@@ -61,6 +62,9 @@ func TestSim(t *testing.T) {
 		t.Run("worker="+strconv.Itoa(i), func(t *testing.T) {
 			t.Parallel()
 			for seed := next.Add(1); seed <= last && failed.Load() < int64(*simMax); seed = next.Add(1) {
+				if *simGroups && newSimPlan(seed, *simVirtual).group == nil {
+					continue
+				}
 				if *simProgress {
 					fmt.Fprintln(os.Stderr, "sim: seed", seed)
 				}
@@ -200,6 +204,7 @@ type sim struct {
 	judge     *simJudge
 	broker    *steadymqtest.Broker
 	consumers []*simConsumer
+	group     *simGroup // nil if the consumers are alone
 	start     time.Time
 
 	work     sync.WaitGroup // what handlers and faults have started
@@ -303,21 +308,32 @@ func (s *sim) run() {
 			s.broker.DeclareExchange(q.exchangeName(), q.exchange)
 		}
 	}
+	s.makeConsumers()
+	s.chaos()
+	s.finale()
+	s.stop()
+	s.broker.Close()
+	s.mend()
+	s.work.Wait()
+	for _, c := range s.consumers {
+		c.idle()
+	}
+	s.leftovers()
+}
+
+// makeConsumers makes the consumers and lets them begin, in a group if the plan has one.
+func (s *sim) makeConsumers() {
+	if s.plan.group != nil {
+		s.group = newSimGroup(s)
+		s.runs.Go(s.group.story)
+		return
+	}
 	for i := range s.plan.consumers {
 		s.consumers = append(s.consumers, newSimConsumer(s, &s.plan.consumers[i]))
 	}
 	for _, c := range s.consumers {
 		s.runs.Go(c.story)
 	}
-	s.chaos()
-	s.finale()
-	s.stop()
-	s.broker.Close()
-	s.work.Wait()
-	for _, c := range s.consumers {
-		c.idle()
-	}
-	s.leftovers()
 }
 
 func (s *sim) brokerOptions() []steadymqtest.Option {
@@ -421,6 +437,9 @@ func (s *sim) events() []simEvent {
 	for _, x := range s.plan.publishes {
 		add(x.at, func() { s.publish(x) })
 	}
+	if g := s.plan.group; g != nil {
+		add(g.badUntil, s.mend)
+	}
 	sortEvents(events)
 	return events
 }
@@ -497,7 +516,11 @@ func (s *sim) publish(x simPublish) (routed int) {
 		if x.body > 0 && (i == 0 || x.unfit) {
 			m.Body = make([]byte, x.body)
 		}
-		switch i % 8 { // headers that the driver refuses
+		odd := i % 8 // headers that the driver refuses
+		if s.group != nil && s.plan.queues[x.queue].kind == "stream" {
+			odd = 0 // it reads for the consumer that looks where a stream ends, and the connection ends for all
+		}
+		switch odd {
 		case 3:
 			m.RawHeaders = rig.NestedArrays(40)
 		case 6:
@@ -588,6 +611,7 @@ func (s *sim) finale() {
 	for i := range s.strays {
 		s.strays[i].Store(0)
 	}
+	s.mend()
 	s.calm.Store(true)
 	for _, name := range s.broker.Queues() {
 		s.broker.QuorumStall(name, false)
@@ -809,15 +833,12 @@ func bubbleStacks(bubble string) string {
 
 // simConsumer is one Consumer and the story of its Runs.
 type simConsumer struct {
+	*simPath
 	s        *sim
 	plan     *simConsumerPlan
 	consumer *steadymq.Consumer
-	sockets  atomic.Int64
-	breaks   atomic.Bool         // the middleware, when a handler is made
-	asks     simRate             // for credentials
-	tries    simRate             // to dial
-	dials    map[string]*simRate // the dialer's, by address
-	dialing  sync.Mutex
+	past     []*steadymq.Consumer // of Runs of a group that are over
+	breaks   atomic.Bool          // the middleware, when a handler is made
 
 	// The judge's mutex guards these.
 	running, stopping bool
@@ -836,6 +857,24 @@ type simConsumer struct {
 	clean             bool           // the last Run ended well
 	told              map[weak.Pointer[steadymq.Delivery]]bool
 	unsure            bool // a Run has left handlers behind, who tell nothing
+	hits              int  // sessions that the bad consumer of the group has cost it, in this Run
+}
+
+// simPath is how a consumer alone, or all of a group, get connections.
+type simPath struct {
+	s       *sim
+	plan    *simConsumerPlan // whose options of the connection count
+	group   *simGroup        // that shares them, nil for a consumer alone
+	sockets atomic.Int64
+	dialled atomic.Int64        // dials under way
+	asks    simRate             // for credentials
+	tries   simRate             // to dial
+	dials   map[string]*simRate // the dialer's, by address
+	dialing sync.Mutex
+}
+
+func newSimPath(s *sim, p *simConsumerPlan) *simPath {
+	return &simPath{s: s, plan: p, dials: make(map[string]*simRate)}
 }
 
 // simRun is one Run.
@@ -852,32 +891,29 @@ type simRun struct {
 	reading  simReading  // of a stream
 	trip     atomic.Bool // the next handler is to end its context ...
 	stop     func()
-	closed   bool // ... and has
-	broken   bool // a middleware panics
+	closed   bool          // ... and has
+	broken   bool          // a middleware panics
+	key      any           // the value of the context that handlers have to see
+	alone    bool          // Consumer.Stop ends it, not the Run of the group
+	cause    error         // that it had then
+	ended    time.Duration // when a consumer of a group said that it had stopped, 0 before
 }
 
 type simRunKey struct{}
 
+func newSimRun() *simRun {
+	run := &simRun{asked: -1}
+	run.reading.done, run.reading.acked = make(map[int]bool), make(map[int]bool)
+	return run
+}
+
 func newSimConsumer(s *sim, p *simConsumerPlan) *simConsumer {
-	c := &simConsumer{s: s, plan: p, dials: make(map[string]*simRate), told: make(map[weak.Pointer[steadymq.Delivery]]bool), clean: true, state: steadymq.Idle}
-	urls := s.urls()
-	if p.channelMax > 0 {
-		for i := range urls {
-			urls[i] += fmt.Sprint("?channel_max=", p.channelMax)
-		}
-	}
-	first, options := urls[0], c.options()
-	if len(urls) > 1 {
-		options = append(options, steadymq.WithURLs(urls[1:]...))
-	}
-	if p.balanced {
-		options = c.options()
-	}
-	if s.plan.urlFunc {
-		first, options = "", append(c.options(), steadymq.WithURLFunc(c.nextURL))
-	}
+	c := &simConsumer{simPath: newSimPath(s, p), s: s, plan: p}
+	c.reset()
+	c.told = make(map[weak.Pointer[steadymq.Delivery]]bool)
+	first, options := c.access()
 	var err error
-	c.consumer, err = steadymq.New(first, s.plan.queues[p.queue].queueName(), options...)
+	c.consumer, err = steadymq.New(first, s.plan.queues[p.queue].queueName(), append(options, c.options()...)...)
 	if err != nil {
 		panic(err)
 	}
@@ -885,22 +921,51 @@ func newSimConsumer(s *sim, p *simConsumerPlan) *simConsumer {
 	return c
 }
 
+// reset is for a new Consumer.
+func (c *simConsumer) reset() { c.clean, c.state = true, steadymq.Idle }
+
+// access returns the first URL, and the options of the connection.
+func (c *simPath) access() (first string, o []steadymq.Option) {
+	p := c.plan
+	o = []steadymq.Option{
+		steadymq.WithConnectionName(p.name),
+		steadymq.WithDialer(c.dial),
+		steadymq.WithHeartbeat(p.heartbeat),
+		steadymq.WithDialTimeout(p.dial),
+		steadymq.WithBackoff(p.initial, p.limit),
+		steadymq.WithWriteDelay(p.writeDelay),
+	}
+	if c.s.plan.login != loginByURL {
+		o = append(o, steadymq.WithCredentials(c.credentials))
+	}
+	if c.s.plan.tls {
+		o = append(o, steadymq.WithTLSConfig(c.s.broker.TLSConfig()))
+	}
+	if c.s.plan.urlFunc {
+		return "", append(o, steadymq.WithURLFunc(c.nextURL))
+	}
+	urls := c.s.urls()
+	if p.channelMax > 0 {
+		for i := range urls {
+			urls[i] += fmt.Sprint("?channel_max=", p.channelMax)
+		}
+	}
+	if len(urls) > 1 && !p.balanced {
+		o = append(o, steadymq.WithURLs(urls[1:]...))
+	}
+	return urls[0], o
+}
+
 func (c *simConsumer) options() []steadymq.Option {
 	p := c.plan
 	o := []steadymq.Option{
 		steadymq.WithConsumerTag(p.name),
-		steadymq.WithConnectionName(p.name),
-		steadymq.WithDialer(c.dial),
 		steadymq.WithConcurrency(p.concurrency),
 		steadymq.WithPrefetch(p.prefetch),
-		steadymq.WithHeartbeat(p.heartbeat),
-		steadymq.WithDialTimeout(p.dial),
 		steadymq.WithSetupTimeout(p.setup),
 		steadymq.WithCloseTimeout(p.shut),
 		steadymq.WithDrainTimeout(p.drain),
-		steadymq.WithBackoff(p.initial, p.limit),
 		steadymq.WithRequeueDelay(p.hold, p.longest),
-		steadymq.WithWriteDelay(p.writeDelay),
 		steadymq.WithLogger(slog.New(&simLog{c: c})),
 		steadymq.WithHooks(steadymq.Hooks{StateChanged: c.changed, HandlerFailed: c.handlerFailed, Settled: c.settled}),
 	}
@@ -911,9 +976,6 @@ func (c *simConsumer) moreOptions() []steadymq.Option {
 	o := c.s.plan.options(c.plan)
 	if c.plan.middleware {
 		o = append(o, steadymq.WithMiddleware(c.wrap))
-	}
-	if c.s.plan.login != loginByURL {
-		o = append(o, steadymq.WithCredentials(c.credentials))
 	}
 	if c.plan.handlerTimeout > 0 {
 		o = append(o, steadymq.WithHandlerTimeout(c.plan.handlerTimeout))
@@ -927,9 +989,6 @@ func (c *simConsumer) moreOptions() []steadymq.Option {
 	}
 	if c.plan.topology {
 		o = append(o, steadymq.WithTopology(c.topology))
-	}
-	if c.s.plan.tls {
-		o = append(o, steadymq.WithTLSConfig(c.s.broker.TLSConfig()))
 	}
 	return o
 }
@@ -951,6 +1010,9 @@ func (c *simConsumer) topology(ctx context.Context, ch *amqp.Channel) (string, e
 		return "", errors.New("the topology came too late")
 	}
 	if err := c.stray(ctx, funcTopology); err != nil {
+		return "", err
+	}
+	if err := c.misbehave(ctx, ch); err != nil {
 		return "", err
 	}
 	q := &c.s.plan.queues[c.plan.queue]
@@ -1030,7 +1092,7 @@ func (p *simConsumerPlan) connects() int {
 }
 
 // dial counts dials, I7, and sockets, I8.
-func (c *simConsumer) dial(ctx context.Context, network, address string) (net.Conn, error) {
+func (c *simPath) dial(ctx context.Context, network, address string) (net.Conn, error) {
 	c.s.work.Add(1)
 	defer c.s.work.Done()
 	c.tries.add(c.s.now(), time.Minute)
@@ -1047,16 +1109,16 @@ func (c *simConsumer) dial(ctx context.Context, network, address string) (net.Co
 		c.dials[address], c.dials["made "+address] = all, made
 	}
 	c.dialing.Unlock()
-	faults := 10 * c.s.strikes.recent(c.s.now(), time.Minute)
-	if n := all.add(c.s.now(), time.Minute); n > 180+faults {
+	faults, most := 10*c.s.strikes.recent(c.s.now(), time.Minute), c.connections()
+	if n := all.add(c.s.now(), time.Minute); n > most*(180+faults) {
 		c.s.judge.violate("I7", "%s dialled %s %d times within a minute", c.plan.name, address, n)
 		pause(ctx)
 	}
-	conn, err := c.s.broker.Dialer()(ctx, network, address)
+	conn, err := c.reach(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
-	if n := made.add(c.s.now(), time.Minute); n > c.plan.connects()+faults {
+	if n := made.add(c.s.now(), time.Minute); n > most*(c.plan.connects()+faults) {
 		c.s.judge.violate("I7", "%s connected to %s %d times within a minute", c.plan.name, address, n)
 		pause(ctx)
 	}
@@ -1073,7 +1135,7 @@ func pause(ctx context.Context) {
 
 type simConn struct {
 	net.Conn
-	c    *simConsumer
+	c    *simPath
 	once sync.Once
 }
 
@@ -1103,7 +1165,7 @@ func (l *simLog) WithGroup(string) slog.Handler            { return l }
 func (l *simLog) Handle(_ context.Context, r slog.Record) error {
 	l.c.callback("a log line: " + r.Message)
 	if *simShow {
-		l.print(r)
+		printRecord(l.c.s.now(), l.c.plan.name, r)
 	}
 	r.Attrs(func(a slog.Attr) bool {
 		l.c.s.judge.canary("a log line", a)
@@ -1112,9 +1174,9 @@ func (l *simLog) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// print shows what happens when a seed is replayed.
-func (l *simLog) print(r slog.Record) {
-	line := fmt.Sprintf("%v %s %s", l.c.s.now(), l.c.plan.name, r.Message)
+// printRecord shows what happens when a seed is replayed.
+func printRecord(at time.Duration, of string, r slog.Record) {
+	line := fmt.Sprintf("%v %s %s", at, of, r.Message)
 	r.Attrs(func(a slog.Attr) bool {
 		if a.Key != "stack" {
 			line += " " + a.String()
@@ -1157,7 +1219,7 @@ func (c *simConsumer) lagging() bool { return c.plan.lag > c.plan.drain || c.pla
 
 // idle is the last of I9: nothing is counted that is over.
 func (c *simConsumer) idle() {
-	n := c.consumer.Stats()
+	n := c.stats()
 	if n.Handling != 0 || n.Held != 0 || n.Overdue != 0 {
 		c.s.judge.violate("I9", "%s still counts %+v", c.plan.name, n)
 	}
@@ -1168,7 +1230,7 @@ func (c *simConsumer) toldAll() {
 	j := c.s.judge
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	n := c.consumer.Stats()
+	n := c.stats()
 	settled := n.Acked + n.Requeued + n.Discarded + n.Stale
 	if told := uint64(len(c.told)); told > settled || told < settled && !c.unsure {
 		j.note("I9", "%d outcomes of %s were told, %d deliveries are settled", told, c.plan.name, settled)
@@ -1196,6 +1258,7 @@ func (c *simConsumer) changed(x steadymq.StateChange) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	c.state = x.To
+	c.changedInGroup(x)
 	if x.To == steadymq.Consuming {
 		c.run.sessions++
 		if session := j.byTag[x.ConsumerTag]; session != nil {
@@ -1234,8 +1297,8 @@ func (c *simConsumer) sleepUntil(at time.Duration) bool {
 
 // once calls Run and has it stopped; it reports whether Run gave up before.
 func (c *simConsumer) once(w *simWindow, last bool) (again bool) {
-	run := &simRun{start: c.s.now(), asked: -1, broken: w.broken}
-	run.reading.done, run.reading.acked = make(map[int]bool), make(map[int]bool)
+	run := newSimRun()
+	run.start, run.broken, run.key = c.s.now(), w.broken, run
 	c.breaks.Store(w.broken)
 	ctx, cancel := context.WithCancel(context.WithValue(context.Background(), simRunKey{}, run))
 	defer cancel()
@@ -1286,7 +1349,7 @@ func (c *simConsumer) begin(run *simRun) {
 	j := c.s.judge
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	c.run, c.running, c.stopping, c.keep = run, true, false, nil
+	c.run, c.running, c.stopping, c.keep, c.hits = run, true, false, nil, 0
 	c.resumeBy = max(run.start+c.s.plan.fast(c.plan), c.looseBy)
 	if c.s.active.Load() > 0 {
 		c.resumeBy = max(c.resumeBy, c.looseBy, run.start+c.s.plan.fast(c.plan))
@@ -1294,12 +1357,13 @@ func (c *simConsumer) begin(run *simRun) {
 	if c.s.plan.owns(c.plan) && !c.clean {
 		c.resumeBy += 3*c.plan.heartbeat + 2*time.Second
 	}
+	c.beginInGroup(run)
 }
 
 // trouble notes a loss of the session that no fault has caused.
 func (c *simConsumer) trouble(now time.Duration) {
 	c.troubles++
-	c.resumeBy = max(c.resumeBy, now+2*(c.plan.limit+c.plan.setup)+time.Second)
+	c.resumeBy = max(c.resumeBy, now+2*(c.plan.limit+c.plan.slowest())+time.Second)
 	c.keep = nil
 }
 
@@ -1332,7 +1396,7 @@ func (c *simConsumer) returned(run *simRun, err error) {
 	j := c.s.judge
 	j.mu.Lock()
 	c.running, c.stopping = false, false
-	if sockets != 0 {
+	if sockets != 0 && c.group == nil {
 		j.note("I8", "%s has %d sockets open after Run had returned %v", c.plan.name, sockets, err)
 	}
 	inFlight := run.inFlight
@@ -1341,6 +1405,9 @@ func (c *simConsumer) returned(run *simRun, err error) {
 	time.Sleep(time.Nanosecond) // the broker's hooks are done then
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if c.group != nil && run.ended > 0 { // the others may have taken longer
+		now = run.ended
+	}
 	c.clean = err == nil
 	switch {
 	case run.broken:

@@ -74,7 +74,7 @@ var simMoreKinds = []simKind{
 
 // stray goes wrong in the way that is in fashion, and is called first in every function of the
 // user.
-func (c *simConsumer) stray(ctx context.Context, f simFunc) error {
+func (c *simPath) stray(ctx context.Context, f simFunc) error {
 	switch simStray(c.s.strays[f].Load()) {
 	case strayFails:
 		return errSimStray
@@ -92,7 +92,7 @@ func (c *simConsumer) stray(ctx context.Context, f simFunc) error {
 }
 
 // nextURL is what WithURLFunc asks.
-func (c *simConsumer) nextURL(ctx context.Context) (string, error) {
+func (c *simPath) nextURL(ctx context.Context) (string, error) {
 	c.s.work.Add(1)
 	defer c.s.work.Done()
 	if err := c.stray(ctx, funcURL); err != nil {
@@ -104,11 +104,12 @@ func (c *simConsumer) nextURL(ctx context.Context) (string, error) {
 
 // credentials is what WithCredentials asks. It may not be asked in a hot loop: a minute has
 // renewals of the shortest life there is, and those of each connection.
-func (c *simConsumer) credentials(ctx context.Context) (steadymq.Credentials, error) {
+func (c *simPath) credentials(ctx context.Context) (steadymq.Credentials, error) {
 	c.s.work.Add(1)
 	defer c.s.work.Done()
-	tries := c.s.plan.hosts*c.plan.connects() + 8*c.tries.recent(c.s.now(), time.Minute)
-	if n := c.asks.add(c.s.now(), time.Minute); n > 45+tries {
+	most := c.connections()
+	tries := most*c.s.plan.hosts*c.plan.connects() + 8*c.tries.recent(c.s.now(), time.Minute)
+	if n := c.asks.add(c.s.now(), time.Minute); n > 45*most+tries {
 		c.s.judge.violate("I7", "%s asked for credentials %d times within a minute", c.plan.name, n)
 	}
 	if err := c.stray(ctx, funcLogin); err != nil {

@@ -20,7 +20,8 @@ type conn struct {
 	mu       sync.Mutex
 	out      []byte // replies of the batch being read
 	channels map[uint16]*channel
-	dead     bool // the server says nothing more on this connection
+	due      []*channel // those whose window may have room since the last fill
+	dead     bool       // the server says nothing more on this connection
 	done     chan struct{}
 }
 
@@ -29,6 +30,7 @@ type channel struct {
 	prefetch int
 	tags     *ledger
 	sub      *subscription
+	due      bool // it is in the connection's list
 }
 
 type subscription struct {
@@ -144,14 +146,22 @@ func (c *conn) handle(id uint16, m method, a *args) error {
 		c.channels[id] = &channel{id: id, prefetch: 65535, tags: newLedger()}
 		c.reply(id, channelOpenOk, []byte{0, 0, 0, 0})
 	case channelClose:
-		delete(c.channels, id)
+		c.forget(id)
 		c.reply(id, channelCloseOk, nil)
 	case channelCloseOk:
-		delete(c.channels, id)
+		c.forget(id)
 	default:
 		return c.handleChannel(id, m, a)
 	}
 	return a.err
+}
+
+// forget ends a channel, which may be due.
+func (c *conn) forget(id uint16) {
+	if ch := c.channels[id]; ch != nil {
+		ch.sub = nil
+		delete(c.channels, id)
+	}
 }
 
 func (c *conn) handleConnection(m method, a *args) error {
@@ -212,8 +222,13 @@ func (c *conn) consume(ch *channel, a *args) (err error) {
 		return err
 	}
 	generation := c.stats.subscriptions.Add(1)
-	sub.tmpl = newTemplate(ch.id, tag, queue, sub.load.size, generation)
+	most := ch.prefetch
+	if sub.noAck {
+		most = templateCopies
+	}
+	sub.tmpl = newTemplate(ch.id, tag, queue, sub.load.size, generation, most)
 	ch.sub = sub
+	c.mayFill(ch)
 	if bits&8 == 0 {
 		c.reply(ch.id, basicConsumeOk, appendShortstr(nil, tag))
 	}
@@ -238,21 +253,46 @@ func (c *conn) settle(id uint16, tag uint64, multiple bool) {
 		c.stats.multiple.Add(1)
 	}
 	c.stats.settled.Add(uint64(n))
+	c.mayFill(ch)
 }
 
-// fill keeps every window full.
+// mayFill has the next fill look at the channel. It looks at no others: with a thousand channels on
+// the connection that would be most of what the server does.
+func (c *conn) mayFill(ch *channel) {
+	if !ch.due {
+		ch.due = true
+		c.due = append(c.due, ch)
+	}
+}
+
+// fill keeps every window full. What several channels get is sent in one write, as long as it is
+// not much.
 func (c *conn) fill() {
-	for _, ch := range c.channels {
+	for _, ch := range c.due {
+		ch.due = false
 		for ch.sub != nil && !ch.sub.noAck && ch.sub.load.every == 0 {
-			if c.deliver(ch, ch.prefetch-ch.tags.outstanding) == 0 {
+			if c.deliver(ch, ch.prefetch-ch.tags.outstanding, len(c.due) > 1) == 0 {
 				break
 			}
 		}
 	}
+	c.due = c.due[:0]
+	c.flush()
 }
 
-// deliver sends up to n messages in one write and returns how many it sent.
-func (c *conn) deliver(ch *channel, n int) int {
+// refill fills the windows of all channels.
+func (c *conn) refill() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, ch := range c.channels {
+		c.mayFill(ch)
+	}
+	c.fill()
+}
+
+// deliver sends up to n messages in one write, or the next flush does if they are to be collected,
+// and returns how many.
+func (c *conn) deliver(ch *channel, n int, collected bool) int {
 	n = min(n, ch.sub.tmpl.copies)
 	if n <= 0 || c.dead || c.stats.stopped.Load() {
 		return 0
@@ -261,11 +301,20 @@ func (c *conn) deliver(ch *channel, n int) int {
 	if ch.sub.noAck {
 		ch.tags.settle(first+uint64(n)-1, true)
 	}
-	if _, err := c.io.Write(ch.sub.tmpl.stamp(first, n)); err != nil {
-		c.dead = true
-		return 0
+	if ch.sub.load.every > 0 {
+		ch.sub.tmpl.stampTime(time.Now())
 	}
 	c.stats.delivered.Add(uint64(n))
+	messages := ch.sub.tmpl.stamp(first, n)
+	if collected {
+		if c.out = append(c.out, messages...); len(c.out) >= templateBytes {
+			c.flush()
+		}
+		return n
+	}
+	if _, err := c.io.Write(messages); err != nil {
+		c.dead = true
+	}
 	return n
 }
 
@@ -296,7 +345,7 @@ func (c *conn) pumpOnce(ch *channel, sub *subscription) bool {
 	} else if ch.tags.outstanding >= ch.prefetch {
 		n = 0
 	}
-	c.deliver(ch, n)
+	c.deliver(ch, n, false)
 	return true
 }
 

@@ -22,7 +22,7 @@ import (
 
 // request and response are one line of JSON each on the control connection.
 type request struct {
-	Op     string // open, stop, stats, fault, close
+	Op     string // open, stop, resume, stats, fault, close
 	Addr   string
 	TLS    bool
 	Fault  string
@@ -110,6 +110,8 @@ func (h *host) do(req request) (res response, err error) {
 	switch req.Op {
 	case "stop":
 		s.Stop()
+	case "resume":
+		s.Resume()
 	case "stats":
 		res.Stats = s.Stats()
 	case "fault":
@@ -233,6 +235,12 @@ func (c *Control) Open(secure bool) (addr string, err error) {
 // Stop ends the deliveries of the server; settles are still taken.
 func (c *Control) Stop(addr string) error {
 	_, err := c.call(request{Op: "stop", Addr: addr})
+	return err
+}
+
+// Resume begins the deliveries again, to the consumers that are there.
+func (c *Control) Resume(addr string) error {
+	_, err := c.call(request{Op: "resume", Addr: addr})
 	return err
 }
 

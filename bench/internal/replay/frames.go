@@ -3,6 +3,7 @@ package replay
 import (
 	"encoding/binary"
 	"errors"
+	"time"
 )
 
 // frameMax is what RabbitMQ proposes: a 64 KiB body then fits one frame.
@@ -125,14 +126,19 @@ type template struct {
 	buf    []byte
 	stride int // length of one delivery
 	tagAt  int // offset of the delivery tag in it
+	bodyAt int // offset of the body in it, 0 if that has no room for a time
 	copies int
 }
 
 // templateBytes bounds one write: large enough that the system call costs
 // nothing per message, small enough to stay in the second-level cache.
-const templateBytes = 128 << 10
+const (
+	templateBytes  = 128 << 10
+	templateCopies = 512
+)
 
-func newTemplate(channel uint16, consumerTag, queue string, size int, generation uint64) template {
+// newTemplate makes most copies at most: a window never takes more.
+func newTemplate(channel uint16, consumerTag, queue string, size int, generation uint64, most int) template {
 	var t template
 	margs := appendShortstr(nil, consumerTag)
 	t.tagAt = frameOverhead - 1 + 4 + len(margs)
@@ -143,7 +149,10 @@ func newTemplate(channel uint16, consumerTag, queue string, size int, generation
 	one := appendMethod(nil, channel, basicDeliver, margs)
 	one = appendContent(one, channel, size, generation)
 	t.stride = len(one)
-	t.copies = max(1, min(512, templateBytes/t.stride))
+	if size >= 16 && size <= frameMax-frameOverhead {
+		t.bodyAt = t.stride - 1 - size
+	}
+	t.copies = max(1, min(templateCopies, most, templateBytes/t.stride))
 	for range t.copies {
 		t.buf = append(t.buf, one...)
 	}
@@ -184,4 +193,12 @@ func (t *template) stamp(first uint64, n int) []byte {
 		binary.BigEndian.PutUint64(t.buf[i*t.stride+t.tagAt:], first+uint64(i))
 	}
 	return t.buf[:n*t.stride]
+}
+
+// stampTime writes the time into the first copy, behind the generation of the subscription: what is
+// sent now and then tells how long it was on its way.
+func (t *template) stampTime(now time.Time) {
+	if t.bodyAt > 0 {
+		binary.BigEndian.PutUint64(t.buf[t.bodyAt+8:], uint64(now.UnixNano()))
+	}
 }

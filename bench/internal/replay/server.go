@@ -104,6 +104,17 @@ func (s *Server) Stats() Stats { return s.stats.snapshot() }
 // Stop ends deliveries; settles are still taken.
 func (s *Server) Stop() { s.stats.stopped.Store(true) }
 
+// Resume ends what Stop has begun: the windows of the consumers that are there
+// are filled.
+func (s *Server) Resume() {
+	s.stats.stopped.Store(false)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.conns {
+		go c.refill()
+	}
+}
+
 // Close resets every connection and stops listening.
 func (s *Server) Close() {
 	s.mu.Lock()

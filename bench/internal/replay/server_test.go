@@ -79,6 +79,62 @@ func TestDeliveriesStayInTheWindow(t *testing.T) {
 	}
 }
 
+func TestAllWindowsAreFilledWhenDeliveriesBegin(t *testing.T) {
+	s, err := Listen(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	s.Stop()
+	conn, err := amqp.Dial("amqp://guest:guest@" + s.Addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	var all []*consumer
+	for range 3 {
+		c := &consumer{server: s, conn: conn}
+		if c.channel, err = conn.Channel(); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.channel.Qos(10, 0, false); err != nil {
+			t.Fatal(err)
+		}
+		if c.deliveries, err = c.channel.Consume("size=100", "", false, false, false, false, nil); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, c)
+	}
+	if n := s.Stats().Delivered; n != 0 {
+		t.Fatalf("%d delivered before they begin", n)
+	}
+	s.Resume()
+	for range 1000 {
+		for _, c := range all {
+			if err := c.next(t).Ack(false); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if n := s.Stats().Wrong; n != 0 {
+		t.Errorf("%d settles are wrong", n)
+	}
+}
+
+func TestTimedMessagesTellWhenTheyWereSent(t *testing.T) {
+	c := newConsumer(t, "size=100,every=1ms", 10)
+	for range 5 {
+		d := c.next(t)
+		took := time.Since(time.Unix(0, int64(binary.BigEndian.Uint64(d.Body[8:]))))
+		if took < 0 || took > 5*time.Second {
+			t.Errorf("%v on its way", took)
+		}
+		if err := d.Ack(false); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestLargeBodies(t *testing.T) {
 	c := newConsumer(t, "size=300000", 2)
 	for range 5 {
