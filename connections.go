@@ -2,6 +2,7 @@ package steadymq
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -15,8 +16,8 @@ import (
 // them, under mu, which is held for memory only.
 type connections struct {
 	config *config
-	stats  *counters // counts dials, connections and what had to be left behind
-	told   *reporter // of what all who share a connection have in common; nil for a Consumer alone
+	stats  *counters        // counts dials, connections and what had to be left behind
+	report func() *reporter // makes one for what all who share a connection have in common; nil for a Consumer alone
 
 	mu        sync.Mutex
 	hosts     *hosts
@@ -28,14 +29,28 @@ type connections struct {
 	channels  int                 // that the last connection had room for, 0 before the first
 	closing   []*connection       // that were lent, and have not ended yet
 	inquiries map[string]*inquiry // the questions of stall detectors, by the address of the host
+	reporters map[int]*reporter   // by the number of the keeper: each outage has its own beginning and end
 }
 
 func newConnections(c *config, stats *counters) *connections {
-	cs := &connections{config: c, stats: stats, hosts: newHosts(c), asked: c.connections, inquiries: make(map[string]*inquiry)}
+	cs := &connections{
+		config: c, stats: stats, hosts: newHosts(c), asked: c.connections,
+		inquiries: make(map[string]*inquiry), reporters: make(map[int]*reporter),
+	}
 	for range cs.asked {
-		cs.keepers = append(cs.keepers, newKeeper())
+		cs.addKeeper()
 	}
 	return cs
+}
+
+// addKeeper adds a keeper that lends to everybody, under the smallest number that is free.
+func (cs *connections) addKeeper() *keeper {
+	k := newKeeper()
+	for k.number = 1; slices.ContainsFunc(cs.keepers, func(other *keeper) bool { return other.number == k.number }); {
+		k.number++
+	}
+	cs.keepers = append(cs.keepers, k)
+	return k
 }
 
 // abandoned counts a user's function that did not return and was left running.
@@ -44,6 +59,7 @@ func (cs *connections) abandoned() { cs.stats.abandoned.Add(1) }
 // keeper keeps one connection for those who share it. It knows the one that stands, else who dials,
 // or until when nobody does, so that many who wait are no more of a burden to a broker than one.
 type keeper struct {
+	number   int // of the connection, for the log
 	members  map[*borrower]bool
 	own      bool         // it lends to one borrower that is kept apart
 	most     int          // borrowers that its connection has channels for, 0 if that is not known
@@ -56,6 +72,7 @@ type keeper struct {
 	since    time.Time    // when conn was opened; zero once that counts no more
 	next     endpoint     // of the next dial, once it is chosen
 	fresh    bool         // next has not been tried in this round
+	slow     rateLimited  // lines about dials that take long
 }
 
 func newKeeper() *keeper { return &keeper{members: make(map[*borrower]bool)} }
@@ -82,13 +99,60 @@ type borrower struct {
 	keeper *keeper
 }
 
-// tell writes a line for all who share the connection of k, in place of one for each of them.
+// tell writes a line for all who share the connection of k, in place of one for each of them. It is
+// called with mu held.
 func (cs *connections) tell(k *keeper, c StateChange) {
-	if cs.told == nil || k.own {
+	if !cs.tells(k) {
 		return
 	}
-	c.Time, c.consumers = time.Now(), len(k.members)
-	cs.told.changed(c)
+	c.Time, c.consumers, c.connection = time.Now(), len(k.members), cs.numberOf(k)
+	cs.reporter(k).changed(c)
+}
+
+// tells reports whether the log of the Group tells of the connection of k.
+func (cs *connections) tells(k *keeper) bool { return cs.report != nil && !k.own }
+
+// numberOf returns what tells the connection of k from the others in the log, 0 if there are none.
+func (cs *connections) numberOf(k *keeper) int {
+	if len(cs.keepers) == 1 {
+		return 0
+	}
+	return k.number
+}
+
+func (cs *connections) reporter(k *keeper) *reporter {
+	if cs.reporters[k.number] == nil {
+		cs.reporters[k.number] = cs.report()
+	}
+	return cs.reporters[k.number]
+}
+
+// tellsSlow writes the line about a dial of b that takes long, for all who wait for it. It returns
+// false if that is for b to tell: it waits alone, or the dial is over and the broker is slow with
+// its own session.
+func (b *borrower) tellsSlow(d *dial, t slowTry) bool {
+	cs := b.of
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if d == nil || d.over || !cs.tells(d.keeper) {
+		return false
+	}
+	t.tell(cs.reporter(d.keeper), &d.keeper.slow, sharers(len(d.keeper.members), cs.numberOf(d.keeper))...)
+	return true
+}
+
+// stopTelling writes what is still to be told, and nothing after that: nobody borrows any more, but
+// the timer of a try may have fired just before its end.
+func (cs *connections) stopTelling() {
+	cs.mu.Lock()
+	cs.report = nil
+	reporters := slices.Collect(maps.Values(cs.reporters))
+	cs.mu.Unlock()
+	var stopping sync.WaitGroup
+	for _, r := range reporters {
+		stopping.Go(r.stop)
+	}
+	stopping.Wait()
 }
 
 // join makes a borrower.
@@ -117,9 +181,8 @@ func (cs *connections) emptiest() *keeper {
 		}
 	}
 	if best == nil {
-		best = newKeeper()
+		best = cs.addKeeper()
 		best.most = cs.channels
-		cs.keepers = append(cs.keepers, best)
 	}
 	return best
 }
@@ -446,7 +509,7 @@ func (b *borrower) wait(r *retry, err error, d *dial, host string, concernsAll b
 	if k.until.After(now) {
 		return k.until.Sub(now)
 	}
-	if concernsAll && b.of.told != nil { // not at the pace of one that has failures of its own
+	if concernsAll && b.of.report != nil { // not at the pace of one that has failures of its own
 		wait = k.wait(b.of.config, r, err, now)
 	}
 	k.until, k.failed = now.Add(wait), nil

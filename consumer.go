@@ -109,11 +109,12 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if fault := c.fault.Load(); fault != nil {
 		return fault
 	}
-	return c.run(ctx, h, newConnections(c.config, c.stats))
+	return c.run(ctx, h, newConnections(c.config, c.stats).join())
 }
 
-// run is Run on connections that others may share.
-func (c *Consumer) run(ctx context.Context, h Handler, from *connections) error {
+// run is Run as a borrower of connections that others may share.
+func (c *Consumer) run(ctx context.Context, h Handler, b *borrower) error {
+	defer b.leave()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	if !c.begin(stop) {
@@ -121,7 +122,7 @@ func (c *Consumer) run(ctx context.Context, h Handler, from *connections) error 
 	}
 	h, err := wrap(ctx, c.config, h, func() { c.stats.abandoned.Add(1) })
 	if err == nil {
-		s := newSupervisor(ctx, c, h, from)
+		s := newSupervisor(ctx, c, h, b)
 		s.reporter.faulted = stop
 		err = s.run()
 	}
@@ -155,9 +156,12 @@ func (c *Consumer) end(err error) {
 // drained, and returns what Run returns, or, if ctx ends first, the cause of that; the drain goes on.
 // A Consumer of a [Group] leaves the group; once its Run has ended Stop returns what that has returned.
 // Else there is nothing to wait for without a Run, and Stop returns nil; a Consumer of a group whose
-// Run has not begun never starts then. Stop must not be called by the consumer's own handlers or
-// hooks, which it would wait for.
+// Run has not begun never starts then. Stop waits for the consumer's own handlers and hooks, so those
+// must not call it but on a goroutine of its own. It is an [*OptionError] if ctx is nil.
 func (c *Consumer) Stop(ctx context.Context) error {
+	if ctx == nil {
+		return &OptionError{"Stop", "the context must not be nil"}
+	}
 	c.mu.Lock()
 	c.stopped.Store(true)
 	stop, done, last := c.stop, c.done, c.err
@@ -245,7 +249,7 @@ type supervisor struct {
 
 type stateFunc func() stateFunc
 
-func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connections) *supervisor {
+func newSupervisor(ctx context.Context, c *Consumer, h Handler, b *borrower) *supervisor {
 	random := make([]byte, 4)
 	_, _ = rand.Read(random) // never fails
 	reporter := newReporter(ctx, c.config, &c.stats.eventsDropped)
@@ -265,12 +269,12 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, from *connection
 		stats:    c.stats,
 		ctx:      ctx,
 		retry:    newRetry(c.config),
-		borrower: from.join(),
+		borrower: b,
 		reporter: reporter,
 		pool:     workers,
 		scope: &scope{
 			config:   c.config,
-			from:     from,
+			from:     b.of,
 			stats:    c.stats,
 			reporter: reporter,
 			handlers: context.WithoutCancel(ctx), // the values of ctx, without its end
@@ -346,7 +350,7 @@ func (s *supervisor) settingUp() stateFunc {
 	ctx, cancel := s.tryContext()
 	defer cancel()
 	step := newStep("dial")
-	defer s.scope.watchTry(s.host, step)()
+	defer s.scope.watchTry(slowTry{s.host, step}, func(t slowTry) bool { return s.borrower.tellsSlow(dial, t) })()
 	try := s.scope.begin()
 	suspect := s.strikes > 0
 	a := runBounded(ctx, func() attempt { return s.open(ctx, conn, dial, suspect, number, try, step) }, step)

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"strings"
 	"sync/atomic"
@@ -255,4 +256,28 @@ func (l *login) hint() string {
 		return ""
 	}
 	return "; RabbitMQ lets the user guest in from its own host only, so make another user (https://www.rabbitmq.com/docs/access-control#loopback-users)"
+}
+
+const (
+	slowConnect  = 2 * time.Second  // the longest that a try takes without a line about it
+	slowInterval = 10 * time.Minute // the shortest time between two such lines
+)
+
+// slowTry is a try for a session that takes longer than slowConnect.
+type slowTry struct {
+	host string // "" until WithURLFunc has named it
+	step *step
+}
+
+// tell writes the line about it, with those whom it concerns.
+func (t slowTry) tell(r *reporter, limit *rateLimited, whom ...slog.Attr) {
+	left, ok := limit.allow(slowInterval)
+	if !ok {
+		return
+	}
+	attrs := append(whom, slog.String("step", t.step.String()), durationAttr("for", slowConnect), suppressed(left))
+	if t.host != "" {
+		attrs = append(attrs, slog.String("host", t.host))
+	}
+	r.info("still connecting", attrs...)
 }

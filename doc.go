@@ -68,8 +68,9 @@
 // A [Group] runs the consumers of many queues on one connection, or on a few ([WithConnections]).
 // Each has its own channel, workers, limits and healing, and its own [State], [Stats] and hooks.
 // What concerns the connection happens once for all of them: the dial, the pace of retries, the
-// line in the log, which says how many consumers it is about. A consumer that cannot keep a session
-// goes on on a connection of its own.
+// line in the log, which says how many consumers it is about, and which connection if there are
+// several. What a consumer suffers alone has the name of its queue. A consumer that cannot keep a
+// session goes on on a connection of its own.
 //
 // # Options
 //

@@ -36,7 +36,8 @@ var (
 // [errors.Is].
 var (
 	// ErrRunning is returned by [Consumer.Run] of a [Consumer] that is running already. Make
-	// another Consumer for a second subscription.
+	// another Consumer for a second subscription. It is inside the error of [Group.Run] if that was
+	// called before.
 	ErrRunning = errors.New("steadymq: this Consumer is already running; make another Consumer with New for a second subscription")
 
 	// ErrDrainTimeout is returned by [Consumer.Run] if handlers were still running when the limit
@@ -168,7 +169,8 @@ func (e *MessageError) Unwrap() error { return e.Err }
 // OptionError is one refused argument of [New], of an option or of [Consumer.Run]. New joins all of
 // them ([errors.Join]), so that one call shows every problem; [errors.As] finds the first.
 type OptionError struct {
-	// Option is the name of the option, or "New" or "Run" for one of their own arguments.
+	// Option is the name of the option, or that of the function, such as "New", "Handle" or "Run",
+	// for one of its own arguments.
 	Option string
 	// Reason says what was wrong and what is allowed.
 	Reason string
@@ -297,3 +299,11 @@ type declareError struct{ err error }
 func (e *declareError) Error() string { return e.err.Error() }
 
 func (e *declareError) Unwrap() error { return e.err }
+
+// named returns err with the queue that it is about, which a SessionError tells by itself.
+func named(err error, queue string) error {
+	if queue == "" || errors.As(err, new(*SessionError)) {
+		return err
+	}
+	return fmt.Errorf("queue %s: %w", queue, err)
+}

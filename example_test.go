@@ -170,6 +170,21 @@ func ExampleGroup_Handle() {
 	// connections: 1
 }
 
+// All problems of one queue are told at once, with its name.
+func ExampleGroup_Handle_refused() {
+	g, err := steadymq.NewGroup("amqp://app:secret@mq1/", steadymq.WithConcurrency(16))
+	fmt.Println(err)
+	_, err = g.Handle("orders", nil,
+		steadymq.WithPrefetch(8),
+		steadymq.WithConnectionName("shop"))
+	fmt.Println(err)
+	// Output:
+	// <nil>
+	// queue orders: steadymq: WithConnectionName: belongs to the connection, which all consumers of a Group share: give it to NewGroup
+	// queue orders: steadymq: WithPrefetch: must be at least the concurrency (16), got 8: workers would wait for nothing
+	// queue orders: steadymq: Handle: the handler must not be nil
+}
+
 // One consumer of a group is drained, the others go on.
 func ExampleConsumer_Stop() {
 	broker := exampleBroker()

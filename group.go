@@ -34,15 +34,19 @@ type groupRun struct {
 	ctx         context.Context
 	end         context.CancelFunc
 	connections *connections
-	reporter    *reporter
+	fault       *notifier      // the first panic of the log handler in a line about a connection
 	running     sync.WaitGroup // the consumers' goroutines; added to under the mutex of the group
 	errs        []error        // of consumers; guarded by the mutex of the group
 }
 
 // NewGroup checks url and options and returns a [Group]. It dials nothing. The options hold for all
-// consumers, unless [Group.Handle] is given others for one of them; those of the connection (URL,
-// login, TLS, heartbeat, back-off) belong to the group alone. The error joins one [*OptionError] per
-// problem, as that of [New], which also says what url is.
+// consumers, unless [Group.Handle] is given others for one of them; those of the connection belong to
+// the group alone: URL, login, TLS, name, dialer, the limit of a dial, heartbeat, write delay, back-off.
+// The error joins one [*OptionError] per problem, as that of [New], which also says what url is.
+//
+// Functions in options serve all consumers: they are called by several goroutines at once, hooks and
+// [WithFatal] included, which are called one at a time for each consumer only. A [Middleware] is
+// called once for each consumer.
 func NewGroup(url string, opts ...Option) (*Group, error) {
 	c, err := buildGroup(url, opts)
 	if err != nil {
@@ -52,17 +56,18 @@ func NewGroup(url string, opts ...Option) (*Group, error) {
 }
 
 // Handle adds a consumer of queue to the group and returns it. It dials nothing and does not block.
-// Before [Group.Run] the consumer waits for that; during Run it starts at once. The same queue may be
-// added several times. queue and opts are those of [New]; opts come after those of the group.
+// Before [Group.Run] the consumer waits for that; during Run it starts at once. A queue that is added
+// again gets one more consumer. queue and opts are those of [New]. An option takes the place of the
+// group's, [WithHooks] with all its hooks; only [WithMiddleware] adds up, inside the group's.
 //
-// The error joins one [*OptionError] per problem: nil handlers, options of the connection, whatever
-// New refuses, and every call once Run has begun to end.
+// The error joins one [*OptionError] per problem, with the name of the queue: nil handlers, options of
+// the connection, whatever New refuses, and every call once Run has begun to end.
 //
 // [Consumer.Stop] of the consumer ends it alone. Its Run is refused: the group runs it.
 func (g *Group) Handle(queue string, h Handler, opts ...Option) (*Consumer, error) {
 	config, err := buildMember(g.config, queue, opts)
 	if h == nil {
-		err = errors.Join(err, &OptionError{"Handle", "the handler must not be nil"})
+		err = errors.Join(err, named(&OptionError{"Handle", "the handler must not be nil"}, queue))
 	}
 	if err != nil {
 		return nil, err
@@ -71,12 +76,12 @@ func (g *Group) Handle(queue string, h Handler, opts ...Option) (*Consumer, erro
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.ended {
-		return nil, &OptionError{"Handle", "the group's Run has ended; make another group with NewGroup"}
+		return nil, named(&OptionError{"Handle", "the group's Run has ended; make another group with NewGroup"}, queue)
 	}
 	g.consumers = append(g.consumers, c)
 	g.handlers[c] = h
 	if g.run != nil {
-		g.start(c)
+		g.start(c, g.run.connections.join())
 	}
 	return c, nil
 }
@@ -88,10 +93,10 @@ func (g *Group) Handle(queue string, h Handler, opts ...Option) (*Consumer, erro
 // Run ends earlier, after it has drained all, if the Run of one consumer ends with an error: its
 // set-up is refused for good before its first session, or [WithFatal] says so, or a hook has
 // panicked; see [Consumer.Run]. The error joins those of all consumers, each with the name of its
-// queue, except of consumers that [Consumer.Stop] has ended. A failure of a connection that ends
-// several is told once.
+// queue, except of consumers that [Consumer.Stop] has ended. A failure of a connection is told once,
+// without a queue. A panic of the log handler ends Run, too.
 //
-// It is an [*OptionError] if ctx is nil, and [ErrRunning] if Run was called before.
+// It is an [*OptionError] if ctx is nil, and wraps [ErrRunning] if Run was called before.
 func (g *Group) Run(ctx context.Context) error {
 	if ctx == nil {
 		return &OptionError{"Run", "the context must not be nil"}
@@ -100,45 +105,57 @@ func (g *Group) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	select {
-	case <-run.ctx.Done():
-	case <-run.reporter.fault.Done():
-		run.end()
-	}
+	<-run.ctx.Done()
 	g.mu.Lock()
 	g.ended = true
 	g.mu.Unlock()
 	run.running.Wait()
 	run.connections.await()
 	run.end()
-	run.reporter.stop()
-	return errtext.Join(append(toldOnce(run.errs), run.reporter.fault.Cause())...)
+	run.connections.stopTelling()
+	return errtext.Join(append(toldOnce(run.errs), run.fault.Cause())...)
 }
 
 func (g *Group) begin(ctx context.Context) (*groupRun, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.run != nil {
-		return nil, ErrRunning
+		return nil, errRanBefore{}
 	}
 	ctx, end := context.WithCancel(ctx)
+	run := &groupRun{ctx: ctx, end: end, connections: newConnections(g.config, g.stats), fault: newNotifier()}
 	quiet := *g.config
 	quiet.hooks = Hooks{} // they are told of consumers
-	reporter := newReporter(ctx, &quiet, &g.stats.eventsDropped)
-	connections := newConnections(g.config, g.stats)
-	connections.told = reporter
-	g.run = &groupRun{ctx: ctx, end: end, connections: connections, reporter: reporter}
-	for _, c := range g.consumers {
-		g.start(c)
+	run.connections.report = func() *reporter {
+		r := newReporter(ctx, &quiet, &g.stats.eventsDropped)
+		r.fault, r.faulted = run.fault, end
+		return r
 	}
-	return g.run, nil
+	g.run = run
+	borrowers := make([]*borrower, len(g.consumers))
+	for i := range borrowers { // all of them before the first line tells how many they are
+		borrowers[i] = run.connections.join()
+	}
+	for i, c := range g.consumers {
+		g.start(c, borrowers[i])
+	}
+	return run, nil
 }
 
+// errRanBefore is [ErrRunning] in the words of a Group.
+type errRanBefore struct{}
+
+func (errRanBefore) Error() string {
+	return "steadymq: this Group runs already or has run; make another group with NewGroup"
+}
+
+func (errRanBefore) Unwrap() error { return ErrRunning }
+
 // start runs c on a goroutine of its own. It is called with mu held.
-func (g *Group) start(c *Consumer) {
+func (g *Group) start(c *Consumer, b *borrower) {
 	run, h := g.run, g.handlers[c]
 	run.running.Go(func() {
-		err := c.run(run.ctx, h, run.connections)
+		err := c.run(run.ctx, h, b)
 		g.mu.Lock()
 		defer g.mu.Unlock()
 		if c.stopped.Load() {
@@ -147,7 +164,7 @@ func (g *Group) start(c *Consumer) {
 			return
 		}
 		if err != nil {
-			run.errs = append(run.errs, named(err, c.config))
+			run.errs = append(run.errs, ofConsumer(err, c.config))
 			run.end()
 		}
 	})
@@ -158,7 +175,7 @@ func (g *Group) start(c *Consumer) {
 func (g *Group) Consumers() []*Consumer {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return slices.Clone(g.consumers)
+	return slices.DeleteFunc(slices.Clone(g.consumers), func(c *Consumer) bool { return g.run == nil && c.stopped.Load() })
 }
 
 // GroupStats is a snapshot of what the consumers of a [Group] share, see [Group.Stats].
@@ -189,30 +206,33 @@ func (g *Group) Stats() GroupStats {
 	return s
 }
 
-// named returns err with the queue that it is about, which a SessionError tells by itself. Where the
-// queue has no name of the user's, the consumer tag has to do.
-func named(err error, c *config) error {
-	switch {
-	case errors.As(err, new(*SessionError)):
-		return err
-	case c.queue == "":
+// ofConsumer returns err with the queue that it is about. Where the queue has no name of the user's,
+// the consumer tag has to do.
+func ofConsumer(err error, c *config) error {
+	if c.queue == "" && !errors.As(err, new(*SessionError)) {
 		return fmt.Errorf("consumer %s: %w", c.tagPrefix, err)
 	}
-	return fmt.Errorf("queue %s: %w", c.queue, err)
+	return named(err, c.queue)
 }
 
-// toldOnce leaves out what repeats an earlier failure of the same connection.
+// toldOnce leaves out what repeats an earlier failure of the same connection. Such a failure is about
+// no queue, whichever consumer was told of it first.
 func toldOnce(errs []error) []error {
 	type failure struct{ op, host, reason string }
 	seen := make(map[failure]bool)
-	return slices.DeleteFunc(errs, func(err error) bool {
-		at, ok := err.(*SessionError) //nolint:errorlint // joined with others it tells more than this failure
-		if !ok || at.Op != "dial" && at.Op != "open" {
-			return false
+	var told []error
+	for _, err := range errs {
+		if at, ok := err.(*SessionError); ok && (at.Op == "dial" || at.Op == "open") { //nolint:errorlint // joined with others it tells more than this failure
+			f := failure{at.Op, at.Host, at.Err.Error()}
+			if seen[f] {
+				continue
+			}
+			seen[f] = true
+			common := *at
+			common.Queue = ""
+			err = &common
 		}
-		f := failure{at.Op, at.Host, at.Err.Error()}
-		repeated := seen[f]
-		seen[f] = true
-		return repeated
-	})
+		told = append(told, err)
+	}
+	return told
 }

@@ -253,7 +253,7 @@ func (j *journal) sharedChange(c StateChange) {
 func attrsOf(c StateChange) []slog.Attr {
 	var attrs []slog.Attr
 	if c.consumers > 0 {
-		attrs = append(attrs, slog.Int("consumers", c.consumers))
+		attrs = sharers(c.consumers, c.connection)
 	} else {
 		attrs = append(attrs, slog.String("queue", c.Queue))
 	}
@@ -271,6 +271,15 @@ func attrsOf(c StateChange) []slog.Attr {
 	}
 	if c.To == Backoff {
 		attrs = append(attrs, durationAttr("retry_in", c.RetryIn))
+	}
+	return attrs
+}
+
+// sharers are the attributes of a line about a connection that so many consumers share.
+func sharers(consumers, connection int) []slog.Attr {
+	attrs := []slog.Attr{slog.Int("consumers", consumers)}
+	if connection > 0 {
+		attrs = append(attrs, slog.Int("connection", connection))
 	}
 	return attrs
 }

@@ -75,7 +75,7 @@ type reporter struct {
 	muted   atomic.Bool   // Run has returned, so nothing of the user is called
 	dropped *atomic.Uint64
 	fault   *notifier // the first panic of a hook or of the log handler; the supervisor reads it
-	faulted func()    // called at each; who sets it does so before there is an event
+	faulted func()    // called at each; run sets it before there is an event
 }
 
 func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *reporter {
@@ -86,7 +86,6 @@ func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *report
 		done:    make(chan struct{}),
 		dropped: dropped,
 		fault:   newNotifier(),
-		faulted: func() {},
 	}
 }
 

@@ -193,7 +193,8 @@ func WithConnectionName(name string) Option {
 
 // WithConnections sets how many connections the consumers of a [Group] share. The next consumer is
 // lent the one with the fewest. A connection whose channels are used up (channel_max) opens a
-// further one by itself. Default 1. Range 1 to 65535. [New] refuses it: a Consumer alone has one.
+// further one by itself. Where there are several, log lines about one of them tell its number
+// (connection). Default 1. Range 1 to 65535. [New] refuses it: a Consumer alone has one.
 func WithConnections(n int) Option {
 	return ofConnection("WithConnections", func(c *config) { c.connections = n; c.count("WithConnections", n) })
 }
@@ -532,8 +533,9 @@ func WithDrainTimeout(d time.Duration) Option {
 // WithLogger sets the logger. Default: [slog.Default], as it is when Run begins. For silence give
 // slog.New(slog.DiscardHandler). New refuses nil. Its [slog.Handler] is called on a goroutine of
 // its own, one line at a time, so that a slow one delays no recovery; what it cannot keep up with
-// is dropped and counted in [Stats].EventsDropped. There is no line for each message. A panic of
-// the [slog.Handler] ends Run, see [Hooks].
+// is dropped and counted in [Stats].EventsDropped. In a [Group] each consumer has such a goroutine,
+// and each connection. There is no line for each message. A panic of the [slog.Handler] ends Run,
+// see [Hooks].
 //
 // A change of state is one line, with queue and consumer tag: WARN for a failure, ERROR when Run
 // gives up, else INFO; tries, and what is left out, are DEBUG. An hour of any outage is at most 100
@@ -561,7 +563,8 @@ func WithLogger(logger *slog.Logger) Option {
 }
 
 // WithHooks sets the functions that are told what happens, see [Hooks]. Default: none. New refuses
-// hooks of which all are nil.
+// hooks of which all are nil. Given again, or to one consumer of a [Group], it replaces all that were
+// set before.
 func WithHooks(hooks Hooks) Option {
 	return func(c *config) {
 		c.hooks = hooks
@@ -607,6 +610,9 @@ func buildMember(of *config, queue string, opts []Option) (*config, error) {
 	}
 	c.checkQueue()
 	c.checkTogether()
+	for i, problem := range c.problems {
+		c.problems[i] = named(problem, queue)
+	}
 	return c, errors.Join(c.problems...)
 }
 

@@ -727,21 +727,12 @@ func (g *gate) close() {
 	}
 }
 
-const (
-	slowConnect  = 2 * time.Second  // the longest that a try takes without a line about it
-	slowInterval = 10 * time.Minute // the shortest time between two such lines
-)
-
-// watchTry logs that a try takes long, and at which step it is. The function that it returns is to
-// be called at the end of the try.
-func (s *scope) watchTry(host string, step *step) (over func()) {
+// watchTry logs that a try takes long, and at which step it is, unless shared tells it for all who
+// wait. The function that it returns is to be called at the end of the try.
+func (s *scope) watchTry(try slowTry, shared func(slowTry) bool) (over func()) {
 	timer := time.AfterFunc(slowConnect, func() {
-		if left, ok := s.notices.connecting.allow(slowInterval); ok {
-			attrs := []slog.Attr{slog.String("queue", s.config.queue), slog.String("step", step.String()), durationAttr("for", slowConnect), suppressed(left)}
-			if host != "" { // it is unknown until WithURLFunc has returned
-				attrs = append(attrs, slog.String("host", host))
-			}
-			s.reporter.info("still connecting", attrs...)
+		if !shared(try) {
+			try.tell(s.reporter, &s.notices.connecting, slog.String("queue", s.config.queue))
 		}
 	})
 	return func() { timer.Stop() }

@@ -46,7 +46,8 @@ func (s State) String() string {
 }
 
 // Hooks are told what happens, see [WithHooks]. Any of them may be nil. No hook is called any more
-// once [Consumer.Run] has returned; a hook must not call Run.
+// once [Consumer.Run] has returned; a hook must not call Run. Those that the consumers of a [Group]
+// share are called for several of them at once: the order is that of each consumer.
 //
 // A panic in a hook is a fault of the program, not of the path to the broker. It is recovered, no
 // hook is called any more, and Run drains and returns an [*OptionError] for WithHooks with the
@@ -117,8 +118,9 @@ type StateChange struct {
 	// context has ended; in [Stopped] Run's error.
 	Cause error
 
-	consumers int  // whose connection it is about, in the log of a Group; 0 in that of a consumer
-	shared    bool // it is about a connection that others share, for which the Group's log has a line
+	consumers  int  // whose connection it is about, in the log of a Group; 0 in that of a consumer
+	connection int  // its number, if there are several; else 0
+	shared     bool // it is about a connection that others share, for which the Group's log has a line
 }
 
 // Stats is a snapshot of the counters of a [Consumer], over all its Runs; see [Consumer.Stats].

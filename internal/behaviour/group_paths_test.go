@@ -3,7 +3,6 @@ package behaviour_test
 import (
 	"context"
 	"errors"
-	"log/slog"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -17,33 +16,6 @@ import (
 	"github.com/steadymq/steadymq/internal/rig"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
-
-// atLine is a log handler that panics at lines that contain a text.
-type atLine struct {
-	slog.Handler
-	text string
-}
-
-func (h atLine) Handle(_ context.Context, r slog.Record) error {
-	if strings.Contains(r.Message, h.text) {
-		panic("user")
-	}
-	return nil
-}
-
-// The line about a connection is no consumer's, so no consumer's Run answers for the panic.
-func TestLogHandlerThatPanicsAtALineOfTheGroupEndsItsRun(t *testing.T) {
-	rig.Bubble(t, func(r *rig.Rig) {
-		p := grouped(r, 2, steadymq.WithLogger(slog.New(atLine{slog.NewTextHandler(r.Log, nil), "connected"}))).start()
-		require.Len(t, p.result, 1, "Run has returned")
-		err := <-p.result
-		var refused *steadymq.OptionError
-		require.ErrorAs(t, err, &refused)
-		assert.Equal(t, "WithLogger", refused.Option)
-		assert.ErrorAs(t, err, new(*steadymq.PanicError))
-		assert.Zero(t, r.OpenConnections())
-	})
-}
 
 // A queue that others may not consume from belongs to the connection that has declared it. That one
 // lives on for the others.

@@ -388,6 +388,7 @@ func TestRefusedLoginOfAGroupIsToldOnce(t *testing.T) {
 		err := <-p.result
 		require.ErrorIs(t, err, steadymq.ErrLoginRefused)
 		require.Len(t, errorsOf(err), 1)
+		require.NotContains(t, err.Error(), "queue", "it is about no queue alone")
 	})
 }
 
@@ -445,6 +446,100 @@ func TestLogTellsOnceOfAConnectionThatManyHaveLost(t *testing.T) {
 	})
 }
 
+func TestLogTellsOfEachOfSeveralConnectionsWhenItIsBack(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 4, steadymq.WithConnections(2)).start()
+		r.Wait(2 * time.Minute)
+		p.told()
+		r.Broker.FIN()
+		r.Wait(time.Second)
+		require.Equal(t, 4, p.consuming())
+		require.ElementsMatch(t, []string{
+			`WARN msg="steadymq: backoff" consumers=2 connection=1 host=mq1.test:5672 attempt=1 retry_in=... up=2m0.193s cause="lost: the peer closed the connection"`,
+			`WARN msg="steadymq: backoff" consumers=2 connection=2 host=mq1.test:5672 attempt=1 retry_in=... up=2m0.193s cause="lost: the peer closed the connection"`,
+			`INFO msg="steadymq: connected" consumers=2 connection=1 host=mq1.test:5672 attempt=1 down=...`,
+			`INFO msg="steadymq: connected" consumers=2 connection=2 host=mq1.test:5672 attempt=1 down=...`,
+		}, p.told())
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestLogTellsOfASlowDialForAllWhoWaitForIt(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DropSYN(true)
+		p := grouped(r, 3).start()
+		r.Wait(3 * time.Second)
+		require.Equal(t, []string{`INFO msg="steadymq: still connecting" consumers=3 step=dial for=2s host=mq1.test:5672`}, p.told())
+		r.Wait(30 * time.Second)
+		for _, line := range p.told() {
+			require.NotContains(t, line, "still connecting", "not again by each of them")
+		}
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestLogCountsAllWhoWaitFromTheFirstLineOn(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.Refuse(true)
+		p := grouped(r, 50).start()
+		require.Contains(t, p.told()[0], "consumers=50")
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestPanicOfTheLogHandlerInALineOfTheGroupEndsItsRun(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2, steadymq.WithLogger(slog.New(panicsAt{slog.DiscardHandler, "connected"}))).start()
+		err := <-p.result
+		var option *steadymq.OptionError
+		require.ErrorAs(t, err, &option)
+		require.Equal(t, "WithLogger", option.Option)
+		require.ErrorAs(t, err, new(*steadymq.PanicError))
+		require.Zero(t, r.OpenConnections())
+	})
+}
+
+// panicsAt is a log handler with a fault in the lines that contain a text.
+type panicsAt struct {
+	slog.Handler
+	text string
+}
+
+func (p panicsAt) Enabled(context.Context, slog.Level) bool { return true }
+
+func (p panicsAt) Handle(_ context.Context, record slog.Record) error {
+	if strings.Contains(record.Message, p.text) {
+		panic("the disk is full")
+	}
+	return nil
+}
+
+func TestGroupRunsOnce(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 1).start()
+		again := func() {
+			err := p.group.Run(t.Context())
+			require.ErrorIs(t, err, steadymq.ErrRunning)
+			require.EqualError(t, err, "steadymq: this Group runs already or has run; make another group with NewGroup")
+		}
+		again()
+		require.NoError(t, p.stop())
+		again()
+	})
+}
+
+func TestConsumerStoppedBeforeTheGroupRunsIsNoneOfItsConsumers(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2)
+		require.NoError(t, p.consumers[0].Stop(t.Context()))
+		require.Equal(t, p.consumers[1:], p.group.Consumers())
+		p.start()
+		require.Equal(t, 1, p.consuming())
+		require.Equal(t, p.consumers[1:], p.group.Consumers())
+		require.NoError(t, p.stop())
+	})
+}
+
 func TestGroupRefusesWhatIsWrongAndSaysWhatToDo(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		var none context.Context
@@ -455,8 +550,10 @@ func TestGroupRefusesWhatIsWrongAndSaysWhatToDo(t *testing.T) {
 			err  error
 			says []string
 		}{
-			"no handler and no queue":       {second(g.Handle("", nil)), []string{"Handle: the queue name is empty", "Handle: the handler must not be nil"}},
-			"options of the connection":     {second(g.Handle("q", rig.Ack, steadymq.WithHeartbeat(time.Second), steadymq.WithBackoff(time.Second, time.Minute))), []string{"WithHeartbeat: belongs to the connection", "WithBackoff: belongs to the connection", "NewGroup"}},
+			"no handler and no queue":   {second(g.Handle("", nil)), []string{"Handle: the queue name is empty", "Handle: the handler must not be nil"}},
+			"options of the connection": {second(g.Handle("q", rig.Ack, steadymq.WithHeartbeat(time.Second), steadymq.WithBackoff(time.Second, time.Minute))), []string{"queue q: steadymq: WithHeartbeat: belongs to the connection", "queue q: steadymq: WithBackoff: belongs to the connection", "NewGroup"}},
+			"no handler of a queue":     {second(g.Handle("q", nil)), []string{"queue q: steadymq: Handle: the handler must not be nil"}},
+
 			"connections of one consumer":   {second(steadymq.New(url, "q", steadymq.WithConnections(2))), []string{"WithConnections: is for NewGroup"}},
 			"connections of one in a group": {second(g.Handle("q", rig.Ack, steadymq.WithConnections(2))), []string{"WithConnections: belongs to the connection"}},
 			"no connections":                {second(steadymq.NewGroup(url, steadymq.WithConnections(0))), []string{"WithConnections: must be between 1 and 65535, got 0"}},
@@ -465,6 +562,7 @@ func TestGroupRefusesWhatIsWrongAndSaysWhatToDo(t *testing.T) {
 			"a nil option":                  {second(steadymq.NewGroup(url, nil)), []string{"NewGroup: option 1 is nil"}},
 			"a nil option of a consumer":    {second(g.Handle("q", rig.Ack, nil)), []string{"Handle: option 1 is nil"}},
 			"no context":                    {g.Run(none), []string{"Run: the context must not be nil"}},
+			"no context for a stop":         {new(steadymq.Consumer).Stop(none), []string{"Stop: the context must not be nil"}},
 		}
 		for name, row := range rows {
 			for _, says := range row.says {
