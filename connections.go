@@ -237,16 +237,22 @@ func (b *borrower) isolated() bool {
 	return b.keeper.own
 }
 
-// rejoin ends the isolation of b, if there is a connection to share. It reports whether there is.
+// rejoin ends the isolation of b, if there is a connection to share that stands and has room. It reports
+// whether there is.
 func (b *borrower) rejoin() bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	k := b.of.emptiest()
-	k.forgetDead()
-	if k.conn == nil {
+	var best *keeper
+	for _, k := range b.of.keepers {
+		k.forgetDead()
+		if k.conn != nil && !k.full() && (best == nil || len(k.members) < len(best.members)) {
+			best = k
+		}
+	}
+	if best == nil {
 		return false
 	}
-	b.move(k)
+	b.move(best)
 	return true
 }
 

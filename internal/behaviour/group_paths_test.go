@@ -365,3 +365,28 @@ func TestConsumerThatIsLostAsItComesBackSharesAgain(t *testing.T) {
 		})
 	}
 }
+
+// A connection that nobody uses any more is none to wait for.
+func TestConsumerThatIsKeptApartComesBackToAConnectionThatStands(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2, steadymq.WithConnections(2))
+		var failing atomic.Bool
+		failing.Store(true)
+		p.add(rig.Ack, steadymq.WithTopology(func(context.Context, *amqp.Channel) (string, error) {
+			if failing.Load() {
+				return "", errors.New("not yet")
+			}
+			return "", nil
+		}))
+		p.start()
+		r.Wait(30 * time.Second)
+		require.Equal(t, 1, p.group.Stats().Isolated)
+		require.NoError(t, p.consumers[1].Stop(r.Context()))
+		failing.Store(false)
+		r.Wait(90 * time.Second)
+		require.Equal(t, 2, p.consuming())
+		require.Zero(t, p.group.Stats().Isolated)
+		require.Equal(t, 1, r.OpenConnections())
+		require.NoError(t, p.stop())
+	})
+}

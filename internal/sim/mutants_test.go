@@ -1038,6 +1038,10 @@ var mutants = []mutant{
 		"\tcase s.borrower.hasLeft(s.conn):", "\tcase false:")),
 	inTest("TestConnectionForQuestionsIsClosedByWhoLeavesLast", change("a connection for questions outlives who waits for it in vain", "connections.go",
 		"\tif last && i.conn != nil {\n", "\tif last && false {\n")),
+	inTest("TestConsumerThatIsKeptApartComesBackToAConnectionThatStands", mutant{name: "who is kept apart waits for a connection that nobody uses", edits: []edit{
+		{"connections.go", "\t\tif k.conn != nil && !k.full() && (best == nil ||", "\t\tif !k.full() && (best == nil ||"},
+		{"connections.go", "\tif best == nil {\n\t\treturn false\n", "\tif best == nil || best.conn == nil {\n\t\treturn false\n"},
+	}}),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
