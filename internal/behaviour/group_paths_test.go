@@ -390,3 +390,29 @@ func TestConsumerThatIsKeptApartComesBackToAConnectionThatStands(t *testing.T) {
 		require.NoError(t, p.stop())
 	})
 }
+
+// A stream begins for the successor where the handlers are, so they finish first.
+func TestStreamMovesWithoutADuplicate(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 1)
+		r.Broker.DeclareQueue("log", steadymqtest.QueueOptions{Type: "stream"})
+		started, release := make(chan *steadymq.Delivery, 8), make(chan struct{})
+		c, err := p.group.Handle("log", rig.Hold(started, release), rig.OfType("stream")...)
+		require.NoError(t, err)
+		p.start()
+		r.Broker.Publish("log", "1", "2", "3")
+		<-started
+		r.Broker.HangAt(steadymqtest.StageConsume, true)
+		for range 3 { // channels that are given up, which is one too many
+			p.add(rig.Ack)
+		}
+		r.Wait(14 * time.Second)
+		r.Broker.HangAt(steadymqtest.StageConsume, false)
+		r.Wait(5 * time.Second)
+		close(release)
+		r.Wait(5 * time.Second)
+		assert.EqualValues(t, 2, c.Stats().Sessions, "it has moved")
+		assert.EqualValues(t, 3, c.Stats().Delivered, "each message once")
+		require.NoError(t, p.stop())
+	})
+}

@@ -1042,6 +1042,8 @@ var mutants = []mutant{
 		{"connections.go", "\t\tif k.conn != nil && !k.full() && (best == nil ||", "\t\tif !k.full() && (best == nil ||"},
 		{"connections.go", "\tif best == nil {\n\t\treturn false\n", "\tif best == nil || best.conn == nil {\n\t\treturn false\n"},
 	}}),
+	inTest("TestStreamMovesWithoutADuplicate", change("a stream moves under its handlers", "session.go",
+		"\tif s.stream == nil || !errors.Is(cause, errMoved) {\n", "\t{\n")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
