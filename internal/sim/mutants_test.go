@@ -479,7 +479,7 @@ var mutants = []mutant{
 		"s.disconnect(!errors.Is(err, io.EOF))", "s.disconnect(false)")),
 
 	// Sessions that share a connection, and functions of the user.
-	inTest("TestHandlersOfACancelledSessionFinishWhateverBecomesOfItsSuccessor", change("a set-up that ends ends the others on its connection", "loan.go",
+	inTest("TestQuestionOfALostSessionLeavesTheNextOneAlone", change("a question that is not answered ends the others on its connection", "loan.go",
 		"\tif l.lent > 0 || kept {\n\t\treturn nil\n", "\tif false {\n\t\treturn nil\n")),
 	inTest("TestHandlersOfACancelledSessionFinishWhenItsConnectionIsReplaced", change("a connection that is replaced does not wait for its sessions", "connection.go",
 		"\t\tlimit = c.awaitLeases(asked)\n", "\t\tlimit = asked.limit\n")),
