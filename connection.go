@@ -32,6 +32,7 @@ type connection struct {
 	loans   map[*loan]bool    // to consumers; guarded by the mutex of connections
 	shared  bool              // there have been several loans at a time; guarded by the same
 	turns   *turns            // of the consumers that are set up on it
+	keptTo  time.Time         // how long sessions of ended loans may keep their leases; guarded by the same
 	stopped bool              // close was called, after the last loan
 	done    chan struct{}     // closed when nothing of it is left
 
@@ -319,6 +320,9 @@ func (c *connection) teardown(limit time.Duration) {
 	c.socket.Wait()
 }
 
+// teardownGrace is how long a teardown may take beyond its limits before it counts as abandoned.
+const teardownGrace = 500 * time.Millisecond
+
 // closeRequest says how a connection is to close.
 type closeRequest struct {
 	grace time.Duration // how long sessions may keep their leases
@@ -344,11 +348,22 @@ func (c *connection) shortenClose(d closeRequest) {
 	c.stop <- d
 }
 
+// isOver reports whether nothing of the connection is left.
+func (c *connection) isOver() bool {
+	select {
+	case <-c.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // alive reports whether a new session may be opened on the connection. connections calls it, and who
 // has been lent the connection.
-func (c *connection) alive() bool {
-	return !c.stopped && c.end.Cause() == nil && !c.amqp.IsClosed() && !c.leases.isRetired()
-}
+func (c *connection) alive() bool { return c.stands() && !c.leases.isRetired() }
+
+// stands reports whether the connection has not ended, and nobody has asked it to close.
+func (c *connection) stands() bool { return !c.stopped && c.end.Cause() == nil && !c.amqp.IsClosed() }
 
 // major returns the first number of the broker's version, 0 if that cannot be read.
 func (c *connection) major() int {

@@ -519,3 +519,19 @@ func FuzzURL(f *testing.F) {
 		}
 	})
 }
+
+// The one that has asked leaves the connection to one that waits, and that may give up at that moment.
+func TestConnectionForQuestionsIsClosedByWhoLeavesLast(t *testing.T) {
+	cs := newConnections(new(config), new(counters))
+	c := &connection{amqp: new(amqp.Connection), end: newNotifier(), stop: make(chan closeRequest, 1), done: make(chan struct{})}
+	close(c.done)
+	i := cs.inquiry("host")
+	require.Same(t, i, cs.inquiry("host"))
+	i.conn = c
+	i.closeIfDead()
+	cs.forget("host", i)
+	require.False(t, c.stopped)
+	cs.forget("host", i)
+	require.True(t, c.stopped)
+	require.Empty(t, cs.inquiries)
+}

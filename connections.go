@@ -25,7 +25,9 @@ type connections struct {
 	asked     int                 // how many of them stay
 	apart     int                 // borrowers with a keeper of their own
 	open      int                 // connections that are lent
+	served    bool                // there has been a session
 	channels  int                 // that the last connection had room for, 0 before the first
+	closing   []*connection       // that were lent, and have not ended yet
 	inquiries map[string]*inquiry // the questions of stall detectors, by the address of the host
 	reporters map[int]*reporter   // by the number of the keeper: each outage has its own beginning and end
 }
@@ -59,22 +61,21 @@ func (cs *connections) abandoned() { cs.stats.abandoned.Add(1) }
 type keeper struct {
 	number   int // of the connection, for the log
 	members  map[*borrower]bool
-	own      bool          // it lends to one borrower that is kept apart
-	most     int           // borrowers that its connection has channels for, 0 if that is not known
-	conn     *connection   // that is lent; nil if there is none
-	dial     *dial         // under way
-	failed   *dialFailure  // why the last dial failed; nil if it is not the reason for the wait
-	until    time.Time     // nobody dials before
-	attempts int           // failures in a row, for the log
-	paces    map[class]int // dials that failed in a row: the next one goes on at their pace, whoever makes it
-	next     endpoint      // of the next dial, once it is chosen
-	fresh    bool          // next has not been tried in this round
-	slow     rateLimited   // lines about dials that take long
+	own      bool         // it lends to one borrower that is kept apart
+	most     int          // borrowers that its connection has channels for, 0 if that is not known
+	conn     *connection  // that is lent; nil if there is none
+	dial     *dial        // under way
+	failed   *dialFailure // why the last dial failed; nil if it is not the reason for the wait
+	until    time.Time    // nobody dials before
+	attempts int          // failures in a row, for the log
+	retry    *retry       // the pace at which those who share it dial, whoever does; nil before the first wait
+	since    time.Time    // when conn was opened; zero once that counts no more
+	next     endpoint     // of the next dial, once it is chosen
+	fresh    bool         // next has not been tried in this round
+	slow     rateLimited  // lines about dials that take long
 }
 
-func newKeeper() *keeper {
-	return &keeper{members: make(map[*borrower]bool), paces: make(map[class]int)}
-}
+func newKeeper() *keeper { return &keeper{members: make(map[*borrower]bool)} }
 
 // dial is a try to open a connection, which others may wait for.
 type dial struct {
@@ -216,8 +217,8 @@ func (b *borrower) move(k *keeper) {
 const mostApart = 32
 
 // isolate gives b a keeper of its own from the next connection on, so that what it does to that
-// disturbs nobody. Who shares with nobody keeps its keeper. It reports whether that is a change.
-func (b *borrower) isolate() bool {
+// disturbs nobody. Who shares with nobody keeps its keeper, then it returns false.
+func (b *borrower) isolate() (leaves bool) {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
 	if len(b.keeper.members) == 1 || b.of.apart >= mostApart {
@@ -237,16 +238,22 @@ func (b *borrower) isolated() bool {
 	return b.keeper.own
 }
 
-// rejoin ends the isolation of b, if there is a connection to share. It reports whether there is.
+// rejoin ends the isolation of b, if there is a connection to share that stands and has room. It reports
+// whether there is.
 func (b *borrower) rejoin() bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	k := b.of.emptiest()
-	k.forgetDead()
-	if k.conn == nil {
+	var best *keeper
+	for _, k := range b.of.keepers {
+		k.forgetDead()
+		if k.conn != nil && !k.full() && (best == nil || len(k.members) < len(best.members)) {
+			best = k
+		}
+	}
+	if best == nil {
 		return false
 	}
-	b.move(k)
+	b.move(best)
 	return true
 }
 
@@ -350,7 +357,7 @@ func (b *borrower) opened(d *dial, c *connection) *loan {
 		return nil
 	}
 	d.end()
-	d.keeper.conn = c
+	d.keeper.conn, d.keeper.since = c, time.Now()
 	b.of.open++
 	b.of.channels = int(c.amqp.Config.ChannelMax)
 	d.keeper.most = b.of.channels
@@ -377,22 +384,59 @@ func (b *borrower) withdraw(d *dial) {
 	}
 }
 
-// giveBack ends a loan. It reports whether it was the last one: then the connection has been asked
-// to close.
-func (b *borrower) giveBack(l *loan, d closeRequest) (last bool) {
+// giveBack ends a loan. The last one closes the connection, which then waits for the sessions of all
+// who had it, as long as each of them has asked for. It reports whether b has to wait for the close:
+// it has not where sessions of others may put that off.
+func (b *borrower) giveBack(l *loan, d closeRequest) (mine bool) {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
 	c := l.connection
 	delete(c.loans, l)
+	now := time.Now()
 	if len(c.loans) > 0 {
+		if until := now.Add(d.grace); until.After(c.keptTo) {
+			c.keptTo = until
+		}
 		return false
 	}
 	if l.keeper.conn == c {
 		l.keeper.conn = nil
 	}
 	b.of.open--
+	left := c.keptTo.Sub(now)
+	mine = left <= 0 || !c.leases.any()
+	d.grace = max(d.grace, left)
+	b.of.letGo(c, d)
+	return mine
+}
+
+// letGo asks a connection that nobody is lent any more to close. It is called with mu held.
+func (cs *connections) letGo(c *connection, d closeRequest) {
 	c.close(d)
-	return true
+	cs.closing = append(slices.DeleteFunc(cs.closing, (*connection).isOver), c)
+}
+
+// await waits until all connections have closed, once nobody borrows any more. It counts those that
+// outlast the limit.
+func (cs *connections) await() {
+	limit := time.NewTimer(cs.config.closeTimeout + teardownGrace)
+	defer limit.Stop()
+	cs.mu.Lock()
+	closing := slices.Clone(cs.closing)
+	cs.mu.Unlock()
+	passed := false
+	for _, c := range closing {
+		if !passed {
+			select {
+			case <-c.done:
+			case <-limit.C:
+				passed = true
+			}
+		}
+		if !c.isOver() {
+			cs.abandoned()
+		}
+	}
 }
 
 // sharing reports whether others borrow from the same keeper, too, or have borrowed the connection:
@@ -401,6 +445,20 @@ func (b *borrower) sharing(l *loan) bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
 	return l.shared || len(l.keeper.members) > 1
+}
+
+// hasLeft reports whether b's next connection is another keeper's.
+func (b *borrower) hasLeft(l *loan) bool {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	return b.keeper != l.keeper
+}
+
+// outlived reports whether the connection goes on without b, because others borrow it, too.
+func (b *borrower) outlived(l *loan) bool {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	return len(l.loans) > 1
 }
 
 // blame records a failure of the host at address.
@@ -414,8 +472,18 @@ func (b *borrower) blame(address string, err error, now time.Time) {
 func (b *borrower) praise(address string) {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
+	b.of.served = true
 	b.of.hosts.connected(address)
-	delete(b.keeper.paces, classOperator)
+	if r := b.keeper.retry; r != nil {
+		r.consuming()
+	}
+}
+
+// served reports whether there has been a session of anybody on the connections.
+func (b *borrower) served() bool {
+	b.of.mu.Lock()
+	defer b.of.mu.Unlock()
+	return b.of.served
 }
 
 // proved records that the session that just ended has proved that the broker works, and that it was
@@ -423,8 +491,8 @@ func (b *borrower) praise(address string) {
 func (b *borrower) proved(healthy, lasted bool) {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
-	if healthy {
-		clear(b.keeper.paces)
+	if r := b.keeper.retry; r != nil && healthy {
+		r.healthy()
 	}
 	if lasted {
 		b.of.hosts.outlived()
@@ -433,8 +501,9 @@ func (b *borrower) proved(healthy, lasted bool) {
 
 // wait returns how long b, which has no connection any more, waits after err before it asks for one.
 // All who share a connection wait for the same time: the first that asks after a failure draws it.
-// It ends the dial d, if that has failed; else d is nil.
-func (b *borrower) wait(r *retry, f dialFailure, d *dial, now time.Time) time.Duration {
+// It ends the dial d, if that has failed; else d is nil. concernsAll says that f is the connection's
+// end, of which one line tells for all.
+func (b *borrower) wait(r *retry, f dialFailure, d *dial, concernsAll bool, now time.Time) time.Duration {
 	err := f.err
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
@@ -444,23 +513,40 @@ func (b *borrower) wait(r *retry, f dialFailure, d *dial, now time.Time) time.Du
 		return r.wait(err, now, true)
 	}
 	k.choose(b.of.hosts, now)
-	r.catchUp(k.paces)
 	wait := r.wait(err, now, k.fresh)
 	if k.until.After(now) {
 		return k.until.Sub(now)
 	}
+	if concernsAll && b.of.report != nil { // not at the pace of one that has failures of its own
+		wait = k.wait(b.of.config, r, err, now)
+	}
 	k.until, k.failed = now.Add(wait), nil
-	k.attempts++
-	if !f.final {
+	if concernsAll {
+		k.attempts++
+	}
+	if concernsAll && !f.final {
 		b.of.tell(k, StateChange{To: Backoff, Host: f.host, Attempt: k.attempts, RetryIn: wait, Cause: err})
 	}
 	if d != nil {
 		f.fresh = k.fresh
 		k.failed = &f
-		k.paces[r.kind] = r.rules[r.kind].failures
 		d.end()
 	}
 	return wait
+}
+
+// wait returns how long those who share k wait after err. A connection that was up for long forgets
+// the failures before it.
+func (k *keeper) wait(c *config, r *retry, err error, now time.Time) time.Duration {
+	if k.retry == nil {
+		k.retry = newRetry(c)
+	}
+	if !k.since.IsZero() && now.Sub(k.since) >= healthyAfter {
+		k.retry.healthy()
+	}
+	k.since = time.Time{}
+	k.retry.heartbeat = max(k.retry.heartbeat, r.heartbeat)
+	return k.retry.wait(err, now, k.fresh)
 }
 
 // connect makes the dial d and returns the loan of its connection, with the first turn on it. Its
@@ -480,10 +566,12 @@ func (b *borrower) connect(ctx context.Context, d *dial, suspect bool, step *ste
 		return nil, nil, err
 	}
 	cs.stats.connections.Add(1)
-	turn := c.turns.take(ctx, suspect)
+	turn := c.takeTurn(ctx, suspect)
 	l := b.opened(d, c)
 	if l == nil {
-		c.close(closeRequest{limit: c.closeTimeout})
+		cs.mu.Lock()
+		defer cs.mu.Unlock()
+		cs.letGo(c, closeRequest{limit: c.closeTimeout})
 		return nil, nil, &SessionError{Host: e.address, Op: "open", Err: causeOf(ctx)}
 	}
 	return l, turn, nil
@@ -519,7 +607,7 @@ func (cs *connections) inquire(ctx context.Context, e endpoint, ask func(*connec
 	case <-ctx.Done():
 		return causeOf(ctx)
 	}
-	defer cs.closeIfLast(i)
+	defer i.closeIfDead()
 	if i.conn == nil {
 		c, err := openConnection(ctx, cs.config, e, newStep("dial"), cs.abandoned)
 		if err != nil {
@@ -544,22 +632,30 @@ func (cs *connections) inquiry(address string) *inquiry {
 	return i
 }
 
-// closeIfLast closes the connection if nobody else waits for it, or if it is of no use any more.
-func (cs *connections) closeIfLast(i *inquiry) {
-	cs.mu.Lock()
-	last := i.users == 1
-	cs.mu.Unlock()
-	if i.conn != nil && (last || !i.conn.alive()) {
-		i.conn.close(closeRequest{limit: i.conn.closeTimeout})
-		<-i.conn.done
-		i.conn = nil
+// closeIfDead closes the connection if it is of no use to those who wait. Who has the turn calls it.
+func (i *inquiry) closeIfDead() {
+	if i.conn != nil && !i.conn.alive() {
+		i.close()
 	}
 }
 
+func (i *inquiry) close() {
+	i.conn.close(closeRequest{limit: i.conn.closeTimeout})
+	<-i.conn.done
+	i.conn = nil
+}
+
+// forget is called by all who have asked, or have given up waiting. The last one closes the connection,
+// whichever that is.
 func (cs *connections) forget(address string, i *inquiry) {
 	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	if i.users--; i.users == 0 {
+	i.users--
+	last := i.users == 0
+	if last {
 		delete(cs.inquiries, address)
+	}
+	cs.mu.Unlock()
+	if last && i.conn != nil {
+		i.close()
 	}
 }

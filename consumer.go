@@ -15,6 +15,7 @@ import (
 
 	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/steadymq/steadymq/internal/errtext"
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // Consumer keeps one subscription to one queue alive. Make it with [New], run it with
@@ -153,19 +154,23 @@ func (c *Consumer) end(err error) {
 
 // Stop ends the Run of this Consumer alone, as the end of its context does, waits until it has
 // drained, and returns what Run returns, or, if ctx ends first, the cause of that; the drain goes on.
-// A Consumer of a [Group] leaves the group. Without a Run there is nothing to wait for, and Stop
-// returns nil; a Consumer of a group whose Run has not begun never starts then. It waits for the
-// consumer's own handlers and hooks, so those must not call it but on a goroutine of its own. It is an
-// [*OptionError] if ctx is nil.
+// A Consumer of a [Group] leaves the group; once its Run has ended Stop returns what that has returned.
+// Else there is nothing to wait for without a Run, and Stop returns nil; a Consumer of a group whose
+// Run has not begun never starts then. Stop waits for the consumer's own handlers and hooks, so those
+// must not call it but on a goroutine of its own. It is an [*OptionError] if ctx is nil.
 func (c *Consumer) Stop(ctx context.Context) error {
 	if ctx == nil {
 		return &OptionError{"Stop", "the context must not be nil"}
 	}
 	c.mu.Lock()
 	c.stopped.Store(true)
-	stop, done := c.stop, c.done
+	stop, done, last := c.stop, c.done, c.err
 	c.mu.Unlock()
-	if stop == nil {
+	switch {
+	case stop != nil:
+	case c.grouped: // nobody else is told
+		return last
+	default:
 		return nil
 	}
 	stop()
@@ -235,6 +240,7 @@ type supervisor struct {
 	away    away          // what has failed since the last session
 	hung    int           // set-ups in a row that hung
 	strikes int           // connections that the broker closed during this consumer's set-up
+	struck  time.Time     // when it last did
 	closing []closer      // what is ending and has to end before Run returns
 	cause   error         // of the last failure
 	retryIn time.Duration // wait before the next try
@@ -307,7 +313,7 @@ func (s *supervisor) connecting() stateFunc {
 	if s.ctx.Err() != nil {
 		return s.draining
 	}
-	if s.conn != nil && !s.conn.alive() { // it ended during the backoff
+	if s.conn != nil && !s.usable() { // it ended during the backoff
 		s.borrower.blame(s.conn.host, s.conn.end.Cause(), time.Now())
 		s.dropConnection()
 	}
@@ -336,8 +342,8 @@ func (s *supervisor) settingUp() stateFunc {
 	conn, dial, number := s.conn, s.dial, s.number+1
 	s.enterConnecting()
 	if conn != nil {
-		defer conn.turns.take(s.ctx, s.strikes > 0).giveBack()
-		if !conn.alive() { // it ended meanwhile, which others have to answer for
+		defer conn.takeTurn(s.ctx, s.strikes > 0).giveBack()
+		if !s.usable() { // it ended meanwhile, which others have to answer for
 			return s.connecting
 		}
 	}
@@ -401,6 +407,9 @@ func (s *supervisor) open(ctx context.Context, conn *loan, dial *dial, suspect b
 func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
 	s.conn.served = true
+	if s.consumer.grouped && s.owns() {
+		s.conn.keep()
+	}
 	s.retry.consuming()
 	s.borrower.praise(s.host)
 	s.enter(Consuming, nil) // first: a handler may ask for the state
@@ -482,26 +491,33 @@ func (s *supervisor) failed(err error) stateFunc {
 	err = s.unproven(err)
 	s.away.add(s.concernsAll(err))
 	moved := s.keepOrReplace(err, now)
-	gives := s.retry.givesUp(err) && s.config.fatal == nil
+	gives := s.givesUp(err)
 	switch {
 	case moved: // to where there is room, which is no reason to wait
 		return s.decide(err, gives, s.retry.shortDelay())
 	case s.conn != nil:
 		return s.decide(err, gives, s.retry.wait(err, now, false))
 	}
-	wait := s.borrower.wait(s.retry, dialFailure{err: err, host: s.host, final: gives}, s.dial, now)
+	wait := s.borrower.wait(s.retry, dialFailure{err: err, host: s.host, final: gives}, s.dial, s.away.last, now)
 	s.dial = nil
-	return s.decide(err, gives, s.sooner(err, wait))
+	return s.decide(err, gives, s.sooner(err, wait, now))
 }
+
+// trustedAfter is how long a consumer that has ended connections by its set-up waits for one of its
+// own, before it tries again on one that others share.
+const trustedAfter = 10 * time.Minute
 
 // sooner shortens the wait after a dial that the broker has refused because of a limit on
 // connections, if another connection has room for this consumer.
-func (s *supervisor) sooner(err error, wait time.Duration) time.Duration {
+func (s *supervisor) sooner(err error, wait time.Duration, now time.Time) time.Duration {
 	var at *SessionError
-	if errors.As(err, &at) && at.Op == "open" && classify(err) == classLocked && s.borrower.elsewhere() {
-		return s.retry.shortDelay()
+	switch {
+	case !errors.As(err, &at) || at.Op != "open" || classify(err) != classLocked,
+		s.strikes > 1 && now.Sub(s.struck) < trustedAfter,
+		!s.borrower.elsewhere():
+		return wait
 	}
-	return wait
+	return s.retry.shortDelay()
 }
 
 // told is failed for a dial that another consumer has made.
@@ -514,8 +530,7 @@ func (s *supervisor) told(f *dialFailure, wait time.Duration) stateFunc {
 	s.away.add(true)
 	err := s.asOwn(f.err)
 	_ = s.retry.wait(err, now, f.fresh)
-	gives := s.retry.givesUp(err) && s.config.fatal == nil
-	return s.decide(err, gives, s.sooner(err, wait))
+	return s.decide(err, s.givesUp(err), s.sooner(err, wait, now))
 }
 
 // asOwn returns the failure of a dial as this consumer tells it.
@@ -558,9 +573,13 @@ func waitFor[T any](s *supervisor, moment <-chan T) stateFunc {
 
 // concernsAll reports whether err is a failure of a connection that others share.
 func (s *supervisor) concernsAll(err error) bool {
+	return (noConnection(err) || s.conn != nil && !s.usable()) && !s.borrower.isolated()
+}
+
+// noConnection reports whether no connection could be opened.
+func noConnection(err error) bool {
 	var at *SessionError
-	failed := errors.As(err, &at) && (at.Op == "dial" || at.Op == "open")
-	return (failed || s.conn != nil && !s.conn.alive()) && !s.borrower.isolated()
+	return errors.As(err, &at) && (at.Op == "dial" || at.Op == "open")
 }
 
 // away is what has failed since a consumer's last session.
@@ -594,35 +613,36 @@ func (s *supervisor) over(now time.Time) bool {
 	return s.ctx.Err() != nil || ok && !now.Before(limit)
 }
 
+// givesUp reports whether err ends Run, unless WithFatal decides that. No refusal of a connection does
+// where others have consumed over one.
+func (s *supervisor) givesUp(err error) bool {
+	gives := s.retry.givesUp(err)
+	return gives && s.config.fatal == nil && !(noConnection(err) && s.borrower.served())
+}
+
 // keepOrReplace closes the connection after a failure, unless the next session does better to use
 // it: it is alive, leads to a node that serves its queues, no topology function has failed on it
 // too often, and either it has not failed its sessions too often or it owns a queue that would be
-// lost with it. It reports whether the connection has no channel left for the consumer, which goes on
-// on another one.
+// lost with it. It reports whether the consumer goes on on another one that it shares, because this one
+// has no channel left for it, or because it is kept apart no more.
 func (s *supervisor) keepOrReplace(err error, now time.Time) (moved bool) {
 	if s.conn == nil {
 		return false
 	}
-	alive := s.conn.alive()
+	alive := s.usable()
 	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err)
 	switch {
-	case errors.Is(err, amqp.ErrChannelMax) && s.overflows():
+	case s.borrower.hasLeft(s.conn): // its session was lost as it was about to move
+		moved = true
+	case errors.Is(err, amqp.ErrChannelMax) && !s.owns() && s.overflows():
 		moved = true
 	case keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)):
 		return false
 	case alive, s.strikes > 1:
-		s.isolate()
+		s.isolate(err) // what it does to a connection must not concern others
 	}
 	s.dropConnection()
 	return moved
-}
-
-// isolate keeps the consumer apart from others: what it does to a connection must not concern them.
-func (s *supervisor) isolate() {
-	if s.borrower.isolate() {
-		s.reporter.warn("the consumer cannot keep a session, so it goes on on a connection of its own, where it disturbs no other",
-			slog.String("queue", s.config.queue), slog.String("host", s.host))
-	}
 }
 
 // mostHangs is how many set-ups in a row may hang on a connection that others share.
@@ -650,7 +670,7 @@ func (s *supervisor) unproven(err error) error {
 		s.conn == nil, !s.borrower.sharing(s.conn):
 		return err
 	}
-	s.strikes++
+	s.strikes, s.struck = s.strikes+1, time.Now()
 	own := *at
 	own.Err = &unprovenError{at.Err}
 	return &own
@@ -688,7 +708,7 @@ func (s *supervisor) closeConnection(d closeRequest) {
 	if s.conn == nil {
 		return
 	}
-	if last := s.borrower.giveBack(s.conn, d); last {
+	if s.borrower.giveBack(s.conn, d) {
 		s.closing = append(s.closing, closer{done: s.conn.done, conn: s.conn.connection})
 	}
 	s.conn = nil
@@ -727,9 +747,6 @@ func (s *supervisor) backoff() stateFunc {
 	}
 }
 
-// teardownGrace is how long a teardown may take beyond its limits before it counts as abandoned.
-const teardownGrace = 500 * time.Millisecond
-
 // draining stops in order: the session within the drain limit, every handler within the same limit,
 // then the connection, and all that is still closing, within the close limit.
 func (s *supervisor) draining() stateFunc {
@@ -752,6 +769,9 @@ func (s *supervisor) draining() stateFunc {
 		s.addError(s.scope.drainError())
 	}
 	left = max(left, time.Millisecond)
+	if s.session == nil && s.consumer.grouped && s.conn != nil && s.conn.alive() {
+		s.leaveQueue()
+	}
 	s.closeConnection(closeRequest{grace: left / 2, limit: left / 2})
 	s.borrower.leave()
 	s.awaitClosing()
@@ -865,15 +885,82 @@ func (s *supervisor) replacedForOrphan(err error) bool {
 			"what is in a queue that the broker has named is lost with the session. WithQueue keeps such a queue as long as the connection lives",
 			slog.String("queue", left.is), slog.String("before", left.was), slog.String("host", s.host))
 	}
-	s.borrower.isolate()
+	if namedByBroker(left.was) { // both are deleted
+		s.borrower.isolate()
+	} else {
+		s.isolate(err)
+	}
 	s.dropConnection()
 	return true
 }
 
-// owns reports whether a queue would end with the connection that WithQueue has declared and that
-// has been consumed from.
+// owns reports whether a queue would end with the connection that has been consumed from: WithQueue
+// has declared it, or, where others share the connection, a TopologyFunc.
 func (s *supervisor) owns() bool {
-	return s.conn != nil && s.conn.served && s.config.declare != nil && s.config.declare.Exclusive
+	return s.conn != nil && s.conn.served && (s.declaresOwned() || s.consumer.grouped && s.conn.bound.Load())
+}
+
+func (s *supervisor) declaresOwned() bool {
+	return s.config.declare != nil && s.config.declare.Exclusive
+}
+
+// usable reports whether the next session may be opened on the connection. One that is to go because of
+// others takes that of a consumer whose queue would go with it.
+func (s *supervisor) usable() bool {
+	return s.conn.alive() || s.consumer.grouped && s.owns() && s.conn.stands()
+}
+
+// isolate lets the consumer go on on a connection of its own. A queue that ends with the connection it
+// leaves would live on there as long as the others do, bound and unread, and locked for its consumer.
+// So it is deleted. What a TopologyFunc has declared is not known well enough for that: the others
+// move, too, so that the connection ends.
+func (s *supervisor) isolate(cause error) {
+	if !s.borrower.isolate() {
+		return
+	}
+	s.reporter.warn("the consumer cannot keep a session, so it goes on on a connection of its own, where it disturbs no other",
+		slog.String("queue", s.config.queue), slog.String("host", s.host))
+	switch {
+	case !s.conn.alive():
+	case s.conn.bound.Load():
+		s.conn.replace(cause)
+	default:
+		s.leaveQueue()
+	}
+}
+
+// leaveQueue deletes the queue that WithQueue has declared on a connection that lives on without this
+// consumer. Where that is not answered, the connection is replaced.
+func (s *supervisor) leaveQueue() {
+	name := s.conn.ofSessions()
+	if !s.declaresOwned() || name == "" || !s.borrower.outlived(s.conn) {
+		return
+	}
+	c, lease, done := s.conn.connection, s.conn.lend(), make(chan struct{})
+	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(s.ctx), s.config.closeTimeout, errCloseTimeout)
+	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
+	go func() {
+		defer close(done)
+		defer cancel()
+		err := deleteQueue(ctx, c, name, lease.use)
+		unguard()
+		if lease.givenUp() || errors.Is(err, amqp.ErrChannelMax) {
+			c.replace(cmp.Or(causeOf(ctx), err))
+		}
+		lease.giveBack()
+	}()
+	s.closing = append(s.closing, closer{done: done})
+}
+
+func deleteQueue(ctx context.Context, c *connection, name string, use func(*wire.Channel)) error {
+	channel, err := c.openChannel(ctx, use)
+	if err != nil {
+		return err
+	}
+	if _, err = channel.QueueDelete(name, false, false, false); err == nil {
+		err = channel.Close()
+	}
+	return err
 }
 
 // isFatal asks the user's function whether err ends Run. Nothing heals meanwhile, so the function

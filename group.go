@@ -110,6 +110,7 @@ func (g *Group) Run(ctx context.Context) error {
 	g.ended = true
 	g.mu.Unlock()
 	run.running.Wait()
+	run.connections.await()
 	run.end()
 	run.connections.stopTelling()
 	return errtext.Join(append(toldOnce(run.errs), run.fault.Cause())...)

@@ -22,8 +22,9 @@ type loan struct {
 
 	channelFailures  []time.Time  // recent ones, for the escalation; only the supervisor uses it
 	served           bool         // it has had a session; only the supervisor uses it
-	queue            string       // of its sessions, "" before it has a name; only the try uses it
-	topologyFailures atomic.Int32 // failures of a TopologyFunc; tries write, the supervisor reads
+	queue            atomic.Value // string: of its sessions, "" before it has a name; tries write, the supervisor reads
+	topologyFailures atomic.Int32 // failures of a TopologyFunc; as queue
+	bound            atomic.Bool  // a TopologyFunc has declared a queue that lives as long as the connection; as queue
 }
 
 // tooManyChannelFailures records a failure at channel level and reports whether the connection has
@@ -39,9 +40,14 @@ func (l *loan) tooManyChannelFailures(now time.Time) bool {
 	return len(l.channelFailures) >= escalateAfter
 }
 
-// own records the queue of the sessions on the connection. The tries on it follow one another, so
-// nobody else writes it at the same time.
-func (l *loan) own(queue string) { l.queue = queue }
+// own records the queue of the sessions on the connection.
+func (l *loan) own(queue string) { l.queue.Store(queue) }
+
+// ofSessions returns the queue of the sessions on the connection, "" if there is none yet.
+func (l *loan) ofSessions() string {
+	queue, _ := l.queue.Load().(string)
+	return queue
+}
 
 // owned returns the queue that the broker has named for an earlier session of the connection, "" if
 // there is none.
@@ -49,18 +55,19 @@ func (l *loan) owned(of *config) string {
 	if of.declare == nil || of.queue != "" {
 		return ""
 	}
-	return l.queue
+	return l.ofSessions()
 }
 
 // sameQueue refuses the queue of a TopologyFunc if the function has left another one on this
 // connection. As a rule the broker has named that one, and it would live on, bound and unread.
 func (l *loan) sameQueue(queue string) error {
-	left := l.queue != queue
-	if l.queue == "" {
+	was := l.ofSessions()
+	left := was != queue
+	if was == "" {
 		left = l.topologyFailures.Load() > 0 && namedByBroker(queue)
 	}
 	if left {
-		return &orphanedQueueError{was: l.queue, is: queue}
+		return &orphanedQueueError{was: was, is: queue}
 	}
 	l.own(queue)
 	return nil
@@ -94,20 +101,23 @@ func newTurns() *turns {
 // turn is a place among those who are set up.
 type turn []chan struct{}
 
-// take waits for a turn, or for the end of ctx.
-func (t *turns) take(ctx context.Context, suspect bool) turn {
+// takeTurn waits for a turn, or for the end of ctx, or until the connection takes no more sessions.
+func (c *connection) takeTurn(ctx context.Context, suspect bool) turn {
 	var taken turn
-	places := []chan struct{}{t.any}
+	places := []chan struct{}{c.turns.any}
 	if suspect {
-		places = []chan struct{}{t.suspect, t.any}
+		places = []chan struct{}{c.turns.suspect, c.turns.any}
 	}
 	for _, place := range places {
 		select {
 		case place <- struct{}{}:
 			taken = append(taken, place)
+			continue
+		case <-c.end.Done():
+		case <-c.retiring.Done():
 		case <-ctx.Done():
-			return taken
 		}
+		return taken
 	}
 	return taken
 }
@@ -125,6 +135,7 @@ type leases struct {
 	mu       sync.Mutex
 	lent     int
 	retired  error         // why the connection takes no more sessions; nil as long as it does
+	kept     bool          // a queue ends with the connection: that closes once it is no longer borrowed, and not before
 	returned chan struct{} // closed when the last lease has ended; nil until watch waits for that
 }
 
@@ -149,9 +160,14 @@ func (c *connection) openChannel(ctx context.Context, use func(*wire.Channel)) (
 func (c *connection) giveUp(channel *wire.Channel, cause error) {
 	channel.GiveUp(amqp.InternalError, "given up: a call was not answered in time")
 	if c.socket.GivenUp() >= mostGivenUp {
-		c.retire(cause)
-		c.retiring.notify(cause)
+		c.replace(cause)
 	}
+}
+
+// replace retires the connection and tells its sessions to move.
+func (c *connection) replace(cause error) {
+	c.retire(cause)
+	c.retiring.notify(cause)
 }
 
 // retire lets the connection take no more sessions. It ends now if it is lent to none.
@@ -164,19 +180,26 @@ func (c *connection) retire(cause error) {
 func (l *leases) retire(cause error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.due(cause)
+	return l.due(cause, l.kept)
 }
 
 // due retires the connection if there is a cause. It returns why the connection has to end now, or
-// nil if it does not have to. It is called with mu held.
-func (l *leases) due(cause error) error {
+// nil if it does not have to, or is kept. It is called with mu held.
+func (l *leases) due(cause error, kept bool) error {
 	if l.retired == nil {
 		l.retired = cause
 	}
-	if l.lent > 0 {
+	if l.lent > 0 || kept {
 		return nil
 	}
 	return l.retired
+}
+
+// keep keeps a retired connection until nobody borrows it any more, although it is lent to no session.
+func (c *connection) keep() {
+	c.leases.mu.Lock()
+	defer c.leases.mu.Unlock()
+	c.leases.kept = true
 }
 
 // lease is the use of a connection by one session, or by the try for one. Its methods are safe for
@@ -263,7 +286,7 @@ func (l *leases) take(one *lease, cause error) (last bool, end error) {
 		close(l.returned)
 		l.returned = nil
 	}
-	return true, l.due(cause)
+	return true, l.due(cause, l.kept && cause == nil) // nobody else lives on it, so no channel can be given up alone
 }
 
 // any reports whether the connection is lent to somebody.

@@ -79,6 +79,8 @@ const (
 	escalateWithin = 30 * time.Second
 
 	maxRefusals = 3
+
+	healthyAfter = 70 * time.Second // that long a session, or a connection, proves that the broker works
 )
 
 // consuming records that a session has been set up. It forgets only the failures that an operator
@@ -151,13 +153,6 @@ func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	}
 	r.deferred = r.deferred[:0]
 	return wait
-}
-
-// catchUp goes on at the pace of others who have tried the same more often.
-func (r *retry) catchUp(failures map[class]int) {
-	for kind, n := range failures {
-		r.rules[kind].failures = max(r.rules[kind].failures, n)
-	}
 }
 
 func (r *retry) deferPace(p *pace) {

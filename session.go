@@ -400,12 +400,15 @@ func (s *session) lose(cause error) {
 	s.releaseHeld()
 }
 
-// retire ends a session that the broker has cancelled, or that moves. Its channel still works, so running handlers
-// may settle, which saves needless duplicates; the successor consumes meanwhile. What no handler
+// retire ends a session that the broker has cancelled, or that moves. Its channel still works, so running
+// handlers may settle, which saves needless duplicates; the successor consumes meanwhile. Where the
+// session of a stream moves the successor waits for them: it begins where they are. What no handler
 // has started goes back at once.
 func (s *session) retire(cause error) {
 	s.takeNoMore()
-	s.end.notify(cause)
+	if s.stream == nil || !errors.Is(cause, errMoved) {
+		s.end.notify(cause)
+	}
 	// RabbitMQ 4.3 serves the cancelled consumer again once its overdue deliveries are settled. The
 	// driver no longer knows that consumer, so those messages would be stuck until the channel
 	// closes. Other versions ignore an unknown tag.
@@ -416,6 +419,7 @@ func (s *session) retire(cause error) {
 	defer limit.Stop()
 	select {
 	case <-s.gate.done: // closeChannel proves their settlements
+		s.end.notify(cause)
 		return
 	case said := <-s.channelEnd.closes:
 		s.channelEnd.record(said)
@@ -685,7 +689,7 @@ func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
 // it: a quorum queue without a leader answers consume-ok and fails 65 s later.
 func (s *session) healthy(now time.Time) bool {
 	up := now.Sub(s.since)
-	return up >= 70*time.Second || up >= 10*time.Second && s.settled.Load()
+	return up >= healthyAfter || up >= 10*time.Second && s.settled.Load()
 }
 
 // gate counts the handlers at work. Once it is closed no handler enters any more, and done is

@@ -74,7 +74,11 @@ func (s *session) askTopology(ctx context.Context) (queue string, err error) {
 		f:      func(ctx context.Context) (string, error) { return s.config.topology(ctx, s.channel) },
 		left:   s.abandoned,
 	}
-	if queue, err = call.run(ctx); err != nil {
+	queue, err = call.run(ctx)
+	if s.lease.inUse().Misuse().Exclusive > before.Exclusive {
+		s.conn.bound.Store(true)
+	}
+	if err != nil {
 		return "", err
 	}
 	if problem := shortStringProblem(queue); problem != "" {

@@ -27,6 +27,7 @@ const (
 	channelOpen       = 20<<16 | 10
 	channelClose      = 20<<16 | 40
 	channelCloseOk    = 20<<16 | 41
+	queueDeclare      = 50<<16 | 10
 	basicConsume      = 60<<16 | 20
 	basicPublish      = 60<<16 | 40
 	basicDeliver      = 60<<16 | 60

@@ -47,9 +47,8 @@ type process struct {
 
 // the methods that a channel of these tests calls
 const (
-	queueDeclare = 50<<16 | 10
-	basicQos     = 60<<16 | 10
-	basicCancel  = 60<<16 | 30
+	basicQos    = 60<<16 | 10
+	basicCancel = 60<<16 | 30
 )
 
 func (r *rabbit) refuse(format string, args ...any) {

@@ -253,6 +253,12 @@ func (all *subscriptions) learn(p []byte) {
 			m.Consumers++
 			all.misuse[channel] = m
 		}
+	case queueDeclare:
+		if declaresExclusive(p) {
+			m := all.misuse[channel]
+			m.Exclusive++
+			all.misuse[channel] = m
+		}
 	case txSelect:
 		m := all.misuse[channel]
 		m.Transactions++
@@ -324,6 +330,16 @@ func consumerTag(p []byte) string {
 	return string(d.shortstr())
 }
 
+// declaresExclusive reports whether a queue.declare makes a queue that lives as long as the connection:
+// a reserved short and the queue's name stand before the bits. All of it is in p, as above.
+func declaresExclusive(p []byte) bool {
+	const passive, exclusive = 1, 4
+	d := decoder{b: p[methodHead:]}
+	d.short()
+	d.shortstr()
+	return d.octet()&(passive|exclusive) == exclusive
+}
+
 // Subscribe makes the subscription of a consumer that is about to be. It opens with the
 // basic.consume of this tag, which the driver writes.
 func (s *Socket) Subscribe(tag string, prefetch int, to Receiver) *Subscription {
@@ -359,11 +375,12 @@ func (sub *Subscription) LeaveTombstone() {
 	}
 }
 
-// Misuse counts what must not be done with the channel that a TopologyFunc is given. Only such a
-// function does it.
+// Misuse counts what must not be done with the channel that a TopologyFunc is given, which only such a
+// function does, and what it may do but has to be known.
 type Misuse struct {
 	Transactions int
 	Consumers    int
+	Exclusive    int // queues declared that live as long as the connection
 }
 
 // Misuse is what was counted on the channel so far.
