@@ -431,8 +431,8 @@ func (s *supervisor) consuming() stateFunc {
 			s.recordHealth(s.session)
 			return s.draining
 		case <-proven:
-			if !s.borrower.rejoin() {
-				proven = time.After(provenApart)
+			if s.session.movesLate() || !s.borrower.rejoin() {
+				proven = time.After(lookAgain)
 				continue
 			}
 			proven = nil
@@ -449,6 +449,9 @@ func (s *supervisor) consuming() stateFunc {
 // provenApart is how long a session lasts on a connection of its own, until its consumer shares one
 // again.
 const provenApart = 70 * time.Second
+
+// lookAgain is how long it takes until a consumer that cannot share a connection yet looks again.
+const lookAgain = 5 * time.Second
 
 // reasonsToMove returns what tells that the session's successor does better on another connection:
 // its own is to go, or a consumer that was kept apart is healthy. A queue that would end with the

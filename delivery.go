@@ -58,7 +58,6 @@ func (d *Delivery) again() *Delivery {
 	next := newDelivery()
 	next.fence.stream = d.fence.stream
 	next.Delivery = next.fence.stream.original
-	next.DeliveryTag = d.fence.tag
 	next.fence.tries = d.fence.tries + 1
 	return next
 }

@@ -415,6 +415,9 @@ func (g *simGroup) names(err error) {
 		all = joined.Unwrap()
 	}
 	names := func(e error) bool {
+		if at := new(*steadymq.SessionError); errors.As(e, at) && ((*at).Op == "dial" || (*at).Op == "open") {
+			return true // a connection is that of all
+		}
 		return slices.ContainsFunc(g.s.consumers, func(c *simConsumer) bool { return c.named(e) })
 	}
 	if !names(err) || len(all) > 2 && !slices.ContainsFunc(all, names) {
