@@ -136,7 +136,7 @@ var mutants = []mutant{
 		"unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })", "unguard := context.AfterFunc(ctx, func() {})"),
 	change("gives up on a refusal after the first session", "reconnect.go",
 		"if r.hadSession {", "if r.hadSession && false {"),
-	inTest("TestMissingQueueIsConsumedWithin5500msOfItsReturn", change("gives up on 404", "reconnect.go",
+	inTest("TestBrokerAndQueueAbsentAtStartAreWaitedFor", change("gives up on 404", "reconnect.go",
 		"return refused || permanent(err)", "return refused || permanent(err) || classify(err) == classAbsent")),
 	change("retries in a hot loop", "reconnect.go",
 		"\tr.failures++\n", "\tif r.failures++; r.failures > 0 {\n\t\treturn time.Millisecond\n\t}\n"),
