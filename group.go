@@ -91,10 +91,10 @@ func (g *Group) Handle(queue string, h Handler, opts ...Option) (*Consumer, erro
 // returns nil. A group without consumers waits for [Group.Handle]. A group runs once.
 //
 // Run ends earlier, after it has drained all, if the Run of one consumer ends with an error: its
-// set-up is refused for good before its first session, or [WithFatal] says so, or a hook has
-// panicked; see [Consumer.Run]. The error joins those of all consumers, each with the name of its
-// queue, except of consumers that [Consumer.Stop] has ended. A failure of a connection is told once,
-// without a queue. A panic of the log handler ends Run, too.
+// set-up is refused for good before its first session, the login is before the first session of all,
+// [WithFatal] says so, or a hook has panicked; see [Consumer.Run]. The error joins those of all
+// consumers, each with the name of its queue, except of consumers that [Consumer.Stop] has ended. A
+// failure of a connection is told once, without a queue. A panic of the log handler ends Run, too.
 //
 // It is an [*OptionError] if ctx is nil, and wraps [ErrRunning] if Run was called before.
 func (g *Group) Run(ctx context.Context) error {
