@@ -930,6 +930,8 @@ var mutants = []mutant{
 		"\tif n.held {\n\t\tn.held = false\n\t\topen :=", "\tif false {\n\t\tn.held = false\n\t\topen :=")),
 	inTest("TestChannelIsGivenUpWhileTheDriverClosesIt", change("a channel that the driver closes is closed twice", "internal/wire/channel.go",
 		"\tcase n.closing: // the driver", "\tcase false: // the driver")),
+	inTest("TestAcksLeaveAtOnceOrShareTheirWrite", change("a settlement beside one that leaves at once keeps the next one waiting", "internal/wire/flush.go",
+		"\tif f.requested { // it goes along", "\tif false { // it goes along")),
 	inTest("TestNothingThatComesLateReachesTheDriver", change("a close that crosses ours is not answered", "internal/wire/channel.go",
 		"written = !n.answered", "written = false")),
 	inTest("TestNothingThatComesLateReachesTheDriver", change("a close that crosses ours is answered twice", "internal/wire/channel.go",

@@ -38,6 +38,9 @@ func (f *flushPolicy) settled(at time.Duration, prefetch int64) (wake bool, wait
 	if f.delay <= 0 || alone || starving || f.idle() {
 		return f.flushNow(), 0
 	}
+	if f.requested { // it goes along, so there is nothing to wait for
+		return false, 0
+	}
 	if f.batched == 1 {
 		f.due = at + f.delay
 	}

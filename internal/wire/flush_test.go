@@ -48,6 +48,13 @@ func TestAcksLeaveAtOnceOrShareTheirWrite(t *testing.T) {
 			{10*ms + 300*us, settles, false, 0},
 			{11*ms + 100*us, expires, true, 0},
 		}},
+		"one beside another that is about to leave goes along, and the next one waits no longer than it may": {100, ms, false, []flushStep{
+			{10 * ms, settles, true, 0},
+			{10*ms + 10*us, settles, false, 0},
+			{10*ms + 20*us, goes, false, 0},
+			{10*ms + 30*us, settles, false, ms},
+			{11*ms + 30*us, expires, true, 0},
+		}},
 		"they leave together with any other frame": {100, ms, false, []flushStep{
 			{10 * ms, goesFirst, false, 0},
 			{10*ms + 100*us, settles, false, ms},
@@ -154,11 +161,11 @@ func TestNoAckWaitsLongerThanTheWriteDelay(t *testing.T) {
 					timer = now + wait
 				}
 			}
-			if f.requested {
+			if f.requested && r.IntN(3) > 0 { // the writer may take its time
 				f.taken()
 				first = 0
 			}
-			require.False(t, first > 0 && at > first+f.delay, "seed %d: one waits since %v, at %v", seed, first, at)
+			require.False(t, !f.requested && first > 0 && at > first+f.delay, "seed %d: one waits since %v, at %v", seed, first, at)
 			if r.IntN(10) == 0 {
 				f.flushNow()
 				continue
