@@ -310,12 +310,13 @@ func (w *witness) missing(published []string) (missing []string) {
 
 var profileEntry = regexp.MustCompile(`(?m)^(\d+) @ .*\n# labels: (.*)\n((?:#.*\n)*)`)
 
-// goroutines are those that came of this consumer, whoever started them: how many, and where they are.
+// goroutines are those that came of this consumer, whoever started them: how many, and where they are. Its workers do not count: each starts
+// with the first delivery that finds none waiting, and they outlive sessions.
 func (w *witness) goroutines() (n int, where string) {
 	var profile bytes.Buffer
 	_ = pprof.Lookup("goroutine").WriteTo(&profile, 1)
 	for _, m := range profileEntry.FindAllStringSubmatch(profile.String(), -1) {
-		if strings.Contains(m[2], strconv.Quote(w.label)) {
+		if strings.Contains(m[2], strconv.Quote(w.label)) && !strings.Contains(m[3], "steadymq.(*pool).work") {
 			count, _ := strconv.Atoi(m[1])
 			n += count
 			where += m[0] + "\n"
