@@ -868,9 +868,9 @@ var mutants = []mutant{
 		"!strings.HasPrefix(brokerErr.Reason, inequivalentLimit):", "!strings.Contains(brokerErr.Reason, inequivalentLimit):")),
 	inTest("TestDeepHeadersAreShownDownToALevel", change("headers are shown as deep as they are", "delivery.go",
 		"const shownDepth = 100", "const shownDepth = 1 << 30")),
-	inTest("TestInvokeDecidesAsAConsumerDoes", change("Invoke lets a panic pass", "guard.go",
-		"err = panicked(recover())",
-		"err = panicked(nil)")),
+	inTest("TestInvokeDecidesAsAConsumerDoes", change("Invoke lets a panic pass", "worker.go",
+		"\t\t\terr = panicked(recover())",
+		"\t\t\terr = nil")),
 	// What New takes, and what a topology function may do.
 	inTest("TestWhatNewWasGivenMayChangeAfterwards", change("arrays of a table are not copied", "arguments.go",
 		"return a.array(v, place+\", \", depth+1)", "_ = a.array(v, place+\", \", depth+1)\n\t\treturn v")),
