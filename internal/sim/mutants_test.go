@@ -997,8 +997,10 @@ var mutants = []mutant{
 		"b.of.channels = int(c.amqp.Config.ChannelMax)", "b.of.channels = 0")),
 	inTest("TestQueueOfItsConnectionGoesWithItsConsumer", change("a queue of the connection stays there after its consumer", "session.go",
 		"\t\ts.drain()\n\t\ts.leaveQueue()\n", "\t\ts.drain()\n")),
-	inTest("TestQueueOfItsConnectionIsNotLeftBehindLockedAfterAStall", change("a stall leaves a locked queue behind", "session.go",
-		"\t\tif errors.Is(cause, errStalled) {", "\t\tif errors.Is(cause, errStalled) && false {")),
+	inTest("TestQueueOfItsConnectionIsNotLeftBehindLockedAfterAStall", mutant{name: "a stall leaves a locked queue behind", edits: []edit{
+		{"session.go", "\t\tif errors.Is(cause, errStalled) {", "\t\tif errors.Is(cause, errStalled) && false {"},
+		{"consumer.go", "\tdefault:\n\t\ts.leaveQueue()\n", "\tdefault:\n"}, // who is kept apart leaves none, either
+	}}),
 	inTest("TestTopologyThatNamesAnotherQueueLeavesNoneOnASharedConnection", change("a topology leaves its queues behind on a shared connection", "topology.go",
 		"\ts.dropOrphans(err)\n", "")),
 	inTest("TestErrorOfAConsumerWithoutANameOfItsQueueNamesTheTag", change("the error of a queue without a name names nothing", "group.go",
@@ -1016,7 +1018,7 @@ var mutants = []mutant{
 	inTest("TestErrorOfAStopIsToldWhoeverAsksLater", change("the error of a Stop is lost with its caller", "consumer.go",
 		"\tcase c.grouped: // nobody else is told\n", "\tcase c.grouped && false:\n")),
 	inTest("TestFailureOfAConsumerThatSharesWithNobodyIsToldOnce", change("the group tells what is a consumer's own", "connections.go",
-		"\tif concernsAll {\n", "\tif concernsAll || true {\n")),
+		"\tif concernsAll && !f.final {\n", "\tif !f.final {\n")),
 	inTest("TestConsumerKeptApartDoesNotComeBackForWantOfAConnection", change("who ends connections comes back for want of one", "consumer.go",
 		"\t\ts.strikes > 1 && now.Sub(s.struck) < trustedAfter,\n", "")),
 	inTest("TestConsumerKeptApartDoesNotComeBackForWantOfAConnection", change("who ended connections is never let back", "consumer.go",
