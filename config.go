@@ -97,9 +97,9 @@ func defaults(url, queue string) *config {
 // goroutine at a time, unless a call that ignored the end of its ctx was left behind.
 //
 // ctx ends with the limit of [WithSetupTimeout]. So does what the function waits for on the
-// channel, since the socket is closed then; while a cancelled session still lives on that
-// connection, it closes with the last handler of that session. An error is retried like any failure
-// of the set-up. Wrap the *amqp.Error of the channel with %w so that it can be classified.
+// channel, since that is closed then, with its socket unless another session lives on it. An error
+// is retried like any failure of the set-up. Wrap the *amqp.Error of the channel with %w so that it
+// can be classified.
 //
 // The channel is the session's. It must not be used after the function has returned, nor be
 // consumed from: nobody settles what is delivered there. A function that makes the channel

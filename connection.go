@@ -349,17 +349,33 @@ func (c *connection) shortenClose(d closeRequest) {
 }
 
 // isOver reports whether nothing of the connection is left.
-func (c *connection) isOver() bool {
+func (c *connection) isOver() bool { return isClosed(c.done) }
+
+func isClosed(done <-chan struct{}) bool {
 	select {
-	case <-c.done:
+	case <-done:
 		return true
 	default:
 		return false
 	}
 }
 
-// alive reports whether a new session may be opened on the connection. connections calls it, and who
-// has been lent the connection.
+// awaitTeardowns waits until all that is ending is done, for the close limit and a moment. One that
+// hangs keeps nobody from seeing that the others are done.
+func awaitTeardowns[T any](limit time.Duration, all []T, done func(T) <-chan struct{}) {
+	passed := time.NewTimer(limit + teardownGrace)
+	defer passed.Stop()
+	for _, one := range all {
+		select {
+		case <-done(one):
+		case <-passed.C:
+			return
+		}
+	}
+}
+
+// alive reports whether a new session may be opened on the connection. connections calls it, and
+// who has been lent the connection.
 func (c *connection) alive() bool { return c.stands() && !c.leases.isRetired() }
 
 // stands reports whether the connection has not ended, and nobody has asked it to close.

@@ -238,9 +238,9 @@ func (b *borrower) isolated() bool {
 	return b.keeper.own
 }
 
-// rejoin ends the isolation of b, if there is a connection to share that stands and has room. It reports
-// whether there is.
-func (b *borrower) rejoin() bool {
+// share moves b to a keeper whose connection stands and has room, and reports whether there is one:
+// b is kept apart and healthy, or cannot have a connection of its own because of a limit.
+func (b *borrower) share() bool {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
 	var best *keeper
@@ -272,21 +272,6 @@ func (b *borrower) overflow() (moved, further bool) {
 	}
 	b.move(b.of.emptiest())
 	return true, len(b.of.keepers) > before
-}
-
-// elsewhere moves b to another keeper that has a connection and room, and reports whether there is
-// one: b's own cannot open one, because of a limit on connections.
-func (b *borrower) elsewhere() bool {
-	b.of.mu.Lock()
-	defer b.of.mu.Unlock()
-	for _, k := range b.of.keepers {
-		k.forgetDead()
-		if k != b.keeper && k.conn != nil && !k.full() {
-			b.move(k)
-			return true
-		}
-	}
-	return false
 }
 
 // count returns how many connections there are, and how many of those who use them are kept apart.
@@ -384,9 +369,9 @@ func (b *borrower) withdraw(d *dial) {
 	}
 }
 
-// giveBack ends a loan. The last one closes the connection, which then waits for the sessions of all
-// who had it, as long as each of them has asked for. It reports whether b has to wait for the close:
-// it has not where sessions of others may put that off.
+// giveBack ends a loan. The last one closes the connection, which then waits for the sessions of
+// all who had it, as long as each of them has asked for. It reports whether b has to wait for the
+// close: it has not where sessions of others may put that off.
 func (b *borrower) giveBack(l *loan, d closeRequest) (mine bool) {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
@@ -419,20 +404,11 @@ func (cs *connections) letGo(c *connection, d closeRequest) {
 // await waits until all connections have closed, once nobody borrows any more. It counts those that
 // outlast the limit.
 func (cs *connections) await() {
-	limit := time.NewTimer(cs.config.closeTimeout + teardownGrace)
-	defer limit.Stop()
 	cs.mu.Lock()
 	closing := slices.Clone(cs.closing)
 	cs.mu.Unlock()
-	passed := false
+	awaitTeardowns(cs.config.closeTimeout, closing, func(c *connection) <-chan struct{} { return c.done })
 	for _, c := range closing {
-		if !passed {
-			select {
-			case <-c.done:
-			case <-limit.C:
-				passed = true
-			}
-		}
 		if !c.isOver() {
 			cs.abandoned()
 		}
@@ -499,10 +475,10 @@ func (b *borrower) proved(healthy, lasted bool) {
 	}
 }
 
-// wait returns how long b, which has no connection any more, waits after err before it asks for one.
-// All who share a connection wait for the same time: the first that asks after a failure draws it.
-// It ends the dial d, if that has failed; else d is nil. concernsAll says that f is the connection's
-// end, of which one line tells for all.
+// wait returns how long b, which has no connection any more, waits after err before it asks for
+// one. All who share a connection wait for the same time: the first that asks after a failure draws
+// it. It ends the dial d, if that has failed; else d is nil. concernsAll says that f is the
+// connection's end, of which one line tells for all.
 func (b *borrower) wait(r *retry, f dialFailure, d *dial, concernsAll bool, now time.Time) time.Duration {
 	err := f.err
 	b.of.mu.Lock()
@@ -632,7 +608,8 @@ func (cs *connections) inquiry(address string) *inquiry {
 	return i
 }
 
-// closeIfDead closes the connection if it is of no use to those who wait. Who has the turn calls it.
+// closeIfDead closes the connection if it is of no use to those who wait. Who has the turn calls
+// it.
 func (i *inquiry) closeIfDead() {
 	if i.conn != nil && !i.conn.alive() {
 		i.close()
@@ -645,8 +622,8 @@ func (i *inquiry) close() {
 	i.conn = nil
 }
 
-// forget is called by all who have asked, or have given up waiting. The last one closes the connection,
-// whichever that is.
+// forget is called by all who have asked, or have given up waiting. The last one closes the
+// connection, whichever that is.
 func (cs *connections) forget(address string, i *inquiry) {
 	cs.mu.Lock()
 	i.users--

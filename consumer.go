@@ -153,11 +153,12 @@ func (c *Consumer) end(err error) {
 }
 
 // Stop ends the Run of this Consumer alone, as the end of its context does, waits until it has
-// drained, and returns what Run returns, or, if ctx ends first, the cause of that; the drain goes on.
-// A Consumer of a [Group] leaves the group; once its Run has ended Stop returns what that has returned.
-// Else there is nothing to wait for without a Run, and Stop returns nil; a Consumer of a group whose
-// Run has not begun never starts then. Stop waits for the consumer's own handlers and hooks, so those
-// must not call it but on a goroutine of its own. It is an [*OptionError] if ctx is nil.
+// drained, and returns what Run returns, or, if ctx ends first, the cause of that; the drain goes
+// on. A Consumer of a [Group] leaves the group; once its Run has ended Stop returns what that has
+// returned. Else there is nothing to wait for without a Run, and Stop returns nil; a Consumer of a
+// group whose Run has not begun never starts then. Stop waits for the consumer's own handlers and
+// hooks, so those must not call it but on a goroutine of its own. It is an [*OptionError] if ctx is
+// nil.
 func (c *Consumer) Stop(ctx context.Context) error {
 	if ctx == nil {
 		return &OptionError{"Stop", "the context must not be nil"}
@@ -297,8 +298,8 @@ func (s *supervisor) run() error {
 	return s.result()
 }
 
-// result returns Run's error, as far as it is known. The panic of a hook or of the log handler comes
-// before everything else.
+// result returns Run's error, as far as it is known. The panic of a hook or of the log handler
+// comes before everything else.
 func (s *supervisor) result() error {
 	var fault *faultError
 	if errors.As(s.reporter.fault.Cause(), &fault) {
@@ -431,7 +432,7 @@ func (s *supervisor) consuming() stateFunc {
 			s.recordHealth(s.session)
 			return s.draining
 		case <-proven:
-			if s.session.movesLate() || !s.borrower.rejoin() {
+			if s.session.movesLate() || !s.borrower.share() {
 				proven = time.After(lookAgain)
 				continue
 			}
@@ -517,7 +518,7 @@ func (s *supervisor) sooner(err error, wait time.Duration, now time.Time) time.D
 	switch {
 	case !errors.As(err, &at) || at.Op != "open" || classify(err) != classLocked,
 		s.strikes > 1 && now.Sub(s.struck) < trustedAfter,
-		!s.borrower.elsewhere():
+		!s.borrower.share():
 		return wait
 	}
 	return s.retry.shortDelay()
@@ -547,8 +548,8 @@ func (s *supervisor) asOwn(err error) error {
 	return &own
 }
 
-// decide ends Run because of err, if gives or WithFatal says so, or lets it wait for the next try. A
-// WithFatal that panics or does not return in time ends Run, too.
+// decide ends Run because of err, if gives or WithFatal says so, or lets it wait for the next try.
+// A WithFatal that panics or does not return in time ends Run, too.
 func (s *supervisor) decide(err error, gives bool, wait time.Duration) stateFunc {
 	var fault error
 	if s.config.fatal != nil {
@@ -609,15 +610,15 @@ func (a away) tellsGroup(to State) bool {
 	return false
 }
 
-// over reports whether Run's context has ended, or its deadline has passed: a dial that has the same
-// deadline may end a moment before the context does.
+// over reports whether Run's context has ended, or its deadline has passed: a dial that has the
+// same deadline may end a moment before the context does.
 func (s *supervisor) over(now time.Time) bool {
 	limit, ok := s.ctx.Deadline()
 	return s.ctx.Err() != nil || ok && !now.Before(limit)
 }
 
-// givesUp reports whether err ends Run, unless WithFatal decides that. No refusal of a connection does
-// where others have consumed over one.
+// givesUp reports whether err ends Run, unless WithFatal decides that. No refusal of a connection
+// does where others have consumed over one.
 func (s *supervisor) givesUp(err error) bool {
 	gives := s.retry.givesUp(err)
 	return gives && s.config.fatal == nil && !(noConnection(err) && s.borrower.served())
@@ -626,8 +627,8 @@ func (s *supervisor) givesUp(err error) bool {
 // keepOrReplace closes the connection after a failure, unless the next session does better to use
 // it: it is alive, leads to a node that serves its queues, no topology function has failed on it
 // too often, and either it has not failed its sessions too often or it owns a queue that would be
-// lost with it. It reports whether the consumer goes on on another one that it shares, because this one
-// has no channel left for it, or because it is kept apart no more.
+// lost with it. It reports whether the consumer goes on on another one that it shares, because this
+// one has no channel left for it, or because it is kept apart no more.
 func (s *supervisor) keepOrReplace(err error, now time.Time) (moved bool) {
 	if s.conn == nil {
 		return false
@@ -662,8 +663,8 @@ func (s *supervisor) hangs(err error) bool {
 	return !s.borrower.sharing(s.conn) || s.hung >= mostHangs && s.conn.leases.any()
 }
 
-// unproven marks err if the broker has closed a connection that others share while this consumer was
-// set up on it: any of them may be the reason. It counts how often that happened.
+// unproven marks err if the broker has closed a connection that others share while this consumer
+// was set up on it: any of them may be the reason. It counts how often that happened.
 func (s *supervisor) unproven(err error) error {
 	var at *SessionError
 	var brokerErr *amqp.Error
@@ -724,14 +725,7 @@ type closer struct {
 	conn    *connection // nil if it is no connection
 }
 
-func (l closer) isDone() bool {
-	select {
-	case <-l.done:
-		return true
-	default:
-		return false
-	}
-}
+func (l closer) isDone() bool { return isClosed(l.done) }
 
 // forgetClosed forgets what has ended, so that a long Run does not collect it.
 func (s *supervisor) forgetClosed() { s.closing = slices.DeleteFunc(s.closing, closer.isDone) }
@@ -773,10 +767,9 @@ func (s *supervisor) draining() stateFunc {
 	}
 	left = max(left, time.Millisecond)
 	if s.session == nil && s.consumer.grouped && s.conn != nil && s.conn.alive() {
-		s.leaveQueue()
+		s.leaveQueue(context.WithTimeoutCause(context.WithoutCancel(s.ctx), s.config.closeTimeout, errCloseTimeout))
 	}
 	s.closeConnection(closeRequest{grace: left / 2, limit: left / 2})
-	s.borrower.leave()
 	s.awaitClosing()
 	return nil
 }
@@ -825,17 +818,8 @@ func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 // awaitClosing waits until nothing is left of any session or connection, and counts what outlasts
 // the limit. One that hangs says nothing about those behind it.
 func (s *supervisor) awaitClosing() {
-	limit := time.NewTimer(s.config.closeTimeout + teardownGrace)
-	defer limit.Stop()
-	passed := false
+	awaitTeardowns(s.config.closeTimeout, s.closing, func(l closer) <-chan struct{} { return l.done })
 	for _, l := range s.closing {
-		if !passed {
-			select {
-			case <-l.done:
-			case <-limit.C:
-				passed = true
-			}
-		}
 		switch {
 		case !l.isDone():
 			s.stats.abandoned.Add(1)
@@ -907,16 +891,16 @@ func (s *supervisor) declaresOwned() bool {
 	return s.config.declare != nil && s.config.declare.Exclusive
 }
 
-// usable reports whether the next session may be opened on the connection. One that is to go because of
-// others takes that of a consumer whose queue would go with it.
+// usable reports whether the next session may be opened on the connection. One that is to go
+// because of others takes that of a consumer whose queue would go with it.
 func (s *supervisor) usable() bool {
 	return s.conn.alive() || s.consumer.grouped && s.owns() && s.conn.stands()
 }
 
-// isolate lets the consumer go on on a connection of its own. A queue that ends with the connection it
-// leaves would live on there as long as the others do, bound and unread, and locked for its consumer.
-// So it is deleted. What a TopologyFunc has declared is not known well enough for that: the others
-// move, too, so that the connection ends.
+// isolate lets the consumer go on on a connection of its own. A queue that ends with the connection
+// it leaves would live on there as long as the others do, bound and unread, and locked for its
+// consumer. So it is deleted. What a TopologyFunc has declared is not known well enough for that:
+// the others move, too, so that the connection ends.
 func (s *supervisor) isolate(cause error) {
 	if !s.borrower.isolate() {
 		return
@@ -928,26 +912,26 @@ func (s *supervisor) isolate(cause error) {
 	case s.conn.bound.Load():
 		s.conn.replace(cause)
 	default:
-		s.leaveQueue()
+		s.leaveQueue(s.conn.socket.WithSilence(context.WithoutCancel(s.ctx), s.config.closeTimeout, errCloseTimeout))
 	}
 }
 
-// leaveQueue deletes the queue that WithQueue has declared on a connection that lives on without this
-// consumer. Where that is not answered, the connection is replaced.
-func (s *supervisor) leaveQueue() {
+// leaveQueue deletes the queue that WithQueue has declared on a connection that lives on without
+// this consumer. Where that is not answered within ctx, the connection is replaced.
+func (s *supervisor) leaveQueue(ctx context.Context, cancel context.CancelFunc) {
 	name := s.conn.ofSessions()
 	if !s.declaresOwned() || name == "" || !s.borrower.outlived(s.conn) {
+		cancel()
 		return
 	}
 	c, lease, done := s.conn.connection, s.conn.lend(), make(chan struct{})
-	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(s.ctx), s.config.closeTimeout, errCloseTimeout)
 	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
 	go func() {
 		defer close(done)
 		defer cancel()
 		err := deleteQueue(ctx, c, name, lease.use)
 		unguard()
-		if lease.givenUp() || errors.Is(err, amqp.ErrChannelMax) {
+		if err != nil && (lease.givenUp() || errors.Is(err, amqp.ErrChannelMax)) {
 			c.replace(cmp.Or(causeOf(ctx), err))
 		}
 		lease.giveBack()
@@ -961,7 +945,7 @@ func deleteQueue(ctx context.Context, c *connection, name string, use func(*wire
 		return err
 	}
 	if _, err = channel.QueueDelete(name, false, false, false); err == nil {
-		err = channel.Close()
+		_ = channel.Close() // the end of ctx ends that, too
 	}
 	return err
 }

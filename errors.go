@@ -66,7 +66,7 @@ var ErrMessageTooLarge = errors.New("the message is larger than the limit (WithM
 // Reasons for which the library itself ends something. They appear as causes inside a SessionError.
 var (
 	errSetupTimeout = errors.New("setup limit passed")
-	errCloseTimeout = errors.New("close limit passed without an answer, so the socket was closed (WithCloseTimeout)")
+	errCloseTimeout = errors.New("close limit passed without an answer (WithCloseTimeout)")
 	errDrainLimit   = errors.New("drain limit passed before the broker answered")
 	errCancelled    = errors.New("the broker cancelled the consumer (basic.cancel): the queue was deleted or moved, or a delivery was held longer than the consumer timeout")
 	errChannelEnded = errors.New("the channel ended without a reason from the broker")

@@ -40,13 +40,14 @@ type groupRun struct {
 }
 
 // NewGroup checks url and options and returns a [Group]. It dials nothing. The options hold for all
-// consumers, unless [Group.Handle] is given others for one of them; those of the connection belong to
-// the group alone: URL, login, TLS, name, dialer, the limit of a dial, heartbeat, write delay, back-off.
-// The error joins one [*OptionError] per problem, as that of [New], which also says what url is.
+// consumers, unless [Group.Handle] is given others for one of them; those of the connection belong
+// to the group alone: URL, login, TLS, name, dialer, the limit of a dial, heartbeat, write delay,
+// back-off. The error joins one [*OptionError] per problem, as that of [New], which also says what
+// url is.
 //
-// Functions in options serve all consumers: they are called by several goroutines at once, hooks and
-// [WithFatal] included, which are called one at a time for each consumer only. A [Middleware] is
-// called once for each consumer.
+// Functions in options serve all consumers: they are called by several goroutines at once, hooks
+// and [WithFatal] included, which are called one at a time for each consumer only. A [Middleware]
+// is called once for each consumer.
 func NewGroup(url string, opts ...Option) (*Group, error) {
 	c, err := buildGroup(url, opts)
 	if err != nil {
@@ -56,12 +57,13 @@ func NewGroup(url string, opts ...Option) (*Group, error) {
 }
 
 // Handle adds a consumer of queue to the group and returns it. It dials nothing and does not block.
-// Before [Group.Run] the consumer waits for that; during Run it starts at once. A queue that is added
-// again gets one more consumer. queue and opts are those of [New]. An option takes the place of the
-// group's, [WithHooks] with all its hooks; only [WithMiddleware] adds up, inside the group's.
+// Before [Group.Run] the consumer waits for that; during Run it starts at once. A queue that is
+// added again gets one more consumer. queue and opts are those of [New]. An option takes the place
+// of the group's, [WithHooks] with all its hooks; only [WithMiddleware] adds up, inside the
+// group's.
 //
-// The error joins one [*OptionError] per problem, with the name of the queue: nil handlers, options of
-// the connection, whatever New refuses, and every call once Run has begun to end.
+// The error joins one [*OptionError] per problem, with the name of the queue: nil handlers, options
+// of the connection, whatever New refuses, and every call once Run has begun to end.
 //
 // [Consumer.Stop] of the consumer ends it alone. Its Run is refused: the group runs it.
 func (g *Group) Handle(queue string, h Handler, opts ...Option) (*Consumer, error) {
@@ -91,10 +93,11 @@ func (g *Group) Handle(queue string, h Handler, opts ...Option) (*Consumer, erro
 // returns nil. A group without consumers waits for [Group.Handle]. A group runs once.
 //
 // Run ends earlier, after it has drained all, if the Run of one consumer ends with an error: its
-// set-up is refused for good before its first session, the login is before the first session of all,
-// [WithFatal] says so, or a hook has panicked; see [Consumer.Run]. The error joins those of all
-// consumers, each with the name of its queue, except of consumers that [Consumer.Stop] has ended. A
-// failure of a connection is told once, without a queue. A panic of the log handler ends Run, too.
+// set-up is refused for good before its first session, the login is before the first session of
+// all, [WithFatal] says so, or a hook has panicked; see [Consumer.Run]. The error joins those of
+// all consumers, each with the name of its queue, except of consumers that [Consumer.Stop] has
+// ended. A failure of a connection is told once, without a queue. A panic of the log handler ends
+// Run, too.
 //
 // It is an [*OptionError] if ctx is nil, and wraps [ErrRunning] if Run was called before.
 func (g *Group) Run(ctx context.Context) error {
@@ -187,8 +190,8 @@ type GroupStats struct {
 	Open, Isolated int
 	// Abandoned counts functions of the connection's options that ignored the end of their context.
 	Abandoned uint64
-	// EventsDropped counts lines of the log about connections that were not told, because the logger
-	// was too slow.
+	// EventsDropped counts lines of the log about connections that were not told, because the
+	// logger was too slow.
 	EventsDropped uint64
 }
 
@@ -210,8 +213,8 @@ func (g *Group) Stats() GroupStats {
 	return s
 }
 
-// ofConsumer returns err with the queue that it is about. Where the queue has no name of the user's,
-// the consumer tag has to do.
+// ofConsumer returns err with the queue that it is about. Where the queue has no name of the
+// user's, the consumer tag has to do.
 func ofConsumer(err error, c *config) error {
 	if c.queue == "" && !errors.As(err, new(*SessionError)) {
 		return fmt.Errorf("consumer %s: %w", c.tagPrefix, err)
@@ -219,8 +222,8 @@ func ofConsumer(err error, c *config) error {
 	return named(err, c.queue)
 }
 
-// toldOnce leaves out what repeats an earlier failure of the same connection. Such a failure is about
-// no queue, whichever consumer was told of it first.
+// toldOnce leaves out what repeats an earlier failure of the same connection. Such a failure is
+// about no queue, whichever consumer was told of it first.
 func toldOnce(errs []error) []error {
 	type failure struct{ op, host, reason string }
 	seen := make(map[failure]bool)

@@ -175,8 +175,9 @@ func (a *aside) take() []unreadable {
 	return all
 }
 
-// receiver is where the wire gives the messages of one subscription. It does not remember the message
-// that is being read: a consumer may be idle for hours, and would keep its last message as long.
+// receiver is where the wire gives the messages of one subscription. It does not remember the
+// message that is being read: a consumer may be idle for hours, and would keep its last message as
+// long.
 type receiver struct {
 	inbox  *inbox
 	aside  *aside

@@ -128,9 +128,10 @@ func (t turn) giveBack() {
 	}
 }
 
-// leases are the sessions that a connection is lent to, and the tries for sessions. What one of them
-// does to the connection waits until the others have given it back. A connection is retired when it
-// must take no more sessions; it ends with its last lease. Sessions, tries and the owner of the connection use leases at the same time, under mu.
+// leases are the sessions that a connection is lent to, and the tries for sessions. What one of
+// them does to the connection waits until the others have given it back. A connection is retired
+// when it must take no more sessions; it ends with its last lease. Sessions, tries and the owner of
+// the connection use leases at the same time, under mu.
 type leases struct {
 	mu       sync.Mutex
 	lent     int
@@ -195,7 +196,8 @@ func (l *leases) due(cause error, kept bool) error {
 	return l.retired
 }
 
-// keep keeps a retired connection until nobody borrows it any more, although it is lent to no session.
+// keep keeps a retired connection until nobody borrows it any more, although it is lent to no
+// session.
 func (c *connection) keep() {
 	c.leases.mu.Lock()
 	defer c.leases.mu.Unlock()
@@ -219,7 +221,8 @@ func (c *connection) lend() *lease {
 	return &lease{conn: c}
 }
 
-// use tells the lease which channel is in use. One that has been given up meanwhile gets no further.
+// use tells the lease which channel is in use. One that has been given up meanwhile gets no
+// further.
 func (l *lease) use(channel *wire.Channel) {
 	l.conn.leases.mu.Lock()
 	l.channel = channel

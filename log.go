@@ -234,8 +234,8 @@ func (j *journal) notConsuming(now time.Time) {
 	j.stableTimer.off()
 }
 
-// sharedChange tells at Debug what concerns a connection that others share: the Group's own log has a
-// line for all of them.
+// sharedChange tells at Debug what concerns a connection that others share: the Group's own log has
+// a line for all of them.
 func (j *journal) sharedChange(c StateChange) {
 	attrs := attrsOf(c)
 	if c.To == Consuming {

@@ -54,9 +54,9 @@ const (
 	reportGrace   = 500 * time.Millisecond
 )
 
-// reporter calls hooks and writes the log, on a goroutine of its own, because neither a slow hook nor
-// a blocked log pipe may delay healing. Every goroutine of a Run may give it events; only its own
-// uses the journal, but for the failures of handlers.
+// reporter calls hooks and writes the log, on a goroutine of its own, because neither a slow hook
+// nor a blocked log pipe may delay healing. Every goroutine of a Run may give it events; only its
+// own uses the journal, but for the failures of handlers.
 //
 // That goroutine exists only while there is something to report, or a timer of the journal runs.
 // There is never more than one, for it begins and ends under mu: it ends where it finds nothing to

@@ -287,8 +287,8 @@ func WithConsumerTag(prefix string) Option {
 // WithConcurrency sets how many handlers run at once. It holds across reconnects: a handler that is
 // still busy with a delivery of a lost session counts. Default 1, which also starts handlers in the
 // order in which a session's messages are delivered; a message that failed comes later than those
-// behind it. A goroutine of a handler starts with the first delivery that finds none waiting. Range 1
-// to 65535.
+// behind it. A goroutine of a handler starts with the first delivery that finds none waiting. Range
+// 1 to 65535.
 func WithConcurrency(n int) Option {
 	return func(c *config) { c.concurrency = n; c.count("WithConcurrency", n) }
 }
@@ -498,9 +498,11 @@ func WithStallDetector(after time.Duration) Option {
 // Limits: how long setting up and ending may take.
 
 // WithSetupTimeout bounds a whole try, from the dial to the broker's consume-ok, [WithQueue] and
-// [WithTopology] included. When it has passed, the socket is closed, as soon as no other session
-// lives on it. Default 15 s, which leaves a broker its own 10 s of handshake (handshake_timeout)
-// and 3 s of silence after a wrong password. Range 1 ms to 24 h.
+// [WithTopology] included. When it has passed the socket is closed or, where another session lives
+// on it, the channel (channel.close). Of a connection that others have dialled it bounds the part
+// of this consumer, from its turn on: at most 32 of a [Group] are set up at the same time. Default
+// 15 s, which leaves a broker its own 10 s of handshake (handshake_timeout) and 3 s of silence
+// after a wrong password. Range 1 ms to 24 h.
 //
 // On a connection that stands already, deliveries may be in the way of the broker's answers, on a
 // slow path for minutes. There the limit counts the silence after the last bytes of a delivery, and
@@ -510,9 +512,10 @@ func WithSetupTimeout(d time.Duration) Option {
 }
 
 // WithCloseTimeout bounds the orderly end of a session (basic.cancel, channel.close) and that of
-// its connection (connection.close). When it has passed the socket is closed. Default 5 s. Range 1
-// ms to 24 h. For a session it counts the silence after the last bytes of a delivery, which may be
-// in the way of the broker's answer, as long as the limit of [WithDrainTimeout] allows.
+// its connection (connection.close). When it has passed the socket is closed or, where another
+// session lives on it, the channel. Default 5 s. Range 1 ms to 24 h. For a session it counts the
+// silence after the last bytes of a delivery, which may be in the way of the broker's answer, as
+// long as the limit of [WithDrainTimeout] allows.
 func WithCloseTimeout(d time.Duration) Option {
 	return func(c *config) { c.closeTimeout = d; c.duration("WithCloseTimeout", d) }
 }
@@ -563,8 +566,8 @@ func WithLogger(logger *slog.Logger) Option {
 }
 
 // WithHooks sets the functions that are told what happens, see [Hooks]. Default: none. New refuses
-// hooks of which all are nil. Given again, or to one consumer of a [Group], it replaces all that were
-// set before.
+// hooks of which all are nil. Given again, or to one consumer of a [Group], it replaces all that
+// were set before.
 func WithHooks(hooks Hooks) Option {
 	return func(c *config) {
 		c.hooks = hooks

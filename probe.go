@@ -164,7 +164,7 @@ func (p *prober) waits(q amqp.Queue) bool {
 // a majority of all hosts has to say that messages wait for us, which takes at least three hosts.
 func (p *prober) askOtherHosts(here amqp.Queue) error {
 	s := p.session
-	hosts := newHosts(s.config).endpoints // its order is as good as any: nobody else uses these
+	hosts := s.from.hosts.endpoints // which nobody changes
 	others := slices.DeleteFunc(slices.Clone(hosts), func(e endpoint) bool { return e.address == s.conn.host })
 	rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
 	need := len(hosts)/2 + 1
@@ -221,6 +221,7 @@ var errUnanswered = errors.New("the stall detector's question was not answered w
 type question struct {
 	overdue chan struct{} // closed when the limit has passed
 	done    chan struct{} // closed when there is an answer
+	cancel  func()        // ends the wait for a channel
 	givenUp atomic.Bool   // there will be none
 	channel atomic.Pointer[wire.Channel]
 	queue   amqp.Queue // the answer, as err
@@ -228,9 +229,9 @@ type question struct {
 }
 
 func ask(s *session) *question {
-	q := &question{overdue: make(chan struct{}), done: make(chan struct{})}
-	limit := s.config.setupTimeout
 	ctx, cancel := context.WithCancel(context.WithoutCancel(s.ctx))
+	q := &question{overdue: make(chan struct{}), done: make(chan struct{}), cancel: cancel}
+	limit := s.config.setupTimeout
 	answered := s.conn.socket.AfterSilence(limit, wire.MostSilences*limit, func() {
 		close(q.overdue)
 		cancel()
@@ -279,6 +280,7 @@ func (p *prober) finish() {
 		return
 	}
 	if p.session.grouped { // nobody waits for it, and the connection lives on
+		q.cancel()
 		q.giveUp(p.session.conn)
 	}
 	<-q.done

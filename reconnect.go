@@ -31,7 +31,6 @@ type retry struct {
 	lockSeen   time.Time // when it was last found locked
 	refusals   int       // logins refused in a row
 	hadSession bool      // there has been a session
-	kind       class     // of the last failure
 
 	heartbeat time.Duration // the longest of all connections so far, 0 before the first
 }
@@ -131,14 +130,12 @@ func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	if errors.As(err, &at) && at.Op == "lost" {
 		kind = classNetwork // whatever ended the session, it had been set up
 		if r.failures == 1 {
-			r.kind = kind
 			return r.shortDelay()
 		}
 	}
 	if kind == classLocked && !r.lockIsFresh(now) {
 		kind = classOperator
 	}
-	r.kind = kind
 	rule := r.rules[kind]
 	rule.failures++
 	if fresh && rule.another {

@@ -302,9 +302,6 @@ func (s *session) run() {
 		s.retire(cause)
 	default:
 		s.lose(cause)
-		if errors.Is(cause, errStalled) { // the queue is given up, too
-			s.leaveQueue()
-		}
 	}
 	s.closeChannel(hardLimit)
 	s.lose(cmp.Or(cause, error(errStopped)))
@@ -400,14 +397,14 @@ func (s *session) lose(cause error) {
 	s.releaseHeld()
 }
 
-// movesLate reports whether the successor would have to wait until handlers have finished: that of a
-// stream resumes behind what they work on.
+// movesLate reports whether the successor would have to wait until handlers have finished: that of
+// a stream resumes behind what they work on.
 func (s *session) movesLate() bool { return s.stream != nil && s.gate.busy() }
 
-// retire ends a session that the broker has cancelled, or that moves. Its channel still works, so running
-// handlers may settle, which saves needless duplicates; the successor consumes meanwhile. Where the
-// session of a stream moves the successor waits for them: it begins where they are. What no handler
-// has started goes back at once.
+// retire ends a session that the broker has cancelled, or that moves. Its channel still works, so
+// running handlers may settle, which saves needless duplicates; the successor consumes meanwhile.
+// Where the session of a stream moves the successor waits for them: it begins where they are. What
+// no handler has started goes back at once.
 func (s *session) retire(cause error) {
 	s.takeNoMore()
 	if s.stream == nil || !errors.Is(cause, errMoved) {

@@ -128,7 +128,7 @@ type Stats struct {
 	// State is what the [Consumer] is doing.
 	State State
 	// Sessions counts the sessions that reached [Consuming], Connections the connections opened,
-	// Dials the tries to open one.
+	// Dials the tries to open one. Of a Consumer of a [Group] the last two are 0: see [GroupStats].
 	Sessions, Connections, Dials uint64
 	// Handling is the number of handlers running now.
 	Handling int

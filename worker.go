@@ -11,9 +11,9 @@ import (
 
 // pool is the workers of one Run. They outlive sessions, so that the concurrency holds across
 // reconnects: a handler that is still busy with a delivery of a dead session occupies its worker
-// until it returns. A worker starts when a delivery finds none that waits for it, because a consumer
-// may be idle for hours. The supervisor gives the pool sessions and stops it; the workers read
-// session and changed, under mu.
+// until it returns. A worker starts when a delivery finds none that waits for it, because a
+// consumer may be idle for hours. The supervisor gives the pool sessions and stops it; the workers
+// read session and changed, under mu.
 type pool struct {
 	handler  Handler
 	config   *config

@@ -59,6 +59,21 @@ func (m measurement) per(v float64) float64 { return v / float64(m.Messages) }
 // reason to wait.
 const limit = 2 * time.Minute
 
+// child is the main function of a process that is given a configuration and prints what it has measured.
+func child[C, R any](measure func(C) (R, error)) func(arg string) error {
+	return func(arg string) error {
+		var c C
+		if err := json.Unmarshal([]byte(arg), &c); err != nil {
+			return err
+		}
+		r, err := measure(c)
+		if err != nil {
+			return err
+		}
+		return json.NewEncoder(os.Stdout).Encode(r)
+	}
+}
+
 func clientMain(arg string) error {
 	var c clientConfig
 	if err := json.Unmarshal([]byte(arg), &c); err != nil {

@@ -3,9 +3,7 @@ package main
 import (
 	"context"
 	"encoding/binary"
-	"encoding/json"
 	"fmt"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -131,18 +129,6 @@ func medianCost(costs []furtherCost) (m furtherCost) {
 	return m
 }
 
-func furtherMain(arg string) error {
-	var c furtherConfig
-	if err := json.Unmarshal([]byte(arg), &c); err != nil {
-		return err
-	}
-	cost, err := c.measure()
-	if err != nil {
-		return err
-	}
-	return json.NewEncoder(os.Stdout).Encode(cost)
-}
-
 func (c furtherConfig) measure() (cost furtherCost, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
@@ -231,18 +217,6 @@ func (c herdConfig) String() string {
 		return fmt.Sprintf("%s with a connection each", count(c.Consumers, "Consumer"))
 	}
 	return fmt.Sprintf("a Group of %s on %s", count(c.Consumers, "consumer"), count(c.Connections, "connection"))
-}
-
-func herdMain(arg string) error {
-	var c herdConfig
-	if err := json.Unmarshal([]byte(arg), &c); err != nil {
-		return err
-	}
-	took, err := c.measure()
-	if err != nil {
-		return err
-	}
-	return json.NewEncoder(os.Stdout).Encode(took)
 }
 
 func (c herdConfig) measure() (took time.Duration, err error) {
@@ -360,18 +334,6 @@ func at(sorted []time.Duration, q float64) time.Duration {
 		return 0
 	}
 	return sorted[int(q*float64(len(sorted)-1)+0.5)]
-}
-
-func besideMain(arg string) error {
-	var c besideConfig
-	if err := json.Unmarshal([]byte(arg), &c); err != nil {
-		return err
-	}
-	took, err := c.measure()
-	if err != nil {
-		return err
-	}
-	return json.NewEncoder(os.Stdout).Encode(took)
 }
 
 func (c besideConfig) measure() ([]time.Duration, error) {

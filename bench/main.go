@@ -36,7 +36,7 @@ func main() {
 // roles are those of a client process, by its first argument; the second one is
 // its configuration.
 var roles = map[string]func(string) error{
-	"client": clientMain, "recover": recoverMain, "idle": idleMain, "further": furtherMain, "herd": herdMain, "beside": besideMain,
+	"client": clientMain, "recover": recoverMain, "idle": idleMain, "further": child(furtherConfig.measure), "herd": child(herdConfig.measure), "beside": child(besideConfig.measure),
 }
 
 // run plays the role that a parent process asked for, or is the parent.

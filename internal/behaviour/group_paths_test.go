@@ -135,12 +135,7 @@ func TestStopOfOneConsumerLeavesTheHandlersOfThoseThatHaveMovedAlone(t *testing.
 				require.Equal(t, 2, p.consuming())
 				r.Broker.Publish(p.name(0), "m")
 				<-started
-				r.Broker.HangAt(steadymqtest.StageConsume, true)
-				for range 3 { // channels that are given up, which is one too many
-					p.add(rig.Ack)
-				}
-				r.Wait(14 * time.Second)
-				r.Broker.HangAt(steadymqtest.StageConsume, false)
+				p.retireConnection()
 				r.Wait(2 * time.Second)
 				require.EqualValues(t, 2, slow.Stats().Sessions, "it has moved")
 				stopped := make(chan error, 1)
@@ -314,12 +309,7 @@ func TestExclusiveQueueOutlivesAFailureOnAConnectionThatIsToGo(t *testing.T) {
 		}, steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true}))
 		require.NoError(t, err)
 		p.start()
-		r.Broker.HangAt(steadymqtest.StageConsume, true)
-		for range 3 { // channels that are given up, which is one too many
-			p.add(rig.Ack)
-		}
-		r.Wait(14 * time.Second)
-		r.Broker.HangAt(steadymqtest.StageConsume, false)
+		p.retireConnection()
 		r.Wait(10 * time.Second)
 		require.Equal(t, 5, p.consuming())
 		require.Equal(t, 2, r.OpenConnections())
@@ -402,17 +392,38 @@ func TestStreamMovesWithoutADuplicate(t *testing.T) {
 		p.start()
 		r.Broker.Publish("log", "1", "2", "3")
 		<-started
-		r.Broker.HangAt(steadymqtest.StageConsume, true)
-		for range 3 { // channels that are given up, which is one too many
-			p.add(rig.Ack)
-		}
-		r.Wait(14 * time.Second)
-		r.Broker.HangAt(steadymqtest.StageConsume, false)
+		p.retireConnection()
 		r.Wait(5 * time.Second)
 		close(release)
 		r.Wait(5 * time.Second)
 		assert.EqualValues(t, 2, c.Stats().Sessions, "it has moved")
 		assert.EqualValues(t, 3, c.Stats().Delivered, "each message once")
+		require.NoError(t, p.stop())
+	})
+}
+
+// The answer to the delete of the queue that is left stands behind what another consumer is being sent.
+func TestQueueThatIsLeftOnABusyConnectionDisturbsNobody(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2, slowly(r, 1_000_000)).start()
+		r.Wait(5 * time.Second)
+		r.Broker.RefuseConsume(406, "not now")
+		c, err := p.group.Handle("mine", rig.Ack, steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true}),
+			steadymq.WithFatal(func(error) bool { return false }), steadymq.WithCloseTimeout(time.Second))
+		require.NoError(t, err)
+		r.Wait(2500 * time.Millisecond) // its first two failures
+		r.Broker.Publish(p.name(0), strings.Repeat("x", 1_500_000))
+		for range 300 { // answers are behind by a second and a half
+			r.Broker.Publish(p.name(0), strings.Repeat("x", 95_000))
+			r.Wait(100 * time.Millisecond)
+		}
+		require.Equal(t, 1, p.group.Stats().Isolated)
+		r.Broker.Heal()
+		r.Wait(5 * time.Minute)
+		assert.Equal(t, steadymq.Consuming, c.State())
+		for _, other := range p.consumers {
+			assert.EqualValues(t, 1, other.Stats().Sessions, "it is not disturbed")
+		}
 		require.NoError(t, p.stop())
 	})
 }

@@ -82,6 +82,18 @@ func (p *party) stop() error {
 	return <-p.result
 }
 
+// retireConnection lets channels be given up without an answer until the connection is replaced for
+// that. It takes three consumers more.
+func (p *party) retireConnection() {
+	p.Helper()
+	p.Broker.HangAt(steadymqtest.StageConsume, true)
+	for range 3 {
+		p.add(rig.Ack)
+	}
+	p.Wait(14 * time.Second)
+	p.Broker.HangAt(steadymqtest.StageConsume, false)
+}
+
 // consuming tells how many of the consumers are consuming.
 func (p *party) consuming() (n int) {
 	for _, c := range p.consumers {

@@ -234,3 +234,47 @@ func TestUserFunctionThatIgnoresItsContextHoldsUpNothing(t *testing.T) {
 		assert.Equal(r, 1, r.OpenConnections())
 	})
 }
+
+// badDeadlines is a connection of the user's whose deadlines panic from some moment on.
+type badDeadlines struct {
+	net.Conn
+	read, write *atomic.Bool
+}
+
+func (c badDeadlines) SetReadDeadline(t time.Time) error {
+	if c.read.Load() {
+		panic("read deadline")
+	}
+	return c.Conn.SetReadDeadline(t)
+}
+
+func (c badDeadlines) SetWriteDeadline(t time.Time) error {
+	if c.write.Load() {
+		panic("write deadline")
+	}
+	return c.Conn.SetWriteDeadline(t)
+}
+
+func TestPanicInADeadlineOfAUsersConnectionEndsTheConnectionAndNoProcess(t *testing.T) {
+	for _, which := range []string{"read", "write"} {
+		t.Run(which, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				var read, write atomic.Bool
+				r.Consuming(rig.Ack, steadymq.WithDialer(func(ctx context.Context, network, addr string) (net.Conn, error) {
+					c, err := r.Broker.Dialer()(ctx, network, addr)
+					return badDeadlines{c, &read, &write}, err
+				}))
+				read.Store(which == "read")
+				write.Store(which == "write")
+				r.Broker.Publish(rig.Queue, "m")
+				r.Wait(30 * time.Second)
+				require.NotEmpty(r, r.Causes())
+				assert.ErrorContains(r, r.Causes()[0], which+" deadline")
+				read.Store(false)
+				write.Store(false)
+				r.Wait(time.Minute)
+				assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+			})
+		})
+	}
+}

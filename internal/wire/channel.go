@@ -30,7 +30,8 @@ const (
 // ClaimChannel claims the next channel.open that the driver writes. The caller then calls Channel
 // of the driver's Connection, and releases the claim when that has returned. There is one claim at
 // a time, from here to the channel.open, and the wait for it ends with the socket and with ctx. All
-// who open channels have to claim them: a channel.open without a claim is taken for that of another.
+// who open channels have to claim them: a channel.open without a claim is taken for that of
+// another.
 func (s *Socket) ClaimChannel(ctx context.Context) (*Channel, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
@@ -64,15 +65,16 @@ func (c *Channel) Release() {
 
 // GiveUp ends the channel from here, whatever hangs on it. It does not block. It tells the driver
 // that the broker has closed the channel with this code and reason: the call that hangs returns
-// that, and the number is free for the driver. It closes the channel towards the broker, behind what
-// was written so far. From then on nothing is settled on it any more, and nothing that either side
-// still sends on it reaches the other one. The number is used again once the broker has confirmed the
-// close: it takes a channel.open before that for an error of the connection, so that one waits here.
+// that, and the number is free for the driver. It closes the channel towards the broker, behind
+// what was written so far. From then on nothing is settled on it any more, and nothing that either
+// side still sends on it reaches the other one. The number is used again once the broker has
+// confirmed the close: it takes a channel.open before that for an error of the connection, so that
+// one waits here.
 //
 // A channel whose channel.open was not written, or waits, is not known to the broker, which then
-// hears nothing of it. GiveUp does nothing, and returns false, if the channel has ended or was given
-// up, if the driver is about to hear of its end from the broker, or if the connection is closing. A
-// call that hangs because the peer takes no more data hangs on, until the write timeout.
+// hears nothing of it. GiveUp does nothing, and returns false, if the channel has ended or was
+// given up, if the driver is about to hear of its end from the broker, or if the connection is
+// closing. A call that hangs because the peer takes no more data hangs on, until the write timeout.
 func (c *Channel) GiveUp(code uint16, reason string) bool {
 	o := &c.socket.out
 	o.mu.Lock()
@@ -241,9 +243,9 @@ func (all *channels) mute(channel uint16, n *number, p []byte) (pass bool) {
 	return false
 }
 
-// answer takes a frame of the driver on a channel that the broker has closed. A close of the driver's
-// own comes too late: the broker would answer it, and the driver could take that for an answer to
-// what it writes on the next channel of this number.
+// answer takes a frame of the driver on a channel that the broker has closed. A close of the
+// driver's own comes too late: the broker would answer it, and the driver could take that for an
+// answer to what it writes on the next channel of this number.
 func (all *channels) answer(channel uint16, n *number, method uint32) (pass bool) {
 	if method == channelCloseOk {
 		n.closed = false

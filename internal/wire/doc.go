@@ -9,9 +9,9 @@
 // Out: the driver's frames come through Write, settlements through [Subscription.Ack] and its like.
 // Both wait in one buffer until the writer puts them on the connection, many with one system call.
 //
-// Channels: a [Channel] is given up by itself where a call on it hangs. The wire then plays each side
-// to the other: it closes the channel towards the broker, tells the driver that the broker has closed
-// it, and lets nothing more through before both have answered.
+// Channels: a [Channel] is given up by itself where a call on it hangs. The wire then plays each
+// side to the other: it closes the channel towards the broker, tells the driver that the broker has
+// closed it, and lets nothing more through before both have answered.
 //
 // End: [Socket.Kill], [Socket.Close], or what is found on the way (an error of the connection, a
 // silent peer, frames that make no sense). [Socket.Cause] keeps the first reason, [Socket.Done]
@@ -33,6 +33,7 @@
 // The mutex of outbound guards what waits for the writer, the subscriptions and channels of the
 // socket, and what is known of the frame that the driver is writing. It is held for memory only,
 // never across a call that may block, and no other lock of the library is taken under it.
-// silenceLimit has a mutex of its own for its timer, and inbound one for the read deadline. All else that goroutines share is atomic: when bytes came, how many
-// deliveries are unsettled, why the socket ends.
+// silenceLimit has a mutex of its own for its timer, and inbound one for the read deadline. All
+// else that goroutines share is atomic: when bytes came, how many deliveries are unsettled, why the
+// socket ends.
 package wire

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net"
 	"os"
 	"slices"
 	"sync"
@@ -53,8 +54,8 @@ type inbound struct {
 }
 
 const (
-	// readBuffer makes one read of the socket serve many small frames. The buffer grows to that while
-	// reads fill it, and beyond it only for a frame that is larger.
+	// readBuffer makes one read of the socket serve many small frames. The buffer grows to that
+	// while reads fill it, and beyond it only for a frame that is larger.
 	readBuffer = 64 << 10
 
 	// maxHeader is how large the frame with the headers of a message may be. It may be larger than
@@ -158,7 +159,7 @@ func (in *inbound) wake() {
 	in.deadlineMu.Lock()
 	defer in.deadlineMu.Unlock()
 	in.waking.Store(true)
-	_ = in.socket.conn.SetReadDeadline(time.Unix(1, 0))
+	_ = in.socket.setDeadline(net.Conn.SetReadDeadline, time.Unix(1, 0))
 }
 
 // sleep lets Read wait for the broker again, up to the driver's own deadline.
@@ -166,7 +167,7 @@ func (in *inbound) sleep() {
 	in.deadlineMu.Lock()
 	defer in.deadlineMu.Unlock()
 	in.waking.Store(false)
-	_ = in.socket.conn.SetReadDeadline(in.deadline)
+	_ = in.socket.setDeadline(net.Conn.SetReadDeadline, in.deadline)
 }
 
 // setDeadline takes the driver's own read deadline.
@@ -177,7 +178,7 @@ func (in *inbound) setDeadline(t time.Time) error {
 	if in.waking.Load() {
 		return nil // sleep will set it
 	}
-	return in.socket.conn.SetReadDeadline(t)
+	return in.socket.setDeadline(net.Conn.SetReadDeadline, t)
 }
 
 func (in *inbound) lastHeard() time.Duration { return time.Duration(in.heard.Load()) }

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -284,7 +285,7 @@ func (o *outbound) armWrite() {
 	if timeout := o.socket.opts.WriteTimeout; timeout > 0 {
 		o.limit = time.Now().Add(timeout)
 	}
-	_ = o.socket.conn.SetWriteDeadline(earlier(o.deadline, o.limit))
+	_ = o.socket.setDeadline(net.Conn.SetWriteDeadline, earlier(o.deadline, o.limit))
 }
 
 // SetWriteDeadline shortens the deadline of the write under way and of those that follow; it never
@@ -295,7 +296,7 @@ func (o *outbound) setDeadline(t time.Time) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.deadline = t
-	return o.socket.conn.SetWriteDeadline(earlier(t, o.limit))
+	return o.socket.setDeadline(net.Conn.SetWriteDeadline, earlier(t, o.limit))
 }
 
 // earlier returns the earlier deadline; zero is none.

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// What a socket makes of silence: the watchdog ends it when its peer has sent nothing at all for too
-// long, and silenceLimit bounds one call to the broker.
+// What a socket makes of silence: the watchdog ends it when its peer has sent nothing at all for
+// too long, and silenceLimit bounds one call to the broker.
 
 // WatchPeer begins to watch for a peer that falls silent. It is called once, after the handshake:
 // before that, silence can be an answer, and the limit of the set-up bounds it.
@@ -31,8 +31,8 @@ func (s *Socket) watch() {
 	s.lookAgain(s.dog.due - now)
 }
 
-// lookAgain starts the timer, which the end of the socket stops: either the end has come and is seen
-// here, or it comes later.
+// lookAgain starts the timer, which the end of the socket stops: either the end has come and is
+// seen here, or it comes later.
 func (s *Socket) lookAgain(after time.Duration) {
 	s.dogTimer.Reset(after)
 	if s.end.closed.Load() {

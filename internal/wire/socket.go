@@ -230,3 +230,23 @@ func (s *Socket) SetDeadline(t time.Time) error {
 
 // SetReadDeadline implements net.Conn.
 func (s *Socket) SetReadDeadline(t time.Time) error { return s.in.setDeadline(t) }
+
+// setDeadline sets a deadline of the connection, which may be the user's and panic: that ends the
+// socket. It is called under a lock, so the end, which closes the connection, comes on a goroutine
+// of its own.
+func (s *Socket) setDeadline(set func(net.Conn, time.Time) error, t time.Time) (err error) {
+	returned := false
+	defer func() {
+		if returned {
+			return
+		}
+		value := recover()
+		if value == nil {
+			value = "runtime.Goexit was called"
+		}
+		_, err = s.opts.transfer(func([]byte) (int, error) { panic(value) }, nil, func(err error) { go s.Kill(err) })
+	}()
+	err = set(s.conn, t)
+	returned = true
+	return err
+}

@@ -50,8 +50,8 @@ type Receiver interface {
 	PutAside(d *amqp.Delivery, size uint64, reason error)
 }
 
-// Refuser is a Receiver that says by itself why a body of so many bytes is not kept, nil if it is, in
-// place of Options.Refuse.
+// Refuser is a Receiver that says by itself why a body of so many bytes is not kept, nil if it is,
+// in place of Options.Refuse.
 type Refuser interface {
 	Refuse(size uint64) error
 }
@@ -228,14 +228,14 @@ type subscriptions struct {
 	expected   map[string]*Subscription // by consumer tag, until its basic.consume is written
 	open       map[uint16]*Subscription // by channel
 	tombstones map[uint16]*Subscription // closed ones, until the channel is opened again
-	misuse     map[uint16]Misuse        // by channel, until that is opened again
+	misuse     map[uint16]*Misuse       // by channel, until that is opened again
 }
 
 func (all *subscriptions) init() {
 	all.expected = make(map[string]*Subscription)
 	all.open = make(map[uint16]*Subscription)
 	all.tombstones = make(map[uint16]*Subscription)
-	all.misuse = make(map[uint16]Misuse)
+	all.misuse = make(map[uint16]*Misuse)
 }
 
 // learn takes a frame that the driver writes, or at least its beginning.
@@ -249,20 +249,14 @@ func (all *subscriptions) learn(p []byte) {
 			sub.channel, sub.closed = channel, false
 			all.open[channel] = sub
 		} else {
-			m := all.misuse[channel]
-			m.Consumers++
-			all.misuse[channel] = m
+			all.misuseOf(channel).Consumers++
 		}
 	case queueDeclare:
 		if declaresExclusive(p) {
-			m := all.misuse[channel]
-			m.Exclusive++
-			all.misuse[channel] = m
+			all.misuseOf(channel).Exclusive++
 		}
 	case txSelect:
-		m := all.misuse[channel]
-		m.Transactions++
-		all.misuse[channel] = m
+		all.misuseOf(channel).Transactions++
 	case channelOpen:
 		all.close(channel)
 		delete(all.tombstones, channel)
@@ -276,6 +270,13 @@ func (all *subscriptions) learn(p []byte) {
 	}
 }
 
+func (all *subscriptions) misuseOf(channel uint16) *Misuse {
+	if all.misuse[channel] == nil {
+		all.misuse[channel] = new(Misuse)
+	}
+	return all.misuse[channel]
+}
+
 func (all *subscriptions) close(channel uint16) {
 	if sub := all.open[channel]; sub != nil {
 		sub.closed = true
@@ -284,8 +285,8 @@ func (all *subscriptions) close(channel uint16) {
 	}
 }
 
-// giveUp ends the subscription of a channel, if it has one. All that comes on the channel is dropped
-// until it is opened again.
+// giveUp ends the subscription of a channel, if it has one. All that comes on the channel is
+// dropped until it is opened again.
 func (all *subscriptions) giveUp(s *Socket, channel uint16) {
 	all.close(channel)
 	all.tombstones[channel] = newTombstone(s, channel)
@@ -330,8 +331,9 @@ func consumerTag(p []byte) string {
 	return string(d.shortstr())
 }
 
-// declaresExclusive reports whether a queue.declare makes a queue that lives as long as the connection:
-// a reserved short and the queue's name stand before the bits. All of it is in p, as above.
+// declaresExclusive reports whether a queue.declare makes a queue that lives as long as the
+// connection: a reserved short and the queue's name stand before the bits. All of it is in p, as
+// above.
 func declaresExclusive(p []byte) bool {
 	const passive, exclusive = 1, 4
 	d := decoder{b: p[methodHead:]}
@@ -375,8 +377,8 @@ func (sub *Subscription) LeaveTombstone() {
 	}
 }
 
-// Misuse counts what must not be done with the channel that a TopologyFunc is given, which only such a
-// function does, and what it may do but has to be known.
+// Misuse counts what must not be done with the channel that a TopologyFunc is given, which only
+// such a function does, and what it may do but has to be known.
 type Misuse struct {
 	Transactions int
 	Consumers    int
@@ -388,5 +390,5 @@ func (c *Channel) Misuse() Misuse {
 	o := &c.socket.out
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.subscriptions.misuse[c.number]
+	return *o.subscriptions.misuseOf(c.number)
 }
