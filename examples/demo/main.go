@@ -169,9 +169,8 @@ func (d *demo) restart() {
 	if d.broker != nil {
 		d.broker.Kill()
 		time.AfterFunc(outage, d.broker.Restart)
-		return
 	}
-	d.wire.cut()
+	d.wire.cut() // as the system does for a port that nobody listens on: dials are refused
 	time.AfterFunc(outage, d.wire.mend)
 }
 
