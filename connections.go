@@ -19,17 +19,18 @@ type connections struct {
 	stats  *counters        // counts dials, connections and what had to be left behind
 	report func() *reporter // makes one for what all who share a connection have in common; nil for a Consumer alone
 
-	mu        sync.Mutex
-	hosts     *hosts
-	keepers   []*keeper           // that lend to everybody; the first ones stay
-	asked     int                 // how many of them stay
-	apart     int                 // borrowers with a keeper of their own
-	open      int                 // connections that are lent
-	served    bool                // there has been a session
-	channels  int                 // that the last connection had room for, 0 before the first
-	closing   []*connection       // that were lent, and have not ended yet
-	inquiries map[string]*inquiry // the questions of stall detectors, by the address of the host
-	reporters map[int]*reporter   // by the number of the keeper: each outage has its own beginning and end
+	mu         sync.Mutex
+	hosts      *hosts
+	keepers    []*keeper           // that lend to everybody; the first ones stay
+	asked      int                 // how many of them stay
+	apart      int                 // borrowers with a keeper of their own
+	open       int                 // connections that are lent
+	served     bool                // there has been a session
+	overflowed bool                // a further connection was opened for want of channels, and told
+	channels   int                 // that the last connection had room for, 0 before the first
+	closing    []*connection       // that were lent, and have not ended yet
+	inquiries  map[string]*inquiry // the questions of stall detectors, by the address of the host
+	reporters  map[int]*reporter   // by the number of the keeper: each outage has its own beginning and end
 }
 
 func newConnections(c *config, stats *counters) *connections {
@@ -258,7 +259,8 @@ func (b *borrower) share() bool {
 }
 
 // overflow moves b to another keeper, because the connection has no channel left for it. further
-// reports whether that is an additional one; moved is false if b is alone on its connection.
+// reports whether that is the first additional one, which is worth telling; moved is false if b is
+// alone on its connection.
 func (b *borrower) overflow() (moved, further bool) {
 	b.of.mu.Lock()
 	defer b.of.mu.Unlock()
@@ -266,12 +268,14 @@ func (b *borrower) overflow() (moved, further bool) {
 	if len(k.members) == 1 {
 		return false, false
 	}
-	before := len(b.of.keepers)
 	if fewer := len(k.members) - 1; !k.full() || fewer < k.most { // of the old session a channel may be left
 		k.most = fewer
 	}
+	before := len(b.of.keepers)
 	b.move(b.of.emptiest())
-	return true, len(b.of.keepers) > before
+	further = len(b.of.keepers) > before && !b.of.overflowed
+	b.of.overflowed = b.of.overflowed || further
+	return true, further
 }
 
 // count returns how many connections there are, and how many of those who use them are kept apart.

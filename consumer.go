@@ -497,7 +497,9 @@ func (s *supervisor) failed(err error) stateFunc {
 	moved := s.keepOrReplace(err, now)
 	gives := s.givesUp(err)
 	switch {
-	case moved: // to where there is room, which is no reason to wait
+	case moved && errors.Is(err, amqp.ErrChannelMax): // to where there is room, which is no failure
+		return s.connecting
+	case moved:
 		return s.decide(err, gives, s.retry.shortDelay())
 	case s.conn != nil:
 		return s.decide(err, gives, s.retry.wait(err, now, false))

@@ -816,3 +816,21 @@ func TestRefusedLoginOfAGroupIsNoBackoff(t *testing.T) {
 		require.EqualValues(t, 1, p.group.Stats().Dials, "and nobody dials once more")
 	})
 }
+
+func TestWantOfChannelsIsToldOnceAndIsNoFailure(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		g, err := steadymq.NewGroup(r.Broker.URLs()[0]+"?channel_max=2", steadymq.WithDialer(r.Broker.Dialer()),
+			steadymq.WithLogger(slog.New(slog.NewTextHandler(r.Log, nil))))
+		require.NoError(t, err)
+		p := &party{Rig: r, group: g}
+		for range 7 {
+			p.add(rig.Ack)
+		}
+		p.start()
+		require.Equal(t, 7, p.consuming())
+		require.Equal(t, 4, r.OpenConnections())
+		assert.Equal(t, 1, strings.Count(r.Log.String(), "no channel left"))
+		assert.NotContains(t, r.Log.String(), "backoff")
+		require.NoError(t, p.stop())
+	})
+}
