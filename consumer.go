@@ -698,9 +698,10 @@ func (s *supervisor) overflows() bool {
 func leavesNode(err error) bool { return errors.Is(err, errStalled) }
 
 // blameless reports whether a session would fail in the same way on another connection: because of
-// a lock, or because of a missing queue where no other host may know of it.
+// a lock, or because the queue is missing or cannot be reached, where no other host may know better.
 func (s *supervisor) blameless(kind class) bool {
-	return kind == classLocked || kind == classAbsent && len(s.borrower.of.hosts.endpoints) < 2
+	elsewhere := len(s.borrower.of.hosts.endpoints) > 1
+	return kind == classLocked || (kind == classAbsent || kind == classUnreachable) && !elsewhere
 }
 
 // dropConnection closes the connection. The close waits until the handlers of a session that the

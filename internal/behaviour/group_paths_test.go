@@ -427,3 +427,19 @@ func TestQueueThatIsLeftOnABusyConnectionDisturbsNobody(t *testing.T) {
 		require.NoError(t, p.stop())
 	})
 }
+
+// A broker that has just started says for a while that it cannot reach its queues.
+func TestQueuesThatCannotBeReachedKeepNoConsumerApart(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 3).start()
+		r.Broker.RefuseConsume(404, "home node 'rabbit@a' of durable queue 'q' in vhost '/' is down or inaccessible")
+		r.Broker.Reset()
+		r.Wait(10 * time.Second)
+		r.Broker.Heal()
+		r.Wait(5 * time.Second)
+		require.Equal(t, 3, p.consuming())
+		assert.Zero(t, p.group.Stats().Isolated)
+		assert.Equal(t, 1, r.OpenConnections())
+		require.NoError(t, p.stop())
+	})
+}
