@@ -21,6 +21,7 @@ import (
 	"unicode/utf8"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/table"
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
@@ -435,8 +436,8 @@ func wrongVhost(path string) string {
 	}
 	name, err := url.PathUnescape(raw)
 	switch {
-	case err != nil || len(name) > maxShortString:
-		return fmt.Sprintf("the virtual host in the URL has more than %d bytes", maxShortString)
+	case err != nil || len(name) > table.MaxShortString:
+		return fmt.Sprintf("the virtual host in the URL has more than %d bytes", table.MaxShortString)
 	case !utf8.ValidString(name):
 		return "the virtual host in the URL is no UTF-8 once it is decoded"
 	}

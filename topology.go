@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/table"
 )
 
 // What a session declares before it consumes: by the function of WithTopology or as WithQueue says,
@@ -81,7 +82,7 @@ func (s *session) askTopology(ctx context.Context) (queue string, err error) {
 	if err != nil {
 		return "", err
 	}
-	if problem := shortStringProblem(queue); problem != "" {
+	if problem := table.ShortString(queue); problem != "" {
 		return "", call.named(fmt.Errorf("the queue's name %s", problem))
 	}
 	switch now := s.lease.inUse().Misuse(); {

@@ -25,7 +25,6 @@ type room []string
 var rooms = []room{
 	{"doc.go"},
 	{"class.go"},
-	{"arguments.go"},
 	{"errors.go"},
 	{"ack.go", "delivery.go"},
 	{"guard.go"},
