@@ -13,14 +13,16 @@ import (
 	"io"
 	"math/big"
 	"net"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
-	"github.com/steadymq/steadymq/internal/wire"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // The driver reports the broker's connection.close before its close-ok is on the wire, and holds
@@ -323,14 +325,6 @@ func TestEachURLHasItsOwnHeartbeatAndDialTimeout(t *testing.T) {
 	assert.Equal(t, [][2]time.Duration{{7 * s, s}, {7 * s, s}, {7 * s, s}}, limits(WithHeartbeat(7*s), WithDialTimeout(s)), "the options come first")
 }
 
-func TestALockIsWaitedForAsLongAsItsConnectionsHeartbeatsTake(t *testing.T) {
-	r, now := newTestRetry(), time.Now()
-	r.heartbeat = time.Minute
-	assert.True(t, r.lockIsFresh(now))
-	assert.True(t, r.lockIsFresh(now.Add(3*time.Minute)))
-	assert.False(t, r.lockIsFresh(now.Add(3*time.Minute+lockedExtra)))
-}
-
 func TestURLAndOptionsThatContradictAreRefused(t *testing.T) {
 	secure := "amqps://u:p@h?"
 	for _, c := range []struct {
@@ -349,6 +343,18 @@ func TestURLAndOptionsThatContradictAreRefused(t *testing.T) {
 		_, err = New("amqps://h", "q", c.opt, WithURLs(c.url))
 		assert.ErrorContains(t, err, "URL 1 of WithURLs", c.url)
 	}
+}
+
+func TestPortIsNamedHoweverThePeerEnds(t *testing.T) {
+	e := endpoint{uri: amqp.URI{Scheme: "amqp", Port: 15672}}
+	for _, end := range []error{
+		io.EOF, io.ErrUnexpectedEOF, wire.ErrPeerReset, syscall.ECONNRESET, errSetupTimeout,
+		&wire.NotAMQPError{First: 'H'},
+		tls.RecordHeaderError{},
+	} {
+		assert.ErrorAs(t, namePort(e, end), new(*wrongPortError), "%v", end)
+	}
+	assert.NotErrorAs(t, namePort(e, syscall.ECONNREFUSED), new(*wrongPortError))
 }
 
 // The one that has asked leaves the connection to one that waits, and that may give up at that moment.

@@ -1,21 +1,21 @@
 package steadymq
 
 import (
-	"crypto/tls"
+	"context"
+	"errors"
 	"fmt"
-	"io"
+	"log/slog"
 	"math"
 	"runtime"
 	"sync"
-	"syscall"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-
-	"github.com/steadymq/steadymq/internal/wire"
 )
 
 func TestPlaceByTheClockAllowsForClocksThatDiffer(t *testing.T) {
@@ -242,18 +242,6 @@ func TestMessagesWaitForUsWhereNobodyElseConsumes(t *testing.T) {
 }
 
 // Whatever a peer does that is no broker, its port is named.
-func TestPortIsNamedHoweverThePeerEnds(t *testing.T) {
-	e := endpoint{uri: amqp.URI{Scheme: "amqp", Port: 15672}}
-	for _, end := range []error{
-		io.EOF, io.ErrUnexpectedEOF, wire.ErrPeerReset, syscall.ECONNRESET, errSetupTimeout,
-		&wire.NotAMQPError{First: 'H'},
-		tls.RecordHeaderError{},
-	} {
-		assert.ErrorAs(t, namePort(e, end), new(*wrongPortError), "%v", end)
-	}
-	assert.NotErrorAs(t, namePort(e, syscall.ECONNREFUSED), new(*wrongPortError))
-}
-
 func TestInboxThatIsClearedKeepsNothing(t *testing.T) {
 	box := newInbox(10, hireNobody)
 	for range 50 {
@@ -323,3 +311,168 @@ func TestPositionStartsOverOnlyInAStreamThatIsAnotherOne(t *testing.T) {
 		})
 	}
 }
+
+// A try that returns after it was abandoned has a session that nobody else would end.
+func TestTryThatComesBackTooLateIsClosed(t *testing.T) {
+	for name, own := range map[string]bool{"on a connection of its own": true, "on the supervisor's connection": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				reason := errors.New("set-up limit")
+				ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, reason)
+				defer cancel()
+				late := &session{stop: make(chan struct{}), done: make(chan struct{})}
+				conn := &connection{stop: make(chan closeRequest, 1), closeTimeout: time.Second}
+				var giveBack func()
+				if own {
+					giveBack = func() { conn.close(closeRequest{limit: conn.closeTimeout}) }
+				}
+				began := time.Now()
+				step := newStep("dial")
+				step.at("consume")
+
+				a := runBounded(ctx, func() attempt {
+					time.Sleep(time.Minute)
+					return attempt{conn: &loan{connection: conn}, giveBack: giveBack, session: late}
+				}, step)
+
+				assert.Equal(t, time.Second+tryGrace, time.Since(began))
+				require.ErrorIs(t, a.err, reason)
+				assert.ErrorContains(t, a.err, "consume")
+				assert.Nil(t, a.session)
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				<-late.stop
+				assert.Empty(t, conn.stop, "not before its session has gone")
+				close(late.done)
+				synctest.Wait()
+				assert.Len(t, conn.stop, map[bool]int{true: 1, false: 0}[own])
+			})
+		})
+	}
+}
+
+func TestTryThatExitsIsAnError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := runBounded(t.Context(), func() attempt {
+			runtime.Goexit()
+			return attempt{}
+		}, newStep("dial"))
+		assert.ErrorIs(t, a.err, errNoResult)
+	})
+}
+
+func TestHourOfFailuresIsAtMost100Lines(t *testing.T) {
+	for _, every := range []time.Duration{10 * time.Millisecond, 400 * time.Millisecond, 1100 * time.Millisecond, 30 * time.Second, 61 * time.Second} {
+		t.Run(every.String(), func(t *testing.T) {
+			var f failures
+			what := failure{of: &session{conn: &loan{connection: &connection{}}}, err: errors.New("away")}
+			told, left := 0, uint64(0)
+			start := time.Now()
+			for passed := time.Duration(0); passed <= time.Hour; passed += every {
+				if n, due := f.add(start.Add(passed), what); due {
+					told++
+					left += n
+				}
+			}
+			assert.LessOrEqual(t, told, 100)
+			assert.GreaterOrEqual(t, told, 58)
+			assert.EqualValues(t, time.Hour/every+1, uint64(told)+left+f.suppressed, "all are counted")
+		})
+	}
+}
+
+// newTestReporter returns a reporter that logs nothing, and what it has dropped.
+func newTestReporter() (*reporter, *atomic.Uint64) {
+	dropped := new(atomic.Uint64)
+	return newReporter(context.Background(), &config{logger: slog.New(slog.DiscardHandler)}, dropped), dropped
+}
+
+// reports tells whether there is a goroutine that reports.
+func (r *reporter) reports() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.running
+}
+
+func TestEventAfterAQuietTimeIsTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, _ := newTestReporter()
+		assert.False(t, r.reports(), "nothing to report yet")
+		for n := range 20 { // the second one comes sooner or later after the first
+			told := 0
+			r.tell(func() { told++ })
+			time.Sleep(time.Duration(n) * 100 * time.Microsecond)
+			r.tell(func() { told++ })
+			time.Sleep(time.Second)
+			synctest.Wait()
+			assert.Equal(t, 2, told)
+			assert.False(t, r.reports(), "an idle consumer keeps no goroutine for it")
+		}
+		r.stop()
+	})
+}
+
+func TestEventWaitsForTheOneBeforeIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, dropped := newTestReporter()
+		block := make(chan struct{})
+		var told []int
+		r.tell(func() { <-block })
+		for n := range reportBacklog {
+			r.tell(func() { told = append(told, n) })
+			synctest.Wait() // while the first one hangs
+			require.Empty(t, told)
+		}
+		assert.Zero(t, dropped.Load())
+		r.tell(func() { t.Error("one too many") })
+		assert.EqualValues(t, 1, dropped.Load())
+		close(block)
+		synctest.Wait()
+		require.Len(t, told, reportBacklog)
+		for n := range told {
+			require.Equal(t, n, told[n])
+		}
+		r.stop()
+	})
+}
+
+// A goroutine that ends must not miss the event that comes at the same time, nor two of them use
+// the journal.
+func TestEventsUnderManyHandsAreToldOnce(t *testing.T) {
+	const hands, events = 4, 20_000
+	r, dropped := newTestReporter()
+	var told int // without a lock: one goroutine follows the other
+	var working sync.WaitGroup
+	for range hands {
+		working.Go(func() {
+			for range events {
+				r.tell(func() { told++ })
+				runtime.Gosched()
+			}
+		})
+	}
+	working.Wait()
+	r.stop()
+	assert.EqualValues(t, hands*events, uint64(told)+dropped.Load())
+}
+
+// What a user has switched off costs no line.
+func TestFailureBelowTheLevelOfTheLoggerMakesNoLine(t *testing.T) {
+	lines := 0
+	j := newJournal(t.Context(), slog.New(levelHandler{slog.LevelError, &lines}))
+	defer j.stop()
+	record, due := j.failed(failure{of: &session{conn: &loan{connection: &connection{}}}, delivery: NewDelivery(amqp.Delivery{}), err: errors.New("away")})
+	assert.True(t, due)
+	j.writeFailure(record)
+	assert.Zero(t, lines)
+}
+
+type levelHandler struct {
+	level slog.Level
+	lines *int
+}
+
+func (h levelHandler) Enabled(_ context.Context, level slog.Level) bool { return level >= h.level }
+func (h levelHandler) Handle(context.Context, slog.Record) error        { *h.lines++; return nil }
+func (h levelHandler) WithAttrs([]slog.Attr) slog.Handler               { return h }
+func (h levelHandler) WithGroup(string) slog.Handler                    { return h }
