@@ -37,7 +37,7 @@ var rooms = []room{
 	{"connection.go", "loan.go", "connections.go"},
 	{"inbox.go"},
 	{"stream.go"},
-	{"session.go", "topology.go", "hold.go", "lookup.go"},
+	{"session.go", "topology.go", "hold.go"},
 	{"probe.go"},
 	{"worker.go"},
 	{"consumer.go"},
