@@ -14,6 +14,7 @@ import (
 
 	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/steadymq/steadymq/internal/errtext"
+	"github.com/steadymq/steadymq/internal/table"
 	"github.com/steadymq/steadymq/internal/wire"
 )
 
@@ -564,9 +565,8 @@ func (c *config) takeTable(option, place string, t amqp.Table) amqp.Table {
 	if t == nil {
 		return nil
 	}
-	var a arguments
-	copied := a.table(t, "", 0)
-	for _, problem := range a.problems {
+	copied, problems := table.Copy(t)
+	for _, problem := range problems {
 		if place != "" {
 			problem = place + ": " + problem
 		}
@@ -575,10 +575,9 @@ func (c *config) takeTable(option, place string, t amqp.Table) amqp.Table {
 	return copied
 }
 
-// shortString refuses a text that is too long for a short string or is not UTF-8: RabbitMQ, or the
-// driver, closes the connection for it.
+// shortString refuses a text that is too long for a short string or is not UTF-8.
 func (c *config) shortString(option, what, text string) {
-	if problem := shortStringProblem(text); problem != "" {
+	if problem := table.ShortString(text); problem != "" {
 		c.refuse(option, "%s %s", what, problem)
 	}
 }

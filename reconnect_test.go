@@ -534,6 +534,14 @@ func TestLockAfterASessionIsAnotherLock(t *testing.T) {
 	}
 }
 
+func TestALockIsWaitedForAsLongAsItsConnectionsHeartbeatsTake(t *testing.T) {
+	r, now := newTestRetry(), time.Now()
+	r.heartbeat = time.Minute
+	assert.True(t, r.lockIsFresh(now))
+	assert.True(t, r.lockIsFresh(now.Add(3*time.Minute)))
+	assert.False(t, r.lockIsFresh(now.Add(3*time.Minute+lockedExtra)))
+}
+
 func TestLockOfShortHeartbeatsIsTheOperatorsForGood(t *testing.T) {
 	c := defaults("amqp://h/", "q")
 	c.heartbeat = time.Second

@@ -16,7 +16,7 @@ rule() {
 }
 
 library="*.go :!*_test.go :!examples :!bench :!internal"
-linked="internal/wire/*.go internal/errtext/*.go :!*_test.go" # what of internal is part of the library
+linked="internal/wire/*.go internal/errtext/*.go internal/table/*.go internal/amqpurl/*.go :!*_test.go" # what of internal is part of the library
 
 for files in "$library" "$linked"; do
 	# shellcheck disable=SC2086

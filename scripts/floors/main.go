@@ -24,8 +24,6 @@ type room []string
 // room and of the rooms above it in this list, which stand below it in the house.
 var rooms = []room{
 	{"doc.go"},
-	{"class.go"},
-	{"arguments.go"},
 	{"errors.go"},
 	{"ack.go", "delivery.go"},
 	{"guard.go"},
@@ -39,7 +37,7 @@ var rooms = []room{
 	{"connection.go", "loan.go", "connections.go"},
 	{"inbox.go"},
 	{"stream.go"},
-	{"session.go", "topology.go", "hold.go", "lookup.go"},
+	{"session.go", "topology.go", "hold.go"},
 	{"probe.go"},
 	{"worker.go"},
 	{"consumer.go"},
