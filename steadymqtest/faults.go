@@ -49,6 +49,11 @@ type wireFaults struct {
 	refuseOpen    *refusal
 	refuseConsume *refusal
 	refuseDeclare *refusal
+	refusePublish *refusal
+	unroutable    bool
+	nackConfirms  bool
+	loseConfirms  bool
+	confirmDelay  time.Duration // 0: off
 	lateConsume   time.Duration // 0: off
 	closeOkDelay  time.Duration
 	noCloseOk     bool
@@ -257,6 +262,37 @@ func (f *Faults) RefuseDeclare(code int, text string) {
 	f.each(func(h *Host) { h.wire.refuseDeclare = refusalOf(code, text) })
 }
 
+// RefusePublish answers basic.publish, once its content is complete, by a close with a code and a text; code 0 takes it back.
+// The message goes nowhere. For one user, or one exchange, see [Broker.SetPermissions].
+//
+// Real: (403, "write access to exchange 'amq.default' in vhost '/' refused for user 'guest'"), (404, "no exchange 'x' in vhost '/'").
+func (f *Faults) RefusePublish(code int, text string) {
+	f.each(func(h *Host) { h.wire.refusePublish = refusalOf(code, text) })
+}
+
+// Unroutable makes every message go to no queue at all: with mandatory it is sent back by basic.return 312, which comes before
+// its confirm, without it is lost; either way the confirm is an ack.
+//
+// Real: the queue is deleted, its binding is gone, the routing key is misspelt.
+func (f *Faults) Unroutable(on bool) { f.each(func(h *Host) { h.wire.unroutable = on }) }
+
+// LateConfirms makes confirms come only after d; 0 takes it back, and those that are late stay so. The messages are in their
+// queues at once. As with RabbitMQ, acks that have become due together come as one with multiple=true.
+//
+// Real: a slow disk, a quorum queue that waits for its majority.
+func (f *Faults) LateConfirms(d time.Duration) { f.each(func(h *Host) { h.wire.confirmDelay = d }) }
+
+// LoseConfirms makes the confirms of what is published from now on never come, though the messages are in their queues.
+//
+// Real: a quorum queue that has lost its majority, seen until it is back.
+func (f *Faults) LoseConfirms(on bool) { f.each(func(h *Host) { h.wire.loseConfirms = on }) }
+
+// NackConfirms makes every confirm a basic.nack, though the messages are in their queues: a publisher that tries again makes a
+// duplicate. For a nack of a message that is not see [Broker.FillQueue].
+//
+// Real: the process of a classic queue that ends after it has stored a message.
+func (f *Faults) NackConfirms(on bool) { f.each(func(h *Host) { h.wire.nackConfirms = on }) }
+
 func refusalOf(code int, text string) *refusal {
 	if code == 0 {
 		return nil
@@ -441,28 +477,55 @@ func (b *Broker) QuorumStall(queue string, on bool) {
 	}
 }
 
-// Blocked raises an alarm: connections that publish, or have published, get connection.blocked and are no longer read from.
-// Connections that only consume notice nothing. Unblocked ends it.
+// Blocked raises an alarm: a connection that publishes gets connection.blocked, and from then on nothing is read from it,
+// neither the body of that message nor acknowledgements nor heartbeats; it is not missed for that, and still gets deliveries and
+// heartbeats. Connections that only consume notice nothing. Unblocked ends it, and what was held up goes on.
 //
 // Real: a memory or disk alarm.
 func (b *Broker) Blocked(reason string) {
 	b.lock()
 	defer b.unlock()
 	b.blockReason = reason
-	for _, c := range b.conns {
-		if c.published {
-			c.block(reason)
+	b.alarms++
+}
+
+// BlockedFor is [Broker.Blocked] for a while: the alarm ends after d, unless another one has begun meanwhile.
+func (b *Broker) BlockedFor(reason string, d time.Duration) {
+	b.Blocked(reason)
+	b.lock()
+	defer b.unlock()
+	this := b.alarms
+	b.after(d, func() {
+		if b.alarms == this {
+			b.endAlarm()
 		}
-	}
+	})
 }
 
 // Unblocked ends the alarm of [Broker.Blocked].
 func (b *Broker) Unblocked() {
 	b.lock()
 	defer b.unlock()
+	b.endAlarm()
+}
+
+func (b *Broker) endAlarm() {
 	b.blockReason = ""
 	for _, c := range b.conns {
 		c.unblock()
+	}
+}
+
+// FillQueue makes a queue refuse every message as a full one does, or take them again: a publisher that waits for confirms gets
+// basic.nack, one that does not loses the message, and what a queue would dead-letter into it stays there if that dead-letters
+// at least once.
+//
+// Real: a queue with x-max-length and x-overflow=reject-publish.
+func (b *Broker) FillQueue(queue string, on bool) {
+	b.lock()
+	defer b.unlock()
+	if q := b.queues[queue]; q != nil {
+		q.jammed = on
 	}
 }
 
