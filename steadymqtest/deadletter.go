@@ -182,10 +182,25 @@ func deathHeaders(headers map[string]any, e *entry, reason string, now time.Time
 	return next, deaths
 }
 
+// openKeys are the further routing keys that may be told: those of CC. RabbitMQ used to count them, since 4.0 it takes every key of BCC
+// once off all of them, which is another order for a key that is in both.
+func (m *message) openKeys(takenOff bool) []string {
+	open, blind := m.extra[:len(m.extra)-m.blind], m.extra[len(m.extra)-m.blind:]
+	if !takenOff || !slices.ContainsFunc(blind, func(key string) bool { return slices.Contains(open, key) }) {
+		return open
+	}
+	all := slices.Clone(m.extra)
+	for _, key := range blind {
+		i := slices.Index(all, key)
+		all = slices.Delete(all, i, i+1)
+	}
+	return all
+}
+
 // death is the first one in this queue and for this reason.
 func (e *entry) death(reason string, now time.Time) map[string]any {
 	keys := []any{e.msg.key}
-	for _, key := range e.msg.extra[:len(e.msg.extra)-e.msg.blind] {
+	for _, key := range e.msg.openKeys(e.q.b.since(4, 0)) {
 		keys = append(keys, key)
 	}
 	death := map[string]any{

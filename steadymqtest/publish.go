@@ -122,16 +122,25 @@ func (ch *channel) publishable(p *publication, m *message, props *Message) *refu
 	case x.internal:
 		return refuse(403, "cannot publish to internal exchange '%s' in vhost '/'", p.exchange)
 	}
+	impostor := ch.impostor(props.UserID)
+	if impostor != nil && !ch.c.b.since(4, 0) {
+		return impostor
+	}
 	if why := badExpiration(props.Expiration); why != "" {
 		return refuse(406, "invalid expiration '%s': %s", props.Expiration, why)
 	}
 	if r := m.takeCopies(props); r != nil {
 		return r
 	}
-	if user := props.UserID; user != "" && user != ch.c.user {
-		return refuse(406, "user_id property set to '%s' but authenticated user was '%s'", user, ch.c.user)
+	return impostor
+}
+
+// impostor refuses a message that claims to be of another user.
+func (ch *channel) impostor(user string) *refusal {
+	if user == "" || user == ch.c.user {
+		return nil
 	}
-	return nil
+	return refuse(406, "user_id property set to '%s' but authenticated user was '%s'", user, ch.c.user)
 }
 
 // badExpiration is what RabbitMQ says of a time to live that is no number of milliseconds; empty for a good one.
@@ -139,23 +148,28 @@ func badExpiration(s string) string {
 	if s == "" {
 		return ""
 	}
-	digits := strings.TrimLeft(strings.TrimPrefix(s, "-"), "0123456789")
-	n, err := strconv.ParseInt(strings.TrimSuffix(s, digits), 10, 64)
+	rest := strings.TrimLeft(strings.TrimLeft(s[:1], "+-")+s[1:], "0123456789")
+	n, err := strconv.Atoi(strings.TrimSuffix(s, rest))
 	switch {
 	case err != nil:
 		return "no_integer"
-	case digits != "":
-		return fmt.Sprintf("{leftover_string,%q}", digits)
-	case n < 0:
-		return fmt.Sprintf("{value_negative,%d}", n)
-	case n > maxExpiry:
-		return fmt.Sprintf("{value_too_big,%d}", n)
+	case rest != "":
+		return fmt.Sprintf("{leftover_string,%q}", rest)
+	}
+	return badTime(n)
+}
+
+// badTime is what RabbitMQ says of such a number.
+func badTime(ms int) string {
+	const tenYears = 315_360_000_000
+	switch {
+	case ms < 0:
+		return fmt.Sprintf("{value_negative,%d}", ms)
+	case ms > tenYears:
+		return fmt.Sprintf("{value_too_large,%d}", ms)
 	}
 	return ""
 }
-
-// maxExpiry is the longest time to live, in milliseconds.
-const maxExpiry = 4294967295
 
 // note starts the record of a publication.
 func (ch *channel) note(m *message, mandatory bool) {

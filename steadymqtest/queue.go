@@ -197,7 +197,7 @@ func (q *queue) publish(m *message, by any) bool {
 	}
 	q.lastKey++
 	e := &entry{msg: m, q: q, key: q.lastKey, at: q.b.now, record: q.b.ledger.addMessage(m, q.name, q.b.now)}
-	if q.kind == kindQuorum || q.b.since(4, 3) {
+	if q.kind == kindQuorum || q.b.since(4, 3) && !q.idle() { // a classic queue forgets it of what it can deliver at once
 		e.redelivered = m.delivered+m.acquired > 0
 	}
 	if q.b.since(4, 3) {
@@ -442,13 +442,16 @@ func (q *queue) purge() int {
 	for _, w := range q.delayed {
 		q.b.ledger.setFate(w.e.record, Dropped)
 	}
-	for _, u := range q.dead {
-		q.b.ledger.setFate(u.e.record, Dropped)
+	n += len(q.delayed)
+	q.delayed = nil
+	if q.b.since(4, 3) {
+		n += len(q.dead) // though they go on to their targets
 	}
-	n += len(q.delayed) + len(q.dead)
-	q.delayed, q.dead = nil, nil
 	if q.gone {
-		q.log = nil
+		for _, u := range q.dead {
+			q.b.ledger.setFate(u.e.record, Dropped)
+		}
+		q.log, q.dead = nil, nil
 	}
 	return n
 }
@@ -553,14 +556,13 @@ func (ch *channel) declareQueue(name string, flags queueFlags, args map[string]a
 
 // declarable refuses what RabbitMQ refuses for a queue that does not exist yet.
 func (b *Broker) declarable(name string, flags queueFlags, args map[string]any) *refusal {
-	kind := kindClassic
-	if v, ok := args["x-queue-type"]; ok {
-		s, _ := v.(string)
-		if kind = queueKind(s); kind != kindClassic && kind != kindQuorum && kind != kindStream {
-			return refuse(406, "invalid arg 'x-queue-type' for queue '%s' in vhost '/': \"unsupported queue type '%v'\"", name, v)
-		}
+	kind, r := kindOf(name, args)
+	if r == nil {
+		r = b.badArgument(name, kind, args)
 	}
 	switch {
+	case r != nil:
+		return r
 	case kind == kindClassic && !flags.durable && !flags.exclusive && b.since(4, 3):
 		return refuse(541, "Feature `transient_nonexcl_queues` is deprecated.\nThis feature is not permitted by default.")
 	case kind == kindClassic:
@@ -588,34 +590,19 @@ func (q *queue) equivalent(c *conn, flags queueFlags, args map[string]any) *refu
 	if flags.autoDelete != q.autoDelete {
 		return q.inequivalent("auto_delete", flags.autoDelete, q.autoDelete)
 	}
-	if r := q.equivalentKind(args); r != nil {
-		return r
-	}
 	for _, key := range checkedArguments(q.kind) {
+		if key == "x-queue-type" {
+			if r := q.equivalentKind(args); r != nil {
+				return r
+			}
+			continue
+		}
 		was, is := describe(q.args[key], args[key] == nil), describe(args[key], q.args[key] == nil)
 		if was != is {
 			return refuse(406, "inequivalent arg '%s' for queue '%s' in vhost '/': received %s but current is %s", key, q.name, is, was)
 		}
 	}
 	return nil
-}
-
-// checkedArguments are the arguments of a queue that a declaration must repeat, in the order in which RabbitMQ looks at them.
-func checkedArguments(kind queueKind) []string {
-	switch kind {
-	case kindQuorum:
-		return []string{
-			"x-dead-letter-exchange", "x-dead-letter-routing-key", "x-dead-letter-strategy", "x-expires", "x-max-length", "x-max-length-bytes",
-			"x-overflow", "x-single-active-consumer", "x-quorum-initial-group-size", "x-delivery-limit", "x-message-ttl",
-			"x-queue-leader-locator", "x-consumer-timeout", "x-delayed-retry-type", "x-delayed-retry-min", "x-delayed-retry-max",
-		}
-	case kindStream:
-		return []string{"x-max-length-bytes", "x-max-age", "x-stream-max-segment-size-bytes", "x-initial-cluster-size", "x-queue-leader-locator"}
-	}
-	return []string{
-		"x-expires", "x-message-ttl", "x-dead-letter-exchange", "x-dead-letter-routing-key", "x-max-length", "x-max-length-bytes",
-		"x-max-priority", "x-overflow", "x-queue-mode", "x-queue-version", "x-single-active-consumer",
-	}
 }
 
 // equivalentKind: no kind means classic; since 4.0 the texts say so.
@@ -712,6 +699,9 @@ func (ch *channel) queueDelete(d *decoder) *refusal {
 	}
 	n := 0
 	if q != nil {
+		if r := q.deletableIf(ifUnused, ifEmpty); r != nil {
+			return r
+		}
 		if ifUnused && len(q.consumers) > 0 {
 			return refuse(406, "queue '%s' in vhost '/' in use", q.name)
 		}
@@ -722,6 +712,18 @@ func (ch *channel) queueDelete(d *decoder) *refusal {
 	}
 	ch.reply(noWait, queueDeleteOk, binary.BigEndian.AppendUint32(nil, uint32(n))...)
 	return nil
+}
+
+// deletableIf refuses the conditions of queue.delete that a quorum queue does not know.
+func (q *queue) deletableIf(unused, empty bool) *refusal {
+	flag := "if-unused"
+	switch {
+	case q.kind != kindQuorum || !unused && !empty:
+		return nil
+	case !unused:
+		flag = "if-empty"
+	}
+	return refuse(540, "cannot delete queue '%s' in vhost '/'. queue.delete operations with %s flag set are not supported by quorum queues", q.name, flag)
 }
 
 // What a test does to queues.
