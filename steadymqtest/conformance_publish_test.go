@@ -341,7 +341,6 @@ var publishing = []scenario{
 		conn := s.dial()
 		closed := conn.NotifyClose(make(chan *amqp.Error, 1))
 		q := s.queue(s.open(conn, 0), "q", nil)
-		//lint:ignore SA1019 deprecated, and still part of the protocol
 		s.fails("publish", s.open(conn, 0).PublishWithContext(s.t.Context(), "", q, true, true, amqp.Publishing{Body: []byte("x")}))
 		s.closed("connection", closed)
 	}},

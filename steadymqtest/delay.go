@@ -37,7 +37,10 @@ func (q *queue) holdBack(e *entry, failure bool) bool {
 	if failure && !q.delay.failed || !failure && !q.delay.returned {
 		return false
 	}
-	d := min(q.delay.least*time.Duration(max(1, e.failures)), q.delay.most)
+	d, count := q.delay.most, time.Duration(max(1, e.failures))
+	if q.delay.least <= d/count {
+		d = q.delay.least * count
+	}
 	if d <= 0 {
 		return false
 	}

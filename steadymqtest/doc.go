@@ -25,7 +25,7 @@
 //
 // # Faults
 //
-// Those of [Broker] strike everywhere, those of [Broker.Host] one address:
+// Those of [Broker] strike everywhere, those of [Broker.Host] one address, those of [Faults.Named] some connections:
 //
 //	the broker says so   CloseConnections CloseChannels CancelConsumers ReleaseConsumers RefuseVhost RefuseConsume RefuseDeclare
 //	                     RefuseLogin SetLoginRefusal Broker.SetPermissions Broker.DeleteQueue Broker.Blocked

@@ -3,6 +3,7 @@ package steadymqtest
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -68,6 +69,7 @@ type wireFaults struct {
 type Faults struct {
 	b     *Broker
 	hosts []*Host
+	name  string // not empty: only connections whose name begins so, see Named
 }
 
 // each runs f for every host under the broker's lock.
@@ -83,12 +85,40 @@ func (f *Faults) each(do func(*Host)) {
 func (f *Faults) eachConn(do func(*conn)) (n int) {
 	f.each(func(h *Host) {
 		for _, c := range slices.Clone(h.conns) {
-			do(c)
-			n++
+			if strings.HasPrefix(c.record.Name, f.name) {
+				do(c)
+				n++
+			}
 		}
 	})
 	return n
 }
+
+// NamedFaults are the faults of some connections only, see [Faults.Named]. They strike those that are open, once.
+type NamedFaults struct{ f Faults }
+
+// Named gives the faults of those connections whose name (the client's connection_name) begins with prefix: so a test can strike the
+// connection that publishes and not the one that consumes.
+func (f *Faults) Named(prefix string) *NamedFaults {
+	return &NamedFaults{Faults{b: f.b, hosts: f.hosts, name: prefix}}
+}
+
+// CloseConnections is [Faults.CloseConnections].
+func (n *NamedFaults) CloseConnections(code int, text string) int {
+	return n.f.CloseConnections(code, text)
+}
+
+// CloseChannels is [Faults.CloseChannels].
+func (n *NamedFaults) CloseChannels(code int, text string) int { return n.f.CloseChannels(code, text) }
+
+// Silence is [Faults.Silence].
+func (n *NamedFaults) Silence() { n.f.Silence() }
+
+// Reset is [Faults.Reset].
+func (n *NamedFaults) Reset() int { return n.f.Reset() }
+
+// FIN is [Faults.FIN].
+func (n *NamedFaults) FIN() int { return n.f.FIN() }
 
 // stage reports whether a fault strikes here, in place of an answer.
 func (c *conn) stage(s Stage) bool {
@@ -284,7 +314,8 @@ func (f *Faults) LateConfirms(d time.Duration) { f.each(func(h *Host) { h.wire.c
 
 // LoseConfirms makes the confirms of what is published from now on never come, though the messages are in their queues.
 //
-// Real: a quorum queue that has lost its majority, seen until it is back.
+// Real: a quorum queue that has lost its majority, seen until it is back. (For a connection that is lost before its confirms:
+// [Faults.LateConfirms], then [Faults.Reset].)
 func (f *Faults) LoseConfirms(on bool) { f.each(func(h *Host) { h.wire.loseConfirms = on }) }
 
 // NackConfirms makes every confirm a basic.nack, though the messages are in their queues: a publisher that tries again makes a
@@ -651,8 +682,8 @@ func (f *Faults) CutClientAfter(n int) {
 }
 
 // Heal takes back every lasting fault of these hosts, of the network and of the broker, but for [Faults.Kill], [Faults.PowerOff],
-// [Faults.SetLatency] and [Faults.SetLoginRefusal]. [Broker.QuorumStall] and [Broker.Blocked] are no host's, and have an end
-// of their own: QuorumStall(queue, false), Unblocked. What was lost stays lost, what hangs goes on hanging.
+// [Faults.SetLatency] and [Faults.SetLoginRefusal]. [Broker.QuorumStall], [Broker.FillQueue] and [Broker.Blocked] are no host's, and
+// have an end of their own: QuorumStall(queue, false), FillQueue(queue, false), Unblocked. What was lost stays lost, what hangs goes on hanging.
 func (f *Faults) Heal() {
 	f.BlackHole(false, false)
 	f.CutOff(false)

@@ -13,7 +13,7 @@ func (q *queue) refuses(by any) bool {
 	case by == nil:
 		return false
 	}
-	if q.stored() <= q.maxLength*4/5 {
+	if q.stored() <= q.maxLength-(q.maxLength+4)/5 {
 		clear(q.writers)
 	}
 	told, known := q.writers[by]

@@ -347,7 +347,6 @@ func TestWhatNoMessageMayBe(t *testing.T) {
 		require.Equal(t, 406, b.Ledger().Publications[0].Refused)
 		ch := open(t, conn, 0)
 		closed := conn.NotifyClose(make(chan *amqp.Error, 1))
-		//nolint:staticcheck // immediate is what is tested
 		require.NoError(t, ch.PublishWithContext(t.Context(), "", "q", false, true, amqp.Publishing{}))
 		require.Equal(t, "NOT_IMPLEMENTED - immediate=true", (<-closed).Reason)
 	})
@@ -406,6 +405,53 @@ func TestConfirmsThatAreDueTogetherComeInOne(t *testing.T) {
 		seen.bytes.Store(0)
 		require.Equal(t, "ack", p.outcome(last))
 		require.Equal(t, int64(21), seen.bytes.Load(), "one basic.ack")
+	})
+}
+
+func TestFaultsStrikeConnectionsByName(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t)
+		b.DeclareQueue("q", steadymqtest.QueueOptions{})
+		for what, strike := range map[string]func(*steadymqtest.NamedFaults) int{
+			"close":  func(f *steadymqtest.NamedFaults) int { return f.CloseConnections(320, "shutdown") },
+			"reset":  func(f *steadymqtest.NamedFaults) int { return f.Reset() },
+			"fin":    func(f *steadymqtest.NamedFaults) int { return f.FIN() },
+			"freeze": func(f *steadymqtest.NamedFaults) int { f.Silence(); return 1 },
+		} {
+			named := func(name string) *amqp.Connection {
+				conn, err := amqp.DialConfig(b.URL, amqp.Config{Dial: b.Dial, Heartbeat: 2 * time.Second, Properties: amqp.Table{"connection_name": name}})
+				require.NoError(t, err)
+				t.Cleanup(func() { conn.CloseDeadline(time.Now().Add(time.Second)) })
+				return conn
+			}
+			consumes, publishes := named("app"), named("app retry")
+			require.Equal(t, 1, strike(b.Named("app retry")), what)
+			past(time.Minute)
+			require.True(t, publishes.IsClosed(), what)
+			require.False(t, consumes.IsClosed(), what)
+			p := publisher(t, consumes)
+			require.Equal(t, 0, b.Named("other").CloseChannels(406, "why"))
+			require.Equal(t, 1, b.Named("app").CloseChannels(406, "why"))
+			require.Contains(t, p.publish("", "q", "1"), "why")
+			require.NoError(t, consumes.Close())
+		}
+	})
+}
+
+func TestAConfirmIsLostWithItsConnection(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t)
+		b.DeclareQueue("q", steadymqtest.QueueOptions{})
+		conn := dial(t, b)
+		p := publisher(t, conn)
+		b.LateConfirms(time.Second)
+		c := p.send("", "q", "1")
+		past(500 * time.Millisecond)
+		require.Equal(t, 1, b.QueueLen("q"))
+		require.Equal(t, 1, b.Reset())
+		past(time.Minute)
+		require.False(t, c.Acked())
+		require.True(t, b.Ledger().Published("1")[0].Confirmed.IsZero())
 	})
 }
 
