@@ -21,9 +21,13 @@ demo: ## watch a consumer heal, on a broker inside the process or on AMQP_URL's
 	$(GO) run ./examples/demo
 
 .PHONY: test
-test: ## every test with -race, those on a real RabbitMQ included and required
+test: driver-tests ## every test with -race, those on a real RabbitMQ included and required
 	$(GO) test -run '^TestSim$$' -timeout 10m ./internal/sim -seeds 500
 	STEADYMQ_REQUIRE_BROKER=1 $(GO) test -race -p 1 -timeout 25m ./... # one package at a time: each starts brokers
+
+.PHONY: driver-tests
+driver-tests: ## the driver's own integration tests, against the kit
+	$(GO) run ./scripts/drivertests
 
 .PHONY: quick
 quick: ## what runs without a broker, within a minute

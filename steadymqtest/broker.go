@@ -56,7 +56,9 @@ type Broker struct {
 	lastName  uint64
 	listeners []*relayListener
 
-	blockReason string // not empty: an alarm is on
+	blockReason string                 // not empty: an alarm is on
+	alarms      int                    // how many there were
+	permissions map[string]permissions // by user; who is not in it may do all
 
 	events      []func() // hooks to call, in order
 	dispatching bool
@@ -67,7 +69,7 @@ type Broker struct {
 //
 // In a synctest bubble make it inside the bubble.
 func NewBroker(t TB, opts ...Option) *Broker {
-	cfg := config{hosts: 1, users: map[string]string{}, heartbeat: 60, major: 4, minor: 3, timeoutForm: FormOfVersion}
+	cfg := config{hosts: 1, users: map[string]string{}, heartbeat: 60, major: 4, minor: 3, timeoutForm: FormOfVersion, deadRetry: deadRetry}
 	var order []string
 	for _, o := range opts {
 		before := len(cfg.users)

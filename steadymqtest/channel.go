@@ -30,7 +30,9 @@ type channel struct {
 	confirm    bool
 	tx         bool // settlements take effect with tx.commit, which is not implemented
 	confirmTag uint64
+	unanswered []confirm // what a fault keeps from being confirmed at once, by tag
 	incoming   *publication
+	permitted  []access // what the user was found to be allowed last
 }
 
 // outstanding is a delivery on a channel.
@@ -41,16 +43,6 @@ type outstanding struct {
 	at       time.Time
 	settled  bool
 	returned bool // the broker has taken it back
-}
-
-// publication is a basic.publish whose content is still arriving.
-type publication struct {
-	exchange, key string
-	mandatory     bool
-	props         []byte
-	body          []byte
-	size          uint64
-	headed        bool
 }
 
 func (c *conn) channel(id uint16) *channel {
@@ -160,7 +152,10 @@ func (ch *channel) end(cause string) {
 		cons.remove(cause)
 	}
 	ch.takeBack(true, func(*outstanding) bool { return true })
-	ch.unacked = nil
+	ch.unacked, ch.unanswered = nil, nil
+	for _, q := range ch.c.b.queues {
+		delete(q.writers, ch)
+	}
 }
 
 // takeBack requeues the unsettled deliveries that match, as failures if the delivery limit counts them.
@@ -436,93 +431,6 @@ func (b *Broker) delivered(r DeliveryRecord) int {
 	return len(l.deliveries) - 1
 }
 
-// publish starts a publication; its content follows in frames of its own.
-func (ch *channel) publish(d *decoder) *refusal {
-	d.short()
-	p := &publication{exchange: d.shortstr(), key: d.shortstr()}
-	p.mandatory = d.octet()&1 != 0
-	if d.bad {
-		return refuse(502, "basic.publish cannot be read")
-	}
-	if ch.c.b.exchanges[p.exchange] == nil {
-		return refuse(404, "no exchange '%s' in vhost '/'", p.exchange)
-	}
-	ch.incoming = p
-	return nil
-}
-
-// content handles a header or body frame.
-func (ch *channel) content(f frame) *refusal {
-	p := ch.incoming
-	switch {
-	case p == nil, f.typ == frameHeader == p.headed:
-		return refuse(505, "content frame not expected on channel %d", ch.id)
-	case f.typ == frameHeader:
-		d := decoder{b: f.payload}
-		d.long()
-		p.size, p.headed = d.longlong(), true
-		if d.bad || len(d.b) < 2 {
-			return refuse(502, "content header cannot be read")
-		}
-		if p.size > 16<<20 {
-			return refuse(406, "message size %d is larger than configured max size %d", p.size, 16<<20)
-		}
-		p.props = slices.Clone(d.b)
-	default:
-		p.body = append(p.body, f.payload...)
-	}
-	if uint64(len(p.body)) < p.size {
-		return nil
-	}
-	ch.incoming = nil
-	return ch.published(p)
-}
-
-// published routes a complete message, returns it if it must be returned, and confirms it.
-func (ch *channel) published(p *publication) *refusal {
-	b := ch.c.b
-	m := &message{exchange: p.exchange, key: p.key, props: p.props, body: p.body}
-	props, ok := decodeProperties(p.props)
-	if !ok || props.RawHeaders != nil {
-		return refuse(502, "content header cannot be read")
-	}
-	if m.id = props.ID; m.id == "" {
-		b.lastMsg++
-		m.id = fmt.Sprintf("#%d", b.lastMsg)
-	}
-	m.transient, m.expiration = props.Transient, props.Expiration
-	targets := b.route(m, props.Headers)
-	if len(targets) == 0 && p.mandatory {
-		ch.returned(m)
-	}
-	accepted := true
-	for _, q := range targets {
-		accepted = q.publish(m) && accepted
-	}
-	if ch.confirm {
-		ch.confirmTag++
-		answer := basicAck
-		if !accepted {
-			answer = basicNack
-		}
-		ch.c.method(ch.id, answer, append(binary.BigEndian.AppendUint64(nil, ch.confirmTag), 0)...)
-	}
-	ch.c.published = true
-	if b.blockReason != "" {
-		ch.c.block(b.blockReason)
-	}
-	return nil
-}
-
-func (ch *channel) returned(m *message) {
-	ch.c.send(func(out []byte) []byte {
-		out, mark := openMethod(out, ch.id, basicReturn)
-		out = append(out, 312>>8, 312&0xff)
-		out = appendShortstr(appendShortstr(appendShortstr(out, "NO_ROUTE"), m.exchange), m.key)
-		return appendContent(closeFrame(out, mark), ch.id, m.props, m.body, ch.c.frameMax)
-	})
-}
-
 func (ch *channel) qos(d *decoder) *refusal {
 	size, count, global := d.long(), int(d.short()), d.octet()&1 != 0
 	if size != 0 {
@@ -544,7 +452,7 @@ func (ch *channel) qos(d *decoder) *refusal {
 func (ch *channel) get(d *decoder) *refusal {
 	d.short()
 	name, noAck := d.shortstr(), d.octet()&1 != 0
-	q, r := ch.find(name)
+	q, r := ch.findFor(accessRead, name)
 	if r != nil {
 		return r
 	}

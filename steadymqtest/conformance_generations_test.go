@@ -31,6 +31,19 @@ func allow(configure, write, read string) func(context.Context, *rabbit.Broker) 
 	}
 }
 
+// permit is allow for the kit.
+func permit(configure, write, read string) func(*steadymqtest.Broker) {
+	return func(b *steadymqtest.Broker) { b.SetPermissions(stranger, configure, write, read) }
+}
+
+// alarm raises a memory alarm, or ends it.
+func alarm(ctx context.Context, b *rabbit.Broker, on bool) error {
+	if on {
+		return b.Do(ctx, "rabbit_alarm:set_alarm({{resource_limit, memory, node()}, []})")
+	}
+	return b.Do(ctx, "rabbit_alarm:clear_alarm({resource_limit, memory, node()})")
+}
+
 // hurry sets the consumer timeout of all brokers whose channels are opened from now on.
 func hurry(ctx context.Context, b *rabbit.Broker) error {
 	return b.DefaultTimeout(ctx, int(heldFor.Milliseconds()))
@@ -238,7 +251,7 @@ var byGeneration = []scenario{
 		}
 	}},
 	{
-		name: "passive declare of a stranger", arrange: allow("^$", ".*", ".*"),
+		name: "passive declare of a stranger", arrange: allow("^$", ".*", ".*"), prepare: permit("^$", ".*", ".*"),
 		script: func(s *script) {
 			q := s.queue(s.open(s.dial(), 0), "q", nil)
 			conn := s.dialAs(stranger)
@@ -249,8 +262,7 @@ var byGeneration = []scenario{
 		},
 	},
 	{
-		name: "permissions", arrange: allow("^$", "^$", "^$"),
-		differs: difference{why: "the kit checks no permissions"},
+		name: "permissions", arrange: allow("^$", "^$", "^$"), prepare: permit("^$", "^$", "^$"),
 		script: func(s *script) {
 			q := s.queue(s.open(s.dial(), 0), "q", nil)
 			conn := s.dialAs(stranger)

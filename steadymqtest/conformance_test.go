@@ -84,6 +84,7 @@ type scenario struct {
 	differs difference
 	kit     []steadymqtest.Option
 	arrange func(ctx context.Context, b *rabbit.Broker) error // commands to a real broker, which it needs then
+	prepare func(b *steadymqtest.Broker)                      // the same for the kit
 	script  func(*script)
 }
 
@@ -115,7 +116,15 @@ func (c *scenario) compare(t *testing.T, version string, b *rabbit.Broker) {
 	bubble(t, func(t *testing.T) {
 		opts := []steadymqtest.Option{steadymqtest.WithVersion(major, minor), steadymqtest.WithUser("guest", "guest"), steadymqtest.WithUser(stranger, stranger)}
 		b := steadymqtest.NewBroker(t, append(opts, c.kit...)...)
-		got = transcript(t, c.script, b.URL, b.Dial)
+		if c.prepare != nil {
+			c.prepare(b)
+		}
+		got = transcript(t, c.script, b.URL, b.Dial, func(on bool) error {
+			if b.Unblocked(); on {
+				b.Blocked("low on memory")
+			}
+			return nil
+		})
 	})
 	if c.mayDiffer(number) {
 		require.NotEqual(t, want, got, "they agree: the difference is no longer one")
@@ -135,7 +144,7 @@ func (c *scenario) expected(t *testing.T, version string, b *rabbit.Broker) []st
 	if c.arrange != nil {
 		require.NoError(t, c.arrange(t.Context(), b))
 	}
-	lines := transcript(t, c.script, b.URL(), directly(t.Context(), b))
+	lines := transcript(t, c.script, b.URL(), directly(t.Context(), b), func(on bool) error { return alarm(t.Context(), b, on) })
 	if c.arrange != nil {
 		require.NoError(t, patient(t.Context(), b))
 	}
@@ -218,6 +227,7 @@ type script struct {
 	vhost  string
 	net    func(network, addr string) (net.Conn, error)
 	prefix string
+	alarm  func(on bool) error // a memory alarm
 	lines  []string
 	conns  []*amqp.Connection
 	moves  int // queues that moved has made
@@ -225,13 +235,13 @@ type script struct {
 
 var scripts atomic.Int64
 
-func transcript(t *testing.T, run func(*script), target string, dial func(network, addr string) (net.Conn, error)) []string {
+func transcript(t *testing.T, run func(*script), target string, dial func(network, addr string) (net.Conn, error), alarm func(bool) error) []string {
 	t.Helper()
 	uri, err := amqp.ParseURI(target)
 	if err != nil {
 		t.Fatal("the broker's address does not parse") // without err: it may hold the password
 	}
-	s := &script{t: t, url: target, vhost: uri.Vhost, net: dial, prefix: fmt.Sprintf("kit-%d-%d-", os.Getpid(), scripts.Add(1))}
+	s := &script{t: t, url: target, vhost: uri.Vhost, net: dial, alarm: alarm, prefix: fmt.Sprintf("kit-%d-%d-", os.Getpid(), scripts.Add(1))}
 	defer s.clean()
 	run(s)
 	return s.lines
@@ -394,7 +404,7 @@ func notifyClose(ch *amqp.Channel) chan *amqp.Error {
 
 var quorum = amqp.Table{"x-queue-type": "quorum"}
 
-var conformance = slices.Concat(common, byGeneration, counts, refusedLogins, owned)
+var conformance = slices.Concat(common, byGeneration, counts, refusedLogins, owned, limits, deadLetters, publishing)
 
 var common = []scenario{
 	{name: "order and tags", script: func(s *script) {

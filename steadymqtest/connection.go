@@ -43,14 +43,14 @@ type conn struct {
 	record ConnectionRecord
 	index  int // in the ledger, -1 without one
 
-	state     int
-	deaf      bool // a fault: nothing is answered or sent any more
-	user      string
-	frameMax  int
-	channels  []*channel // in the order they were opened
-	cancels   bool       // the client knows basic.cancel from the server
-	published bool
-	resume    chan struct{} // not nil: blocked, closed when reading goes on
+	state    int
+	deaf     bool // a fault: nothing is answered or sent any more
+	user     string
+	frameMax int
+	channels []*channel    // in the order they were opened
+	cancels  bool          // the client knows basic.cancel from the server
+	alarms   bool          // and connection.blocked
+	resume   chan struct{} // not nil: blocked, closed when reading goes on
 
 	out        []byte // not sent yet
 	dirty      bool   // in the broker's list of flushes
@@ -363,6 +363,7 @@ func (c *conn) login(d *decoder) {
 	c.note()
 	capabilities, _ := properties["capabilities"].(map[string]any)
 	c.cancels, _ = capabilities["consumer_cancel_notify"].(bool)
+	c.alarms, _ = capabilities["connection.blocked"].(bool)
 	user, ok := c.b.authenticate(mechanism, response)
 	if !ok || c.host.wire.refuseLogin {
 		told, _ := capabilities["authentication_failure_close"].(bool)
@@ -602,15 +603,17 @@ func (c *conn) end(cause string) {
 	c.host.conns = slices.DeleteFunc(c.host.conns, same)
 }
 
-// block tells a connection that publishes that it must wait, and stops reading from it.
+// block stops reading from a connection that publishes, and tells it if it wants to be told.
 func (c *conn) block(reason string) {
 	if c.resume != nil || c.state != stateOpen {
 		return
 	}
-	c.send(func(out []byte) []byte {
-		out, mark := openMethod(out, 0, connectionBlocked)
-		return closeFrame(appendShortstr(out, reason), mark)
-	})
+	if c.alarms {
+		c.send(func(out []byte) []byte {
+			out, mark := openMethod(out, 0, connectionBlocked)
+			return closeFrame(appendShortstr(out, reason), mark)
+		})
+	}
 	c.resume = make(chan struct{})
 }
 
@@ -618,7 +621,9 @@ func (c *conn) unblock() {
 	if c.resume == nil {
 		return
 	}
-	c.method(0, connectionUnblocked)
+	if c.alarms {
+		c.method(0, connectionUnblocked)
+	}
 	close(c.resume)
 	c.resume = nil
 }

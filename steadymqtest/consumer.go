@@ -68,7 +68,7 @@ func (ch *channel) consumable(name, tag string, exclusive bool) (*queue, *refusa
 	if tag != "" && (slices.Contains(ch.timedOut, tag) || slices.ContainsFunc(ch.consumers, func(c *consumer) bool { return c.tag == tag })) {
 		return nil, refuse(530, "attempt to reuse consumer tag '%s'", tag)
 	}
-	q, r := ch.find(name)
+	q, r := ch.findFor(accessRead, name)
 	if r != nil {
 		return nil, r
 	}

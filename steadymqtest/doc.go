@@ -13,8 +13,8 @@
 //	err = b.WaitSettled(ctx, "orders")   // everything published has been acked
 //	b.Violations()                       // no tag settled twice, unknown, or with multiple=true
 //
-// It is for tests and demos. It keeps everything in memory, checks no permissions, and is not meant to be fast for its own sake
-// (about 150,000 messages a second through the plain driver). It uses the standard library only.
+// It is for tests and demos. It keeps everything in memory and is not meant to be fast for its own sake (about 150,000 messages a second through the plain driver). It uses the standard
+// library only.
 //
 // # Virtual time
 //
@@ -25,10 +25,11 @@
 //
 // # Faults
 //
-// Those of [Broker] strike everywhere, those of [Broker.Host] one address:
+// Those of [Broker] strike everywhere, those of [Broker.Host] one address, those of [Faults.Named] some connections:
 //
 //	the broker says so   CloseConnections CloseChannels CancelConsumers ReleaseConsumers RefuseVhost RefuseConsume RefuseDeclare
-//	                     RefuseLogin SetLoginRefusal Broker.DeleteQueue Broker.Blocked
+//	                     RefuseLogin SetLoginRefusal Broker.SetPermissions Broker.DeleteQueue Broker.Blocked
+//	to a publisher       LateConfirms LoseConfirms NackConfirms Unroutable RefusePublish Broker.FillQueue Broker.Blocked Broker.BlockedFor
 //	the broker is ill    HangAt DropAt SilentAfterOpen Silence Late541 SlowCloseOk NoCloseOk StrayReply StrayDelivery Garbage
 //	                     Broker.QuorumStall CutOff Kill PowerOff Restart
 //	the network          Refuse DropSYN DNSFailure Reset FIN BlackHole Stall ZeroWindow SetLatency CutAfter CutClientAfter
@@ -41,13 +42,13 @@
 // [WithVersion] asks for an older one. Where it differs on purpose:
 //
 //	what                        RabbitMQ                                   here
-//	vhosts, permissions         many                                       "/" only; all users may do all
+//	vhosts                      many                                       "/" only
+//	topic permissions           by routing key                             none; for the others see [Broker.SetPermissions]
 //	exchange types              also headers, plugins                      direct, fanout, topic
 //	queue arguments             many                                       those that [QueueOptions] lists; others are kept, not acted on
 //	queue expiry                x-expires deletes an unused queue          kept, not acted on
 //	exchange auto-delete        goes with its last binding                 kept, not acted on
 //	priority queues             x-max-priority                             plain order
-//	unroutable basic.publish    mandatory returns it                       the same; immediate is ignored
 //	transactions                tx.select, tx.commit, tx.rollback          tx.select, after which settlements have
 //	                                                                       no effect; 540 for the others
 //	consumer timeout, 406 form  looked for once a minute                   on time
@@ -62,7 +63,9 @@
 //	quorum queue before 4.0     returned messages may come after new ones  returned messages come first
 //	single active consumer      3.10: a classic queue may forget to go on  goes on with the next at once
 //	server-named things         random                                     counted, so that runs repeat
-//	dead-lettering              at most once or at least once              exactly once
+//	dead-lettering              at most once or at least once              exactly once; at least once keeps what has no target
+//	x-max-length-bytes          a limit                                    kept, not acted on
+//	confirms                    several in one when they are due together  each alone, but under [Faults.LateConfirms]
 //	channel_max                 enforced                                   not enforced
 //	one connection's frames     channels work side by side                 strictly in order
 //

@@ -1,9 +1,9 @@
 package steadymqtest
 
 import (
+	"maps"
 	"slices"
 	"strings"
-	"time"
 )
 
 // exchange routes messages to queues and to other exchanges.
@@ -66,32 +66,49 @@ func topicMatches(pattern, words []string) bool {
 }
 
 // route returns the queues that a message goes to, each once.
-func (b *Broker) route(m *message, headers map[string]any) []*queue {
-	if m.exchange == "" {
-		if q := b.queues[m.key]; q != nil && headers == nil {
+func (b *Broker) route(m *message) []*queue {
+	if m.exchange == "" && len(m.extra) == 0 {
+		if q := b.queues[m.key]; q != nil {
 			return []*queue{q}
 		}
+		return nil
 	}
-	keys := append([]string{m.key}, extraKeys(headers)...)
-	var found []*queue
-	for _, key := range keys {
+	found := b.routeKey(m.exchange, m.key, nil, nil)
+	for _, key := range m.extra {
 		found = b.routeKey(m.exchange, key, found, nil)
 	}
 	return found
 }
 
-// extraKeys are the routing keys in the headers CC and BCC.
-func extraKeys(headers map[string]any) []string {
-	var keys []string
+// takeCopies reads the routing keys in the headers CC and BCC. Nobody may see the latter.
+func (m *message) takeCopies(p *Message) *refusal {
+	if len(p.Headers) == 0 {
+		return nil
+	}
 	for _, name := range []string{"CC", "BCC"} {
-		values, _ := headers[name].([]any)
+		v, ok := p.Headers[name]
+		values, isArray := v.([]any)
+		if ok && !isArray {
+			return refuse(406, "invalid message: {unacceptable_type_in_header,\"%s\",%s}", name, typeName(v))
+		}
+		m.blind = len(m.extra)
 		for _, v := range values {
 			if key, ok := v.(string); ok {
-				keys = append(keys, key)
+				m.extra = append(m.extra, key)
 			}
 		}
 	}
-	return keys
+	m.blind = len(m.extra) - m.blind
+	if _, ok := p.Headers["BCC"]; ok {
+		m.dropHeader(p, "BCC")
+	}
+	return nil
+}
+
+func (m *message) dropHeader(p *Message, name string) {
+	p.Headers = maps.Clone(p.Headers)
+	delete(p.Headers, name)
+	m.props = appendProperties(nil, p)
 }
 
 func (b *Broker) routeKey(name, key string, found []*queue, seen []*exchange) []*queue {
@@ -118,100 +135,6 @@ func (b *Broker) routeKey(name, key string, found []*queue, seen []*exchange) []
 	return found
 }
 
-// publishDead sends a message to the dead-letter exchange of the queue it was in. A message that comes back to a queue without
-// ever having been rejected is dropped: RabbitMQ breaks such cycles.
-func (b *Broker) publishDead(e *entry, reason string) {
-	q := e.q
-	props, _ := decodeProperties(e.msg.props)
-	props.Body = e.msg.body
-	props.Headers = deathHeaders(props.Headers, e, reason, b.now)
-	if reason == "expired" {
-		props.Expiration = ""
-	}
-	key := e.msg.key
-	if q.deadKey != "" {
-		key = q.deadKey
-	}
-	id := e.msg.id
-	m := newMessage(&props, q.deadExchange, key)
-	m.id = id
-	m.delivered, m.acquired = e.carried(reason)
-	for _, target := range b.route(m, nil) {
-		if !cycles(props.Headers["x-death"], target.name) {
-			target.publish(m)
-		}
-	}
-}
-
-// carried is what a dead-lettered message takes along: the deliveries that quorum queues have counted, which stay with it, and since
-// 4.3 those of a classic queue, which the next queue is told.
-func (e *entry) carried(reason string) (delivered, acquired int) {
-	rejected := 0
-	if reason == "rejected" {
-		rejected = 1
-	}
-	old := e.msg.delivered
-	switch b := e.q.b; {
-	case !b.since(4, 0):
-		return 0, 0
-	case e.q.kind == kindClassic && !b.since(4, 3):
-		return old, 0
-	case e.q.kind == kindClassic:
-		return old, e.acquired + rejected
-	case b.since(4, 3):
-		return e.failures + rejected, 0
-	case reason == "expired" && e.acquired > 0: // one for each queue that it was taken from
-		return old + 1, 0
-	}
-	return old + rejected, 0
-}
-
-// cycles reports whether the message has been in this queue before and was never rejected since.
-func cycles(deaths any, queue string) bool {
-	list, _ := deaths.([]any)
-	for _, d := range list {
-		death, _ := d.(map[string]any)
-		if death["reason"] == "rejected" {
-			return false
-		}
-		if death["queue"] == queue {
-			return true
-		}
-	}
-	return false
-}
-
-// deathHeaders adds a death to x-death: the latest first, one entry for each queue and reason.
-func deathHeaders(headers map[string]any, e *entry, reason string, now time.Time) map[string]any {
-	next := make(map[string]any, len(headers)+4)
-	for k, v := range headers {
-		next[k] = v
-	}
-	old, _ := headers["x-death"].([]any)
-	death := map[string]any{
-		"count": int64(1), "reason": reason, "queue": e.q.name, "time": now,
-		"exchange": e.msg.exchange, "routing-keys": []any{e.msg.key},
-	}
-	list := []any{death}
-	for _, d := range old {
-		before, _ := d.(map[string]any)
-		if before["queue"] == e.q.name && before["reason"] == reason {
-			n, _ := integer(before["count"])
-			death["count"] = int64(n + 1)
-			continue
-		}
-		list = append(list, d)
-	}
-	next["x-death"] = list
-	if _, ok := next["x-first-death-queue"]; !ok {
-		next["x-first-death-queue"], next["x-first-death-reason"], next["x-first-death-exchange"] = e.q.name, reason, e.msg.exchange
-	}
-	if e.q.b.since(3, 13) {
-		next["x-last-death-queue"], next["x-last-death-reason"], next["x-last-death-exchange"] = e.q.name, reason, e.msg.exchange
-	}
-	return next
-}
-
 // The methods of AMQP on exchanges.
 
 func (ch *channel) exchangeDeclare(d *decoder) *refusal {
@@ -221,6 +144,11 @@ func (ch *channel) exchangeDeclare(d *decoder) *refusal {
 	passive, noWait := bits&1 != 0, bits&16 != 0
 	x.durable, x.autoDelete, x.internal = bits&2 != 0, bits&4 != 0, bits&8 != 0
 	x.args = d.table()
+	if !passive && !d.bad {
+		if r := ch.may(accessConfigure, "exchange", x.name); r != nil {
+			return r
+		}
+	}
 	old := ch.c.b.exchanges[x.name]
 	switch {
 	case d.bad:
@@ -273,6 +201,8 @@ func (ch *channel) exchangeDelete(d *decoder) *refusal {
 		return refuse(403, "operation not permitted on the default exchange")
 	case strings.HasPrefix(name, "amq."):
 		return refuse(403, "deletion of system exchange '%s' in vhost '/' not allowed", name)
+	case ch.may(accessConfigure, "exchange", name) != nil:
+		return ch.may(accessConfigure, "exchange", name)
 	case x != nil && bits&1 != 0 && len(x.bindings) > 0:
 		return refuse(406, "exchange '%s' in vhost '/' in use", name)
 	case x != nil:
@@ -294,6 +224,12 @@ func (ch *channel) exchangeBind(m method, d *decoder) *refusal {
 	destination, source, key := d.shortstr(), d.shortstr(), d.shortstr()
 	noWait := d.octet()&1 != 0
 	args := string(appendTable(nil, d.table()))
+	if r := ch.may(accessWrite, "exchange", destination); r != nil {
+		return r
+	}
+	if r := ch.may(accessRead, "exchange", source); r != nil {
+		return r
+	}
 	from, to := ch.c.b.exchanges[source], ch.c.b.exchanges[destination]
 	if from == nil || to == nil {
 		name := source
@@ -320,8 +256,11 @@ func (ch *channel) queueBind(m method, d *decoder) *refusal {
 		noWait = d.octet()&1 != 0
 	}
 	args := string(appendTable(nil, d.table()))
-	q, r := ch.find(name)
+	q, r := ch.findFor(accessWrite, name)
 	if r != nil {
+		return r
+	}
+	if r := ch.may(accessRead, "exchange", source); r != nil {
 		return r
 	}
 	x := ch.c.b.exchanges[source]

@@ -3,6 +3,7 @@ package steadymqtest
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -49,6 +50,11 @@ type wireFaults struct {
 	refuseOpen    *refusal
 	refuseConsume *refusal
 	refuseDeclare *refusal
+	refusePublish *refusal
+	unroutable    bool
+	nackConfirms  bool
+	loseConfirms  bool
+	confirmDelay  time.Duration // 0: off
 	lateConsume   time.Duration // 0: off
 	closeOkDelay  time.Duration
 	noCloseOk     bool
@@ -63,6 +69,7 @@ type wireFaults struct {
 type Faults struct {
 	b     *Broker
 	hosts []*Host
+	name  string // not empty: only connections whose name begins so, see Named
 }
 
 // each runs f for every host under the broker's lock.
@@ -78,12 +85,40 @@ func (f *Faults) each(do func(*Host)) {
 func (f *Faults) eachConn(do func(*conn)) (n int) {
 	f.each(func(h *Host) {
 		for _, c := range slices.Clone(h.conns) {
-			do(c)
-			n++
+			if strings.HasPrefix(c.record.Name, f.name) {
+				do(c)
+				n++
+			}
 		}
 	})
 	return n
 }
+
+// NamedFaults are the faults of some connections only, see [Faults.Named]. They strike those that are open, once.
+type NamedFaults struct{ f Faults }
+
+// Named gives the faults of those connections whose name (the client's connection_name) begins with prefix: so a test can strike the
+// connection that publishes and not the one that consumes.
+func (f *Faults) Named(prefix string) *NamedFaults {
+	return &NamedFaults{Faults{b: f.b, hosts: f.hosts, name: prefix}}
+}
+
+// CloseConnections is [Faults.CloseConnections].
+func (n *NamedFaults) CloseConnections(code int, text string) int {
+	return n.f.CloseConnections(code, text)
+}
+
+// CloseChannels is [Faults.CloseChannels].
+func (n *NamedFaults) CloseChannels(code int, text string) int { return n.f.CloseChannels(code, text) }
+
+// Silence is [Faults.Silence].
+func (n *NamedFaults) Silence() { n.f.Silence() }
+
+// Reset is [Faults.Reset].
+func (n *NamedFaults) Reset() int { return n.f.Reset() }
+
+// FIN is [Faults.FIN].
+func (n *NamedFaults) FIN() int { return n.f.FIN() }
 
 // stage reports whether a fault strikes here, in place of an answer.
 func (c *conn) stage(s Stage) bool {
@@ -256,6 +291,38 @@ func (f *Faults) RefuseConsume(code int, text string) {
 func (f *Faults) RefuseDeclare(code int, text string) {
 	f.each(func(h *Host) { h.wire.refuseDeclare = refusalOf(code, text) })
 }
+
+// RefusePublish answers basic.publish, once its content is complete, by a close with a code and a text; code 0 takes it back.
+// The message goes nowhere. For one user, or one exchange, see [Broker.SetPermissions].
+//
+// Real: (403, "write access to exchange 'amq.default' in vhost '/' refused for user 'guest'"), (404, "no exchange 'x' in vhost '/'").
+func (f *Faults) RefusePublish(code int, text string) {
+	f.each(func(h *Host) { h.wire.refusePublish = refusalOf(code, text) })
+}
+
+// Unroutable makes every message go to no queue at all: with mandatory it is sent back by basic.return 312, which comes before
+// its confirm, without it is lost; either way the confirm is an ack.
+//
+// Real: the queue is deleted, its binding is gone, the routing key is misspelt.
+func (f *Faults) Unroutable(on bool) { f.each(func(h *Host) { h.wire.unroutable = on }) }
+
+// LateConfirms makes confirms come only after d; 0 takes it back, and those that are late stay so. The messages are in their
+// queues at once. As with RabbitMQ, acks that have become due together come as one with multiple=true.
+//
+// Real: a slow disk, a quorum queue that waits for its majority.
+func (f *Faults) LateConfirms(d time.Duration) { f.each(func(h *Host) { h.wire.confirmDelay = d }) }
+
+// LoseConfirms makes the confirms of what is published from now on never come, though the messages are in their queues.
+//
+// Real: a quorum queue that has lost its majority, seen until it is back. (For a connection that is lost before its confirms:
+// [Faults.LateConfirms], then [Faults.Reset].)
+func (f *Faults) LoseConfirms(on bool) { f.each(func(h *Host) { h.wire.loseConfirms = on }) }
+
+// NackConfirms makes every confirm a basic.nack, though the messages are in their queues: a publisher that tries again makes a
+// duplicate. For a nack of a message that is not see [Broker.FillQueue].
+//
+// Real: the process of a classic queue that ends after it has stored a message.
+func (f *Faults) NackConfirms(on bool) { f.each(func(h *Host) { h.wire.nackConfirms = on }) }
 
 func refusalOf(code int, text string) *refusal {
 	if code == 0 {
@@ -441,28 +508,55 @@ func (b *Broker) QuorumStall(queue string, on bool) {
 	}
 }
 
-// Blocked raises an alarm: connections that publish, or have published, get connection.blocked and are no longer read from.
-// Connections that only consume notice nothing. Unblocked ends it.
+// Blocked raises an alarm: a connection that publishes gets connection.blocked, and from then on nothing is read from it,
+// neither the body of that message nor acknowledgements nor heartbeats; it is not missed for that, and still gets deliveries and
+// heartbeats. Connections that only consume notice nothing. Unblocked ends it, and what was held up goes on.
 //
 // Real: a memory or disk alarm.
 func (b *Broker) Blocked(reason string) {
 	b.lock()
 	defer b.unlock()
 	b.blockReason = reason
-	for _, c := range b.conns {
-		if c.published {
-			c.block(reason)
+	b.alarms++
+}
+
+// BlockedFor is [Broker.Blocked] for a while: the alarm ends after d, unless another one has begun meanwhile.
+func (b *Broker) BlockedFor(reason string, d time.Duration) {
+	b.Blocked(reason)
+	b.lock()
+	defer b.unlock()
+	this := b.alarms
+	b.after(d, func() {
+		if b.alarms == this {
+			b.endAlarm()
 		}
-	}
+	})
 }
 
 // Unblocked ends the alarm of [Broker.Blocked].
 func (b *Broker) Unblocked() {
 	b.lock()
 	defer b.unlock()
+	b.endAlarm()
+}
+
+func (b *Broker) endAlarm() {
 	b.blockReason = ""
 	for _, c := range b.conns {
 		c.unblock()
+	}
+}
+
+// FillQueue makes a queue refuse every message as a full one does, or take them again: a publisher that waits for confirms gets
+// basic.nack, one that does not loses the message, and what a queue would dead-letter into it stays there if that dead-letters
+// at least once.
+//
+// Real: a queue with x-max-length and x-overflow=reject-publish.
+func (b *Broker) FillQueue(queue string, on bool) {
+	b.lock()
+	defer b.unlock()
+	if q := b.queues[queue]; q != nil {
+		q.jammed = on
 	}
 }
 
@@ -588,8 +682,8 @@ func (f *Faults) CutClientAfter(n int) {
 }
 
 // Heal takes back every lasting fault of these hosts, of the network and of the broker, but for [Faults.Kill], [Faults.PowerOff],
-// [Faults.SetLatency] and [Faults.SetLoginRefusal]. [Broker.QuorumStall] and [Broker.Blocked] are no host's, and have an end
-// of their own: QuorumStall(queue, false), Unblocked. What was lost stays lost, what hangs goes on hanging.
+// [Faults.SetLatency] and [Faults.SetLoginRefusal]. [Broker.QuorumStall], [Broker.FillQueue] and [Broker.Blocked] are no host's, and
+// have an end of their own: QuorumStall(queue, false), FillQueue(queue, false), Unblocked. What was lost stays lost, what hangs goes on hanging.
 func (f *Faults) Heal() {
 	f.BlackHole(false, false)
 	f.CutOff(false)

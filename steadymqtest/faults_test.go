@@ -513,16 +513,42 @@ func TestBlockedStopsPublishersOnly(t *testing.T) {
 		conn := dial(t, b)
 		ds := consume(t, open(t, dial(t, b), 5), "q", "")
 		blocked := conn.NotifyBlocked(make(chan amqp.Blocking, 2))
-		b.Blocked("low on memory")
 		pub := open(t, conn, 0)
-		require.NoError(t, pub.PublishWithContext(t.Context(), "", "q", false, false, amqp.Publishing{Body: []byte("1")}))
-		require.Equal(t, amqp.Blocking{Active: true, Reason: "low on memory"}, <-blocked)
+		publish := func(body string) {
+			require.NoError(t, pub.PublishWithContext(t.Context(), "", "q", false, false, amqp.Publishing{Body: []byte(body)}))
+		}
+		publish("1")
 		next(t, ds)
-		require.NoError(t, pub.PublishWithContext(t.Context(), "", "q", false, false, amqp.Publishing{Body: []byte("2")}))
+		b.Blocked("low on memory")
+		require.NoError(t, pub.Qos(1, 0, false), "until it publishes")
+		publish("2")
+		require.Equal(t, amqp.Blocking{Active: true, Reason: "low on memory"}, <-blocked)
+		publish("3")
 		none(t, ds, time.Minute)
+		require.False(t, conn.IsClosed(), "heartbeats are not read and not missed")
 		b.Unblocked()
 		require.False(t, (<-blocked).Active)
-		next(t, ds)
+		require.Equal(t, "2", string(next(t, ds).Body))
+		require.Equal(t, "3", string(next(t, ds).Body))
+	})
+}
+
+func TestAnAlarmEndsByItself(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b := steadymqtest.NewBroker(t)
+		b.DeclareQueue("q", steadymqtest.QueueOptions{})
+		p := publisher(t, dial(t, b))
+		b.BlockedFor("low on memory", time.Minute)
+		start := time.Now()
+		require.Equal(t, "ack", p.publish("", "q", "1"))
+		require.Equal(t, time.Minute, time.Since(start))
+		b.BlockedFor("low on memory", time.Minute)
+		b.Blocked("low on disk")
+		c := p.send("", "q", "2")
+		time.Sleep(2 * time.Minute)
+		require.False(t, answered(c), "another alarm is on")
+		b.Unblocked()
+		require.True(t, c.Wait())
 	})
 }
 

@@ -2,6 +2,8 @@ package steadymqtest_test
 
 import (
 	"context"
+	"net"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -82,4 +84,28 @@ func none(t *testing.T, ds <-chan amqp.Delivery, d time.Duration) {
 		require.False(t, ok, "unexpected delivery %q", m.Body)
 	case <-time.After(d):
 	}
+}
+
+// frames counts the bytes that a broker sends.
+type frames struct {
+	b     *steadymqtest.Broker
+	bytes atomic.Int64
+}
+
+func countFrames(b *steadymqtest.Broker) *frames { return &frames{b: b} }
+
+func (f *frames) dial(network, addr string) (net.Conn, error) {
+	nc, err := f.b.Dial(network, addr)
+	return &countedConn{Conn: nc, f: f}, err
+}
+
+type countedConn struct {
+	net.Conn
+	f *frames
+}
+
+func (c *countedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.f.bytes.Add(int64(n))
+	return n, err
 }

@@ -134,10 +134,21 @@ type message struct {
 	expiration string
 	delivered  int // by the quorum queues that dead-lettered it
 	acquired   int // by the classic queue that dead-lettered it last
+
+	extra  []string // further routing keys, those of CC and then those of BCC
+	blind  int      // how many of them are of BCC
+	deaths []any    // what x-death says since 4.0, where a client's own header does not count
+
+	publication int    // in the ledger, -1: it did not come from a client
+	from        int    // in the ledger, the record that it was dead-lettered from, -1 without one
+	digest      uint64 // of the body, for the ledger
 }
 
 func newMessage(m *Message, exchange, key string) *message {
-	return &message{id: m.ID, exchange: exchange, key: key, props: appendProperties(nil, m), body: slices.Clone(m.Body), transient: m.Transient, expiration: m.Expiration}
+	return &message{
+		id: m.ID, exchange: exchange, key: key, props: appendProperties(nil, m), body: slices.Clone(m.Body), transient: m.Transient,
+		expiration: m.Expiration, publication: -1, from: -1,
+	}
 }
 
 // withHeader is the property list of m with one header more, or with another value of it.

@@ -13,6 +13,7 @@ type config struct {
 	heartbeat       int
 	consumerTimeout time.Duration
 	timeoutForm     TimeoutForm
+	deadRetry       time.Duration
 	noLedger        bool
 	hooks           Hooks
 	major, minor    int
@@ -61,6 +62,11 @@ const (
 func WithConsumerTimeout(d time.Duration, form TimeoutForm) Option {
 	return func(c *config) { c.consumerTimeout, c.timeoutForm = d, form }
 }
+
+// WithDeadLetterRetry sets how long a quorum queue that dead-letters at least once waits before it tries again to give a dead
+// message to a target that is not there or has refused it. The default is RabbitMQ's 3 minutes
+// (dead_letter_worker_publisher_confirm_timeout).
+func WithDeadLetterRetry(d time.Duration) Option { return func(c *config) { c.deadRetry = d } }
 
 // WithVersion makes the broker behave as an older RabbitMQ where the generations differ, and say so in its server properties.
 // The default is 4.3. Before 4.3 a nack counts towards x-delivery-limit as a reject does, and global qos is honoured; before 4.0

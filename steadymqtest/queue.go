@@ -46,13 +46,23 @@ type queue struct {
 	deadExchange   string
 	deadKey        string
 	deadLetters    bool
-	limited        bool // by the delivery limit
+	atLeastOnce    bool           // x-dead-letter-strategy
+	dead           []*undelivered // what has no target yet
+	retry          *time.Timer    // comes back for it
+	limited        bool           // by the delivery limit
 	limit          int
 	maxLength      int // -1: none
 	rejectWhenFull bool
+	deadWhenFull   bool          // what is rejected then is dead-lettered
+	writers        map[any]bool  // who has published to a quorum queue that rejects when it is full; true: no more until there is room
 	ttl            time.Duration // -1: none
 
+	delay      retryDelay
+	delayed    []waiting // by the time when they are ready
+	delayTimer *time.Timer
+
 	stalled bool // a fault: no majority, nothing is delivered
+	jammed  bool // a fault: full, whatever it holds
 	pending bool // in the broker's list of pumps
 	gone    bool
 }
@@ -106,7 +116,10 @@ func (b *Broker) newQueue(name string, args map[string]any) *queue {
 	q.deadExchange, q.deadLetters = args["x-dead-letter-exchange"].(string)
 	q.deadKey, _ = args["x-dead-letter-routing-key"].(string)
 	q.single, _ = args["x-single-active-consumer"].(bool)
-	q.rejectWhenFull = args["x-overflow"] == "reject-publish"
+	q.deadWhenFull = args["x-overflow"] == "reject-publish-dlx" && q.kind == kindClassic
+	q.rejectWhenFull = args["x-overflow"] == "reject-publish" || q.deadWhenFull
+	q.atLeastOnce = q.kind == kindQuorum && args["x-dead-letter-strategy"] == "at-least-once" && args["x-overflow"] == "reject-publish"
+	q.readDelay()
 	return q
 }
 
@@ -144,12 +157,12 @@ func (b *Broker) sortedQueues() []*queue {
 	return queues
 }
 
-// length is the number of messages that wait.
+// length is the number of messages that are ready.
 func (q *queue) length() int { return len(q.fresh) + len(q.returned) + len(q.log) }
 
 // settled reports whether nothing waits and nothing is unsettled.
 func (q *queue) settled() bool {
-	if q.unacked > 0 {
+	if q.unacked > 0 || len(q.delayed) > 0 || len(q.dead) > 0 {
 		return false
 	}
 	if q.kind != kindStream {
@@ -171,15 +184,20 @@ func (q *queue) touch() {
 	}
 }
 
-// publish adds a message and reports whether the queue took it.
-func (q *queue) publish(m *message) bool {
-	full := q.maxLength >= 0 && q.length() >= q.maxLength && q.kind != kindStream
-	if full && q.rejectWhenFull {
+// publish adds a message and reports whether the queue took it. by is who publishes: a channel, a queue that dead-letters at least
+// once, the broker itself; nil does not ask whether a quorum queue is full.
+func (q *queue) publish(m *message, by any) bool {
+	if q.jammed || q.maxLength >= 0 && q.refuses(by) {
+		if q.deadWhenFull {
+			e := &entry{msg: m, q: q, record: q.b.ledger.addMessage(m, q.name, q.b.now)}
+			q.b.ledger.setFate(e.record, Dropped)
+			q.deadLetter(e, "maxlen")
+		}
 		return false
 	}
 	q.lastKey++
 	e := &entry{msg: m, q: q, key: q.lastKey, at: q.b.now, record: q.b.ledger.addMessage(m, q.name, q.b.now)}
-	if q.kind == kindQuorum || q.b.since(4, 3) {
+	if q.kind == kindQuorum || q.b.since(4, 3) && !q.idle() { // a classic queue forgets it of what it can deliver at once
 		e.redelivered = m.delivered+m.acquired > 0
 	}
 	if q.b.since(4, 3) {
@@ -190,15 +208,17 @@ func (q *queue) publish(m *message) bool {
 		q.log = append(q.log, e)
 		return true
 	}
-	if ttl := q.ttlOf(m); ttl >= 0 {
+	if ttl := q.ttlOf(m); ttl > 0 || ttl == 0 && !q.idle() {
 		e.expires = q.b.now.Add(ttl)
 	}
 	q.fresh = append(q.fresh, e)
-	if full {
-		q.dropHead("maxlen")
-	}
+	q.dropSurplus()
+	q.shut(by)
 	return true
 }
+
+// idle reports whether a message that comes now goes out at once, so that a time to live of zero does not matter.
+func (q *queue) idle() bool { return q.length() == 0 && !q.stalled && q.next() != nil }
 
 func (q *queue) ttlOf(m *message) time.Duration {
 	ttl := q.ttl
@@ -250,7 +270,9 @@ func (q *queue) expire() {
 			return
 		}
 		if wait := e.expires.Sub(q.b.now); wait > 0 {
-			q.stopTimers()
+			if q.expiry != nil {
+				q.expiry.Stop()
+			}
 			q.expiry = q.b.after(wait, q.touch)
 			return
 		}
@@ -265,8 +287,10 @@ func (q *queue) dropHead(reason string) {
 }
 
 func (q *queue) stopTimers() {
-	if q.expiry != nil {
-		q.expiry.Stop()
+	for _, t := range []*time.Timer{q.expiry, q.retry, q.delayTimer} {
+		if t != nil {
+			t.Stop()
+		}
 	}
 }
 
@@ -286,26 +310,30 @@ func (q *queue) requeue(e *entry, failure bool) {
 			q.discard(e, "delivery_limit")
 			return
 		}
+		if q.holdBack(e, failure) {
+			q.b.ledger.setFate(e.record, Delayed)
+			return
+		}
+	}
+	q.putBack(e)
+}
+
+// putBack makes an entry ready again.
+func (q *queue) putBack(e *entry) {
+	if q.kind == kindQuorum {
 		q.lastKey++
 		e.key = q.lastKey
 	}
 	q.b.ledger.setFate(e.record, Ready)
 	heap.Push(&q.returned, e)
 	q.touch()
+	q.dropSurplus()
 }
 
 // discard drops an entry or sends it to the dead-letter exchange.
 func (q *queue) discard(e *entry, reason string) {
 	q.b.ledger.setFate(e.record, Discarded)
 	q.deadLetter(e, reason)
-}
-
-func (q *queue) deadLetter(e *entry, reason string) {
-	if !q.deadLetters {
-		return
-	}
-	q.b.ledger.setFate(e.record, DeadLettered)
-	q.b.publishDead(e, reason)
 }
 
 // properties is the property list of a delivery, with the headers that the queue adds.
@@ -411,8 +439,19 @@ func (q *queue) purge() int {
 		q.b.ledger.setFate(e.record, Dropped)
 		n++
 	}
+	for _, w := range q.delayed {
+		q.b.ledger.setFate(w.e.record, Dropped)
+	}
+	n += len(q.delayed)
+	q.delayed = nil
+	if q.b.since(4, 3) {
+		n += len(q.dead) // though they go on to their targets
+	}
 	if q.gone {
-		q.log = nil
+		for _, u := range q.dead {
+			q.b.ledger.setFate(u.e.record, Dropped)
+		}
+		q.log, q.dead = nil, nil
 	}
 	return n
 }
@@ -434,6 +473,17 @@ func (ch *channel) find(name string) (*queue, *refusal) {
 	return q, nil
 }
 
+// findFor is find for those with a permission.
+func (ch *channel) findFor(permission int, name string) (*queue, *refusal) {
+	if name == "" {
+		name = ch.lastQueue
+	}
+	if r := ch.may(permission, "queue", name); r != nil {
+		return nil, r
+	}
+	return ch.find(name)
+}
+
 func locked(name string) *refusal {
 	return refuse(405, "cannot obtain exclusive access to locked queue '%s' in vhost '/'. It could be originally declared on another connection or the exclusive property value does not match that of the original declaration.", name)
 }
@@ -453,6 +503,9 @@ func (ch *channel) queueDeclare(d *decoder) *refusal {
 		return nil
 	}
 	if r := ch.c.host.wire.refuseDeclare; r != nil {
+		return r
+	}
+	if r := ch.mayDeclare(name, flags.passive); r != nil {
 		return r
 	}
 	q, r := ch.declareQueue(name, flags, args)
@@ -482,6 +535,9 @@ func (ch *channel) declareQueue(name string, flags queueFlags, args map[string]a
 	if q := b.queues[name]; q != nil && name != "" {
 		return q, q.equivalent(ch.c, flags, args)
 	}
+	if r := ch.mayDeadLetter(name, args); r != nil {
+		return nil, r
+	}
 	if r := b.declarable(name, flags, args); r != nil {
 		return nil, r
 	}
@@ -500,14 +556,13 @@ func (ch *channel) declareQueue(name string, flags queueFlags, args map[string]a
 
 // declarable refuses what RabbitMQ refuses for a queue that does not exist yet.
 func (b *Broker) declarable(name string, flags queueFlags, args map[string]any) *refusal {
-	kind := kindClassic
-	if v, ok := args["x-queue-type"]; ok {
-		s, _ := v.(string)
-		if kind = queueKind(s); kind != kindClassic && kind != kindQuorum && kind != kindStream {
-			return refuse(406, "invalid arg 'x-queue-type' for queue '%s' in vhost '/': \"unsupported queue type '%v'\"", name, v)
-		}
+	kind, r := kindOf(name, args)
+	if r == nil {
+		r = b.badArgument(name, kind, args)
 	}
 	switch {
+	case r != nil:
+		return r
 	case kind == kindClassic && !flags.durable && !flags.exclusive && b.since(4, 3):
 		return refuse(541, "Feature `transient_nonexcl_queues` is deprecated.\nThis feature is not permitted by default.")
 	case kind == kindClassic:
@@ -535,22 +590,19 @@ func (q *queue) equivalent(c *conn, flags queueFlags, args map[string]any) *refu
 	if flags.autoDelete != q.autoDelete {
 		return q.inequivalent("auto_delete", flags.autoDelete, q.autoDelete)
 	}
-	if r := q.equivalentKind(args); r != nil {
-		return r
-	}
-	for _, key := range checkedArguments {
+	for _, key := range checkedArguments(q.kind) {
+		if key == "x-queue-type" {
+			if r := q.equivalentKind(args); r != nil {
+				return r
+			}
+			continue
+		}
 		was, is := describe(q.args[key], args[key] == nil), describe(args[key], q.args[key] == nil)
 		if was != is {
 			return refuse(406, "inequivalent arg '%s' for queue '%s' in vhost '/': received %s but current is %s", key, q.name, is, was)
 		}
 	}
 	return nil
-}
-
-// checkedArguments are the arguments of a queue that a declaration must repeat.
-var checkedArguments = []string{
-	"x-delivery-limit", "x-expires", "x-message-ttl", "x-dead-letter-exchange", "x-dead-letter-routing-key", "x-max-length", "x-max-length-bytes",
-	"x-max-priority", "x-overflow", "x-single-active-consumer", "x-queue-mode",
 }
 
 // equivalentKind: no kind means classic; since 4.0 the texts say so.
@@ -577,31 +629,56 @@ func (q *queue) inequivalent(what string, is, was bool) *refusal {
 
 // describe names a value as RabbitMQ's texts do: with its type only if the other side has none.
 func describe(v any, typed bool) string {
-	if v != nil && !typed {
+	switch {
+	case v == nil:
+		return "none"
+	case !typed:
 		return fmt.Sprintf("'%v'", v)
 	}
-	kind := "signedint"
+	return fmt.Sprintf("the value '%v' of type '%s'", v, typeName(v))
+}
+
+// typeName is what RabbitMQ calls the type of a field.
+func typeName(v any) string {
 	switch v.(type) {
-	case nil:
-		return "none"
-	case string, []byte:
-		kind = "longstr"
+	case string:
+		return "longstr"
+	case []byte:
+		return "binary"
 	case bool:
-		kind = "bool"
+		return "bool"
 	case int, int64:
-		kind = "long"
+		return "long"
 	case int16:
-		kind = "short"
+		return "short"
 	case uint8:
-		kind = "unsignedbyte"
+		return "unsignedbyte"
+	case int8:
+		return "byte"
+	case uint16:
+		return "unsignedshort"
+	case uint32:
+		return "unsignedint"
+	case float64:
+		return "double"
+	case float32:
+		return "float"
+	case time.Time:
+		return "timestamp"
+	case []any:
+		return "array"
+	case map[string]any:
+		return "table"
+	case nil:
+		return "void"
 	}
-	return fmt.Sprintf("the value '%v' of type '%s'", v, kind)
+	return "signedint"
 }
 
 func (ch *channel) queuePurge(d *decoder) *refusal {
 	d.short()
 	name, noWait := d.shortstr(), d.octet()&1 != 0
-	q, r := ch.find(name)
+	q, r := ch.findFor(accessRead, name)
 	if r != nil {
 		return r
 	}
@@ -616,12 +693,15 @@ func (ch *channel) queueDelete(d *decoder) *refusal {
 	d.short()
 	name, bits := d.shortstr(), d.octet()
 	ifUnused, ifEmpty, noWait := bits&1 != 0, bits&2 != 0, bits&4 != 0
-	q, r := ch.find(name)
+	q, r := ch.findFor(accessConfigure, name)
 	if r != nil && r.code != 404 {
 		return r
 	}
 	n := 0
 	if q != nil {
+		if r := q.deletableIf(ifUnused, ifEmpty); r != nil {
+			return r
+		}
 		if ifUnused && len(q.consumers) > 0 {
 			return refuse(406, "queue '%s' in vhost '/' in use", q.name)
 		}
@@ -632,6 +712,18 @@ func (ch *channel) queueDelete(d *decoder) *refusal {
 	}
 	ch.reply(noWait, queueDeleteOk, binary.BigEndian.AppendUint32(nil, uint32(n))...)
 	return nil
+}
+
+// deletableIf refuses the conditions of queue.delete that a quorum queue does not know.
+func (q *queue) deletableIf(unused, empty bool) *refusal {
+	flag := "if-unused"
+	switch {
+	case q.kind != kindQuorum || !unused && !empty:
+		return nil
+	case !unused:
+		flag = "if-empty"
+	}
+	return refuse(540, "cannot delete queue '%s' in vhost '/'. queue.delete operations with %s flag set are not supported by quorum queues", q.name, flag)
 }
 
 // What a test does to queues.
@@ -645,8 +737,10 @@ type QueueOptions struct {
 	// DeadLetter is the queue that rejected, expired and surplus messages go to, through the default exchange. For another
 	// exchange set x-dead-letter-exchange in Args.
 	DeadLetter string
-	// Args are further arguments: x-message-ttl, x-max-length, x-overflow=reject-publish, x-dead-letter-exchange,
-	// x-dead-letter-routing-key, x-single-active-consumer, x-delivery-limit, x-consumer-timeout, x-queue-type.
+	// Args are further arguments: x-message-ttl, x-max-length, x-overflow (drop-head, reject-publish, reject-publish-dlx),
+	// x-dead-letter-exchange, x-dead-letter-routing-key, x-dead-letter-strategy (at-least-once needs a quorum queue and
+	// reject-publish), x-single-active-consumer, x-delivery-limit, x-consumer-timeout, x-queue-type, and for quorum queues
+	// of 4.3 x-delayed-retry-type, x-delayed-retry-min, x-delayed-retry-max.
 	Args map[string]any
 }
 
@@ -718,10 +812,19 @@ func (b *Broker) publishTo(queue string, m Message) string {
 		m.ID = "m" + strconv.FormatUint(b.lastMsg, 10)
 	}
 	q := b.queues[queue]
-	if q == nil || !q.publish(newMessage(&m, "", queue)) {
+	if q == nil || !q.publish(b.ownMessage(&m, "", queue), b) {
 		return ""
 	}
 	return m.ID
+}
+
+// ownMessage is one that the test publishes itself.
+func (b *Broker) ownMessage(p *Message, exchange, key string) *message {
+	m := newMessage(p, exchange, key)
+	if !b.ledger.off {
+		m.digest = digestOf(m.body)
+	}
+	return m
 }
 
 // PublishExchange routes a message through an exchange and returns its ID and how many queues took it.
@@ -732,9 +835,12 @@ func (b *Broker) PublishExchange(exchange, key string, m Message) (id string, qu
 		b.lastMsg++
 		m.ID = "m" + strconv.FormatUint(b.lastMsg, 10)
 	}
-	msg := newMessage(&m, exchange, key)
-	for _, q := range b.route(msg, m.Headers) {
-		if q.publish(msg) {
+	msg := b.ownMessage(&m, exchange, key)
+	if msg.takeCopies(&m) != nil {
+		return m.ID, 0
+	}
+	for _, q := range b.route(msg) {
+		if q.publish(msg, b) {
 			queues++
 		}
 	}

@@ -1,0 +1,279 @@
+package steadymqtest
+
+import (
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// publication is a basic.publish whose content is still arriving.
+type publication struct {
+	exchange, key string
+	mandatory     bool
+	immediate     bool
+	props         []byte
+	body          []byte
+	size          uint64
+	headed        bool
+}
+
+// publish starts a publication; its content follows in frames of its own, and only then it is looked at.
+func (ch *channel) publish(d *decoder) *refusal {
+	d.short()
+	p := &publication{exchange: d.shortstr(), key: d.shortstr()}
+	bits := d.octet()
+	p.mandatory, p.immediate = bits&1 != 0, bits&2 != 0
+	if d.bad {
+		return refuse(502, "basic.publish cannot be read")
+	}
+	ch.incoming = p
+	return nil
+}
+
+// content handles a header or body frame.
+func (ch *channel) content(f frame) *refusal {
+	p := ch.incoming
+	switch {
+	case p == nil, f.typ == frameHeader == p.headed:
+		return refuse(505, "content frame not expected on channel %d", ch.id)
+	case f.typ == frameHeader:
+		d := decoder{b: f.payload}
+		d.long()
+		p.size, p.headed = d.longlong(), true
+		if d.bad || len(d.b) < 2 {
+			return refuse(502, "content header cannot be read")
+		}
+		if p.size > 16<<20 {
+			return refuse(406, "message size %d is larger than configured max size %d", p.size, 16<<20)
+		}
+		p.props = slices.Clone(d.b)
+	default:
+		p.body = append(p.body, f.payload...)
+	}
+	if b := ch.c.b; b.blockReason != "" {
+		ch.c.block(b.blockReason) // with what is still to come of this message
+	}
+	if uint64(len(p.body)) < p.size {
+		return nil
+	}
+	ch.incoming = nil
+	return ch.published(p)
+}
+
+// published routes a complete message, returns it if it must be returned, and confirms it.
+func (ch *channel) published(p *publication) *refusal {
+	m := &message{exchange: p.exchange, key: p.key, props: p.props, body: p.body, publication: -1, from: -1}
+	props, ok := decodeProperties(p.props)
+	if m.id = props.ID; m.id == "" {
+		ch.c.b.lastMsg++
+		m.id = "#" + strconv.FormatUint(ch.c.b.lastMsg, 10)
+	}
+	m.transient, m.expiration = props.Transient, props.Expiration
+	ch.note(m, p.mandatory)
+	if !ok || props.RawHeaders != nil {
+		return ch.refused(m, refuse(502, "content header cannot be read"))
+	}
+	if r := ch.publishable(p, m, &props); r != nil {
+		return ch.refused(m, r)
+	}
+	if ch.confirm {
+		ch.confirmTag++
+	}
+	targets := ch.c.b.route(m)
+	if ch.c.host.wire.unroutable {
+		targets = nil
+	}
+	if len(targets) == 0 && p.mandatory {
+		ch.returned(m)
+	}
+	full := 0
+	for _, q := range targets {
+		if !q.publish(m, ch) {
+			full++
+		}
+	}
+	if r := ch.c.b.ledger.publication(m.publication); r != nil {
+		r.Sequence, r.Queues, r.Full = ch.confirmTag, len(targets), full
+	}
+	if ch.confirm {
+		ch.answer(confirm{tag: ch.confirmTag, nack: full > 0, record: m.publication})
+	}
+	return nil
+}
+
+// publishable refuses what RabbitMQ refuses, in its order.
+func (ch *channel) publishable(p *publication, m *message, props *Message) *refusal {
+	if p.immediate {
+		return refuse(540, "immediate=true")
+	}
+	if r := ch.c.host.wire.refusePublish; r != nil {
+		return r
+	}
+	if r := ch.may(accessWrite, "exchange", p.exchange); r != nil {
+		return r
+	}
+	x := ch.c.b.exchanges[p.exchange]
+	switch {
+	case x == nil:
+		return refuse(404, "no exchange '%s' in vhost '/'", p.exchange)
+	case x.internal:
+		return refuse(403, "cannot publish to internal exchange '%s' in vhost '/'", p.exchange)
+	}
+	impostor := ch.impostor(props.UserID)
+	if impostor != nil && !ch.c.b.since(4, 0) {
+		return impostor
+	}
+	if why := badExpiration(props.Expiration); why != "" {
+		return refuse(406, "invalid expiration '%s': %s", props.Expiration, why)
+	}
+	if r := m.takeCopies(props); r != nil {
+		return r
+	}
+	return impostor
+}
+
+// impostor refuses a message that claims to be of another user.
+func (ch *channel) impostor(user string) *refusal {
+	if user == "" || user == ch.c.user {
+		return nil
+	}
+	return refuse(406, "user_id property set to '%s' but authenticated user was '%s'", user, ch.c.user)
+}
+
+// badExpiration is what RabbitMQ says of a time to live that is no number of milliseconds; empty for a good one.
+func badExpiration(s string) string {
+	if s == "" {
+		return ""
+	}
+	rest := strings.TrimLeft(strings.TrimLeft(s[:1], "+-")+s[1:], "0123456789")
+	n, err := strconv.Atoi(strings.TrimSuffix(s, rest))
+	switch {
+	case err != nil:
+		return "no_integer"
+	case rest != "":
+		return fmt.Sprintf("{leftover_string,%q}", rest)
+	}
+	return badTime(n)
+}
+
+// badTime is what RabbitMQ says of such a number.
+func badTime(ms int) string {
+	const tenYears = 315_360_000_000
+	switch {
+	case ms < 0:
+		return fmt.Sprintf("{value_negative,%d}", ms)
+	case ms > tenYears:
+		return fmt.Sprintf("{value_too_large,%d}", ms)
+	}
+	return ""
+}
+
+// note starts the record of a publication.
+func (ch *channel) note(m *message, mandatory bool) {
+	l := &ch.c.b.ledger
+	if l.off {
+		return
+	}
+	m.digest = digestOf(m.body)
+	m.publication = len(l.publications)
+	l.publications = append(l.publications, PublicationRecord{
+		ID: m.id, Exchange: m.exchange, RoutingKey: m.key, User: ch.c.user, Connection: ch.c.record.ID, Channel: ch.id, Session: ch.session,
+		Mandatory: mandatory, Time: ch.c.b.now,
+	})
+}
+
+func (ch *channel) refused(m *message, r *refusal) *refusal {
+	if p := ch.c.b.ledger.publication(m.publication); p != nil {
+		p.Refused = r.code
+	}
+	return r
+}
+
+func (ch *channel) returned(m *message) {
+	if p := ch.c.b.ledger.publication(m.publication); p != nil {
+		p.Returned = true
+	}
+	ch.c.send(func(out []byte) []byte {
+		out, mark := openMethod(out, ch.id, basicReturn)
+		out = append(out, 312>>8, 312&0xff)
+		out = appendShortstr(appendShortstr(appendShortstr(out, "NO_ROUTE"), m.exchange), m.key)
+		return appendContent(closeFrame(out, mark), ch.id, m.props, m.body, ch.c.frameMax)
+	})
+}
+
+// confirm is the answer to one publication.
+type confirm struct {
+	tag    uint64
+	nack   bool
+	lost   bool      // it never comes
+	due    time.Time // when it may be sent
+	record int       // in the ledger, -1 without one
+}
+
+// answer confirms a publication, now or as the host's faults say.
+func (ch *channel) answer(a confirm) {
+	w := &ch.c.host.wire
+	a.nack = a.nack || w.nackConfirms
+	if !w.loseConfirms && w.confirmDelay == 0 {
+		ch.sendConfirm(a, a.tag, false)
+		return
+	}
+	if a.lost = w.loseConfirms; a.lost {
+		if n := len(ch.unanswered); n > 0 && ch.unanswered[n-1].lost {
+			return // one is enough to know that nothing behind it may be confirmed together with what is before it
+		}
+	}
+	a.due = ch.c.b.now.Add(w.confirmDelay)
+	ch.unanswered = append(ch.unanswered, a)
+	if !a.lost {
+		ch.c.b.after(w.confirmDelay, ch.sendDue)
+	}
+}
+
+// sendDue sends the confirms that are due: as RabbitMQ does, acks of all that is unanswered up to a tag in one, the others alone.
+func (ch *channel) sendDue() {
+	if ch.ended || ch.closing {
+		return
+	}
+	n := 0
+	for n < len(ch.unanswered) && ch.unanswered[n].ready(ch.c.b.now) && !ch.unanswered[n].nack {
+		n++
+	}
+	for i, a := range ch.unanswered[:n] {
+		if i == n-1 {
+			ch.sendConfirm(a, a.tag, n > 1)
+			break
+		}
+		ch.noteConfirm(a)
+	}
+	ch.unanswered = slices.DeleteFunc(ch.unanswered[n:], func(a confirm) bool {
+		ready := a.ready(ch.c.b.now)
+		if ready {
+			ch.sendConfirm(a, a.tag, false)
+		}
+		return ready
+	})
+}
+
+func (a *confirm) ready(now time.Time) bool { return !a.lost && !a.due.After(now) }
+
+func (ch *channel) sendConfirm(a confirm, tag uint64, multiple bool) {
+	ch.noteConfirm(a)
+	m := basicAck
+	if a.nack {
+		m = basicNack
+	}
+	var args [9]byte
+	binary.BigEndian.PutUint64(args[:], tag)
+	args[8] = bit(multiple, 0)
+	ch.c.method(ch.id, m, args[:]...)
+}
+
+func (ch *channel) noteConfirm(a confirm) {
+	if p := ch.c.b.ledger.publication(a.record); p != nil {
+		p.Confirmed, p.Nacked = ch.c.b.now, a.nack
+	}
+}
