@@ -219,6 +219,9 @@ func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) 
 		}
 		if d.Outcome() == Unsettled {
 			wanted, _ := OutcomeOf(err)
+			if _, ofNone := d.fence.settler.(detached); wanted == Parked && !ofNone {
+				wanted = Requeued // a session has no place to park it yet
+			}
 			_ = d.settle(wanted)
 		}
 		o = d.Outcome()
