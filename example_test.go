@@ -2,6 +2,7 @@ package steadymq_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -435,6 +436,40 @@ func ExampleOutcomeOf() {
 	// Output:
 	// requeued steadymq: message requeued
 	// discarded cannot be parsed
+}
+
+// A message whose body does not decode never gets better. Its error tells why, and no secret of the
+// body.
+func ExampleDecode() {
+	type order struct {
+		Item  string
+		Price int
+	}
+	handle := steadymq.Decode(json.Unmarshal, func(_ context.Context, _ *steadymq.Delivery, o order) error {
+		fmt.Printf("%s for %d\n", o.Item, o.Price)
+		return nil
+	})
+	for _, body := range []string{`{"item": "tea", "price": 320}`, `{"item": "tea", "price": "my password"}`} {
+		d := steadymq.NewDelivery(amqp.Delivery{MessageId: "order-7", Body: []byte(body)})
+		outcome, err := steadymq.Invoke(context.Background(), handle, d)
+		fmt.Println(outcome, err)
+		fmt.Println("cannot be decoded:", errors.As(err, new(*steadymq.DecodeError)))
+	}
+	// Output:
+	// tea for 320
+	// acked <nil>
+	// cannot be decoded: false
+	// requeued steadymq: the body of message "order-7" (39 bytes) does not decode into steadymq_test.order: *json.UnmarshalTypeError (int) at byte 38
+	// cannot be decoded: true
+}
+
+// Given up on, and kept for someone to look at.
+func ExamplePark() {
+	handle := func(context.Context, *steadymq.Delivery) error {
+		return steadymq.Park(errors.New("no such customer"))
+	}
+	fmt.Println(steadymq.Invoke(context.Background(), handle, steadymq.NewDelivery(amqp.Delivery{})))
+	// Output: parked no such customer
 }
 
 // Settled by hand before work that must not be done twice: at most once in place of at least once.

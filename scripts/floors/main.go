@@ -29,6 +29,7 @@ var rooms = []room{
 	{"errors.go"},
 	{"ack.go", "delivery.go"},
 	{"guard.go"},
+	{"decode.go"},
 	{"endpoint.go"},
 	{"stats.go"},
 	{"config.go"},
