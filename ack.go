@@ -295,5 +295,6 @@ type Handler func(ctx context.Context, d *Delivery) error
 // Middleware wraps a [Handler], see [WithMiddleware]; the first one given is the outermost. It may
 // look at the error and replace it, and with it the outcome; see [OutcomeOf]. It is called once in
 // every Run, in that of a [Group] once for each consumer, and the handler it returns by several
-// goroutines at once.
+// goroutines at once. One that was made with wrong arguments may panic with an [*OptionError] when
+// it is called: Run then returns that error before it dials, with those of the others.
 type Middleware func(next Handler) Handler
