@@ -18,6 +18,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/middleware"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -417,25 +418,26 @@ func ExampleDiscard() {
 	// left: 0 dead: 1
 }
 
+// A policy of your own: what fails after a day is given up on. What the handler itself decides
+// stays.
 func ExampleOutcomeOf() {
-	// Gives up on what has failed often, but leaves alone what the handler decided.
-	giveUpAfter := func(n int, next steadymq.Handler) steadymq.Handler {
+	policy := func(next steadymq.Handler) steadymq.Handler {
 		return func(ctx context.Context, d *steadymq.Delivery) error {
 			err := next(ctx, d)
-			if _, explicit := steadymq.OutcomeOf(err); !explicit && d.Attempt() >= n {
+			if _, explicit := steadymq.OutcomeOf(err); !explicit && time.Since(d.Timestamp) > 24*time.Hour {
 				return steadymq.Discard(err)
 			}
 			return err
 		}
 	}
-	busy := giveUpAfter(1, func(context.Context, *steadymq.Delivery) error { return steadymq.Requeue(nil) })
-	broken := giveUpAfter(1, func(context.Context, *steadymq.Delivery) error { return errors.New("cannot be parsed") })
-	ctx := context.Background()
-	fmt.Println(steadymq.Invoke(ctx, busy, steadymq.NewDelivery(amqp.Delivery{})))
-	fmt.Println(steadymq.Invoke(ctx, broken, steadymq.NewDelivery(amqp.Delivery{})))
+	busy := policy(func(context.Context, *steadymq.Delivery) error { return steadymq.Requeue(nil) })
+	broken := policy(func(context.Context, *steadymq.Delivery) error { return errors.New("sold out") })
+	ctx, old := context.Background(), amqp.Delivery{Timestamp: time.Now().Add(-25 * time.Hour)}
+	fmt.Println(steadymq.Invoke(ctx, busy, steadymq.NewDelivery(old)))
+	fmt.Println(steadymq.Invoke(ctx, broken, steadymq.NewDelivery(old)))
 	// Output:
 	// requeued steadymq: message requeued
-	// discarded cannot be parsed
+	// discarded sold out
 }
 
 // A message whose body does not decode never gets better. Its error tells why, and no secret of the
@@ -523,7 +525,8 @@ func ExampleDelivery_Ack_stale() {
 	// stopped: <nil>
 }
 
-// A message that fails three times is parked in the dead-letter queue.
+// A message that fails three times goes to the dead-letter queue. Package middleware has this as a
+// policy for all handlers, DiscardAfter.
 func ExampleDelivery_Attempt() {
 	broker := exampleBroker("poison")
 	defer broker.Close()
@@ -542,23 +545,21 @@ func ExampleDelivery_Attempt() {
 		steadymq.WithDialer(broker.Dialer()),
 		steadymq.WithRequeueDelay(10*time.Millisecond, time.Minute)) // default: 1 s, 15 min
 	fmt.Println("stopped:", err)
-	fmt.Println("left:", broker.QueueLen("orders"), "parked:", broker.QueueLen("orders.dead"))
+	fmt.Println("left:", broker.QueueLen("orders"), "dead:", broker.QueueLen("orders.dead"))
 	// Output:
 	// attempt 1: the database refuses it
 	// attempt 2: the database refuses it
 	// attempt 3: the database refuses it
 	// stopped: <nil>
-	// left: 0 parked: 1
+	// left: 0 dead: 1
 }
 
-// A test of a handler needs no broker: what does it do at the fifth attempt?
+// A test of a handler and its policy needs no broker: what becomes of the message at the fifth
+// attempt?
 func ExampleNewDelivery() {
-	handle := func(_ context.Context, d *steadymq.Delivery) error {
-		if d.Attempt() >= 5 {
-			return steadymq.Discard(errors.New("given up"))
-		}
+	handle := middleware.DiscardAfter(5)(func(context.Context, *steadymq.Delivery) error {
 		return errors.New("not today")
-	}
+	})
 	fresh := steadymq.NewDelivery(amqp.Delivery{Body: []byte("tea")})
 	tried := steadymq.NewDelivery(amqp.Delivery{
 		Body:        []byte("tea"),
@@ -571,7 +572,7 @@ func ExampleNewDelivery() {
 	}
 	// Output:
 	// attempt 1: requeued, not today
-	// attempt 5: discarded, given up
+	// attempt 5: discarded, not today
 }
 
 func ExampleInvoke() {
