@@ -30,6 +30,10 @@ const (
 	Discarded
 	// Stale: the session ended first and nothing was sent. The broker delivers the message again.
 	Stale
+	// Parked: the message is given up on, and kept aside with its cause; see [Park].
+	Parked
+	// Delayed: the message has left its queue for one that waits, and comes back from there.
+	Delayed
 )
 
 // String returns the outcome in lower case.
@@ -45,6 +49,10 @@ func (o Outcome) String() string {
 		return "discarded"
 	case Stale:
 		return "stale"
+	case Parked:
+		return "parked"
+	case Delayed:
+		return "delayed"
 	}
 	return "unknown"
 }
@@ -190,7 +198,8 @@ func (a detached) settle(d *Delivery, o Outcome) error {
 	if a.to == nil {
 		return nil
 	}
-	if o == Acked {
+	switch o {
+	case Acked, Parked, Delayed: // the message leaves the queue, and no dead-letter exchange gets it
 		return a.to.Ack(d.fence.tag, false)
 	}
 	return a.to.Reject(d.fence.tag, o == Requeued)
@@ -236,10 +245,16 @@ func RequeueAfter(err error, d time.Duration) error {
 // has a dead-letter exchange. err may be nil. [errors.Is] and [errors.As] see through to it.
 func Discard(err error) error { return &outcomeError{outcome: Discarded, err: err} }
 
+// Park returns an error that makes a [Handler] give up on its message and keep it, with its cause,
+// for someone to look at. A consumer that has no place for such messages holds this one as it does
+// after any other error, so that it is not lost. err may be nil. [errors.Is] and [errors.As] see
+// through to it.
+func Park(err error) error { return &outcomeError{outcome: Parked, err: err} }
+
 // OutcomeOf returns the outcome that a handler's error asks for, and whether it does so explicitly:
-// true for nil, which acks, and for what [Discard], [Requeue] and [RequeueAfter] return, wrapped or
-// not; false for any other error, which puts the message back after a hold. A [Middleware] that has
-// a policy for failures leaves the explicit ones alone.
+// true for nil, which acks, and for what [Discard], [Park], [Requeue] and [RequeueAfter] return,
+// wrapped or not; false for any other error, which puts the message back after a hold. A
+// [Middleware] that has a policy for failures leaves the explicit ones alone.
 func OutcomeOf(err error) (o Outcome, explicit bool) {
 	if err == nil {
 		return Acked, true
@@ -280,5 +295,6 @@ type Handler func(ctx context.Context, d *Delivery) error
 // Middleware wraps a [Handler], see [WithMiddleware]; the first one given is the outermost. It may
 // look at the error and replace it, and with it the outcome; see [OutcomeOf]. It is called once in
 // every Run, in that of a [Group] once for each consumer, and the handler it returns by several
-// goroutines at once.
+// goroutines at once. One that was made with wrong arguments may panic with an [*OptionError] when
+// it is called: Run then returns that error before it dials, with those of the others.
 type Middleware func(next Handler) Handler

@@ -15,6 +15,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/middleware"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -281,19 +282,9 @@ func ExampleWithFatal() {
 	// steadymq: queue oders: session 1: consume mq1.test:5672: 404 NOT_FOUND - no queue 'oders' in vhost '/'; it is asked for again until someone has declared it, which WithQueue or WithTopology can do
 }
 
-// A policy is a middleware that rewrites the error.
+// A policy is a middleware that rewrites the error. Package middleware has some; see [OutcomeOf]
+// for one of your own.
 func ExampleWithMiddleware() {
-	discardAfter := func(n int) steadymq.Middleware {
-		return func(next steadymq.Handler) steadymq.Handler {
-			return func(ctx context.Context, d *steadymq.Delivery) error {
-				err := next(ctx, d)
-				if _, explicit := steadymq.OutcomeOf(err); !explicit && d.Attempt() >= n {
-					return steadymq.Discard(err)
-				}
-				return err
-			}
-		}
-	}
 	broker := exampleBroker("flaky")
 	defer broker.Close()
 	ctx, stop := context.WithCancel(context.Background())
@@ -307,7 +298,7 @@ func ExampleWithMiddleware() {
 	},
 		steadymq.WithDialer(broker.Dialer()),
 		steadymq.WithRequeueDelay(10*time.Millisecond, time.Minute), // default: 1 s, 15 min
-		steadymq.WithMiddleware(discardAfter(2)))
+		steadymq.WithMiddleware(middleware.DiscardAfter(2)))
 	fmt.Println("stopped:", err)
 	fmt.Println("dead:", broker.QueueLen("orders.dead"))
 	// Output:

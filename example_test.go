@@ -2,6 +2,7 @@ package steadymq_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -17,6 +18,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/middleware"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -416,25 +418,60 @@ func ExampleDiscard() {
 	// left: 0 dead: 1
 }
 
+// A policy of your own: what fails after a day is given up on. What the handler itself decides
+// stays.
 func ExampleOutcomeOf() {
-	// Gives up on what has failed often, but leaves alone what the handler decided.
-	giveUpAfter := func(n int, next steadymq.Handler) steadymq.Handler {
+	policy := func(next steadymq.Handler) steadymq.Handler {
 		return func(ctx context.Context, d *steadymq.Delivery) error {
 			err := next(ctx, d)
-			if _, explicit := steadymq.OutcomeOf(err); !explicit && d.Attempt() >= n {
+			if _, explicit := steadymq.OutcomeOf(err); !explicit && time.Since(d.Timestamp) > 24*time.Hour {
 				return steadymq.Discard(err)
 			}
 			return err
 		}
 	}
-	busy := giveUpAfter(1, func(context.Context, *steadymq.Delivery) error { return steadymq.Requeue(nil) })
-	broken := giveUpAfter(1, func(context.Context, *steadymq.Delivery) error { return errors.New("cannot be parsed") })
-	ctx := context.Background()
-	fmt.Println(steadymq.Invoke(ctx, busy, steadymq.NewDelivery(amqp.Delivery{})))
-	fmt.Println(steadymq.Invoke(ctx, broken, steadymq.NewDelivery(amqp.Delivery{})))
+	busy := policy(func(context.Context, *steadymq.Delivery) error { return steadymq.Requeue(nil) })
+	broken := policy(func(context.Context, *steadymq.Delivery) error { return errors.New("sold out") })
+	ctx, old := context.Background(), amqp.Delivery{Timestamp: time.Now().Add(-25 * time.Hour)}
+	fmt.Println(steadymq.Invoke(ctx, busy, steadymq.NewDelivery(old)))
+	fmt.Println(steadymq.Invoke(ctx, broken, steadymq.NewDelivery(old)))
 	// Output:
 	// requeued steadymq: message requeued
-	// discarded cannot be parsed
+	// discarded sold out
+}
+
+// A message whose body does not decode never gets better. Its error tells why, and no secret of the
+// body.
+func ExampleDecode() {
+	type order struct {
+		Item  string
+		Price int
+	}
+	handle := steadymq.Decode(json.Unmarshal, func(_ context.Context, _ *steadymq.Delivery, o order) error {
+		fmt.Printf("%s for %d\n", o.Item, o.Price)
+		return nil
+	})
+	for _, body := range []string{`{"item": "tea", "price": 320}`, `{"item": "tea", "price": "my password"}`} {
+		d := steadymq.NewDelivery(amqp.Delivery{MessageId: "order-7", Body: []byte(body)})
+		outcome, err := steadymq.Invoke(context.Background(), handle, d)
+		fmt.Println(outcome, err)
+		fmt.Println("cannot be decoded:", errors.As(err, new(*steadymq.DecodeError)))
+	}
+	// Output:
+	// tea for 320
+	// acked <nil>
+	// cannot be decoded: false
+	// requeued steadymq: the body of message "order-7" (39 bytes) does not decode into steadymq_test.order: *json.UnmarshalTypeError (int) at byte 38
+	// cannot be decoded: true
+}
+
+// Given up on, and kept for someone to look at.
+func ExamplePark() {
+	handle := func(context.Context, *steadymq.Delivery) error {
+		return steadymq.Park(errors.New("no such customer"))
+	}
+	fmt.Println(steadymq.Invoke(context.Background(), handle, steadymq.NewDelivery(amqp.Delivery{})))
+	// Output: parked no such customer
 }
 
 // Settled by hand before work that must not be done twice: at most once in place of at least once.
@@ -488,7 +525,8 @@ func ExampleDelivery_Ack_stale() {
 	// stopped: <nil>
 }
 
-// A message that fails three times is parked in the dead-letter queue.
+// A message that fails three times goes to the dead-letter queue. Package middleware has this as a
+// policy for all handlers, DiscardAfter.
 func ExampleDelivery_Attempt() {
 	broker := exampleBroker("poison")
 	defer broker.Close()
@@ -507,23 +545,21 @@ func ExampleDelivery_Attempt() {
 		steadymq.WithDialer(broker.Dialer()),
 		steadymq.WithRequeueDelay(10*time.Millisecond, time.Minute)) // default: 1 s, 15 min
 	fmt.Println("stopped:", err)
-	fmt.Println("left:", broker.QueueLen("orders"), "parked:", broker.QueueLen("orders.dead"))
+	fmt.Println("left:", broker.QueueLen("orders"), "dead:", broker.QueueLen("orders.dead"))
 	// Output:
 	// attempt 1: the database refuses it
 	// attempt 2: the database refuses it
 	// attempt 3: the database refuses it
 	// stopped: <nil>
-	// left: 0 parked: 1
+	// left: 0 dead: 1
 }
 
-// A test of a handler needs no broker: what does it do at the fifth attempt?
+// A test of a handler and its policy needs no broker: what becomes of the message at the fifth
+// attempt?
 func ExampleNewDelivery() {
-	handle := func(_ context.Context, d *steadymq.Delivery) error {
-		if d.Attempt() >= 5 {
-			return steadymq.Discard(errors.New("given up"))
-		}
+	handle := middleware.DiscardAfter(5)(func(context.Context, *steadymq.Delivery) error {
 		return errors.New("not today")
-	}
+	})
 	fresh := steadymq.NewDelivery(amqp.Delivery{Body: []byte("tea")})
 	tried := steadymq.NewDelivery(amqp.Delivery{
 		Body:        []byte("tea"),
@@ -536,7 +572,7 @@ func ExampleNewDelivery() {
 	}
 	// Output:
 	// attempt 1: requeued, not today
-	// attempt 5: discarded, given up
+	// attempt 5: discarded, not today
 }
 
 func ExampleInvoke() {

@@ -119,7 +119,7 @@ func transfer(f func([]byte) (int, error), p []byte, fault func(error)) (n int, 
 }
 
 // safeError returns an error of the user unchanged if it can be read, else a *PanicError in its
-// place. The outcome that Discard, Requeue and RequeueAfter ask for is kept.
+// place. The outcome that Discard, Park, Requeue and RequeueAfter ask for is kept.
 func safeError(err error) error {
 	if err == nil {
 		return nil

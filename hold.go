@@ -265,7 +265,7 @@ func settlementFor(err error, d *Delivery, c *config) (Outcome, time.Duration) {
 		return Acked, 0
 	}
 	var v *outcomeError
-	if errors.As(err, &v) {
+	if errors.As(err, &v) && v.outcome != Parked { // there is no place to park it yet
 		return v.outcome, v.delay
 	}
 	return Requeued, holdFor(d.Attempt(), c)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -182,12 +183,17 @@ func (p *pool) failed(s *session, d *Delivery, held time.Duration, err error) {
 func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
 	defer cancel()
+	var refused []error
 	for i := len(c.middleware) - 1; i >= 0; i-- {
 		made, err := userCall[Handler]{
 			option: "WithMiddleware",
 			f:      func(context.Context) (Handler, error) { return c.middleware[i](h), nil },
 			left:   left,
 		}.run(ctx)
+		if v := (*OptionError)(nil); errors.As(err, &v) {
+			refused = slices.Insert(refused, 0, error(v)) // in the order in which they were given
+			continue
+		}
 		if err != nil {
 			return nil, fmt.Errorf("steadymq: %w", err)
 		}
@@ -196,7 +202,7 @@ func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, erro
 		}
 		h = made
 	}
-	return h, nil
+	return h, errors.Join(refused...)
 }
 
 // Invoke runs h on d as a [Consumer] does, but without its holds, so that a test of a handler can
@@ -219,6 +225,9 @@ func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) 
 		}
 		if d.Outcome() == Unsettled {
 			wanted, _ := OutcomeOf(err)
+			if _, ofNone := d.fence.settler.(detached); wanted == Parked && !ofNone {
+				wanted = Requeued // a session has no place to park it yet
+			}
 			_ = d.settle(wanted)
 		}
 		o = d.Outcome()

@@ -54,6 +54,23 @@ func TestFailedMessageIsHeldTwiceAsLongEachTime(t *testing.T) {
 	}
 }
 
+// Nothing is lost, and no dead-letter exchange gets what was to be looked at.
+func TestMessageToBeParkedIsHeldWhereThereIsNoPlaceForIt(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.RemakeQueue("quorum")
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.Park(errAway) })
+		r.Broker.Publish(rig.Queue, "x")
+		r.Wait(time.Minute)
+		holds := holdsOf(r)
+		require.GreaterOrEqual(r, len(holds), 4)
+		for i, hold := range holds {
+			assert.GreaterOrEqual(r, hold, time.Second<<i/2, "hold %d", i+1)
+		}
+		assert.Equal(r, 1, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
+		assert.Zero(r, r.Consumer.Stats().Acked+r.Consumer.Stats().Discarded)
+	})
+}
+
 func TestHoldsStayWithinWhatWasAsked(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.RemakeQueue("quorum")

@@ -338,6 +338,8 @@ func TestOutcomeOfRespectsWhatTheErrorSays(t *testing.T) {
 		{nil, steadymq.Acked, true},
 		{steadymq.Discard(nil), steadymq.Discarded, true},
 		{fmt.Errorf("order 7: %w", steadymq.Discard(cause)), steadymq.Discarded, true},
+		{steadymq.Park(nil), steadymq.Parked, true},
+		{fmt.Errorf("order 7: %w", steadymq.Park(cause)), steadymq.Parked, true},
 		{errors.Join(cause, steadymq.Requeue(cause)), steadymq.Requeued, true},
 		{steadymq.RequeueAfter(cause, time.Second), steadymq.Requeued, true},
 		{cause, steadymq.Requeued, false},
@@ -356,6 +358,7 @@ func TestInvokeDecidesAsAConsumerDoes(t *testing.T) {
 		"nil":     {rig.Ack, steadymq.Acked},
 		"error":   {func(context.Context, *steadymq.Delivery) error { return errors.New("away") }, steadymq.Requeued},
 		"discard": {func(context.Context, *steadymq.Delivery) error { return steadymq.Discard(nil) }, steadymq.Discarded},
+		"park":    {func(context.Context, *steadymq.Delivery) error { return steadymq.Park(nil) }, steadymq.Parked},
 		"panic":   {func(context.Context, *steadymq.Delivery) error { panic("boom") }, steadymq.Requeued},
 		"by hand": {func(_ context.Context, d *steadymq.Delivery) error {
 			_ = d.Discard()
@@ -370,6 +373,35 @@ func TestInvokeDecidesAsAConsumerDoes(t *testing.T) {
 		assert.Equal(t, name == "panic", errors.As(err, new(*steadymq.PanicError)), name)
 	}
 }
+
+// A parked message leaves its queue, and no dead-letter exchange may get it besides.
+func TestParkIsAnAckToTheAcknowledgerOfATest(t *testing.T) {
+	told := new(onlyAcks)
+	cause := errors.New("cannot be read")
+	o, err := steadymq.Invoke(t.Context(), func(context.Context, *steadymq.Delivery) error {
+		return steadymq.Park(cause)
+	}, steadymq.NewDelivery(amqp.Delivery{DeliveryTag: 7, Acknowledger: told}))
+	assert.Equal(t, "parked", o.String())
+	require.ErrorIs(t, err, cause)
+	require.EqualError(t, err, "cannot be read")
+	require.EqualError(t, steadymq.Park(nil), "steadymq: message parked")
+	assert.Equal(t, []uint64{7}, told.tags)
+}
+
+// onlyAcks is an amqp.Acknowledger that refuses all but acks of one message.
+type onlyAcks struct{ tags []uint64 }
+
+func (a *onlyAcks) Ack(tag uint64, multiple bool) error {
+	if multiple {
+		return errors.New("several")
+	}
+	a.tags = append(a.tags, tag)
+	return nil
+}
+
+func (a *onlyAcks) Nack(uint64, bool, bool) error { panic("nack") }
+
+func (a *onlyAcks) Reject(uint64, bool) error { panic("reject") }
 
 // FailNow of a test inside a handler ends the test, as everywhere.
 func TestInvokeLetsGoexitPass(t *testing.T) {

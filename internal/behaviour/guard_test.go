@@ -155,6 +155,25 @@ func TestMiddlewareThatMakesNoHandlerIsRefusedByRun(t *testing.T) {
 	})
 }
 
+// What makes a middleware has no error to return, so the middleware says it.
+func TestMiddlewareMadeWithWrongArgumentsIsRefusedByRun(t *testing.T) {
+	refuse := func(name string) steadymq.Middleware {
+		return func(steadymq.Handler) steadymq.Handler { panic(&steadymq.OptionError{Option: name, Reason: "no"}) }
+	}
+	fine := func(next steadymq.Handler) steadymq.Handler { return next }
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Run(rig.Ack, steadymq.WithMiddleware(refuse("outer"), fine, refuse("inner")))
+		r.Wait(time.Second)
+		require.Len(r, r.Result, 1)
+		err := <-r.Result
+		r.Result = nil
+		require.EqualError(r, err, "steadymq: outer: no\nsteadymq: inner: no")
+		require.ErrorAs(r, err, new(*steadymq.OptionError))
+		assert.NotErrorAs(r, err, new(*steadymq.PanicError))
+		assert.Empty(r, r.Broker.Ledger().Dials)
+	})
+}
+
 func TestFunctionThatHangsEndsRunAfterTheSetupLimit(t *testing.T) {
 	release := make(chan struct{})
 	for name, option := range map[string]steadymq.Option{

@@ -27,6 +27,7 @@ var rooms = []room{
 	{"errors.go"},
 	{"ack.go", "delivery.go"},
 	{"guard.go"},
+	{"decode.go"},
 	{"endpoint.go"},
 	{"stats.go"},
 	{"config.go"},
@@ -60,6 +61,7 @@ var (
 var rules = []rule{
 	{patterns{"internal/wire/..."}, patterns{"./...", "!internal/wire/...", "!internal/errtext"}, "the wire names nothing above it"},
 	{patterns{"steadymqtest/..."}, patterns{"."}, "the root's tests import the kit"},
+	{patterns{"middleware/..."}, patterns{"./...", "!."}, "what the policies do, any user could do: they use what is exported"},
 	{patterns{"internal/rabbit/..."}, patterns{"."}, "what starts brokers does not know who consumes from them"},
 	{patterns{"internal/faultproxy/..."}, patterns{"."}, "a proxy that used the library could not judge it"},
 	{patterns{"internal/router/..."}, patterns{"."}, "a router that used the library could not judge it"},
