@@ -404,7 +404,7 @@ func (s *supervisor) open(ctx context.Context, conn *loan, dial *dial, suspect b
 	return attempt{conn: conn, giveBack: giveBack, session: session, err: err}
 }
 
-// consuming waits for the end of the session or of Run's context.
+// consuming waits for the first sign of the session's end, or for the end of Run's context.
 func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
 	s.conn.served = true
@@ -416,35 +416,56 @@ func (s *supervisor) consuming() stateFunc {
 	s.enter(Consuming, nil) // first: a handler may ask for the state
 	s.away = away{}
 	s.pool.serve(s.session)
-	retiring, proven := s.reasonsToMove()
+	from := s.reasonsToMove()
+	from.stop = s.ctx.Done()
 	for {
-		select {
-		case <-s.session.end.Done():
-			session := s.session
-			s.release()
-			s.recordHealth(session)
-			if errors.Is(session.end.Cause(), errMoved) {
-				s.dropConnection()
-				return s.connecting
-			}
-			return s.failed(session.end.Cause())
-		case <-s.ctx.Done():
+		switch first := s.session.consume(from); first {
+		case signUnreadable:
+			s.session.setAside()
+		case signProven:
+			from.proven = s.comeBack()
+		case signRetiring:
+			from.retiring = nil
+			s.session.leave.notify(errMoved)
+		case signStop:
 			s.recordHealth(s.session)
 			return s.draining
-		case <-proven:
-			if s.session.movesLate() || !s.borrower.share() {
-				proven = time.After(lookAgain)
-				continue
-			}
-			proven = nil
-			s.reporter.info("the consumer has been healthy on a connection of its own, so it shares one again",
-				slog.String("queue", s.session.queue), slog.String("host", s.host))
-			s.session.moves.notify(errMoved)
-		case <-retiring:
-			retiring = nil
-			s.session.moves.notify(errMoved)
+		default:
+			s.session.finish(first)
+			return s.ending
 		}
 	}
+}
+
+// ending waits until its successor may follow a session that ends: at once, unless that moves and
+// its handlers have to finish first.
+func (s *supervisor) ending() stateFunc {
+	session := s.session
+	select {
+	case <-session.end.Done():
+	case <-s.ctx.Done():
+		s.recordHealth(session)
+		return s.draining
+	}
+	s.release()
+	s.recordHealth(session)
+	if errors.Is(session.end.Cause(), errMoved) {
+		s.dropConnection()
+		return s.connecting
+	}
+	return s.failed(session.end.Cause())
+}
+
+// comeBack moves a consumer that was kept apart, and is healthy, to a connection that others share.
+// It returns when to try that again, if there is none.
+func (s *supervisor) comeBack() (later <-chan time.Time) {
+	if s.session.movesLate() || !s.borrower.share() {
+		return time.After(lookAgain)
+	}
+	s.reporter.info("the consumer has been healthy on a connection of its own, so it shares one again",
+		slog.String("queue", s.session.queue), slog.String("host", s.host))
+	s.session.leave.notify(errMoved)
+	return nil
 }
 
 // provenApart is how long a session lasts on a connection of its own, until its consumer shares one
@@ -457,14 +478,15 @@ const lookAgain = 5 * time.Second
 // reasonsToMove returns what tells that the session's successor does better on another connection:
 // its own is to go, or a consumer that was kept apart is healthy. A queue that would end with the
 // connection stays.
-func (s *supervisor) reasonsToMove() (retiring <-chan struct{}, proven <-chan time.Time) {
+func (s *supervisor) reasonsToMove() (from signals) {
 	if s.owns() || s.consumer.grouped && namedByBroker(s.session.queue) {
-		return nil, nil
+		return from
 	}
 	if s.borrower.isolated() {
-		proven = time.After(provenApart)
+		from.proven = time.After(provenApart)
 	}
-	return s.conn.retiring.Done(), proven
+	from.retiring = s.conn.retiring.Done()
+	return from
 }
 
 // recordHealth records how well the session did that is ending now.
@@ -758,8 +780,7 @@ func (s *supervisor) draining() stateFunc {
 	s.pool.end()
 	left := s.config.closeTimeout
 	if s.session != nil {
-		close(s.session.stop)
-		<-s.session.done // bounded by the drain limit and the close limit
+		s.session.close() // bounded by the drain limit and the close limit
 		s.closing = append(s.closing, closer{done: s.probed})
 		s.addError(s.session.drainErr)
 		left -= s.session.closeTook

@@ -66,7 +66,7 @@ func (p *prober) run() {
 			if p.grown > 0 {
 				s.stream.fallSilent(p.grown)
 			}
-			s.stall.notify(err)
+			s.leave.notify(err)
 			return
 		}
 		p.suspected = err != nil
