@@ -51,14 +51,14 @@ type session struct {
 	ctx    context.Context // parent of the handlers' contexts
 	cancel context.CancelCauseFunc
 
-	gate    *gate         // handlers of this session that are running
+	gate    gate          // handlers of this session that are running
 	holds   holds         // failed deliveries that wait to go back
 	backlog backlog       // whether handlers keep up with the prefetch
-	leave   *notifier     // set by prober and supervisor: why another session does better
+	stall   *notifier     // set by the prober: why it wants another session; nil if there is none
 	end     *notifier     // why there are no more deliveries
 	closed  atomic.Bool   // no settlement is sent any more
 	settled atomic.Bool   // a settlement was sent, which makes the session healthy sooner
-	done    chan struct{} // closed when nothing of it is left
+	done    chan struct{} // made by finish; closed when nothing of it is left
 	since   time.Time     // when consume-ok came
 
 	settler  settler       // the session itself, or a hookSettler around it
@@ -154,13 +154,13 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 		lease:       lease,
 		channelEnd:  channelEnd{closes: channel.NotifyClose(make(chan *amqp.Error, 1))},
 		cancels:     channel.NotifyCancel(make(chan string, 2)), // a lookup has two consumers
-		gate:        newGate(),
-		leave:       newNotifier(),
 		end:         newNotifier(),
-		done:        make(chan struct{}),
 	}
 	s.holds.session = s
 	s.settler = s
+	if of.config.stallAfter > 0 {
+		s.stall = newNotifier()
+	}
 	if of.config.hooks.Settled != nil {
 		s.settler = hookSettler{s}
 	}
@@ -289,7 +289,7 @@ const (
 	signUnreadable sign = iota // messages were set aside
 	signLost                   // the channel or the connection ends
 	signCancelled              // basic.cancel
-	signLeave                  // another session does better
+	signStalled                // the prober wants another session
 	signStop                   // a drain is asked for
 	signRetiring               // the connection is to go
 	signProven                 // the consumer was healthy for a while
@@ -313,8 +313,8 @@ func (s *session) consume(from signals) sign {
 			return signCancelled
 		}
 	case <-s.conn.end.Done():
-	case <-s.leave.Done():
-		return signLeave
+	case <-s.stall.Done():
+		return signStalled
 	case <-from.stop:
 		return signStop
 	case <-from.retiring:
@@ -329,7 +329,7 @@ func (s *session) consume(from signals) sign {
 // a drain.
 func (s *session) finish(first sign) {
 	if !s.finishing {
-		s.finishing = true
+		s.finishing, s.done = true, make(chan struct{})
 		go s.run(first)
 	}
 }
@@ -373,8 +373,10 @@ func (s *session) causeAt(first sign) error {
 		return nil
 	case signCancelled:
 		return s.lost(errCancelled)
-	case signLeave:
-		return s.lost(s.leave.Cause())
+	case signStalled:
+		return s.lost(s.stall.Cause())
+	case signRetiring, signProven:
+		return s.lost(errMoved)
 	}
 	return s.lost(s.diagnose())
 }
@@ -738,13 +740,9 @@ func (s *session) healthy(now time.Time) bool {
 // gate counts the handlers at work. Once it is closed no handler enters any more, and done is
 // closed when the last one has left. Workers enter and leave; the session's goroutine closes it.
 type gate struct {
-	count atomic.Int64 // twice the number of handlers inside, plus one once it is closed
-	done  chan struct{}
+	count atomic.Int64  // twice the number of handlers inside, plus one once it is closed
+	done  chan struct{} // made by close
 	once  sync.Once
-}
-
-func newGate() *gate {
-	return &gate{done: make(chan struct{})}
 }
 
 func (g *gate) enter() bool {
@@ -769,6 +767,7 @@ func (g *gate) close() {
 	if g.count.Load()&1 == 1 {
 		return
 	}
+	g.done = make(chan struct{})
 	if g.count.Add(1) == 1 {
 		g.once.Do(func() { close(g.done) })
 	}
