@@ -686,7 +686,7 @@ var mutants = []mutant{
 		"	return cs.reporters[1]")),
 	inTest("TestPanicOfTheLogHandlerInALineOfTheGroupEndsItsRun", change("a panic in a line of the group does not end its run", "group.go",
 		"r.fault, r.faulted = &run.fault, end",
-		"r.fault, r.faulted = run.fault, func() {}")),
+		"r.fault, r.faulted = &run.fault, func() {}")),
 	inTest("TestTryThatTakesItsTimeIsTold", change("a slow try stays at its dial", "dial.go",
 		"\t\t\tstep.at(\"open\")\n",
 		"")),
