@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -65,9 +64,12 @@ type config struct {
 	logger     *slog.Logger
 	hooks      Hooks
 
-	set      map[string]bool // names of the options given, for defaults that depend on it
+	set      given // for defaults that depend on it
 	problems []error
 }
+
+// given says which options were given.
+type given struct{ heartbeat, dialTimeout, prefetch, backoff bool }
 
 func defaults(url, queue string) *config {
 	return &config{
@@ -88,7 +90,6 @@ func defaults(url, queue string) *config {
 		requeueLongest: 15 * time.Minute,
 		writeDelay:     time.Millisecond,
 		tagPrefix:      "steadymq",
-		set:            make(map[string]bool),
 	}
 }
 
@@ -211,7 +212,6 @@ type Binding struct {
 func (c *config) clone(queue string) *config {
 	own := *c
 	own.queue, own.by = queue, "Handle"
-	own.set = maps.Clone(c.set)
 	own.middleware = slices.Clip(c.middleware)
 	own.ofConnection, own.problems = nil, nil
 	if c.declare != nil {
@@ -332,7 +332,7 @@ func (c *config) endpointOf(text string) (endpoint, error) {
 // heartbeatOf returns the heartbeat to ask for at e: that of the URL, unless WithHeartbeat is
 // given.
 func (c *config) heartbeatOf(e endpoint) time.Duration {
-	if e.heartbeat != 0 && !c.set["WithHeartbeat"] {
+	if e.heartbeat != 0 && !c.set.heartbeat {
 		return e.heartbeat
 	}
 	return c.heartbeat
@@ -340,7 +340,7 @@ func (c *config) heartbeatOf(e endpoint) time.Duration {
 
 // dialTimeoutOf returns the limit of a dial to e: that of the URL, unless WithDialTimeout is given.
 func (c *config) dialTimeoutOf(e endpoint) time.Duration {
-	if e.dialTimeout != 0 && !c.set["WithDialTimeout"] {
+	if e.dialTimeout != 0 && !c.set.dialTimeout {
 		return e.dialTimeout
 	}
 	return c.dialTimeout
@@ -471,7 +471,7 @@ func (c *config) checkDeadLetter(q *Queue) {
 }
 
 func (c *config) checkTogether() {
-	if !c.set["WithPrefetch"] {
+	if !c.set.prefetch {
 		c.prefetch = max(c.prefetch, c.concurrency)
 	} else if c.prefetch < c.concurrency && c.prefetch > 0 {
 		c.refuse("WithPrefetch", "must be at least the concurrency (%d), got %d: workers would wait for nothing", c.concurrency, c.prefetch)

@@ -30,7 +30,7 @@ type Consumer struct {
 
 	mu      sync.Mutex
 	stop    context.CancelFunc // ends the Run under way; nil if there is none
-	done    chan struct{}      // closed when that Run has returned
+	done    chan struct{}      // closed when that Run has returned; nil if nobody waits for that
 	err     error              // of the last Run
 	stopped atomic.Bool        // Stop was called
 }
@@ -136,7 +136,7 @@ func (c *Consumer) begin(stop context.CancelFunc) bool {
 	if c.stop != nil {
 		return false
 	}
-	c.stop, c.done = stop, make(chan struct{})
+	c.stop = stop
 	if !c.grouped {
 		c.stopped.Store(false)
 	} else if c.stopped.Load() {
@@ -149,7 +149,10 @@ func (c *Consumer) end(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.stop, c.err = nil, err
-	close(c.done)
+	if c.done != nil {
+		close(c.done)
+		c.done = nil
+	}
 }
 
 // Stop ends the Run of this Consumer alone, as the end of its context does, waits until it has
@@ -165,6 +168,9 @@ func (c *Consumer) Stop(ctx context.Context) error {
 	}
 	c.mu.Lock()
 	c.stopped.Store(true)
+	if c.stop != nil && c.done == nil {
+		c.done = make(chan struct{})
+	}
 	stop, done, last := c.stop, c.done, c.err
 	c.mu.Unlock()
 	switch {
@@ -232,7 +238,7 @@ type supervisor struct {
 	conn    *loan           // for the next session too; nil if that needs another connection
 	dial    *dial           // that this supervisor is to make, or makes
 	session *session        // that is consuming, else nil
-	probed  <-chan struct{} // closed by the session's prober at its end
+	probed  <-chan struct{} // closed by the session's prober at its end; nil if there is none
 	number  uint64          // of the current or last session
 	scope   *scope          // what all sessions of this Run share
 	tag     string          // prefix of all consumer tags
@@ -260,9 +266,6 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, b *borrower) *su
 		stats:    c.stats,
 		reporter: reporter,
 		ctx:      ctx,
-		changed:  make(chan struct{}),
-		stop:     make(chan struct{}),
-		done:     make(chan struct{}),
 	}
 	return &supervisor{
 		consumer: c,
@@ -301,8 +304,7 @@ func (s *supervisor) run() error {
 // result returns Run's error, as far as it is known. The panic of a hook or of the log handler
 // comes before everything else.
 func (s *supervisor) result() error {
-	var fault *faultError
-	if errors.As(s.reporter.fault.Cause(), &fault) {
+	if fault := s.reporter.fault.Load(); fault != nil {
 		s.consumer.fault.Store(fault)
 		return errtext.Join(fault, s.err)
 	}
@@ -404,7 +406,7 @@ func (s *supervisor) open(ctx context.Context, conn *loan, dial *dial, suspect b
 	return attempt{conn: conn, giveBack: giveBack, session: session, err: err}
 }
 
-// consuming waits for the end of the session or of Run's context.
+// consuming waits for the first sign of the session's end, or for the end of Run's context.
 func (s *supervisor) consuming() stateFunc {
 	s.stats.sessions.Add(1)
 	s.conn.served = true
@@ -416,35 +418,56 @@ func (s *supervisor) consuming() stateFunc {
 	s.enter(Consuming, nil) // first: a handler may ask for the state
 	s.away = away{}
 	s.pool.serve(s.session)
-	retiring, proven := s.reasonsToMove()
+	from := s.reasonsToMove()
+	from.stop = s.ctx.Done()
 	for {
-		select {
-		case <-s.session.end.Done():
-			session := s.session
-			s.release()
-			s.recordHealth(session)
-			if errors.Is(session.end.Cause(), errMoved) {
-				s.dropConnection()
-				return s.connecting
-			}
-			return s.failed(session.end.Cause())
-		case <-s.ctx.Done():
-			s.recordHealth(s.session)
-			return s.draining
-		case <-proven:
-			if s.session.movesLate() || !s.borrower.share() {
-				proven = time.After(lookAgain)
+		first := s.session.consume(from)
+		switch first {
+		case signUnreadable:
+			s.session.setAside()
+			continue
+		case signProven:
+			if !s.comesBack() {
+				from.proven = time.After(lookAgain)
 				continue
 			}
-			proven = nil
-			s.reporter.info("the consumer has been healthy on a connection of its own, so it shares one again",
-				slog.String("queue", s.session.queue), slog.String("host", s.host))
-			s.session.moves.notify(errMoved)
-		case <-retiring:
-			retiring = nil
-			s.session.moves.notify(errMoved)
+		case signStop:
+			s.recordHealth(s.session)
+			return s.draining
 		}
+		s.session.finish(first)
+		return s.ending
 	}
+}
+
+// ending waits until its successor may follow a session that ends: at once, unless that moves and
+// its handlers have to finish first.
+func (s *supervisor) ending() stateFunc {
+	session := s.session
+	select {
+	case <-session.end.Done():
+	case <-s.ctx.Done():
+		s.recordHealth(session)
+		return s.draining
+	}
+	s.release()
+	s.recordHealth(session)
+	if errors.Is(session.end.Cause(), errMoved) {
+		s.dropConnection()
+		return s.connecting
+	}
+	return s.failed(session.end.Cause())
+}
+
+// comesBack moves a consumer that was kept apart, and is healthy, to a connection that others share.
+// It reports whether there is one.
+func (s *supervisor) comesBack() bool {
+	if s.session.movesLate() || !s.borrower.share() {
+		return false
+	}
+	s.reporter.info("the consumer has been healthy on a connection of its own, so it shares one again",
+		slog.String("queue", s.session.queue), slog.String("host", s.host))
+	return true
 }
 
 // provenApart is how long a session lasts on a connection of its own, until its consumer shares one
@@ -457,14 +480,15 @@ const lookAgain = 5 * time.Second
 // reasonsToMove returns what tells that the session's successor does better on another connection:
 // its own is to go, or a consumer that was kept apart is healthy. A queue that would end with the
 // connection stays.
-func (s *supervisor) reasonsToMove() (retiring <-chan struct{}, proven <-chan time.Time) {
+func (s *supervisor) reasonsToMove() (from signals) {
 	if s.owns() || s.consumer.grouped && namedByBroker(s.session.queue) {
-		return nil, nil
+		return from
 	}
 	if s.borrower.isolated() {
-		proven = time.After(provenApart)
+		from.proven = time.After(provenApart)
 	}
-	return s.conn.retiring.Done(), proven
+	from.retiring = s.conn.retiring.Done()
+	return from
 }
 
 // recordHealth records how well the session did that is ending now.
@@ -479,9 +503,17 @@ func (s *supervisor) recordHealth(session *session) {
 
 // release takes the session away from the workers and lets it end by itself.
 func (s *supervisor) release() {
-	s.closing = append(s.closing, closer{done: s.session.done, session: s.session}, closer{done: s.probed})
+	s.closing = append(s.closing, closer{done: s.session.done, session: s.session})
+	s.awaitProber()
 	s.pool.serve(nil)
 	s.session = nil
+}
+
+// awaitProber lets Run wait for the session's prober, if there is one.
+func (s *supervisor) awaitProber() {
+	if s.probed != nil {
+		s.closing = append(s.closing, closer{done: s.probed})
+	}
 }
 
 // failed decides what follows a failure: whether it ends Run, whether it ends the connection, and
@@ -759,9 +791,8 @@ func (s *supervisor) draining() stateFunc {
 	s.pool.end()
 	left := s.config.closeTimeout
 	if s.session != nil {
-		close(s.session.stop)
-		<-s.session.done // bounded by the drain limit and the close limit
-		s.closing = append(s.closing, closer{done: s.probed})
+		s.session.close() // bounded by the drain limit and the close limit
+		s.awaitProber()
 		s.addError(s.session.drainErr)
 		left -= s.session.closeTook
 	}

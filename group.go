@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/steadymq/steadymq/internal/errtext"
 )
@@ -34,9 +35,9 @@ type groupRun struct {
 	ctx         context.Context
 	end         context.CancelFunc
 	connections *connections
-	fault       *notifier      // the first panic of the log handler in a line about a connection
-	running     sync.WaitGroup // the consumers' goroutines; added to under the mutex of the group
-	errs        []error        // of consumers; guarded by the mutex of the group
+	fault       atomic.Pointer[faultError] // the first panic of the log handler in a line about a connection
+	running     sync.WaitGroup             // the consumers' goroutines; added to under the mutex of the group
+	errs        []error                    // of consumers; guarded by the mutex of the group
 }
 
 // NewGroup checks url and options and returns a [Group]. It dials nothing. The options hold for all
@@ -116,7 +117,11 @@ func (g *Group) Run(ctx context.Context) error {
 	run.connections.await()
 	run.end()
 	run.connections.stopTelling()
-	return errtext.Join(append(toldOnce(run.errs), run.fault.Cause())...)
+	errs := toldOnce(run.errs)
+	if fault := run.fault.Load(); fault != nil {
+		errs = append(errs, fault)
+	}
+	return errtext.Join(errs...)
 }
 
 func (g *Group) begin(ctx context.Context) (*groupRun, error) {
@@ -126,12 +131,12 @@ func (g *Group) begin(ctx context.Context) (*groupRun, error) {
 		return nil, errRanBefore{}
 	}
 	ctx, end := context.WithCancel(ctx)
-	run := &groupRun{ctx: ctx, end: end, connections: newConnections(g.config, g.stats), fault: newNotifier()}
+	run := &groupRun{ctx: ctx, end: end, connections: newConnections(g.config, g.stats)}
 	quiet := *g.config
 	quiet.hooks = Hooks{} // they are told of consumers
 	run.connections.report = func() *reporter {
 		r := newReporter(ctx, &quiet, &g.stats.eventsDropped)
-		r.fault, r.faulted = run.fault, end
+		r.fault, r.faulted = &run.fault, end
 		return r
 	}
 	g.run = run
@@ -157,20 +162,22 @@ func (errRanBefore) Unwrap() error { return ErrRunning }
 // start runs c on a goroutine of its own. It is called with mu held.
 func (g *Group) start(c *Consumer, b *borrower) {
 	run, h := g.run, g.handlers[c]
-	run.running.Go(func() {
-		err := c.run(run.ctx, h, b)
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		if c.stopped.Load() {
-			delete(g.handlers, c)
-			g.consumers = slices.DeleteFunc(g.consumers, func(other *Consumer) bool { return other == c })
-			return
-		}
-		if err != nil {
-			run.errs = append(run.errs, ofConsumer(err, c.config))
-			run.end()
-		}
-	})
+	run.running.Go(func() { g.left(c, c.run(run.ctx, h, b)) })
+}
+
+// left takes the result of a consumer's Run.
+func (g *Group) left(c *Consumer, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if c.stopped.Load() {
+		delete(g.handlers, c)
+		g.consumers = slices.DeleteFunc(g.consumers, func(other *Consumer) bool { return other == c })
+		return
+	}
+	if err != nil {
+		g.run.errs = append(g.run.errs, ofConsumer(err, c.config))
+		g.run.end()
+	}
 }
 
 // Consumers returns the consumers of the group, in the order of [Group.Handle], but for those that

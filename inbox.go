@@ -34,7 +34,7 @@ type stretch struct {
 func newStretch(size int) *stretch { return &stretch{waiting: make(chan *Delivery, size)} }
 
 // shortStretch is how many deliveries an inbox has room for in the beginning.
-const shortStretch = 16
+const shortStretch = 4
 
 func newInbox(prefetch int, hire func() (all bool)) *inbox {
 	i := &inbox{most: max(prefetch, shortStretch), hire: hire, last: newStretch(shortStretch)}

@@ -48,7 +48,6 @@ func newJournal(ctx context.Context, logger *slog.Logger) *journal {
 	j := &journal{
 		ctx:        context.WithoutCancel(ctx),
 		logger:     logger,
-		causes:     make(map[string]*cause),
 		outageOpen: true,
 	}
 	return j
@@ -320,6 +319,9 @@ func (j *journal) cause(key string, now time.Time) *cause {
 			return j.causes[a].last.Compare(j.causes[b].last)
 		})
 		delete(j.causes, oldest)
+	}
+	if j.causes == nil {
+		j.causes = make(map[string]*cause)
 	}
 	if j.causes[key] == nil {
 		j.causes[key] = new(cause)

@@ -29,8 +29,13 @@ func (n *notifier) notify(cause error) {
 	})
 }
 
-// Done returns a channel that is closed once there is a cause.
-func (n *notifier) Done() <-chan struct{} { return n.done }
+// Done returns a channel that is closed once there is a cause. It is nil if n is.
+func (n *notifier) Done() <-chan struct{} {
+	if n == nil {
+		return nil
+	}
+	return n.done
+}
 
 // Cause returns the first cause, nil while there is none.
 func (n *notifier) Cause() error {
@@ -62,7 +67,7 @@ const (
 // There is never more than one, for it begins and ends under mu: it ends where it finds nothing to
 // do, and the next event begins another one, which finds the journal as the last one has left it.
 type reporter struct {
-	hooks   Hooks
+	hooks   *Hooks
 	journal *journal
 
 	mu       sync.Mutex
@@ -70,23 +75,23 @@ type reporter struct {
 	running  bool     // there is a goroutine, and the journal is its own
 	stopping bool     // stop was called
 
-	wake    chan struct{} // has a value once the goroutine has to look again
-	done    chan struct{} // closed after stop, when nothing is left to report
+	wake    chan struct{} // has a value once the goroutine has to look again; made with it
+	done    chan struct{} // made by stop; closed when nothing is left to report
 	muted   atomic.Bool   // Run has returned, so nothing of the user is called
 	dropped *atomic.Uint64
-	fault   *notifier // the first panic of a hook or of the log handler; the supervisor reads it
-	faulted func()    // called at each; run sets it before there is an event
+	fault   *atomic.Pointer[faultError] // the first panic of a hook or of the log handler; the supervisor reads it
+	own     atomic.Pointer[faultError]  // that, unless several reporters share one
+	faulted func()                      // called at each; run sets it before there is an event
 }
 
 func newReporter(ctx context.Context, c *config, dropped *atomic.Uint64) *reporter {
-	return &reporter{
-		hooks:   c.hooks,
+	r := &reporter{
+		hooks:   &c.hooks,
 		journal: newJournal(ctx, c.logger),
-		wake:    make(chan struct{}, 1),
-		done:    make(chan struct{}),
 		dropped: dropped,
-		fault:   newNotifier(),
 	}
+	r.fault = &r.own
+	return r
 }
 
 // changed reports a change of state.
@@ -162,7 +167,7 @@ func (r *reporter) tell(what func()) {
 // attend makes the goroutine look again, or begins one. It is called with mu held.
 func (r *reporter) attend() {
 	if !r.running {
-		r.running = true
+		r.running, r.wake = true, make(chan struct{}, 1)
 		go r.run()
 		return
 	}
@@ -207,7 +212,7 @@ func (r *reporter) next() (what func(), more bool) {
 	case r.journal.waiting():
 		return r.await, true
 	default:
-		r.running = false
+		r.running, r.wake = false, nil
 	}
 	return nil, false
 }
@@ -227,7 +232,7 @@ func (r *reporter) await() {
 // not return. Nothing is reported after that.
 func (r *reporter) stop() {
 	r.mu.Lock()
-	r.stopping = true
+	r.stopping, r.done = true, make(chan struct{})
 	r.attend()
 	r.mu.Unlock()
 	select {
@@ -242,7 +247,7 @@ func (r *reporter) stop() {
 
 // hook calls a hook, unless one has panicked before.
 func (r *reporter) hook(f func()) {
-	if r.fault.Cause() == nil {
+	if r.fault.Load() == nil {
 		r.call(f, "WithHooks", "a hook")
 	}
 }
@@ -259,7 +264,7 @@ func (r *reporter) call(f func(), option, what string) {
 	returned := false
 	defer func() {
 		if !returned {
-			r.fault.notify(&faultError{option, what, panicked(recover())})
+			r.fault.CompareAndSwap(nil, &faultError{option, what, panicked(recover())})
 			r.faulted()
 		}
 	}()

@@ -165,7 +165,7 @@ func WithDialer(dial func(ctx context.Context, network, address string) (net.Con
 func WithHeartbeat(d time.Duration) Option {
 	return ofConnection("WithHeartbeat", func(c *config) {
 		c.heartbeat = d
-		c.set["WithHeartbeat"] = true
+		c.set.heartbeat = true
 		if d < time.Second || d > 10*time.Minute || d%time.Second != 0 {
 			c.refuse("WithHeartbeat", "must be whole seconds between 1s and 10m, got %v", d)
 		}
@@ -176,7 +176,7 @@ func WithHeartbeat(d time.Duration) Option {
 // well. Default 5 s, or the connection_timeout parameter of the URL dialled, in milliseconds. Range
 // 1 ms to 24 h.
 func WithDialTimeout(d time.Duration) Option {
-	return ofConnection("WithDialTimeout", func(c *config) { c.dialTimeout = d; c.set["WithDialTimeout"] = true; c.duration("WithDialTimeout", d) })
+	return ofConnection("WithDialTimeout", func(c *config) { c.dialTimeout = d; c.set.dialTimeout = true; c.duration("WithDialTimeout", d) })
 }
 
 // WithConnectionName sets the name that the broker's management page and log show for the
@@ -310,7 +310,7 @@ func WithConcurrency(n int) Option {
 // consumer timeout (https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout); more is
 // logged, once in a Run.
 func WithPrefetch(n int) Option {
-	return func(c *config) { c.prefetch = n; c.set["WithPrefetch"] = true; c.count("WithPrefetch", n) }
+	return func(c *config) { c.prefetch = n; c.set.prefetch = true; c.count("WithPrefetch", n) }
 }
 
 // WithMiddleware wraps the handler. The first [Middleware] is the outermost. Given several times,
@@ -419,7 +419,7 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 func WithBackoff(initial, limit time.Duration) Option {
 	return ofConnection("WithBackoff", func(c *config) {
 		c.retryInitial, c.retryCap = initial, limit
-		c.set["WithBackoff"] = true
+		c.set.backoff = true
 		c.duration("WithBackoff", initial)
 		c.duration("WithBackoff", limit)
 		if limit < initial {

@@ -29,13 +29,12 @@ type prober struct {
 }
 
 // probe watches s for as long as it consumes, if the consumer has a stall detector. done is closed
-// when nobody watches it any more.
+// when nobody watches it any more, and nil if nobody does.
 func probe(s *session) (done <-chan struct{}) {
-	over := make(chan struct{})
 	if s.config.stallAfter <= 0 {
-		close(over)
-		return over
+		return nil
 	}
+	over := make(chan struct{})
 	go func() {
 		defer close(over)
 		newProber(s).run()

@@ -22,7 +22,7 @@ import (
 // uses it, and it knows no clock except the times that it is given.
 type retry struct {
 	config *config
-	rules  [classPeer + 1]rule
+	rules  []rule        // by class; nil before the first failure, which may never come
 	limit  time.Duration // the longest wait, if WithBackoff is given
 
 	failures   int       // in a row, since the last healthy session
@@ -43,16 +43,29 @@ type rule struct {
 
 func newRetry(c *config) *retry {
 	r := &retry{config: c, limit: math.MaxInt64}
-	if c.set["WithBackoff"] {
+	if c.set.backoff {
 		r.limit = c.retryCap
 	}
+	return r
+}
+
+// rule returns how failures of a class are retried.
+func (r *retry) rule(kind class) rule {
+	if r.rules == nil {
+		r.rules = r.makeRules()
+	}
+	return r.rules[kind]
+}
+
+func (r *retry) makeRules() []rule {
+	c := r.config
 	costly := r.pace(0, c.retryInitial, c.retryCap)
 	refused := r.pace(0, c.retryInitial, time.Second) // costs the broker nothing
 	absent := r.pace(time.Second, time.Second, absentCap)
 	unreachable := r.pace(0, c.retryInitial, min(c.retryCap, absentCap))
 	locked := r.pace(time.Second/2, time.Second, time.Second)
 	operator := r.pace(time.Second, time.Second, operatorCap)
-	r.rules = [...]rule{
+	return []rule{
 		classNetwork:     {costly, true},
 		classForced:      {costly, true},
 		classChannel:     {costly, true},
@@ -63,7 +76,6 @@ func newRetry(c *config) *retry {
 		classOperator:    {operator, false},
 		classPeer:        {operator, true},
 	}
-	return r
 }
 
 const (
@@ -89,8 +101,10 @@ func (r *retry) consuming() {
 	r.hadSession = true
 	r.refusals = 0
 	r.locked, r.lockSeen = time.Time{}, time.Time{}
-	r.rules[classAbsent].failures = 0
-	r.rules[classOperator].failures = 0
+	if r.rules != nil {
+		r.rules[classAbsent].failures = 0
+		r.rules[classOperator].failures = 0
+	}
 }
 
 // healthy records that a session has proved that the broker works.
@@ -136,7 +150,7 @@ func (r *retry) wait(err error, now time.Time, fresh bool) time.Duration {
 	if kind == classLocked && !r.lockIsFresh(now) {
 		kind = classOperator
 	}
-	rule := r.rules[kind]
+	rule := r.rule(kind)
 	rule.failures++
 	if fresh && rule.another {
 		r.deferPace(rule.pace)

@@ -412,7 +412,7 @@ var oneOfEach = map[class]error{
 func TestEveryClassHasAPace(t *testing.T) {
 	r := newTestRetry()
 	for kind := classNetwork; kind <= classPeer; kind++ {
-		assert.NotNil(t, r.rules[kind].pace, "class %d", kind)
+		assert.NotNil(t, r.rule(kind).pace, "class %d", kind)
 		assert.Equal(t, kind, classify(oneOfEach[kind]))
 	}
 }
@@ -547,7 +547,7 @@ func TestLockOfShortHeartbeatsIsTheOperatorsForGood(t *testing.T) {
 	c.heartbeat = time.Second
 	r := newRetry(c)
 	now := time.Now()
-	for r.rules[classOperator].failures < 8 {
+	for r.rule(classOperator).failures < 8 {
 		now = now.Add(r.wait(oneOfEach[classLocked], now, false))
 	}
 	for range 100 {

@@ -18,9 +18,11 @@ import (
 // fresh channel per session is what fences late acks: the channel of a dead session answers
 // ErrClosed, and its delivery tags mean nothing on any other.
 //
-// The goroutine of the try makes it and sets all plain fields before it starts run. After that only
-// run writes them. Workers take from inbox, pass gate and settle; the supervisor reads end, done
-// and, once done is closed, drainErr and closeTook.
+// The goroutine of the try makes it and hands it to the supervisor, which waits for the first sign of
+// its end (consume) and then lets it end (finish): run does that on a goroutine of its own. As long
+// as it consumes it has none, for a consumer may be idle for hours. Only these three write its plain
+// fields, one after the other. Workers take from inbox, pass gate and settle; the supervisor reads
+// end, done and, once done is closed, drainErr and closeTook.
 //
 // run leads it to one of these ends:
 //
@@ -49,21 +51,20 @@ type session struct {
 	ctx    context.Context // parent of the handlers' contexts
 	cancel context.CancelCauseFunc
 
-	gate    *gate         // handlers of this session that are running
+	gate    gate          // handlers of this session that are running
 	holds   holds         // failed deliveries that wait to go back
 	backlog backlog       // whether handlers keep up with the prefetch
-	stall   *notifier     // set by the prober: why it wants another session
-	moves   *notifier     // set by the supervisor: the successor does better on another connection
-	stop    chan struct{} // closed to ask for the drain
+	stall   *notifier     // set by the prober: why it wants another session; nil if there is none
 	end     *notifier     // why there are no more deliveries
 	closed  atomic.Bool   // no settlement is sent any more
 	settled atomic.Bool   // a settlement was sent, which makes the session healthy sooner
-	done    chan struct{} // closed when nothing of it is left
+	done    chan struct{} // made by finish; closed when nothing of it is left
 	since   time.Time     // when consume-ok came
 
 	settler  settler       // the session itself, or a hookSettler around it
 	received atomic.Uint64 // deliveries given to handlers, for the stall detector
 
+	finishing bool          // run has started
 	givenUp   bool          // a call on the channel was not answered in time; only run uses it
 	drainErr  error         // why acks may be lost, or handlers did not end; read after done
 	closeTook time.Duration // how long the close took; read after done
@@ -120,8 +121,7 @@ func openSession(ctx context.Context, c *loan, of *scope, id, try uint64, tag st
 		}
 		inTime := unguard()
 		if err == nil && !inTime { // ctx ended first, and the lease with it
-			close(s.stop)
-			<-s.done
+			s.close()
 			err = s.failure(step.String(), context.Cause(ctx))
 		}
 		if err == nil {
@@ -154,15 +154,13 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 		lease:       lease,
 		channelEnd:  channelEnd{closes: channel.NotifyClose(make(chan *amqp.Error, 1))},
 		cancels:     channel.NotifyCancel(make(chan string, 2)), // a lookup has two consumers
-		gate:        newGate(),
-		stall:       newNotifier(),
-		moves:       newNotifier(),
-		stop:        make(chan struct{}),
 		end:         newNotifier(),
-		done:        make(chan struct{}),
 	}
 	s.holds.session = s
 	s.settler = s
+	if of.config.stallAfter > 0 {
+		s.stall = newNotifier()
+	}
 	if of.config.hooks.Settled != nil {
 		s.settler = hookSettler{s}
 	}
@@ -179,7 +177,6 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 	s.warnOfKeptLimit()
 	s.ctx, s.cancel = context.WithCancelCause(of.handlers)
 	s.watchBacklog()
-	go s.run()
 	return s, nil
 }
 
@@ -285,10 +282,68 @@ func (c *channelEnd) Cause() error {
 	return c.cause
 }
 
-// run is the session's goroutine from consume-ok to its end.
-func (s *session) run() {
+// sign is what is waited for while a session consumes.
+type sign int
+
+const (
+	signUnreadable sign = iota // messages were set aside
+	signLost                   // the channel or the connection ends
+	signCancelled              // basic.cancel
+	signStalled                // the prober wants another session
+	signStop                   // a drain is asked for
+	signRetiring               // the connection is to go
+	signProven                 // the consumer was healthy for a while
+)
+
+// signals are those that concern a session and do not come from it.
+type signals struct {
+	stop, retiring <-chan struct{}
+	proven         <-chan time.Time
+}
+
+// consume waits for the next sign. The driver promises no order among its signs.
+func (s *session) consume(from signals) sign {
+	select {
+	case <-s.aside.more:
+		return signUnreadable
+	case said := <-s.channelEnd.closes:
+		s.channelEnd.record(said)
+	case _, cancelled := <-s.cancels:
+		if cancelled {
+			return signCancelled
+		}
+	case <-s.conn.end.Done():
+	case <-s.stall.Done():
+		return signStalled
+	case <-from.stop:
+		return signStop
+	case <-from.retiring:
+		return signRetiring
+	case <-from.proven:
+		return signProven
+	}
+	return signLost
+}
+
+// finish lets the session end, unless it ends already. done is closed when it has. signStop asks for
+// a drain.
+func (s *session) finish(first sign) {
+	if !s.finishing {
+		s.finishing, s.done = true, make(chan struct{})
+		go s.run(first)
+	}
+}
+
+// close asks for a drain, if the session has not begun to end, and waits until it has ended.
+func (s *session) close() {
+	s.finish(signStop)
+	<-s.done
+}
+
+// run ends the session, up to close-ok or its limit.
+func (s *session) run(first sign) {
 	defer close(s.done)
-	cause := s.consume()
+	cause := s.causeAt(first)
 	hardLimit := s.config.drainTimeout
 	switch {
 	case cause == nil:
@@ -310,31 +365,20 @@ func (s *session) run() {
 	s.lease.giveBack()
 }
 
-// consume waits for the first sign of the session's end. The driver promises no order among its
-// signs, so the cause is found from the state after any of them. It returns nil if a drain was
-// asked for.
-func (s *session) consume() error {
-	for {
-		select {
-		case <-s.aside.more:
-			s.setAside()
-			continue
-		case said := <-s.channelEnd.closes:
-			s.channelEnd.record(said)
-		case _, cancelled := <-s.cancels:
-			if cancelled {
-				return s.lost(errCancelled)
-			}
-		case <-s.conn.end.Done():
-		case <-s.stall.Done():
-			return s.lost(s.stall.Cause())
-		case <-s.moves.Done():
-			return s.lost(s.moves.Cause())
-		case <-s.stop:
-			return nil
-		}
-		return s.lost(s.diagnose())
+// causeAt returns why the session ends at its first sign, nil if a drain is asked for. Which of
+// several signs was seen first says little, so the cause of a loss is found from the state after it.
+func (s *session) causeAt(first sign) error {
+	switch first {
+	case signStop:
+		return nil
+	case signCancelled:
+		return s.lost(errCancelled)
+	case signStalled:
+		return s.lost(s.stall.Cause())
+	case signRetiring, signProven:
+		return s.lost(errMoved)
 	}
+	return s.lost(s.diagnose())
 }
 
 func (s *session) lost(err error) error { return s.failure("lost", err) }
@@ -696,13 +740,9 @@ func (s *session) healthy(now time.Time) bool {
 // gate counts the handlers at work. Once it is closed no handler enters any more, and done is
 // closed when the last one has left. Workers enter and leave; the session's goroutine closes it.
 type gate struct {
-	count atomic.Int64 // twice the number of handlers inside, plus one once it is closed
-	done  chan struct{}
+	count atomic.Int64  // twice the number of handlers inside, plus one once it is closed
+	done  chan struct{} // made by close
 	once  sync.Once
-}
-
-func newGate() *gate {
-	return &gate{done: make(chan struct{})}
 }
 
 func (g *gate) enter() bool {
@@ -727,6 +767,7 @@ func (g *gate) close() {
 	if g.count.Load()&1 == 1 {
 		return
 	}
+	g.done = make(chan struct{})
 	if g.count.Add(1) == 1 {
 		g.once.Do(func() { close(g.done) })
 	}
@@ -883,8 +924,7 @@ func runBounded(ctx context.Context, try func() attempt, step *step) attempt {
 // supervisor.
 func (a attempt) discard() {
 	if a.session != nil {
-		close(a.session.stop)
-		<-a.session.done
+		a.session.close()
 	}
 	if a.giveBack != nil {
 		a.giveBack()

@@ -681,7 +681,7 @@ func TestTryThatComesBackTooLateIsClosed(t *testing.T) {
 				reason := errors.New("set-up limit")
 				ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, reason)
 				defer cancel()
-				late := &session{stop: make(chan struct{}), done: make(chan struct{})}
+				late := &session{finishing: true, done: make(chan struct{})}
 				conn := &connection{stop: make(chan closeRequest, 1), closeTimeout: time.Second}
 				var giveBack func()
 				if own {
@@ -702,7 +702,6 @@ func TestTryThatComesBackTooLateIsClosed(t *testing.T) {
 				assert.Nil(t, a.session)
 				time.Sleep(time.Minute)
 				synctest.Wait()
-				<-late.stop
 				assert.Empty(t, conn.stop, "not before its session has gone")
 				close(late.done)
 				synctest.Wait()

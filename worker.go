@@ -24,12 +24,12 @@ type pool struct {
 
 	mu      sync.Mutex
 	session *session      // the newest session, nil while there is none
-	changed chan struct{} // closed when there is another session
+	changed chan struct{} // closed when there is another session; nil if nobody waits for that
 	stopped bool          // stop is closed, so no worker starts any more
 
-	stop  chan struct{} // closed when no more sessions come
+	stop  chan struct{} // made with the first worker; closed when no more sessions come
 	alive atomic.Int64  // workers that have started and not returned; raised under mu
-	done  chan struct{} // closed after stop, when no worker is left
+	done  chan struct{} // made by end; closed after stop, when no worker is left
 }
 
 // serve gives the workers a session, or takes the last one away from them. A worker that is busy
@@ -38,9 +38,9 @@ func (p *pool) serve(s *session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.session = s
-	if s != nil {
+	if s != nil && p.changed != nil {
 		close(p.changed)
-		p.changed = make(chan struct{})
+		p.changed = nil
 	}
 }
 
@@ -48,6 +48,9 @@ func (p *pool) serve(s *session) {
 func (p *pool) newest() (*session, <-chan struct{}) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.changed == nil {
+		p.changed = make(chan struct{})
+	}
 	return p.session, p.changed
 }
 
@@ -58,9 +61,17 @@ func (p *pool) hire() (all bool) {
 	defer p.mu.Unlock()
 	if !p.full() && !p.stopped {
 		p.alive.Add(1)
+		p.makeStop()
 		go p.work()
 	}
 	return p.full()
+}
+
+// makeStop makes stop, unless there is one. It is called with mu held.
+func (p *pool) makeStop() {
+	if p.stop == nil {
+		p.stop = make(chan struct{})
+	}
 }
 
 func (p *pool) full() bool { return p.alive.Load() >= int64(p.config.concurrency) }
@@ -69,10 +80,11 @@ func (p *pool) full() bool { return p.alive.Load() >= int64(p.config.concurrency
 func (p *pool) end() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.stopped = true
+	p.stopped, p.done = true, make(chan struct{})
 	if p.alive.Load() == 0 {
 		close(p.done)
 	}
+	p.makeStop()
 	close(p.stop)
 }
 
@@ -181,6 +193,9 @@ func (p *pool) failed(s *session, d *Delivery, held time.Duration, err error) {
 
 // wrap returns the handler of a Run: the user's, with the middleware around it.
 func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, error) {
+	if len(c.middleware) == 0 {
+		return h, nil
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
 	defer cancel()
 	var refused []error

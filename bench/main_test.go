@@ -2,13 +2,19 @@ package main
 
 import (
 	"encoding/binary"
+	"encoding/json"
 	"encoding/xml"
 	"errors"
 	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/steadymq/steadymq/bench/internal/replay"
 )
 
 func TestRatiosCompareNeighbours(t *testing.T) {
@@ -138,5 +144,48 @@ func TestOnlyTheSlowOnesLatenciesCount(t *testing.T) {
 	l.each(sent(101, time.Minute))
 	if took := l.end(); len(took) != 1 || took[0] < time.Minute || took[0] > 2*time.Minute {
 		t.Errorf("latencies %v, want one of a minute", took)
+	}
+}
+
+// The figure to keep is 16 KiB; the rest is for what differs from run to run. The benchmark's own
+// processes measure, built without -race, which needs larger stacks.
+func TestFurtherConsumerThatIdlesIsSmall(t *testing.T) {
+	if testing.Short() {
+		t.Skip("builds the benchmark")
+	}
+	const limitBytes, limitGoroutines = 17 << 10, 2.1
+	self := filepath.Join(t.TempDir(), "bench")
+	if out, err := exec.Command("go", "build", "-o", self, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	server, err := replay.Start(exec.Command(self, "replay"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := server.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	config, err := json.Marshal(furtherConfig{Variant: "group", Control: server.Control, Further: 500})
+	if err != nil {
+		t.Fatal(err)
+	}
+	costs := make([]furtherCost, 3)
+	for i := range costs {
+		child := exec.Command(self, "further", string(config))
+		child.Stderr = os.Stderr
+		out, err := child.Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal(out, &costs[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	each := medianCost(costs)
+	t.Logf("%.0f bytes, %.2f goroutines", each.Bytes, each.Goroutines)
+	if each.Bytes > limitBytes || each.Goroutines > limitGoroutines {
+		t.Errorf("%.0f bytes and %.2f goroutines for each further consumer, at most %d and %v", each.Bytes, each.Goroutines, limitBytes, limitGoroutines)
 	}
 }

@@ -104,10 +104,10 @@ func TestLostSessionsLeaveNothingInMemory(t *testing.T) {
 	}
 }
 
-// The goroutines of a consumer: the caller of Run, one for the connection and one for the session;
+// The goroutines of a consumer: the caller of Run and one for the connection;
 // the writer of the socket; the driver's reader, heartbeater and buffer. A worker starts with a
 // delivery that none waits for.
-const idleGoroutines = 7
+const idleGoroutines = 6
 
 // The bound is generous, for what the broker in the same process keeps for a consumer counts as
 // well. bench tells how much it is without that.
