@@ -30,10 +30,14 @@ const (
 	Discarded
 	// Stale: the session ended first and nothing was sent. The broker delivers the message again.
 	Stale
-	// Parked: the message is given up on, and kept aside with its cause; see [Park].
+	// Parked: the message is given up and kept, with its cause, in the park queue of [WithRetry]
+	// (its copy was confirmed there, then basic.ack).
 	Parked
-	// Delayed: the message has left its queue for one that waits, and comes back from there.
+	// Delayed: the message waits in the queue of a delay of [WithRetry] and comes back then (its
+	// copy was confirmed there, then basic.ack).
 	Delayed
+
+	outcomes // how many there are
 )
 
 // String returns the outcome in lower case.
@@ -69,15 +73,16 @@ type fence struct {
 	tries   uint32 // tries in place before this one
 	settler settler
 	refused atomic.Pointer[error] // why a settlement by hand was refused, which left it unsettled
-	stream  *streamed             // nil unless the message is of a stream
+	kept    *keptMessage          // of a stream, or of a try that failed under WithRetry; else nil
 }
 
-// streamed is what the library keeps of a message of a stream, for all tries in place of it. The
-// worker that starts the first try writes it, before the handler runs.
-type streamed struct {
-	original  amqp.Delivery // the message as the broker delivered it
-	offset    int64         // its offset in the stream
-	hasOffset bool          // offset is set
+// keptMessage is a message as the broker delivered it, because its handler may change the exported
+// fields: for all tries in place of a message of a stream, or for the copy of one that failed. The
+// worker writes it, of a stream before the handler runs, else after that.
+type keptMessage struct {
+	original  amqp.Delivery
+	offset    int64 // in the stream
+	hasOffset bool  // offset is set
 }
 
 var _ amqp.Acknowledger = (*fence)(nil)
@@ -198,12 +203,14 @@ func (a detached) settle(d *Delivery, o Outcome) error {
 	if a.to == nil {
 		return nil
 	}
-	switch o {
-	case Acked, Parked, Delayed: // the message leaves the queue, and no dead-letter exchange gets it
+	if o.acks() {
 		return a.to.Ack(d.fence.tag, false)
 	}
 	return a.to.Reject(d.fence.tag, o == Requeued)
 }
+
+// acks reports whether the outcome is sent as basic.ack.
+func (o Outcome) acks() bool { return o == Acked || o == Parked || o == Delayed }
 
 // outcomeError carries an outcome in a handler's error.
 type outcomeError struct {
@@ -245,16 +252,18 @@ func RequeueAfter(err error, d time.Duration) error {
 // has a dead-letter exchange. err may be nil. [errors.Is] and [errors.As] see through to it.
 func Discard(err error) error { return &outcomeError{outcome: Discarded, err: err} }
 
-// Park returns an error that makes a [Handler] give up on its message and keep it, with its cause,
-// for someone to look at. A consumer that has no place for such messages holds this one as it does
-// after any other error, so that it is not lost. err may be nil. [errors.Is] and [errors.As] see
+// Park returns an error that makes a [Handler] give its message up without losing it: a copy goes
+// into the park queue of [WithRetry], with err as its cause, and once the broker has confirmed that
+// the message is acked. Where no park queue is named the message is held and put back, as after a
+// plain error, and a line in the log says so. err may be nil. [errors.Is] and [errors.As] see
 // through to it.
 func Park(err error) error { return &outcomeError{outcome: Parked, err: err} }
 
 // OutcomeOf returns the outcome that a handler's error asks for, and whether it does so explicitly:
 // true for nil, which acks, and for what [Discard], [Park], [Requeue] and [RequeueAfter] return,
-// wrapped or not; false for any other error, which puts the message back after a hold. A
-// [Middleware] that has a policy for failures leaves the explicit ones alone.
+// wrapped or not; false for any other error, which puts the message back after a hold, or is for
+// the policy of [WithRetry]. A [Middleware] that has a policy for failures leaves the explicit ones
+// alone.
 func OutcomeOf(err error) (o Outcome, explicit bool) {
 	if err == nil {
 		return Acked, true

@@ -47,6 +47,8 @@ type config struct {
 	stallAfter     time.Duration
 	insecure       bool
 
+	retry *Retry // nil without WithRetry
+
 	topology    TopologyFunc
 	declare     *Queue
 	consumeArgs amqp.Table
@@ -153,6 +155,13 @@ type Queue struct {
 	// expire or overflow, and those that the delivery limit takes. nil: Args says so, or they are
 	// gone. Not for streams.
 	DeadLetter *DeadLetter
+	// RetryMin and RetryMax let the broker itself delay what a quorum queue gets back from a
+	// handler that has failed: RetryMin after the first failure, twice that after the second and so
+	// on, up to RetryMax (https://www.rabbitmq.com/docs/quorum-queues). What waits occupies no
+	// prefetch, and [WithRequeueDelay] then holds nothing. RabbitMQ has that since 4.3: on an
+	// earlier broker the queue is declared without it, messages are held as ever, and one line in
+	// the log says so. In whole milliseconds, 1 ms to 24 h; both or none. Zero: no delay.
+	RetryMin, RetryMax time.Duration
 	// Args are further arguments of the declare, such as "x-delivery-limit" or "x-message-ttl". New
 	// refuses what AMQP cannot carry.
 	//
@@ -362,6 +371,32 @@ func (c *config) checkQueue() {
 		c.checkDeclare(q)
 		c.checkExchange(q)
 		c.checkDeadLetter(q)
+		c.checkDelayedRetry(q)
+	}
+}
+
+// namedByBroker reports whether a queue has a prefix that only a broker may use.
+func namedByBroker(queue string) bool { return strings.HasPrefix(queue, "amq.") }
+
+// delayedRetryArg is what the arguments of a quorum queue begin with that delay what comes back.
+const delayedRetryArg = "x-delayed-retry-"
+
+// checkDelayedRetry checks the delays of the broker's own.
+func (c *config) checkDelayedRetry(q *Queue) {
+	if q.RetryMin == 0 && q.RetryMax == 0 {
+		return
+	}
+	for name := range q.Args {
+		if strings.HasPrefix(name, delayedRetryArg) {
+			c.refuse("WithQueue", "RetryMin and %s in Args say the same; leave one out", name)
+		}
+	}
+	whole := q.RetryMin%time.Millisecond == 0 && q.RetryMax%time.Millisecond == 0
+	switch {
+	case q.Type != "quorum":
+		c.refuse("WithQueue", "RetryMin and RetryMax are for quorum queues, not for %s ones; WithRetry delays messages of classic queues", q.Type)
+	case q.RetryMin < minDuration, q.RetryMax > maxDuration, q.RetryMin > q.RetryMax, !whole:
+		c.refuse("WithQueue", "RetryMin and RetryMax must be from %v to %v in whole milliseconds, and RetryMin no longer than RetryMax; got %v and %v", minDuration, maxDuration, q.RetryMin, q.RetryMax)
 	}
 }
 

@@ -176,7 +176,7 @@ func socketOptions(c *config, e endpoint) wire.Options {
 		WriteTimeout: interval,
 		WriteDelay:   c.writeDelay,
 		Refuse:       c.tooLarge,
-		Transfer:     transfer,
+		Transfer:     guardedIO,
 	}
 }
 
@@ -383,8 +383,23 @@ func (c *connection) stands() bool { return !c.stopped && c.end.Cause() == nil &
 
 // major returns the first number of the broker's version, 0 if that cannot be read.
 func (c *connection) major() int {
-	version, _ := c.amqp.Properties["version"].(string)
-	first, _, _ := strings.Cut(version, ".")
-	major, _ := strconv.Atoi(first)
+	major, _ := c.version()
 	return major
+}
+
+// version returns the first two numbers of the broker's version, 0 for what cannot be read.
+func (c *connection) version() (major, minor int) {
+	text, _ := c.amqp.Properties["version"].(string)
+	first, rest, _ := strings.Cut(text, ".")
+	second, _, _ := strings.Cut(rest, ".")
+	major, _ = strconv.Atoi(first)
+	minor, _ = strconv.Atoi(second)
+	return major, minor
+}
+
+// delaysRetries reports whether the broker has delayed retries of quorum queues, as RabbitMQ has
+// since 4.3. Earlier ones take their arguments and ignore them.
+func (c *connection) delaysRetries() bool {
+	major, minor := c.version()
+	return major > 4 || major == 4 && minor >= 3
 }

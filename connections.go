@@ -405,6 +405,16 @@ func (cs *connections) letGo(c *connection, d closeRequest) {
 	cs.closing = append(slices.DeleteFunc(cs.closing, (*connection).isOver), c)
 }
 
+// abort ends the sockets of connections that are closing.
+func (cs *connections) abort(cause error) {
+	cs.mu.Lock()
+	closing := slices.Clone(cs.closing)
+	cs.mu.Unlock()
+	for _, c := range closing {
+		c.socket.Kill(cause)
+	}
+}
+
 // await waits until all connections have closed, once nobody borrows any more. It counts those that
 // outlast the limit.
 func (cs *connections) await() {

@@ -109,11 +109,12 @@ func (c *Consumer) Run(ctx context.Context, h Handler) error {
 	if fault := c.fault.Load(); fault != nil {
 		return fault
 	}
-	return c.run(ctx, h, newConnections(c.config, c.stats).join())
+	of := newConnections(c.config, c.stats)
+	return c.run(ctx, h, of.join(), newPublisher(of))
 }
 
 // run is Run as a borrower of connections that others may share.
-func (c *Consumer) run(ctx context.Context, h Handler, b *borrower) error {
+func (c *Consumer) run(ctx context.Context, h Handler, b *borrower, publisher *publisher) error {
 	defer b.leave()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
@@ -122,7 +123,7 @@ func (c *Consumer) run(ctx context.Context, h Handler, b *borrower) error {
 	}
 	h, err := wrap(ctx, c.config, h, func() { c.stats.abandoned.Add(1) })
 	if err == nil {
-		s := newSupervisor(ctx, c, h, b)
+		s := newSupervisor(ctx, c, h, b, publisher)
 		s.reporter.faulted = stop
 		err = s.run()
 	}
@@ -212,6 +213,8 @@ func (c *Consumer) Stats() Stats {
 		Acked:         n.outcomes[Acked].Load(),
 		Requeued:      n.outcomes[Requeued].Load(),
 		Discarded:     n.outcomes[Discarded].Load(),
+		Parked:        n.outcomes[Parked].Load(),
+		Delayed:       n.outcomes[Delayed].Load(),
 		Stale:         n.stale.Load(),
 		Failed:        n.failed.Load(),
 		Unreadable:    n.unreadable.Load(),
@@ -256,7 +259,7 @@ type supervisor struct {
 
 type stateFunc func() stateFunc
 
-func newSupervisor(ctx context.Context, c *Consumer, h Handler, b *borrower) *supervisor {
+func newSupervisor(ctx context.Context, c *Consumer, h Handler, b *borrower, publisher *publisher) *supervisor {
 	random := make([]byte, 4)
 	_, _ = rand.Read(random) // never fails
 	reporter := newReporter(ctx, c.config, &c.stats.eventsDropped)
@@ -277,16 +280,17 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, b *borrower) *su
 		reporter: reporter,
 		pool:     workers,
 		scope: &scope{
-			config:   c.config,
-			from:     b.of,
-			stats:    c.stats,
-			reporter: reporter,
-			handlers: context.WithoutCancel(ctx), // the values of ctx, without its end
-			running:  workers.alive.Load,
-			hire:     workers.hire,
-			stream:   newPosition(c.config),
-			notices:  new(notices),
-			grouped:  c.grouped,
+			config:    c.config,
+			from:      b.of,
+			stats:     c.stats,
+			reporter:  reporter,
+			handlers:  context.WithoutCancel(ctx), // the values of ctx, without its end
+			running:   workers.alive.Load,
+			hire:      workers.hire,
+			stream:    newPosition(c.config),
+			notices:   new(notices),
+			grouped:   c.grouped,
+			publisher: publisher,
 		},
 		tag: c.config.tagPrefix + "-" + hex.EncodeToString(random),
 	}
@@ -295,6 +299,9 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, b *borrower) *su
 func (s *supervisor) run() error {
 	for state := s.connecting; state != nil; {
 		state = state()
+	}
+	if !s.consumer.grouped {
+		s.scope.publisher.end()
 	}
 	s.enter(Stopped, s.result())
 	s.reporter.stop()

@@ -50,14 +50,14 @@ func (d *Delivery) init(s settler) {
 // keepOriginal notes the message as it came, because its handler may change all fields that are
 // exported. The bytes of the body and the headers themselves are not copied.
 func (d *Delivery) keepOriginal() {
-	d.fence.stream = &streamed{original: d.Delivery}
+	d.fence.kept = &keptMessage{original: d.Delivery}
 }
 
 // again returns the delivery of the next try in place.
 func (d *Delivery) again() *Delivery {
 	next := newDelivery()
-	next.fence.stream = d.fence.stream
-	next.Delivery = next.fence.stream.original
+	next.fence.kept = d.fence.kept
+	next.Delivery = next.fence.kept.original
 	next.fence.tries = d.fence.tries + 1
 	return next
 }
@@ -117,6 +117,7 @@ func (d *Delivery) Host() string {
 //   - On a quorum queue, 1 + what the queue has counted (x-delivery-count).
 //   - Where a dead-letter exchange leads back to the queue, by way of a queue that waits: 1 + how
 //     often the message was rejected from this queue (x-death), on queues of all kinds.
+//   - Under [WithRetry]: 1 + how many attempts have failed, on queues of all kinds.
 //   - Else 2 for a redelivered message: a classic queue does not count.
 //
 // What the broker counts is not always a handler that has failed: up to RabbitMQ 4.2 a quorum queue
@@ -133,7 +134,7 @@ func (d *Delivery) Host() string {
 // Publishers can forge the headers, and on classic queues nothing takes them out: use the number
 // for policy, not for security.
 func (d *Delivery) Attempt() int {
-	n := d.returns()
+	n := max(d.returns(), d.failedBefore())
 	if n == 0 && d.Redelivered {
 		n = 1
 		_, counted := d.count(deliveryCount)  // by another queue
@@ -180,6 +181,21 @@ const (
 	acquiredCount = "x-acquired-count" // of a quorum queue since 4.3
 	deathHeader   = "x-death"
 	lastDeath     = "x-last-death-queue" // since 3.13
+)
+
+// The headers of a copy. They have no x- in front: RabbitMQ reads those of its own.
+const (
+	headerPrefix     = "steadymq-"
+	attemptHeader    = headerPrefix + "attempt"     // how many attempts have failed
+	errorHeader      = headerPrefix + "error"       // the text of the last failure
+	errorTypeHeader  = headerPrefix + "error-type"  // the Go type of its innermost error
+	queueHeader      = headerPrefix + "queue"       // the queue that the message came from
+	exchangeHeader   = headerPrefix + "exchange"    // what it was published to there
+	routingKeyHeader = headerPrefix + "routing-key" // with what key
+	timeHeader       = headerPrefix + "time"        // when it failed
+	hostHeader       = headerPrefix + "host"        // the broker
+	consumerHeader   = headerPrefix + "consumer"    // the consumer tag
+	copyHeader       = headerPrefix + "copy"        // tells copies apart, for what the broker returns
 )
 
 // arrivesCounted reports whether this is the first delivery of a message that another queue has
@@ -384,4 +400,28 @@ func floatJSON(f float64, v any) any {
 		return "-Inf"
 	}
 	return v
+}
+
+// failedBefore returns how many attempts have failed before this one, as far as the policy counts.
+func (d *Delivery) failedBefore() int {
+	if !d.fromHere() {
+		return 0
+	}
+	n, _ := headerInt(d.original().Headers[attemptHeader])
+	return int(min(max(n, 0), maxCount))
+}
+
+// fromHere reports whether the message is the copy of one that has failed in the same queue. A copy
+// that is consumed from a park queue is not.
+func (d *Delivery) fromHere() bool {
+	queue, ok := d.original().Headers[queueHeader].(string)
+	return ok && queue == d.Queue()
+}
+
+// original returns the message as it came.
+func (d *Delivery) original() *amqp.Delivery {
+	if d.fence != nil && d.fence.kept != nil {
+		return &d.fence.kept.original
+	}
+	return &d.Delivery
 }

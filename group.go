@@ -35,6 +35,7 @@ type groupRun struct {
 	ctx         context.Context
 	end         context.CancelFunc
 	connections *connections
+	publisher   *publisher
 	fault       atomic.Pointer[faultError] // the first panic of the log handler in a line about a connection
 	running     sync.WaitGroup             // the consumers' goroutines; added to under the mutex of the group
 	errs        []error                    // of consumers; guarded by the mutex of the group
@@ -114,6 +115,7 @@ func (g *Group) Run(ctx context.Context) error {
 	g.ended = true
 	g.mu.Unlock()
 	run.running.Wait()
+	run.publisher.end()
 	run.connections.await()
 	run.end()
 	run.connections.stopTelling()
@@ -134,6 +136,7 @@ func (g *Group) begin(ctx context.Context) (*groupRun, error) {
 	run := &groupRun{ctx: ctx, end: end, connections: newConnections(g.config, g.stats)}
 	quiet := *g.config
 	quiet.hooks = Hooks{} // they are told of consumers
+	run.publisher = newPublisher(run.connections)
 	run.connections.report = func() *reporter {
 		r := newReporter(ctx, &quiet, &g.stats.eventsDropped)
 		r.fault, r.faulted = &run.fault, end
@@ -162,7 +165,7 @@ func (errRanBefore) Unwrap() error { return ErrRunning }
 // start runs c on a goroutine of its own. It is called with mu held.
 func (g *Group) start(c *Consumer, b *borrower) {
 	run, h := g.run, g.handlers[c]
-	run.running.Go(func() { g.left(c, c.run(run.ctx, h, b)) })
+	run.running.Go(func() { g.left(c, c.run(run.ctx, h, b, run.publisher)) })
 }
 
 // left takes the result of a consumer's Run.

@@ -101,10 +101,10 @@ func isNil(value any) bool {
 	return !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil()
 }
 
-// transfer calls Read or Write of a connection that may be the user's, or may run callbacks of the
+// guardedIO calls Read or Write of a connection that may be the user's, or may run callbacks of the
 // user's TLS configuration. A panic there, or the end of the goroutine, ends the socket: transfer
 // calls fault with an error that says so, and returns it.
-func transfer(f func([]byte) (int, error), p []byte, fault func(error)) (n int, err error) {
+func guardedIO(f func([]byte) (int, error), p []byte, fault func(error)) (n int, err error) {
 	returned := false
 	defer func() {
 		if !returned {

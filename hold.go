@@ -1,7 +1,6 @@
 package steadymq
 
 import (
-	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"sync"
@@ -26,17 +25,17 @@ type holds struct {
 	timer        *time.Timer // for the next check or warning; nil before the first
 }
 
-// add requeues d after delay, or at once if the session holds nothing any more. It reports whether
-// d is held.
-func (h *holds) add(d *Delivery, delay time.Duration) (held bool) {
-	if delay > 0 && h.schedule(d, delay) {
+// add holds d and calls then after delay, or requeues d at once if the session holds nothing any
+// more. It reports whether d is held.
+func (h *holds) add(d *Delivery, delay time.Duration, then func()) (held bool) {
+	if delay > 0 && h.schedule(d, delay, then) {
 		return true
 	}
 	_ = d.Requeue()
 	return false
 }
 
-func (h *holds) schedule(d *Delivery, delay time.Duration) bool {
+func (h *holds) schedule(d *Delivery, delay time.Duration, then func()) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.released {
@@ -47,7 +46,7 @@ func (h *holds) schedule(d *Delivery, delay time.Duration) bool {
 	}
 	h.timers[d] = time.AfterFunc(delay, func() {
 		if h.remove(d) {
-			_ = d.Requeue()
+			then()
 		}
 	})
 	h.session.stats.held.Add(1)
@@ -225,7 +224,7 @@ func (s *session) setAside() {
 			continue
 		}
 		d.Headers = nil // they may be large, and nobody reads them
-		s.holds.add(d, min(jitter(unreadableHold), unreadableHold))
+		s.holds.add(d, min(jitter(unreadableHold), unreadableHold), func() { _ = d.Requeue() })
 	}
 }
 
@@ -256,19 +255,6 @@ func (p unreadableSettler) settle(d *Delivery, _ Outcome) error {
 		return p.send(d, Acked)
 	}
 	return p.wire.Requeue(d.fence.tag)
-}
-
-// settlementFor returns the outcome that a handler's error asks for, and how long to hold d before
-// that.
-func settlementFor(err error, d *Delivery, c *config) (Outcome, time.Duration) {
-	if err == nil {
-		return Acked, 0
-	}
-	var v *outcomeError
-	if errors.As(err, &v) && v.outcome != Parked { // there is no place to park it yet
-		return v.outcome, v.delay
-	}
-	return Requeued, holdFor(d.Attempt(), c)
 }
 
 // holdFor returns how long a message is held that has failed for the n-th time, as far as the

@@ -3,7 +3,6 @@ package steadymq
 import (
 	"context"
 	"fmt"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -72,9 +71,6 @@ func (l *loan) sameQueue(queue string) error {
 	l.own(queue)
 	return nil
 }
-
-// namedByBroker reports whether a queue has a prefix that only a broker may use.
-func namedByBroker(queue string) bool { return strings.HasPrefix(queue, "amq.") }
 
 // tooManyTopologyFailures reports whether a TopologyFunc has failed so often on the connection that
 // the connection has to be replaced: each failure may have left a queue behind, and those queues

@@ -1,6 +1,7 @@
 package steadymq
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -416,12 +417,20 @@ func (j *journal) recovered(record slog.Record) {
 // source is what a line is about: its attributes name queue, consumer, session and host.
 type source interface{ attrs() []slog.Attr }
 
+// conclusion is what a session has made of a delivery whose handler has returned.
+type conclusion struct {
+	byHandler bool          // its handler has settled it
+	held      time.Duration // until it goes back, or until its copy does; 0 if it is settled
+	pending   Outcome       // once its copy is confirmed; Unsettled if there is none
+	last      bool          // the policy has given it up
+}
+
 // failure is the result of a handler that returned an error or panicked.
 type failure struct {
 	of       source
 	timeout  time.Duration // of handlers, 0 for none
 	delivery *Delivery
-	held     time.Duration // until it goes back; 0 if it is settled
+	conclusion
 	err      error
 	panicked *PanicError
 }
@@ -431,7 +440,7 @@ type failure struct {
 func (f failure) contradicts() bool {
 	o := f.delivery.Outcome()
 	wanted, _ := OutcomeOf(f.err)
-	return f.held == 0 && o != wanted && o != Stale
+	return f.byHandler && o != wanted && o != Stale
 }
 
 // failures decides which errors of handlers, or which of their panics, are logged. Unlike the rest
@@ -453,6 +462,8 @@ func (j *journal) failed(f failure) (record slog.Record, due bool) {
 		group, level, message = &j.panics, slog.LevelError, "handler panicked"
 	case f.contradicts():
 		message = "handler settled its message by itself and then failed"
+	case f.last:
+		message = "handler failed in the last attempt"
 	}
 	now := time.Now()
 	left, due := group.add(now, f)
@@ -492,7 +503,7 @@ func (f failure) attrs(left uint64) []slog.Attr {
 	if f.held > 0 {
 		attrs = append(attrs, durationAttr("retry_in", f.held))
 	} else {
-		attrs = append(attrs, slog.String("outcome", d.Outcome().String()))
+		attrs = append(attrs, slog.String("outcome", cmp.Or(f.pending, d.Outcome()).String()))
 	}
 	attrs = append(attrs, suppressed(left), slog.String("error", f.text()))
 	if f.panicked != nil {
@@ -545,9 +556,10 @@ func (j *journal) summarizeOne(f *failures, level slog.Level, message string) {
 // the same time.
 type notices struct {
 	held, overdue, limit, unreadable rateLimited
+	transfer, noPark                 rateLimited
 	connecting                       rateLimited
 	slow, limitKept, renamed         atomic.Bool
-	blind, consumed                  atomic.Bool
+	blind, consumed, delayedHere     atomic.Bool
 }
 
 // rateLimited lets one line pass in a while and counts the others.

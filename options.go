@@ -401,6 +401,43 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 	}
 }
 
+// WithRetry sets what becomes of a message whose handler returned a plain error or panicked: it
+// leaves the queue, comes back after a delay, and is parked or discarded when it has failed
+// r.Attempts times. What a handler asks for, by [Discard], [Requeue], [RequeueAfter] or [Park],
+// comes before the policy; a [*DecodeError] gives the message up at once.
+//
+// A failed message is published to the queue of its delay or to the park queue, mandatory and with
+// a confirm, on a connection that consumes nothing; only once the broker has confirmed the copy is
+// the message acked. So it is always in some queue, and may be in two if a connection is lost in
+// between: duplicates, never losses. While copies are not confirmed (a queue that is full or
+// missing, an alarm, no connection) their messages are held, count in [Stats].Held, and are tried
+// again; the consumer goes on within its prefetch.
+//
+// The copy has body and properties as they came, but for CC, BCC, user_id, expiration and the
+// headers that begin with x-. These headers are added: steadymq-attempt (how many attempts have
+// failed), -error (1 KiB at most), -error-type, -queue, -exchange, -routing-key, -time, -host,
+// -consumer and -copy (an id of the copy). [Delivery.Attempt] counts on over restarts, and the
+// handler sees exchange and routing key as they were at first. Messages that wait do not keep their
+// order.
+//
+// The queue of a delay is <queue>.retry.<delay>, as in orders.retry.1m30s: durable, a quorum queue
+// unless [WithQueue] declares a classic one, with x-message-ttl, and it dead-letters back to the
+// queue (x-dead-letter-exchange "", x-dead-letter-routing-key <queue>), as a quorum queue with
+// x-dead-letter-strategy at-least-once and x-overflow reject-publish. All consumers of a queue
+// share them. They, and the park queue, are declared before the first session consumes, if they do
+// not exist in this or another form; a queue whose delay or way back differs is refused. Queues of
+// delays that a policy no longer names go on leading back.
+//
+// Write no message into d.Body or d.Headers in place with it: the copy has the same bytes. New
+// refuses it on streams, on exclusive queues and on those that the broker names; [Retry] says the
+// ranges. Default: none, a failed message is held and put back, see [WithRequeueDelay].
+func WithRetry(r Retry) Option {
+	return func(c *config) {
+		r.Delays = slices.Clone(r.Delays)
+		c.retry = &r
+	}
+}
+
 // WithBackoff sets the pace of retries: the n-th wait in a row for the same kind of failure is
 // drawn from 0 to initial*2^(n-1), at most limit. Default 250 ms and 10 s. Range: 1 ms to 24 h
 // each; New refuses a limit below initial. For a fleet choose a limit of at least (number of
@@ -587,6 +624,7 @@ func build(url, queue string, opts []Option) (*config, error) {
 	c.checkURLs()
 	c.checkQueue()
 	c.checkTogether()
+	c.checkRetry()
 	return c, errors.Join(c.problems...)
 }
 
@@ -598,6 +636,7 @@ func buildGroup(url string, opts []Option) (*config, error) {
 	apply(c, opts)
 	c.checkURLs()
 	c.checkTogether()
+	c.checkRetry()
 	if c.declare != nil {
 		c.declare = c.takeQueue(c.declare)
 	}
@@ -613,6 +652,7 @@ func buildMember(of *config, queue string, opts []Option) (*config, error) {
 	}
 	c.checkQueue()
 	c.checkTogether()
+	c.checkRetry()
 	for i, problem := range c.problems {
 		c.problems[i] = named(problem, queue)
 	}

@@ -48,6 +48,9 @@ type session struct {
 	limit       int         // delivery limit of its queue, 0 if none drops messages
 	limitKnown  bool        // limit is no guess
 
+	destinations destinations // of failed messages, under WithRetry
+	brokerDelays bool         // what goes back waits at the broker (x-delayed-retry-type)
+
 	ctx    context.Context // parent of the handlers' contexts
 	cancel context.CancelCauseFunc
 
@@ -73,17 +76,19 @@ type session struct {
 // scope is what all sessions of one Run share. newSupervisor makes it, and its plain fields do not
 // change after that.
 type scope struct {
-	config   *config
-	from     *connections
-	stats    *counters
-	reporter *reporter
-	handlers context.Context // parent of the contexts of handlers
-	running  func() int64    // returns how many workers have not returned
-	hire     func() bool     // starts one more worker; true once there may be no more
-	stream   *position       // where to resume, nil unless the queue is a stream
-	notices  *notices
-	grouped  bool          // others may share the connection
-	tries    atomic.Uint64 // so far; two may overlap if one was abandoned
+	config    *config
+	from      *connections
+	stats     *counters
+	reporter  *reporter
+	handlers  context.Context // parent of the contexts of handlers
+	running   func() int64    // returns how many workers have not returned
+	hire      func() bool     // starts one more worker; true once there may be no more
+	stream    *position       // where to resume, nil unless the queue is a stream
+	notices   *notices
+	grouped   bool          // others may share the connection
+	asked     atomic.Value  // string: the queue whose destinations have been declared
+	publisher *publisher    // of the copies of failed messages
+	tries     atomic.Uint64 // so far; two may overlap if one was abandoned
 }
 
 // begin returns the number of a new try.
@@ -104,6 +109,15 @@ func (s *scope) abandoned() { s.stats.abandoned.Add(1) }
 
 func (s *scope) drainError() error {
 	return &DrainError{Handlers: int(s.running()), Limit: s.config.drainTimeout}
+}
+
+// notDone is the error of a drain whose limit has passed: handlers are still running, or only
+// copies of failed messages are not confirmed.
+func (s *session) notDone() error {
+	if s.running() > 0 {
+		return s.drainError()
+	}
+	return s.lost(errUnconfirmed)
 }
 
 // openSession opens a channel on c, sets it up and subscribes, all within ctx. The driver's calls
@@ -206,6 +220,9 @@ func (s *session) clear() []*Delivery {
 func (s *session) subscribe(ctx context.Context, step *step) (op string, err error) {
 	step.at("topology")
 	s.queue, err = s.topology(ctx)
+	if err == nil {
+		err = s.declareDestinations()
+	}
 	if err != nil {
 		return "topology", err
 	}
@@ -510,7 +527,7 @@ func (s *session) unsubscribe(limit <-chan time.Time) error {
 		s.handBackRest()
 		return nil
 	case errors.Is(err, errDrainLimit) && s.gate.busy():
-		return s.drainError()
+		return s.notDone()
 	case errors.Is(err, errDrainLimit), errors.Is(err, errCloseTimeout):
 		return s.acksLost(errCloseTimeout)
 	case !s.channel.IsClosed(): // an unexpected reply, so later ones would be, too
@@ -530,7 +547,7 @@ func (s *session) awaitHandlers(limit <-chan time.Time) error {
 	case <-s.conn.end.Done():
 		return s.acksLost(s.conn.end.Cause())
 	case <-limit:
-		return s.drainError()
+		return s.notDone()
 	}
 }
 
@@ -685,7 +702,7 @@ func (c *collectingSettler) settle(d *Delivery, o Outcome) error {
 
 func (s *session) send(d *Delivery, o Outcome) error {
 	switch {
-	case s.stream == nil && o == Acked:
+	case s.stream == nil && o.acks():
 		return s.wire.Ack(d.fence.tag)
 	case s.stream == nil:
 		return s.wire.Reject(d.fence.tag, o == Requeued)
@@ -714,20 +731,22 @@ func (s *session) tryAgain(d *Delivery) {
 }
 
 // conclude settles a delivery by its handler's error, unless the handler has settled it by itself.
-// It returns how long the delivery is held before that.
-func (s *session) conclude(d *Delivery, err error) (held time.Duration) {
+func (s *session) conclude(d *Delivery, err error) conclusion {
 	if d.Outcome() != Unsettled {
-		return 0
+		return conclusion{byHandler: true}
 	}
-	o, delay := settlementFor(err, d, s.config)
-	if delay > 0 {
-		if !s.holds.add(d, delay) {
-			return 0
-		}
-		return delay
+	v := s.verdictOn(d, err)
+	became := conclusion{held: v.delay, last: v.last}
+	switch {
+	case v.to != nil:
+		became.pending = v.outcome
+		s.transfer(d, v, err)
+	case v.delay == 0:
+		_ = d.settle(v.outcome)
+	case !s.holds.add(d, v.delay, func() { _ = d.Requeue() }):
+		became.held = 0
 	}
-	_ = d.settle(o)
-	return 0
+	return became
 }
 
 // healthy reports whether the session has proved that the broker works. consume-ok does not prove
@@ -737,8 +756,9 @@ func (s *session) healthy(now time.Time) bool {
 	return up >= healthyAfter || up >= 10*time.Second && s.settled.Load()
 }
 
-// gate counts the handlers at work. Once it is closed no handler enters any more, and done is
-// closed when the last one has left. Workers enter and leave; the session's goroutine closes it.
+// gate counts the handlers at work, and the failed deliveries whose copies are on their way. Once
+// it is closed none enters any more, and done is closed when the last one has left. Workers and
+// transfers enter and leave; the session's goroutine closes it.
 type gate struct {
 	count atomic.Int64  // twice the number of handlers inside, plus one once it is closed
 	done  chan struct{} // made by close
@@ -752,6 +772,9 @@ func (g *gate) enter() bool {
 	}
 	return true
 }
+
+// stay enters a gate that the caller is inside of, for what goes on after it has left.
+func (g *gate) stay() { g.count.Add(2) }
 
 func (g *gate) leave() {
 	if g.count.Add(-2) == 1 {
@@ -877,6 +900,7 @@ type attempt struct {
 	conn     *loan  // of the session
 	giveBack func() // gives conn back, if this try has opened it
 	session  *session
+	path     *path // of the publisher
 	err      error
 }
 
@@ -925,6 +949,9 @@ func runBounded(ctx context.Context, try func() attempt, step *step) attempt {
 func (a attempt) discard() {
 	if a.session != nil {
 		a.session.close()
+	}
+	if a.path != nil {
+		a.path.lease.giveBack()
 	}
 	if a.giveBack != nil {
 		a.giveBack()

@@ -77,7 +77,8 @@ type Hooks struct {
 
 	// Settled is called once for every delivery that a handler was given, when its outcome is
 	// decided: [Acked], [Requeued] or [Discarded] when it is sent, by the handler's error or by
-	// hand; [Stale] when it came too late and was not sent. A held message ([WithRequeueDelay],
+	// hand; [Parked] or [Delayed] when its copy was confirmed and its ack is sent; [Stale] when it
+	// came too late and was not sent. A held message ([WithRequeueDelay],
 	// [RequeueAfter]) is told when it goes back, or as Stale if its session has ended first. d is
 	// the delivery that the handler got, also if a copy of it was settled.
 	//
@@ -133,19 +134,23 @@ type Stats struct {
 	// Handling is the number of handlers running now.
 	Handling int
 	// Held is the number of messages that failed, or that cannot be read, and wait unsettled until
-	// they go back to the queue or, on a stream, are tried again. They take up the prefetch: once
+	// they go back to the queue, until their copy is parked or delayed ([WithRetry]) or, on a
+	// stream, until they are tried again. They take up the prefetch: once
 	// all of it is held nothing else is delivered.
 	Held int
 	// Overdue is the number of handlers that are still running a second or more after the limit of
 	// [WithHandlerTimeout].
 	Overdue int
 	// Delivered counts deliveries given to a handler, each try in place included. It is the sum of
-	// Acked, Requeued, Discarded and Stale, and of the deliveries not settled yet.
+	// Acked, Requeued, Discarded, Parked, Delayed and Stale, and of the deliveries not settled yet.
 	Delivered uint64
 	// Acked, Requeued and Discarded count settlements that were sent. Of a stream they count what
 	// was decided: the ack of a message that was acked or discarded waits for those before it, and
 	// Requeued counts the tries in place, which send nothing.
 	Acked, Requeued, Discarded uint64
+	// Parked and Delayed count messages whose copy the broker has confirmed in the park queue, or in
+	// the queue of a delay, and which were then acked; see [WithRetry].
+	Parked, Delayed uint64
 	// Stale counts settlements that came after the end of their session and were not sent; the
 	// broker delivers those messages again.
 	Stale uint64
@@ -174,7 +179,7 @@ type counters struct {
 	handling, held, overdue      atomic.Int64
 	delivered, failed, stale     atomic.Uint64
 	unreadable                   atomic.Uint64
-	outcomes                     [Stale]atomic.Uint64 // indexed by Outcome
+	outcomes                     [outcomes]atomic.Uint64 // indexed by Outcome; stale ones count in stale
 	abandoned, eventsDropped     atomic.Uint64
 	givenUp                      atomic.Uint64
 }

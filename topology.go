@@ -8,10 +8,12 @@ import (
 	"log/slog"
 	"maps"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/steadymq/steadymq/internal/retryqueue"
 	"github.com/steadymq/steadymq/internal/table"
 )
 
@@ -110,8 +112,9 @@ type declaration struct {
 	owned    string    // named by the broker for this connection: asked for, not declared
 	anew     bool      // the queue did not exist any more and is declared again
 
-	streamChecked bool   // the broker was asked whether the stream exists
-	queue         string // has been declared by an earlier round
+	streamChecked bool              // the broker was asked whether the stream exists
+	queue         string            // has been declared by an earlier round
+	beside        retryqueue.Asking // for the queues of WithRetry
 }
 
 // freshChannelError ends a round of a try after a question that has used the channel up. The next
@@ -133,9 +136,12 @@ func (t *declaration) relax(err error) bool {
 		return true
 	}
 	var brokerErr *amqp.Error
+	var beside *retryqueue.Refused
 	switch {
 	case !errors.As(err, &brokerErr) || !brokerErr.Server:
 		return false
+	case errors.As(err, &beside):
+		return t.beside.Relax(beside)
 	case brokerErr.Code == amqp.NotFound && errors.As(err, new(*goneError)) && !t.anew:
 		t.owned, t.queue, t.anew = "", "", true
 		return true
@@ -222,6 +228,7 @@ func (s *session) declareItself() (string, error) {
 	q := s.config.declare
 	args := maps.Clone(q.Args)
 	args["x-queue-type"] = q.Type
+	s.delayRetries(args)
 	declare := s.channel.QueueDeclare
 	switch s.declaration.limit {
 	case limitOff:
@@ -234,6 +241,74 @@ func (s *session) declareItself() (string, error) {
 		s.conn.own(declared.Name)
 	}
 	return declared.Name, err
+}
+
+// declareDestinations declares the queues of WithRetry, or finds them, once in a Run: what becomes
+// of them later the publisher finds out.
+func (s *session) declareDestinations() error {
+	r := s.config.retry
+	if r == nil {
+		return nil
+	}
+	if namedByBroker(s.queue) {
+		return &OptionError{"WithRetry", fmt.Sprintf("the queue %q has a name of the broker's: delayed messages would have nowhere to come back to", s.queue)}
+	}
+	classic := s.config.declare != nil && s.config.declare.Type == "classic"
+	s.destinations = newDestinations(r, s.queue, classic, s.conn.major() >= 4)
+	if s.asked.Load() == s.queue {
+		return nil
+	}
+	for _, d := range s.destinations.all() {
+		if err := s.declaration.beside.Declare(s.channel, d); err != nil {
+			return err
+		}
+	}
+	s.asked.Store(s.queue)
+	return nil
+}
+
+// delayRetries asks the broker to delay what comes back to the queue, if it can.
+func (s *session) delayRetries(args amqp.Table) {
+	q := s.config.declare
+	if q.RetryMin == 0 {
+		return
+	}
+	s.queue = s.config.queue // for the log line
+	if !s.conn.delaysRetries() {
+		if !s.notices.delayedHere.Swap(true) {
+			s.warn("this broker cannot delay what comes back to a queue (RabbitMQ can since 4.3), so Queue.RetryMin has no effect and failed messages are held here")
+		}
+		return
+	}
+	s.brokerDelays = true
+	args[delayedRetryArg+"type"] = "failed"
+	args[delayedRetryArg+"min"] = q.RetryMin.Milliseconds()
+	args[delayedRetryArg+"max"] = q.RetryMax.Milliseconds()
+}
+
+// destinations are where the copies of failed messages of a queue go.
+type destinations struct {
+	delays []*retryqueue.Queue
+	park   *retryqueue.Queue // nil if there is none
+}
+
+func newDestinations(r *Retry, queue string, classic, unlimited bool) destinations {
+	var all destinations
+	for _, d := range r.Delays {
+		all.delays = append(all.delays, retryqueue.Delay(queue, d, classic))
+	}
+	if r.Park != "" {
+		all.park = retryqueue.Park(r.Park, classic, unlimited)
+	}
+	return all
+}
+
+// all returns every destination.
+func (d *destinations) all() []*retryqueue.Queue {
+	if d.park == nil {
+		return d.delays
+	}
+	return append(slices.Clip(d.delays), d.park)
 }
 
 // goneError is a 404 for a queue that existed a moment ago.

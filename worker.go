@@ -7,7 +7,6 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 )
 
 // pool is the workers of one Run. They outlive sessions, so that the concurrency holds across
@@ -138,11 +137,11 @@ func (p *pool) handle(s *session, d *Delivery) {
 	p.stats.delivered.Add(1)
 	p.stats.handling.Add(1)
 	var err error
-	var held time.Duration
+	var became conclusion
 	failed := false
 	defer func() {
 		if failed {
-			p.failed(s, d, held, err)
+			p.failed(s, d, became, err)
 		}
 	}()
 	defer s.gate.leave() // even if the hook that conclude calls ends the goroutine
@@ -152,7 +151,7 @@ func (p *pool) handle(s *session, d *Delivery) {
 			err = d.overlooked()
 		}
 		failed = err != nil && !s.cutOff(err)
-		held = s.conclude(d, err)
+		became = s.conclude(d, err)
 	}()
 	err = p.invoke(s, d, &err)
 }
@@ -181,11 +180,11 @@ func (p *pool) invoke(s *session, d *Delivery, goexit *error) (err error) {
 }
 
 // failed reports what a handler returned.
-func (p *pool) failed(s *session, d *Delivery, held time.Duration, err error) {
+func (p *pool) failed(s *session, d *Delivery, became conclusion, err error) {
 	p.stats.failed.Add(1)
 	var panicked *PanicError
 	errors.As(err, &panicked)
-	p.reporter.failed(failure{of: s, timeout: p.config.handlerTimeout, delivery: d, held: held, err: err, panicked: panicked})
+	p.reporter.failed(failure{of: s, timeout: p.config.handlerTimeout, delivery: d, conclusion: became, err: err, panicked: panicked})
 	if hook := p.config.hooks.HandlerFailed; hook != nil {
 		p.reporter.hook(func() { hook(d, err) })
 	}
@@ -194,7 +193,7 @@ func (p *pool) failed(s *session, d *Delivery, held time.Duration, err error) {
 // wrap returns the handler of a Run: the user's, with the middleware around it.
 func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, error) {
 	if len(c.middleware) == 0 {
-		return h, nil
+		return asPublished(c, h), nil
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
 	defer cancel()
@@ -217,7 +216,7 @@ func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, erro
 		}
 		h = made
 	}
-	return h, errors.Join(refused...)
+	return asPublished(c, h), errors.Join(refused...)
 }
 
 // Invoke runs h on d as a [Consumer] does, but without its holds, so that a test of a handler can
@@ -241,7 +240,7 @@ func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) 
 		if d.Outcome() == Unsettled {
 			wanted, _ := OutcomeOf(err)
 			if _, ofNone := d.fence.settler.(detached); wanted == Parked && !ofNone {
-				wanted = Requeued // a session has no place to park it yet
+				wanted = Requeued // only a Consumer has a park queue
 			}
 			_ = d.settle(wanted)
 		}

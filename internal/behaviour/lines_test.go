@@ -524,6 +524,84 @@ var goldenRows = []goldenRow{
 		},
 	},
 	{
+		name:    "a failed message whose copy the broker refuses",
+		message: "a failed message does not get into the queue that it is to go to, so it is held and tried again",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(park, l.option(), parking())
+			r.Broker.NackConfirms(true)
+			r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{ID: "m7"})
+			r.Wait(30 * time.Second)
+		},
+		want: []string{
+			"WARN steadymq: <message>; " + atFirst + "; String to=orders.parked; String message_id=m7; Int64 tried=1; String cause=the broker has refused the copy (basic.nack): the queue is full, or cannot store it",
+		},
+	},
+	{
+		name:    "a message to be parked where there is no queue for that",
+		message: "a handler asks to park its message, and there is no queue for that, so the message is held and put back: name one by WithRetry",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(park, l.option())
+			r.Broker.Publish(rig.Queue, "1")
+			r.Wait(time.Second)
+		},
+		want: []string{"WARN steadymq: <message>; " + atFirst},
+	},
+	{
+		name:    "failed messages during an alarm",
+		message: "failed messages cannot be parked or delayed now, so they are held and tried again",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(park, l.option(), parking())
+			r.Broker.Publish(rig.Queue, "1")
+			r.Wait(time.Second)
+			r.Broker.Blocked("low on memory")
+			for _, body := range []string{"2", "3"} { // the first one meets the alarm
+				r.Broker.Publish(rig.Queue, body)
+				r.Wait(45 * time.Second)
+			}
+			r.Broker.Unblocked()
+			r.Wait(10 * time.Second)
+		},
+		want: []string{"WARN steadymq: <message>; " + atFirst + "; String retry_in=2s; String cause=the broker takes no messages now (connection.blocked: low on memory)"},
+	},
+	{
+		name: "the end of failed messages during an alarm", message: "failed messages can be parked and delayed again",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(park, l.option(), parking())
+			r.Broker.Publish(rig.Queue, "1")
+			r.Wait(time.Second)
+			r.Broker.Blocked("low on memory")
+			for _, body := range []string{"2", "3"} { // the first one meets the alarm
+				r.Broker.Publish(rig.Queue, body)
+				r.Wait(45 * time.Second)
+			}
+			r.Broker.Unblocked()
+			r.Wait(10 * time.Second)
+		},
+		want: []string{"INFO steadymq: <message>; String queue=orders"},
+	},
+	{
+		name: "a message that has used up its attempts", message: "handler failed in the last attempt",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(fail, l.option(), steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Minute}}))
+			r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{ID: "m7"})
+			r.Wait(2 * time.Minute)
+		},
+		want: []string{"WARN steadymq: <message>; " + atFirst + "; String exchange=; String routing_key=orders; String message_id=m7; Uint64 delivery_tag=2; Int64 attempt=2; " +
+			"Bool redelivered=false; String outcome=discarded; String error=the database is away"},
+	},
+	{
+		name:    "a broker that cannot delay what comes back",
+		broker:  []steadymqtest.Option{steadymqtest.WithVersion(4, 2)},
+		message: "this broker cannot delay what comes back to a queue (RabbitMQ can since 4.3), so Queue.RetryMin has no effect and failed messages are held here",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Broker.DeleteQueue(rig.Queue)
+			r.Consuming(rig.Ack, l.option(), steadymq.WithQueue(steadymq.Queue{RetryMin: time.Second, RetryMax: time.Minute}))
+			r.Broker.Reset()
+			r.Wait(time.Second)
+		},
+		want: []string{"WARN steadymq: <message>; " + atFirst},
+	},
+	{
 		name: "handlers that fail", message: "handler failed",
 		provoke: func(r *rig.Rig, l *recorder) {
 			r.Broker.DeclareExchange("shop", "topic")

@@ -1,0 +1,367 @@
+package behaviour_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"testing"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
+	"github.com/steadymq/steadymq/steadymqtest"
+)
+
+const parked = "orders.parked"
+
+var errPoison = fmt.Errorf("order 7: %w", io.ErrUnexpectedEOF)
+
+func park(context.Context, *steadymq.Delivery) error { return steadymq.Park(errPoison) }
+
+// parking is the option of a consumer that only parks.
+func parking() steadymq.Option { return steadymq.WithRetry(steadymq.Retry{Attempts: 1, Park: parked}) }
+
+// taken returns the messages of a queue, by a client that consumes all of it.
+func taken(r *rig.Rig, queue string) []amqp.Delivery {
+	r.Helper()
+	conn, err := amqp.DialConfig(r.Broker.URL, amqp.Config{Dial: r.Broker.Dial})
+	require.NoError(r, err)
+	ch, err := conn.Channel()
+	require.NoError(r, err)
+	deliveries, err := ch.Consume(queue, "", true, false, false, false, nil)
+	require.NoError(r, err)
+	var all []amqp.Delivery
+	for {
+		select {
+		case d := <-deliveries:
+			all = append(all, d)
+			continue
+		case <-time.After(time.Second):
+		}
+		require.NoError(r, conn.Close())
+		return all
+	}
+}
+
+func TestParkedMessageKeepsItsContentAndItsCause(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		id := r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{Body: []byte("seven"), Headers: amqp.Table{
+			"tenant": "blue", "x-stream-offset": int64(7), "CC": []any{"elsewhere"},
+		}})
+		r.Wait(10 * time.Second)
+		assert.Equal(r, uint64(1), r.Consumer.Stats().Parked)
+		assert.Zero(r, r.Consumer.Stats().Held)
+		assert.Zero(r, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
+		require.NoError(r, r.Stop())
+
+		all := taken(r, parked)
+		require.Len(r, all, 1)
+		m := all[0]
+		assert.Equal(r, "seven", string(m.Body))
+		assert.Equal(r, id, m.MessageId)
+		assert.Equal(r, "blue", m.Headers["tenant"])
+		assert.NotContains(r, m.Headers, "CC")
+		assert.NotContains(r, m.Headers, "x-stream-offset")
+		assert.Equal(r, int32(1), m.Headers["steadymq-attempt"])
+		assert.Equal(r, "order 7: unexpected EOF", m.Headers["steadymq-error"])
+		assert.Equal(r, "*errors.errorString", m.Headers["steadymq-error-type"])
+		assert.Equal(r, rig.Queue, m.Headers["steadymq-queue"])
+		assert.Equal(r, rig.Queue, m.Headers["steadymq-routing-key"])
+		assert.Equal(r, "", m.Headers["steadymq-exchange"])
+		assert.IsType(r, time.Time{}, m.Headers["steadymq-time"])
+		assert.NotEmpty(r, m.Headers["steadymq-host"])
+		assert.NotEmpty(r, m.Headers["steadymq-consumer"])
+	})
+}
+
+func TestNothingIsAckedBeforeItsCopyIsConfirmed(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.Publish(rig.Queue, "0") // an alarm concerns those that have published
+		r.Wait(time.Second)
+		r.Broker.Blocked("low on memory")
+		r.Broker.Publish(rig.Queue, "1", "2", "3")
+		r.Wait(5 * time.Minute)
+		assert.Equal(r, uint64(1), r.Consumer.Stats().Parked)
+		assert.Equal(r, 3, r.Consumer.Stats().Held)
+		assert.Equal(r, 3, r.Broker.Unsettled(rig.Queue))
+		r.Broker.Unblocked()
+		r.Wait(10 * time.Second)
+		assert.Equal(r, uint64(4), r.Consumer.Stats().Parked)
+		assert.Equal(r, 4, r.Broker.QueueLen(parked))
+		assert.LessOrEqual(r, len(r.Warnings("cannot be parked")), 6, "a line a minute")
+	})
+}
+
+func TestStopWaitsForTheConfirmOfACopy(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.Publish(rig.Queue, "1", "2", "3")
+		r.Wait(time.Millisecond)
+		require.NoError(r, r.Stop())
+		assert.Equal(r, 3, r.Broker.QueueLen(parked)+r.Broker.QueueLen(rig.Queue), "each is in one queue")
+		assert.Zero(r, r.OpenConnections())
+	})
+}
+
+func TestParkWithoutAParkQueueHoldsTheMessage(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(time.Hour)
+		assert.Equal(r, 1, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
+		assert.NotEmpty(r, r.Warnings("WithRetry"))
+		assert.LessOrEqual(r, len(r.Warnings("WithRetry")), 60)
+	})
+}
+
+func TestParkQueueThatIsDeletedIsDeclaredAnew(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.DeleteQueue(parked)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(time.Minute)
+		assert.Equal(r, 1, r.Broker.QueueLen(parked))
+		assert.Equal(r, uint64(1), r.Consumer.Stats().Parked)
+		assert.Len(r, r.Warnings("does not get into the queue"), 1)
+	})
+}
+
+func TestIdlePublisherClosesItsConnection(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		assert.Equal(r, 1, r.OpenConnections(), "nothing has failed yet")
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(30 * time.Second)
+		assert.Equal(r, 2, r.OpenConnections())
+		r.Wait(time.Minute)
+		assert.Equal(r, 1, r.OpenConnections())
+		r.Broker.Publish(rig.Queue, "2")
+		r.Wait(time.Second)
+		assert.Equal(r, 2, r.Broker.QueueLen(parked))
+	})
+}
+
+func TestSessionThatIsLostBeforeTheConfirmLosesNothing(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		for range 20 {
+			r.Broker.Publish(rig.Queue, "1", "2", "3", "4", "5")
+			r.Wait(3 * time.Millisecond)
+			r.Broker.Host(0).CloseConnections(320, "CONNECTION_FORCED")
+			r.Wait(5 * time.Second)
+		}
+		r.Wait(time.Minute)
+		assert.Zero(r, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
+		assert.GreaterOrEqual(r, r.Broker.QueueLen(parked), 100)
+		seen := make(map[string]bool)
+		for _, m := range taken(r, parked) {
+			seen[m.MessageId] = true
+		}
+		assert.Len(r, seen, 100)
+	})
+}
+
+func TestRetryThatCannotWorkIsRefused(t *testing.T) {
+	second := []time.Duration{time.Second}
+	for name, row := range map[string]struct {
+		retry  steadymq.Retry
+		more   []steadymq.Option
+		reason string
+	}{
+		"no attempts":         {steadymq.Retry{Park: "p"}, nil, "Attempts must be between 1 and 1000, got 0"},
+		"nothing to do":       {steadymq.Retry{Attempts: 1}, nil, "would be discarded"},
+		"no delay":            {steadymq.Retry{Attempts: 3}, nil, "Delays is empty"},
+		"delays that shrink":  {steadymq.Retry{Attempts: 3, Delays: []time.Duration{time.Minute, time.Second}}, nil, "Delays must grow"},
+		"delays that stay":    {steadymq.Retry{Attempts: 3, Delays: []time.Duration{time.Second, time.Second}}, nil, "Delays must grow"},
+		"a delay too short":   {steadymq.Retry{Attempts: 2, Delays: []time.Duration{30}}, nil, "write 30*time.Second"},
+		"a delay too long":    {steadymq.Retry{Attempts: 2, Delays: []time.Duration{25 * time.Hour}}, nil, "between 100ms and 24h"},
+		"half a millisecond":  {steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second + time.Microsecond}}, nil, "whole milliseconds"},
+		"more than retries":   {steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second, time.Minute}}, nil, "2 Attempts have 1 retries"},
+		"too many delays":     {steadymq.Retry{Attempts: 30, Delays: delaysOf(17)}, nil, "may be 16 at most"},
+		"park is the queue":   {steadymq.Retry{Attempts: 1, Park: rig.Queue}, nil, "is the queue"},
+		"park is a delay":     {steadymq.Retry{Attempts: 2, Delays: second, Park: "orders.retry.1s"}, nil, "the queue of a delay"},
+		"park of the broker":  {steadymq.Retry{Attempts: 1, Park: "amq.park"}, nil, "amq."},
+		"park with a newline": {steadymq.Retry{Attempts: 1, Park: "a\nb"}, nil, "line break"},
+		"a stream": {
+			steadymq.Retry{Attempts: 1, Park: "p"},
+			[]steadymq.Option{steadymq.WithQueue(steadymq.Queue{Type: "stream"})}, "not for streams",
+		},
+		"an exclusive queue": {
+			steadymq.Retry{Attempts: 1, Park: "p"},
+			[]steadymq.Option{steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true})}, "not for exclusive queues",
+		},
+		"two ways to delay": {
+			steadymq.Retry{Attempts: 2, Delays: second},
+			[]steadymq.Option{steadymq.WithQueue(steadymq.Queue{RetryMin: time.Second, RetryMax: time.Minute})}, "leave one out",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := steadymq.New("amqp://localhost", rig.Queue, append(row.more, steadymq.WithRetry(row.retry))...)
+			var refused *steadymq.OptionError
+			require.ErrorAs(t, err, &refused)
+			assert.Equal(t, "WithRetry", refused.Option)
+			assert.Contains(t, err.Error(), row.reason)
+		})
+	}
+}
+
+func delaysOf(n int) []time.Duration {
+	delays := make([]time.Duration, n)
+	for i := range delays {
+		delays[i] = time.Duration(i+1) * time.Second
+	}
+	return delays
+}
+
+var _ = errors.New
+
+// tryOf is one call of a handler.
+type tryOf struct {
+	attempt       int
+	exchange, key string
+	at            time.Duration
+}
+
+// failingFor is a handler that fails n times with each message, and notes what it sees.
+func failingFor(n int, seen *[]tryOf) steadymq.Handler {
+	start := time.Now()
+	return func(_ context.Context, d *steadymq.Delivery) error {
+		*seen = append(*seen, tryOf{d.Attempt(), d.Exchange, d.RoutingKey, time.Since(start)})
+		if d.Attempt() <= n {
+			return errPoison
+		}
+		return nil
+	}
+}
+
+func TestFailedMessageComesBackAfterItsDelays(t *testing.T) {
+	kinds := map[string][]steadymq.Option{
+		"quorum":  {steadymq.WithQueue(steadymq.Queue{Bindings: []steadymq.Binding{{Key: "new"}}, Exchange: &steadymq.Exchange{Name: "shop"}})},
+		"classic": {steadymq.WithQueue(steadymq.Queue{Type: "classic", Bindings: []steadymq.Binding{{Key: "new"}}, Exchange: &steadymq.Exchange{Name: "shop"}})},
+	}
+	for kind, options := range kinds {
+		t.Run(kind, func(t *testing.T) {
+			onEachGeneration(t, func(r *rig.Rig, _ int) {
+				var seen []tryOf
+				c := r.NewFor(jobs, append(options, steadymq.WithRetry(steadymq.Retry{
+					Attempts: 4, Delays: []time.Duration{time.Second, 10 * time.Second}, Park: parked,
+				}))...)
+				r.Consumer = c
+				r.Start(failingFor(10, &seen))
+				r.Wait(time.Second)
+				r.Broker.PublishExchange("shop", "new", steadymqtest.Message{Body: []byte("1")})
+				r.Wait(time.Minute)
+				require.Len(r, seen, 4)
+				for i, h := range seen {
+					assert.Equal(r, i+1, h.attempt)
+					assert.Equal(r, "shop", h.exchange)
+					assert.Equal(r, "new", h.key)
+				}
+				assert.InDelta(r, 1, (seen[1].at - seen[0].at).Seconds(), 0.1)
+				assert.InDelta(r, 10, (seen[2].at - seen[1].at).Seconds(), 0.1)
+				assert.InDelta(r, 10, (seen[3].at - seen[2].at).Seconds(), 0.1)
+				stats := c.Stats()
+				assert.Equal(r, uint64(3), stats.Delayed)
+				assert.Equal(r, uint64(1), stats.Parked)
+				assert.Equal(r, uint64(4), stats.Delivered)
+				assert.Equal(r, 1, r.Broker.QueueLen(parked))
+				for _, q := range []string{jobs, "jobs.retry.1s", "jobs.retry.10s"} {
+					assert.Zero(r, r.Broker.QueueLen(q)+r.Broker.Unsettled(q), q)
+				}
+				assert.Len(r, r.Warnings("handler failed in the last attempt"), 1)
+			})
+		})
+	}
+}
+
+func TestHealthyMessagesPassThoseThatFail(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		healthy := 0
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "poison" {
+				return errPoison
+			}
+			healthy++
+			return nil
+		}, steadymq.WithRetry(steadymq.Retry{Attempts: 3, Delays: []time.Duration{10 * time.Second}, Park: parked}))
+		r.PublishMany(500, "poison")
+		r.PublishMany(100, "healthy")
+		r.Wait(10 * time.Second)
+		assert.Equal(r, 100, healthy, "within the first delay")
+		r.Wait(time.Minute)
+		assert.Equal(r, 500, r.Broker.QueueLen(parked))
+	})
+}
+
+func TestRetryQueueOfAnotherDelayIsRefusedByName(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DeclareQueue("orders.retry.1s", steadymqtest.QueueOptions{Args: amqp.Table{
+			"x-queue-type": "quorum", "x-message-ttl": int32(5000), "x-dead-letter-exchange": "", "x-dead-letter-routing-key": rig.Queue,
+		}})
+		r.Run(rig.Ack, steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second}, Park: parked}))
+		err := <-r.Result
+		r.Result = nil
+		var at *steadymq.SessionError
+		require.ErrorAs(r, err, &at)
+		assert.Contains(r, err.Error(), `queue "orders.retry.1s" of WithRetry`)
+		assert.Contains(r, err.Error(), "x-message-ttl")
+	})
+}
+
+func TestQueuesOfRetryThatExistInAnotherFormAreUsed(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DeclareQueue("orders.retry.1s", steadymqtest.QueueOptions{Args: amqp.Table{
+			"x-message-ttl": int32(1000), "x-dead-letter-exchange": "", "x-dead-letter-routing-key": rig.Queue,
+		}})
+		r.Broker.DeclareQueue(parked, steadymqtest.QueueOptions{})
+		var seen []tryOf
+		r.Consuming(failingFor(5, &seen), steadymq.WithRetry(steadymq.Retry{Attempts: 3, Delays: []time.Duration{time.Second}, Park: parked}))
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(time.Minute)
+		assert.Len(r, seen, 3)
+		assert.Equal(r, 1, r.Broker.QueueLen(parked))
+	})
+}
+
+func TestLastFailureIsDiscardedWithoutAParkQueue(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var seen []tryOf
+		r.Consuming(failingFor(5, &seen), steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second}}))
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(time.Minute)
+		assert.Len(r, seen, 2)
+		assert.Equal(r, uint64(1), r.Consumer.Stats().Discarded)
+		assert.Len(r, r.Warnings("last attempt"), 1)
+		assert.Contains(r, r.Warnings("last attempt")[0], "outcome=discarded")
+	})
+}
+
+func TestWhatTheHandlerAsksForComesBeforeThePolicy(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			switch string(d.Body) {
+			case "discard":
+				return steadymq.Discard(errPoison)
+			case "park":
+				return fmt.Errorf("wrapped: %w", steadymq.Park(errPoison))
+			case "requeue":
+				if d.Redelivered {
+					return nil
+				}
+				return steadymq.RequeueAfter(errPoison, time.Second)
+			}
+			return nil
+		}, steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Minute}, Park: parked}))
+		r.Broker.Publish(rig.Queue, "discard", "park", "requeue")
+		r.Wait(10 * time.Second)
+		stats := r.Consumer.Stats()
+		assert.Equal(r, []uint64{1, 1, 1, 1, 0}, []uint64{stats.Discarded, stats.Parked, stats.Requeued, stats.Acked, stats.Delayed})
+	})
+}
