@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // Who owns connections. A Consumer alone and all consumers of a Group borrow them here: one dials
@@ -329,7 +331,7 @@ func (k *keeper) forgetDead() {
 }
 
 func (k *keeper) lend() *loan {
-	l := &loan{connection: k.conn, keeper: k}
+	l := &loan{connection: k.conn, keeper: k, queues: new(wire.Queues)}
 	k.conn.loans[l] = true
 	if len(k.conn.loans) > 1 {
 		k.conn.shared = true

@@ -111,6 +111,9 @@ func (s *scope) drainError() error {
 func openSession(ctx context.Context, c *loan, of *scope, id, try uint64, tag string, step *step) (*session, error) {
 	lease := c.lend()
 	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
+	if of.grouped {
+		c.keepNoOrphans(ctx)
+	}
 
 	t := declaration{limit: firstLimit(c.connection, of.config.declare), owned: c.owned(of.config)}
 	for {
@@ -139,7 +142,7 @@ func openSession(ctx context.Context, c *loan, of *scope, id, try uint64, tag st
 // trySession is one round of openSession: it asks for what t says.
 func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag string, t declaration, lease *lease, step *step) (*session, error) {
 	step.at("channel")
-	channel, err := c.openChannel(ctx, lease.use)
+	channel, err := c.openChannel(ctx, lease.use, c.queues)
 	if err != nil {
 		return nil, &SessionError{Queue: of.config.queue, Host: c.host, Op: "channel", Session: id, Err: c.explain(err)}
 	}
@@ -294,7 +297,6 @@ func (s *session) run() {
 	case cause == nil:
 		hardLimit = s.config.closeTimeout // no deliveries can hold up close-ok any more
 		s.drain()
-		s.leaveQueue()
 	case errors.Is(cause, errCancelled):
 		s.stream.doubt()
 		s.retire(cause)
@@ -446,15 +448,6 @@ func (s *session) drain() {
 	}
 	if s.drainErr != nil {
 		s.lose(s.drainErr)
-	}
-}
-
-// leaveQueue deletes a queue that lives as long as its connection, because others may keep that
-// after this consumer: nobody would read the queue any more, and no other connection could have it.
-// There is no answer to wait for, close-ok comes after it.
-func (s *session) leaveQueue() {
-	if of := s.config.declare; s.grouped && of != nil && of.Exclusive && !s.givenUp {
-		_, _ = s.channel.QueueDelete(s.queue, false, false, true)
 	}
 }
 
