@@ -603,3 +603,23 @@ func TestQueueThatIsLeftOnABusyConnectionDisturbsNobody(t *testing.T) {
 		require.NoError(t, p.stop())
 	})
 }
+
+// Each connection has its turn at the other host after its own failure, however many there are.
+func TestNoConnectionOfAGroupTriesAHostThatIsAwayTwice(t *testing.T) { // seed 1416
+	for range 20 {
+		rig.Bubble(t, func(r *rig.Rig) {
+			p := grouped(r, 6, steadymq.WithConnections(3), steadymq.WithDialTimeout(5*time.Second)).start()
+			r.Wait(2 * time.Minute)
+			require.Equal(t, 6, p.consuming())
+			for i := range 2 {
+				r.Broker.Host(i).DropSYN(true)
+				r.Broker.Host(i).FIN()
+				r.Wait(6 * time.Second)
+				require.Equal(t, 6, p.consuming())
+				r.Broker.Host(i).DropSYN(false)
+				r.Wait(2 * time.Minute)
+			}
+			require.NoError(t, p.stop())
+		}, steadymqtest.WithHosts(2))
+	}
+}

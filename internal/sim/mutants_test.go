@@ -1061,6 +1061,10 @@ var mutants = []mutant{
 		{"connections.go", "\t\tif k.conn != nil && !k.full() && (best == nil ||", "\t\tif !k.full() && (best == nil ||"},
 		{"connections.go", "\tif best == nil {\n\t\treturn false\n", "\tif best == nil || best.conn == nil {\n\t\treturn false\n"},
 	}}),
+	inTest("TestNoConnectionOfAGroupTriesAHostThatIsAwayTwice", change("all connections of a group take turns at the hosts", "reconnect.go",
+		"&hosts{h.reputation, h.endpoints, make(map[string]int)}", "h")),
+	inTest("TestNoConnectionOfAGroupTriesAHostThatIsAwayTwice", change("the next host is forgotten with another session of the connection", "connections.go",
+		"lasted && k.next.address == \"\" && k.dial == nil {", "lasted {")),
 	inTest("TestStreamMovesWithoutADuplicate", change("a stream moves under its handlers", "session.go",
 		"\tif s.stream == nil || !errors.Is(cause, errMoved) {\n", "\t{\n")),
 }
