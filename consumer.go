@@ -635,7 +635,7 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) (moved bool) {
 		return false
 	}
 	alive := s.usable()
-	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err)
+	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err) && !errors.Is(err, errChannelsHeld)
 	switch {
 	case s.borrower.hasLeft(s.conn): // its session was lost as it was about to move
 		moved = true

@@ -3,6 +3,7 @@ package steadymq
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -205,7 +206,26 @@ func (c *connection) openChannel(ctx context.Context, use func(*wire.Channel), q
 		claim.Report(queues)
 	}
 	use(claim)
-	return c.amqp.Channel()
+	limit := time.AfterFunc(c.closeTimeout, func() {
+		if claim.Held() && c.leases.shared() {
+			claim.GiveUp(amqp.ChannelError, errChannelsHeld.Error())
+		}
+	})
+	defer limit.Stop()
+	channel, err := c.amqp.Channel()
+	if isHeld(err) {
+		err = errChannelsHeld
+	}
+	return channel, err
+}
+
+// errChannelsHeld says that no number is left for a channel but those of channels that were given up.
+var errChannelsHeld = fmt.Errorf("the channels that are left wait for the broker to confirm their end: %w", amqp.ErrChannelMax)
+
+// isHeld reports whether err is what openChannel has told the driver.
+func isHeld(err error) bool {
+	var said *amqp.Error
+	return errors.As(err, &said) && said.Reason == errChannelsHeld.Error()
 }
 
 // giveUp ends a channel on which a call was not answered in time, while others live on the

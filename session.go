@@ -171,7 +171,7 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 	}
 	s.receive()
 	if op, err := s.subscribe(ctx, step); err != nil {
-		_ = channel.Close() // bounded by ctx, too, which ends the connection
+		s.closeFailed()
 		s.forget()
 		err = s.channelCause(err)
 		s.streamPosition().setupFailed(err)
@@ -184,6 +184,19 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 	s.watchBacklog()
 	go s.run()
 	return s, nil
+}
+
+// closeFailed closes the channel of a round that has failed, or whose question has used it up. Nothing
+// depends on the broker's answer, so without one the channel is given up, and the next round need not
+// wait as long as a set-up may take. ctx ends the wait, too.
+func (s *session) closeFailed() {
+	limit := s.config.closeTimeout
+	giveUp := func() {
+		s.stats.givenUp.Add(1)
+		s.conn.giveUp(s.lease.inUse(), errCloseTimeout)
+	}
+	defer s.conn.socket.AfterSilence(limit, max(limit, s.config.setupTimeout), giveUp)()
+	_ = s.channel.Close()
 }
 
 // receive registers where the deliveries of the consumer with the session's tag go.

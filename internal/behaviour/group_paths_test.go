@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"strings"
 	"sync/atomic"
@@ -602,6 +603,57 @@ func TestQueueThatIsLeftOnABusyConnectionDisturbsNobody(t *testing.T) {
 		}
 		require.NoError(t, p.stop())
 	})
+}
+
+// The close of the channel on which it has asked for the stream is of no use to it.
+func TestSetUpDoesNotWaitForTheCloseOfAChannelThatItHasUsedUp(t *testing.T) { // seed 3157
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 3, steadymq.WithCloseTimeout(time.Second)).start()
+		r.Broker.DeclareQueue("log", steadymqtest.QueueOptions{Type: "stream"})
+		r.Broker.Publish("log", "1", "2", "3")
+		r.Broker.NoCloseOk(true)
+		c, err := p.group.Handle("log", rig.Ack, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "next"}))
+		require.NoError(t, err)
+		r.Wait(4 * time.Second)
+		assert.Equal(t, steadymq.Consuming, c.State())
+		for _, other := range p.consumers {
+			assert.EqualValues(t, 1, other.Stats().Sessions, "it is not disturbed")
+		}
+		r.Broker.NoCloseOk(false)
+		require.NoError(t, p.stop())
+	})
+}
+
+// The broker never says that it has closed the channel of the one that has left.
+func TestConsumerMovesWhereAChannelThatWasGivenUpIsNotLetGo(t *testing.T) { // seeds 2551, 3971
+	for name, option := range map[string]steadymq.Option{
+		"a queue of others": steadymq.WithPrefetch(1),
+		"one of its own": steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			q, err := ch.QueueDeclare("mine", false, false, true, false, nil)
+			return q.Name, err
+		}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				g, err := steadymq.NewGroup(r.Broker.URLs()[0]+"?channel_max=2", steadymq.WithDialer(r.Broker.Dialer()),
+					steadymq.WithLogger(slog.New(slog.NewTextHandler(r.Log, nil))), steadymq.WithCloseTimeout(time.Second))
+				require.NoError(t, err)
+				p := &party{Rig: r, group: g}
+				p.add(rig.Ack)
+				p.add(rig.Ack)
+				p.start()
+				r.Broker.NoCloseOk(true)
+				require.Error(t, p.consumers[1].Stop(r.Context()), "its channel is given up")
+				r.Broker.NoCloseOk(false)
+				r.Wait(time.Second)
+				c := p.add(rig.Ack, option)
+				r.Wait(2 * time.Second)
+				assert.Equal(t, steadymq.Consuming, c.State())
+				assert.EqualValues(t, 1, p.consumers[0].Stats().Sessions, "it is not disturbed")
+				require.NoError(t, p.stop())
+			})
+		})
+	}
 }
 
 // Each connection has its turn at the other host after its own failure, however many there are.

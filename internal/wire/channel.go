@@ -91,6 +91,16 @@ func (c *Channel) GiveUp(code uint16, reason string) bool {
 	return done
 }
 
+// Held reports whether the channel.open waits for the broker to confirm the close of a channel of
+// that number which was given up.
+func (c *Channel) Held() bool {
+	o := &c.socket.out
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := o.channels.numbers[c.number]
+	return c.state == channelOpened && n != nil && n.held
+}
+
 // GivenUp is how many channels were given up and are still open for all that the broker has said.
 func (s *Socket) GivenUp() int {
 	s.out.mu.Lock()
