@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // Who owns connections. A Consumer alone and all consumers of a Group borrow them here: one dials
@@ -46,7 +48,7 @@ func newConnections(c *config, stats *counters) *connections {
 
 // addKeeper adds a keeper that lends to everybody, under the smallest number that is free.
 func (cs *connections) addKeeper() *keeper {
-	k := newKeeper()
+	k := cs.newKeeper()
 	for k.number = 1; slices.ContainsFunc(cs.keepers, func(other *keeper) bool { return other.number == k.number }); {
 		k.number++
 	}
@@ -62,6 +64,7 @@ func (cs *connections) abandoned() { cs.stats.abandoned.Add(1) }
 type keeper struct {
 	number   int // of the connection, for the log
 	members  map[*borrower]bool
+	hosts    *hosts       // in the order for its connection
 	own      bool         // it lends to one borrower that is kept apart
 	most     int          // borrowers that its connection has channels for, 0 if that is not known
 	conn     *connection  // that is lent; nil if there is none
@@ -76,7 +79,9 @@ type keeper struct {
 	slow     rateLimited  // lines about dials that take long
 }
 
-func newKeeper() *keeper { return &keeper{members: make(map[*borrower]bool)} }
+func (cs *connections) newKeeper() *keeper {
+	return &keeper{members: make(map[*borrower]bool), hosts: cs.hosts.ofAnother()}
+}
 
 // dial is a try to open a connection, which others may wait for.
 type dial struct {
@@ -225,7 +230,7 @@ func (b *borrower) isolate() (leaves bool) {
 	if len(b.keeper.members) == 1 || b.of.apart >= mostApart {
 		return false
 	}
-	own := newKeeper()
+	own := b.of.newKeeper()
 	own.own = true
 	b.of.apart++
 	b.move(own)
@@ -308,16 +313,16 @@ func (b *borrower) borrow(now time.Time) offer {
 	case now.Before(k.until):
 		return offer{failed: k.failed, wait: k.until.Sub(now)}
 	}
-	k.choose(b.of.hosts, now)
+	k.choose(now)
 	k.dial = &dial{endpoint: k.next, keeper: k, done: make(chan struct{})}
 	k.next, k.failed = endpoint{}, nil
 	return offer{own: k.dial}
 }
 
 // choose picks the host of the next dial, once.
-func (k *keeper) choose(h *hosts, now time.Time) {
+func (k *keeper) choose(now time.Time) {
 	if k.next.address == "" {
-		k.next, k.fresh = h.next(now)
+		k.next, k.fresh = k.hosts.next(now)
 	}
 }
 
@@ -329,7 +334,7 @@ func (k *keeper) forgetDead() {
 }
 
 func (k *keeper) lend() *loan {
-	l := &loan{connection: k.conn, keeper: k}
+	l := &loan{connection: k.conn, keeper: k, queues: new(wire.Queues)}
 	k.conn.loans[l] = true
 	if len(k.conn.loans) > 1 {
 		k.conn.shared = true
@@ -484,8 +489,9 @@ func (b *borrower) proved(healthy, lasted bool) {
 	if r := b.keeper.retry; r != nil && healthy {
 		r.healthy()
 	}
-	if lasted {
-		b.of.hosts.outlived()
+	// Once the next host is chosen that try counts already: another has lost its session with this one.
+	if k := b.keeper; lasted && k.next.address == "" && k.dial == nil {
+		k.hosts.outlived()
 	}
 }
 
@@ -502,7 +508,7 @@ func (b *borrower) wait(r *retry, f dialFailure, d *dial, concernsAll bool, now 
 	if k.conn != nil || k.dial != nil && k.dial != d { // another one was quicker
 		return r.wait(err, now, true)
 	}
-	k.choose(b.of.hosts, now)
+	k.choose(now)
 	wait := r.wait(err, now, k.fresh)
 	if k.until.After(now) {
 		return k.until.Sub(now)

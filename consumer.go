@@ -15,7 +15,6 @@ import (
 
 	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/steadymq/steadymq/internal/errtext"
-	"github.com/steadymq/steadymq/internal/wire"
 )
 
 // Consumer keeps one subscription to one queue alive. Make it with [New], run it with
@@ -675,7 +674,7 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) (moved bool) {
 		return false
 	}
 	alive := s.usable()
-	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err)
+	keep := alive && !s.conn.tooManyTopologyFailures() && !leavesNode(err) && !s.hangs(err) && !errors.Is(err, errChannelsHeld)
 	switch {
 	case s.borrower.hasLeft(s.conn): // its session was lost as it was about to move
 		moved = true
@@ -684,7 +683,7 @@ func (s *supervisor) keepOrReplace(err error, now time.Time) (moved bool) {
 	case keep && (s.owns() || s.blameless(classify(err)) || !s.conn.tooManyChannelFailures(now)):
 		return false
 	case alive, s.strikes > 1:
-		s.isolate(err) // what it does to a connection must not concern others
+		s.isolate() // what it does to a connection must not concern others
 	}
 	s.dropConnection()
 	return moved
@@ -743,9 +742,13 @@ func (s *supervisor) blameless(kind class) bool {
 	return kind == classLocked || (kind == classAbsent || kind == classUnreachable) && !elsewhere
 }
 
-// dropConnection closes the connection. The close waits until the handlers of a session that the
+// dropConnection closes the connection, or leaves it to others without the consumer's queues. The close waits until the handlers of a session that the
 // broker has cancelled have settled on it, for the drain limit at most.
 func (s *supervisor) dropConnection() {
+	if names := s.left(); len(names) > 0 {
+		ctx, cancel := s.conn.socket.WithSilence(context.WithoutCancel(s.ctx), s.config.closeTimeout, errCloseTimeout)
+		s.closing = append(s.closing, closer{done: s.conn.deleteQueues(ctx, cancel, names, s.isMine)})
+	}
 	s.closeConnection(closeRequest{grace: s.config.drainTimeout + s.config.closeTimeout, limit: s.config.closeTimeout})
 	s.forgetClosed()
 }
@@ -807,9 +810,7 @@ func (s *supervisor) draining() stateFunc {
 		s.addError(s.scope.drainError())
 	}
 	left = max(left, time.Millisecond)
-	if s.session == nil && s.consumer.grouped && s.conn != nil && s.conn.alive() {
-		s.leaveQueue(context.WithTimeoutCause(context.WithoutCancel(s.ctx), s.config.closeTimeout, errCloseTimeout))
-	}
+	s.leaveQueuesAtLast(left)
 	s.closeConnection(closeRequest{grace: left / 2, limit: left / 2})
 	s.awaitClosing()
 	return nil
@@ -916,7 +917,7 @@ func (s *supervisor) replacedForOrphan(err error) bool {
 	if namedByBroker(left.was) { // both are deleted
 		s.borrower.isolate()
 	} else {
-		s.isolate(err)
+		s.isolate()
 	}
 	s.dropConnection()
 	return true
@@ -925,7 +926,7 @@ func (s *supervisor) replacedForOrphan(err error) bool {
 // owns reports whether a queue would end with the connection that has been consumed from: WithQueue
 // has declared it, or, where others share the connection, a TopologyFunc.
 func (s *supervisor) owns() bool {
-	return s.conn != nil && s.conn.served && (s.declaresOwned() || s.consumer.grouped && s.conn.bound.Load())
+	return s.conn != nil && s.conn.served && (s.declaresOwned() || s.consumer.grouped && s.conn.queues.Any())
 }
 
 func (s *supervisor) declaresOwned() bool {
@@ -938,57 +939,44 @@ func (s *supervisor) usable() bool {
 	return s.conn.alive() || s.consumer.grouped && s.owns() && s.conn.stands()
 }
 
-// isolate lets the consumer go on on a connection of its own. A queue that ends with the connection
-// it leaves would live on there as long as the others do, bound and unread, and locked for its
-// consumer. So it is deleted. What a TopologyFunc has declared is not known well enough for that:
-// the others move, too, so that the connection ends.
-func (s *supervisor) isolate(cause error) {
+// isolate lets the consumer go on on a connection of its own.
+func (s *supervisor) isolate() {
 	if !s.borrower.isolate() {
 		return
 	}
 	s.reporter.warn("the consumer cannot keep a session, so it goes on on a connection of its own, where it disturbs no other",
 		slog.String("queue", s.config.queue), slog.String("host", s.host))
-	switch {
-	case !s.conn.alive():
-	case s.conn.bound.Load():
-		s.conn.replace(cause)
-	default:
-		s.leaveQueue(s.conn.socket.WithSilence(context.WithoutCancel(s.ctx), s.config.closeTimeout, errCloseTimeout))
-	}
 }
 
-// leaveQueue deletes the queue that WithQueue has declared on a connection that lives on without
-// this consumer. Where that is not answered within ctx, the connection is replaced.
-func (s *supervisor) leaveQueue(ctx context.Context, cancel context.CancelFunc) {
-	name := s.conn.ofSessions()
-	if !s.declaresOwned() || name == "" || !s.borrower.outlived(s.conn) {
-		cancel()
+// left returns the queues that the consumer has declared on its connection, if that lives on without
+// it. They would end with the connection, and stay bound and unread there, and locked for their own
+// consumer.
+func (s *supervisor) left() []string {
+	if s.conn == nil || !s.consumer.grouped || !s.conn.stands() || !s.borrower.outlived(s.conn) {
+		return nil
+	}
+	return s.conn.queues.Names()
+}
+
+// isMine reports whether a queue of the consumer's connection is known to be the consumer's alone: it
+// is that of WithQueue, or the broker has named it.
+func (s *supervisor) isMine(queue string) bool { return s.declaresOwned() || namedByBroker(queue) }
+
+// leaveQueuesAtLast deletes what the last session has left behind, within the limit of the stop. If
+// its own channel had no answer in time nothing is left of that limit, and nobody waits.
+func (s *supervisor) leaveQueuesAtLast(limit time.Duration) {
+	names := s.left()
+	if len(names) == 0 {
 		return
 	}
-	c, lease, done := s.conn.connection, s.conn.lend(), make(chan struct{})
-	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
-	go func() {
-		defer close(done)
-		defer cancel()
-		err := deleteQueue(ctx, c, name, lease.use)
-		unguard()
-		if err != nil && (lease.givenUp() || errors.Is(err, amqp.ErrChannelMax)) {
-			c.replace(cmp.Or(causeOf(ctx), err))
-		}
-		lease.giveBack()
-	}()
-	s.closing = append(s.closing, closer{done: done})
-}
-
-func deleteQueue(ctx context.Context, c *connection, name string, use func(*wire.Channel)) error {
-	channel, err := c.openChannel(ctx, use)
-	if err != nil {
-		return err
+	waits := s.session == nil || s.session.drainErr == nil
+	if !waits {
+		limit = s.config.closeTimeout
 	}
-	if _, err = channel.QueueDelete(name, false, false, false); err == nil {
-		_ = channel.Close() // the end of ctx ends that, too
+	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(s.ctx), limit, errCloseTimeout)
+	if done := s.conn.deleteQueues(ctx, cancel, names, s.isMine); waits {
+		s.closing = append(s.closing, closer{done: done})
 	}
-	return err
 }
 
 // isFatal asks the user's function whether err ends Run. Nothing heals meanwhile, so the function

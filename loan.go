@@ -1,7 +1,9 @@
 package steadymq
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -23,7 +25,9 @@ type loan struct {
 	served           bool         // it has had a session; only the supervisor uses it
 	queue            atomic.Value // string: of its sessions, "" before it has a name; tries write, the supervisor reads
 	topologyFailures atomic.Int32 // failures of a TopologyFunc; as queue
-	bound            atomic.Bool  // a TopologyFunc has declared a queue that lives as long as the connection; as queue
+
+	// queues live as long as the connection: this consumer has declared them there.
+	queues *wire.Queues
 }
 
 // tooManyChannelFailures records a failure at channel level and reports whether the connection has
@@ -77,6 +81,52 @@ func (l *loan) sameQueue(queue string) error {
 // end with the connection.
 func (l *loan) tooManyTopologyFailures() bool {
 	return l.topologyFailures.Load() >= escalateAfter
+}
+
+// keepNoOrphans lets a queue go that the broker has named too late for its try, while others live on
+// the connection: nobody would know of it.
+func (l *loan) keepNoOrphans(ctx context.Context) {
+	ctx = context.WithoutCancel(ctx)
+	l.queues.OnOrphan(func(name string) {
+		go func() {
+			limited, cancel := l.socket.WithSilence(ctx, l.closeTimeout, errCloseTimeout)
+			<-l.deleteQueues(limited, cancel, []string{name}, namedByBroker)
+		}()
+	})
+}
+
+// deleteQueues deletes queues of a loan that live as long as the connection, which lives on without
+// who has declared them: they would be bound and unread there, and locked. One that is not known to
+// be mine is deleted only if nobody consumes from it. Where that fails, or is not answered within
+// ctx, the connection is replaced. cancel ends ctx.
+func (l *loan) deleteQueues(ctx context.Context, cancel context.CancelFunc, names []string, mine func(string) bool) (done chan struct{}) {
+	c := l.connection
+	lease, done := c.lend(), make(chan struct{})
+	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
+	go func() {
+		defer close(done)
+		defer cancel()
+		for _, name := range names {
+			if err := deleteQueue(ctx, c, name, !mine(name), lease.use); err != nil {
+				c.replace(cmp.Or(causeOf(ctx), err))
+				break
+			}
+		}
+		unguard()
+		lease.giveBack()
+	}()
+	return done
+}
+
+func deleteQueue(ctx context.Context, c *connection, name string, unused bool, use func(*wire.Channel)) error {
+	channel, err := c.openChannel(ctx, use, nil)
+	if err != nil {
+		return err
+	}
+	if _, err = channel.QueueDelete(name, unused, false, false); err == nil {
+		_ = channel.Close() // the end of ctx ends that, too
+	}
+	return err
 }
 
 // turns let at most so many consumers be set up at the same time on a connection, because a slow
@@ -141,15 +191,37 @@ type leases struct {
 const mostGivenUp = 3
 
 // openChannel opens a channel. It tells use of it before the broker has answered, so that it can be
-// given up meanwhile.
-func (c *connection) openChannel(ctx context.Context, use func(*wire.Channel)) (*amqp.Channel, error) {
+// given up meanwhile. What is declared on it is added to queues, if that is not nil.
+func (c *connection) openChannel(ctx context.Context, use func(*wire.Channel), queues *wire.Queues) (*amqp.Channel, error) {
 	claim, err := c.socket.ClaimChannel(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer claim.Release()
+	if queues != nil {
+		claim.Report(queues)
+	}
 	use(claim)
-	return c.amqp.Channel()
+	limit := time.AfterFunc(c.closeTimeout, func() {
+		if claim.Held() && c.leases.shared() {
+			claim.GiveUp(amqp.ChannelError, errChannelsHeld.Error())
+		}
+	})
+	defer limit.Stop()
+	channel, err := c.amqp.Channel()
+	if isHeld(err) {
+		err = errChannelsHeld
+	}
+	return channel, err
+}
+
+// errChannelsHeld says that no number is left for a channel but those of channels that were given up.
+var errChannelsHeld = fmt.Errorf("the channels that are left wait for the broker to confirm their end: %w", amqp.ErrChannelMax)
+
+// isHeld reports whether err is what openChannel has told the driver.
+func isHeld(err error) bool {
+	var said *amqp.Error
+	return errors.As(err, &said) && said.Reason == errChannelsHeld.Error()
 }
 
 // giveUp ends a channel on which a call was not answered in time, while others live on the

@@ -202,7 +202,7 @@ func (p *prober) inspectAt(e endpoint) (q amqp.Queue, err error) {
 // inspect asks for the queue, on a channel of its own, because the broker closes the channel if it
 // refuses.
 func inspect(ctx context.Context, c *connection, queue string, use func(*wire.Channel)) (amqp.Queue, error) {
-	channel, err := c.openChannel(ctx, use)
+	channel, err := c.openChannel(ctx, use, nil)
 	if err != nil {
 		return amqp.Queue{}, err
 	}

@@ -318,7 +318,7 @@ func (p *publisher) try(ctx context.Context, l *loan, d *dial, step *step) attem
 	step.at("channel")
 	lease := l.lend()
 	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
-	channel, err := l.openChannel(ctx, lease.use)
+	channel, err := l.openChannel(ctx, lease.use, nil)
 	if err == nil {
 		err = channel.Confirm(false)
 	}

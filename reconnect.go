@@ -268,17 +268,27 @@ const (
 )
 
 // hosts is the order in which hosts are tried: the last good one, then the others at random. For a
-// minute those go last that refused, announced their end, fell silent or are not the broker. All
-// who share connections share it, under the mutex of connections.
+// minute those go last that refused, announced their end, fell silent or are not the broker. That is
+// known to all connections of a Group. The tries are those of one connection: it has its turn at
+// another host after its own failure, however often others have tried that. The mutex of connections
+// guards it.
 type hosts struct {
+	*reputation
 	endpoints []endpoint
-	avoid     map[string]time.Time // address -> until when it goes last
-	tries     map[string]int       // address -> tries since the last session that lasted
-	good      string               // address of the last session
+	tries     map[string]int // address -> tries since the last session that lasted
 }
 
+// reputation is what is known of hosts.
+type reputation struct {
+	avoid map[string]time.Time // address -> until when it goes last
+	good  string               // address of the last session
+}
+
+// ofAnother returns the order for another connection.
+func (h *hosts) ofAnother() *hosts { return &hosts{h.reputation, h.endpoints, make(map[string]int)} }
+
 func newHosts(c *config) *hosts {
-	h := &hosts{avoid: make(map[string]time.Time), tries: make(map[string]int)}
+	h := &hosts{reputation: &reputation{avoid: make(map[string]time.Time)}, tries: make(map[string]int)}
 	if c.urlFunc != nil {
 		return h
 	}
@@ -334,7 +344,7 @@ func (h *hosts) turn(address string, now time.Time) (round int, until time.Time)
 	return round, time.Time{}
 }
 
-func (h *hosts) rank(address string) int {
+func (h *reputation) rank(address string) int {
 	if address == h.good {
 		return 0
 	}
@@ -344,7 +354,7 @@ func (h *hosts) rank(address string) int {
 // connected records that a session was set up on address. It does not forget the tries: an untried
 // host is dialled at once, so sessions that are lost right after their consume-ok would alternate
 // between hosts in a hot loop.
-func (h *hosts) connected(address string) {
+func (h *reputation) connected(address string) {
 	h.good = address
 	delete(h.avoid, address)
 }
@@ -355,7 +365,7 @@ func (h *hosts) outlived() {
 }
 
 // failed records a failure of address.
-func (h *hosts) failed(address string, err error, now time.Time) {
+func (h *reputation) failed(address string, err error, now time.Time) {
 	if goesLast(err) {
 		h.avoid[address] = now.Add(avoidFor)
 	}

@@ -126,6 +126,9 @@ func (s *session) notDone() error {
 func openSession(ctx context.Context, c *loan, of *scope, id, try uint64, tag string, step *step) (*session, error) {
 	lease := c.lend()
 	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
+	if of.grouped {
+		c.keepNoOrphans(ctx)
+	}
 
 	t := declaration{limit: firstLimit(c.connection, of.config.declare), owned: c.owned(of.config)}
 	for {
@@ -153,7 +156,7 @@ func openSession(ctx context.Context, c *loan, of *scope, id, try uint64, tag st
 // trySession is one round of openSession: it asks for what t says.
 func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag string, t declaration, lease *lease, step *step) (*session, error) {
 	step.at("channel")
-	channel, err := c.openChannel(ctx, lease.use)
+	channel, err := c.openChannel(ctx, lease.use, c.queues)
 	if err != nil {
 		return nil, &SessionError{Queue: of.config.queue, Host: c.host, Op: "channel", Session: id, Err: c.explain(err)}
 	}
@@ -180,7 +183,7 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 	}
 	s.receive()
 	if op, err := s.subscribe(ctx, step); err != nil {
-		_ = channel.Close() // bounded by ctx, too, which ends the connection
+		s.closeFailed()
 		s.forget()
 		err = s.channelCause(err)
 		s.streamPosition().setupFailed(err)
@@ -192,6 +195,19 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 	s.ctx, s.cancel = context.WithCancelCause(of.handlers)
 	s.watchBacklog()
 	return s, nil
+}
+
+// closeFailed closes the channel of a round that has failed, or whose question has used it up. Nothing
+// depends on the broker's answer, so without one the channel is given up, and the next round need not
+// wait as long as a set-up may take. ctx ends the wait, too.
+func (s *session) closeFailed() {
+	limit := s.config.closeTimeout
+	giveUp := func() {
+		s.stats.givenUp.Add(1)
+		s.conn.giveUp(s.lease.inUse(), errCloseTimeout)
+	}
+	defer s.conn.socket.AfterSilence(limit, max(limit, s.config.setupTimeout), giveUp)()
+	_ = s.channel.Close()
 }
 
 // receive registers where the deliveries of the consumer with the session's tag go.
@@ -366,7 +382,6 @@ func (s *session) run(first sign) {
 	case cause == nil:
 		hardLimit = s.config.closeTimeout // no deliveries can hold up close-ok any more
 		s.drain()
-		s.leaveQueue()
 	case errors.Is(cause, errCancelled):
 		s.stream.doubt()
 		s.retire(cause)
@@ -507,15 +522,6 @@ func (s *session) drain() {
 	}
 	if s.drainErr != nil {
 		s.lose(s.drainErr)
-	}
-}
-
-// leaveQueue deletes a queue that lives as long as its connection, because others may keep that
-// after this consumer: nobody would read the queue any more, and no other connection could have it.
-// There is no answer to wait for, close-ok comes after it.
-func (s *session) leaveQueue() {
-	if of := s.config.declare; s.grouped && of != nil && of.Exclusive && !s.givenUp {
-		_, _ = s.channel.QueueDelete(s.queue, false, false, true)
 	}
 }
 

@@ -81,9 +81,6 @@ func (s *session) askTopology(ctx context.Context) (queue string, err error) {
 		left:   s.abandoned,
 	}
 	queue, err = call.run(ctx)
-	if s.lease.inUse().Misuse().Exclusive > before.Exclusive {
-		s.conn.bound.Store(true)
-	}
 	if err != nil {
 		return "", err
 	}

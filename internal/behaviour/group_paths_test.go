@@ -1,8 +1,11 @@
 package behaviour_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
+	"net"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -44,12 +47,18 @@ func TestExclusiveQueueIsNotLockedOutByTheConnectionItsConsumerHasLeft(t *testin
 	}
 }
 
-// What a topology function declares ends only with the connection. The others move over to another.
+// exclusive is a queue that ends with its connection, which holds its consumer there.
+var exclusive = steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true})
+
+// The same for one that a topology function declares: the connection is not to end for that, and
+// cannot where others own queues on it.
 func TestExclusiveQueueOfATopologyFuncIsNotLockedOutByTheConnectionItsConsumerHasLeft(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		var failing atomic.Bool
 		failing.Store(true)
 		p := grouped(r, 3).start()
+		pinned, err := p.group.Handle("pinned", rig.Ack, exclusive)
+		require.NoError(t, err)
 		c, err := p.group.Handle("mine", rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
 			_, err := ch.QueueDeclare("mine", false, false, true, false, nil)
 			if err == nil && failing.Load() {
@@ -62,12 +71,180 @@ func TestExclusiveQueueOfATopologyFuncIsNotLockedOutByTheConnectionItsConsumerHa
 		failing.Store(false)
 		r.Wait(2 * time.Minute)
 		assert.Equal(t, steadymq.Consuming, c.State())
-		require.Equal(t, 3, p.consuming())
-		for _, other := range p.consumers {
-			assert.EqualValues(t, 2, other.Stats().Sessions, "it moves once")
+		for _, other := range append(p.consumers, pinned) {
+			assert.EqualValues(t, 1, other.Stats().Sessions, "it is not disturbed")
 		}
 		require.NoError(t, p.stop())
 	})
+}
+
+// The connection that its consumer leaves goes on for one that owns a queue there.
+func TestQueueOfATopologyFuncIsNotLeftBehindAfterAStall(t *testing.T) { // seed 1860
+	for name, before := range map[string]func(*party){
+		"on a connection that takes sessions": func(*party) {},
+		"on one that is to go":                (*party).retireConnection,
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.DeclareExchange("events", "fanout")
+				p := grouped(r, 2)
+				pinned, err := p.group.Handle("pinned", rig.Ack, exclusive)
+				require.NoError(t, err)
+				var calls atomic.Int32
+				c, err := p.group.Handle("", rig.Ack, serverNames(&calls), steadymq.WithStallDetector(5*time.Second))
+				require.NoError(t, err)
+				p.start()
+				before(p)
+				stalled := namedByBroker(r)
+				require.Len(t, stalled, 1)
+				r.Broker.QuorumStall(stalled[0], true)
+				publishEvents(r, 1)
+				r.Wait(30 * time.Second)
+				require.EqualValues(t, 2, c.Stats().Sessions)
+				r.Wait(2 * time.Minute)
+				assert.Equal(t, steadymq.Consuming, c.State())
+				assert.Len(t, namedByBroker(r), 1, "the one that is consumed")
+				assert.EqualValues(t, 1, pinned.Stats().Sessions, "it is not disturbed")
+				require.NoError(t, p.stop())
+			})
+		})
+	}
+}
+
+func TestQueueOfATopologyFuncGoesWithItsConsumer(t *testing.T) {
+	for name, queue := range map[string]string{"named by the broker": "", "named by us": "mine"} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				p := grouped(r, 2).start()
+				count := len(r.Broker.Queues())
+				c, err := p.group.Handle(queue, rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+					q, err := ch.QueueDeclare(queue, false, false, true, false, nil)
+					return q.Name, err
+				}))
+				require.NoError(t, err)
+				r.Wait(time.Second)
+				require.Len(t, r.Broker.Queues(), count+1)
+				require.NoError(t, c.Stop(r.Context()))
+				assert.Len(t, r.Broker.Queues(), count)
+				assert.Equal(t, 2, p.consuming())
+				require.NoError(t, p.stop())
+			})
+		})
+	}
+}
+
+// What the broker refuses to declare is another's, and stays.
+func TestQueueThatATopologyFuncCouldNotDeclareIsNotDeleted(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.DeclareQueue("theirs", steadymqtest.QueueOptions{})
+		r.Broker.Publish("theirs", "m")
+		p := grouped(r, 2).start()
+		c, err := p.group.Handle("theirs", rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			q, err := ch.QueueDeclare("theirs", false, false, true, false, nil)
+			return q.Name, err
+		}), steadymq.WithFatal(func(error) bool { return false }))
+		require.NoError(t, err)
+		r.Wait(time.Minute)
+		require.NoError(t, c.Stop(r.Context()))
+		assert.Equal(t, 1, r.Broker.QueueLen("theirs"))
+		require.NoError(t, p.stop())
+	})
+}
+
+// Two consumers may share a queue of their connection.
+func TestQueueOfATopologyFuncStaysWhileAnotherConsumesFromIt(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 1).start()
+		both := make([]*steadymq.Consumer, 2)
+		for i := range both {
+			var err error
+			both[i], err = p.group.Handle("both", rig.Ack, steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+				q, err := ch.QueueDeclare("both", false, false, true, false, nil)
+				return q.Name, err
+			}))
+			require.NoError(t, err)
+		}
+		r.Wait(time.Second)
+		require.NoError(t, both[0].Stop(r.Context()))
+		r.Wait(10 * time.Second)
+		assert.Equal(t, steadymq.Consuming, both[1].State())
+		assert.EqualValues(t, 1, both[1].Stats().Sessions)
+		require.NoError(t, p.stop())
+	})
+}
+
+// The delete on the session's own channel would never reach the broker.
+func TestQueueOfItsConnectionGoesWithAConsumerWhoseChannelHasEnded(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 2).start()
+		started, release := make(chan *steadymq.Delivery, 1), make(chan struct{})
+		c, err := p.group.Handle("mine", rig.Hold(started, release), exclusive)
+		require.NoError(t, err)
+		r.Wait(time.Second)
+		r.Broker.Publish("mine", "m")
+		<-started
+		stopped := make(chan error, 1)
+		go func() { stopped <- c.Stop(r.Context()) }()
+		r.Wait(time.Second)
+		r.Broker.CloseChannels(406, "delivery acknowledgement timed out")
+		r.Wait(time.Second)
+		close(release)
+		require.Error(t, <-stopped, "the ack is lost")
+		r.Wait(time.Second)
+		assert.NotContains(t, r.Broker.Queues(), "mine")
+		require.NoError(t, p.stop())
+	})
+}
+
+// heldUp is a connection on which nothing more comes from a queue.declare on, if armed, while hold
+// lasts.
+type heldUp struct {
+	net.Conn
+	armed, hold *atomic.Bool
+}
+
+func (c heldUp) Write(p []byte) (int, error) {
+	if bytes.Contains(p, []byte{0, 50, 0, 10}) && c.armed.Swap(false) {
+		c.hold.Store(true)
+	}
+	return c.Conn.Write(p)
+}
+
+func (c heldUp) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	for c.hold.Load() {
+		time.Sleep(10 * time.Millisecond)
+	}
+	return n, err
+}
+
+// Its name comes when its try has been given up, and nobody would ever know of it.
+func TestQueueThatTheBrokerNamesTooLateIsNotLeftBehind(t *testing.T) {
+	for name, option := range map[string]steadymq.Option{
+		"WithQueue":    steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true, Bindings: events.Bindings}),
+		"WithTopology": serverNames(new(atomic.Int32)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				var armed, hold atomic.Bool
+				dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+					c, err := r.Broker.Dialer()(ctx, network, address)
+					return heldUp{c, &armed, &hold}, err
+				}
+				r.Broker.DeclareExchange("events", "fanout")
+				p := grouped(r, 2, steadymq.WithDialer(dial)).start()
+				armed.Store(true)
+				c, err := p.group.Handle("", rig.Ack, option, steadymq.WithSetupTimeout(2*time.Second))
+				require.NoError(t, err)
+				r.Wait(4 * time.Second)
+				hold.Store(false)
+				r.Wait(20 * time.Second)
+				assert.Equal(t, steadymq.Consuming, c.State())
+				assert.Len(t, namedByBroker(r), 1)
+				require.NoError(t, p.stop())
+			})
+		})
+	}
 }
 
 // Nobody would read it, and no other connection could have it.
@@ -442,4 +619,75 @@ func TestQueuesThatCannotBeReachedKeepNoConsumerApart(t *testing.T) {
 		assert.Equal(t, 1, r.OpenConnections())
 		require.NoError(t, p.stop())
 	})
+}
+
+// The close of the channel on which it has asked for the stream is of no use to it.
+func TestSetUpDoesNotWaitForTheCloseOfAChannelThatItHasUsedUp(t *testing.T) { // seed 3157
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 3, steadymq.WithCloseTimeout(time.Second)).start()
+		r.Broker.DeclareQueue("log", steadymqtest.QueueOptions{Type: "stream"})
+		r.Broker.Publish("log", "1", "2", "3")
+		r.Broker.NoCloseOk(true)
+		c, err := p.group.Handle("log", rig.Ack, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "next"}))
+		require.NoError(t, err)
+		r.Wait(4 * time.Second)
+		assert.Equal(t, steadymq.Consuming, c.State())
+		for _, other := range p.consumers {
+			assert.EqualValues(t, 1, other.Stats().Sessions, "it is not disturbed")
+		}
+		r.Broker.NoCloseOk(false)
+		require.NoError(t, p.stop())
+	})
+}
+
+// The broker never says that it has closed the channel of the one that has left.
+func TestConsumerMovesWhereAChannelThatWasGivenUpIsNotLetGo(t *testing.T) { // seeds 2551, 3971
+	for name, option := range map[string]steadymq.Option{
+		"a queue of others": steadymq.WithPrefetch(1),
+		"one of its own": steadymq.WithTopology(func(_ context.Context, ch *amqp.Channel) (string, error) {
+			q, err := ch.QueueDeclare("mine", false, false, true, false, nil)
+			return q.Name, err
+		}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				g, err := steadymq.NewGroup(r.Broker.URLs()[0]+"?channel_max=2", steadymq.WithDialer(r.Broker.Dialer()),
+					steadymq.WithLogger(slog.New(slog.NewTextHandler(r.Log, nil))), steadymq.WithCloseTimeout(time.Second))
+				require.NoError(t, err)
+				p := &party{Rig: r, group: g}
+				p.add(rig.Ack)
+				p.add(rig.Ack)
+				p.start()
+				r.Broker.NoCloseOk(true)
+				require.Error(t, p.consumers[1].Stop(r.Context()), "its channel is given up")
+				r.Broker.NoCloseOk(false)
+				r.Wait(time.Second)
+				c := p.add(rig.Ack, option)
+				r.Wait(2 * time.Second)
+				assert.Equal(t, steadymq.Consuming, c.State())
+				assert.EqualValues(t, 1, p.consumers[0].Stats().Sessions, "it is not disturbed")
+				require.NoError(t, p.stop())
+			})
+		})
+	}
+}
+
+// Each connection has its turn at the other host after its own failure, however many there are.
+func TestNoConnectionOfAGroupTriesAHostThatIsAwayTwice(t *testing.T) { // seed 1416
+	for range 20 {
+		rig.Bubble(t, func(r *rig.Rig) {
+			p := grouped(r, 6, steadymq.WithConnections(3), steadymq.WithDialTimeout(5*time.Second)).start()
+			r.Wait(2 * time.Minute)
+			require.Equal(t, 6, p.consuming())
+			for i := range 2 {
+				r.Broker.Host(i).DropSYN(true)
+				r.Broker.Host(i).FIN()
+				r.Wait(6 * time.Second)
+				require.Equal(t, 6, p.consuming())
+				r.Broker.Host(i).DropSYN(false)
+				r.Wait(2 * time.Minute)
+			}
+			require.NoError(t, p.stop())
+		}, steadymqtest.WithHosts(2))
+	}
 }

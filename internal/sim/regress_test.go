@@ -41,6 +41,11 @@ func TestSeedsThatFoundFaults(t *testing.T) {
 		174:  "a queue that the broker has named is left behind by a 404 about something else",
 		354:  "a frame that takes long to arrive is a silent peer",
 		1078: "the stall detector's question holds up the stop",
+		1416: "a connection of a group tries a host twice that is away, because others have tried the other one",
+		1860: "a queue of a topology function is left behind on a connection that another queue holds",
+		2551: "a consumer waits for a channel that the broker does not let go",
+		3157: "a set-up waits for the close of a channel that it has used up",
+		3971: "a consumer waits for a channel that the broker does not let go, after a restart",
 	} {
 		t.Run(found, func(t *testing.T) {
 			t.Parallel()

@@ -17,6 +17,7 @@ type Channel struct {
 	number uint16 // once its channel.open was written; outbound's mutex guards all that follows
 	state  channelState
 	close  closeMethod // what the driver is told at its channel.open, if it was given up before
+	queues *Queues     // that are declared on it; nil if nobody asks
 }
 
 type channelState int
@@ -90,6 +91,16 @@ func (c *Channel) GiveUp(code uint16, reason string) bool {
 	return done
 }
 
+// Held reports whether the channel.open waits for the broker to confirm the close of a channel of
+// that number which was given up.
+func (c *Channel) Held() bool {
+	o := &c.socket.out
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := o.channels.numbers[c.number]
+	return c.state == channelOpened && n != nil && n.held
+}
+
 // GivenUp is how many channels were given up and are still open for all that the broker has said.
 func (s *Socket) GivenUp() int {
 	s.out.mu.Lock()
@@ -156,6 +167,9 @@ type number struct {
 	unsent   []byte // the channel.close that waits for the end of a message
 	answered bool   // the channel.close that the broker has sent meanwhile
 	held     bool   // the driver's channel.open waits for the broker's channel.close-ok
+
+	declares *declares // of the channel; nil if nobody asks
+	late     *declares // of the channel that was given up, as long as the broker may answer
 }
 
 const headerToCome = -1
@@ -193,6 +207,9 @@ func (all *channels) learn(p []byte) (pass bool) {
 	}
 	n.follow(p)
 	n.closing = n.closing || methodID(p) == channelClose
+	if methodID(p) == queueDeclare && n.declares != nil {
+		n.declares.learn(p)
+	}
 	return true
 }
 
@@ -201,7 +218,7 @@ func (all *channels) opens(channel uint16) (pass bool) {
 	n := &number{}
 	if before := all.numbers[channel]; before != nil {
 		before.end()
-		n.awaited, n.answered, n.givenUp = before.awaited, before.answered, before.givenUp
+		n.awaited, n.answered, n.givenUp, n.late = before.awaited, before.answered, before.givenUp, before.late
 	}
 	c := all.claim
 	if c != nil {
@@ -218,6 +235,9 @@ func (all *channels) opens(channel uint16) (pass bool) {
 	default:
 		c.state = channelOpened
 		n.channel = c
+		if c.queues != nil {
+			n.declares = &declares{of: c.queues}
+		}
 	}
 	n.held = n.awaited
 	all.numbers[channel] = n
@@ -301,6 +321,7 @@ func (o *outbound) giveUp(c *Channel, m closeMethod) bool {
 		return true
 	}
 	n.givenUp, n.awaited, n.answered = true, true, false
+	n.declares, n.late = nil, n.declares
 	o.subscriptions.giveUp(o.socket, c.number)
 	switch {
 	case n.closing: // the driver has asked already, and a second time is once too often
@@ -359,7 +380,7 @@ func (o *outbound) takeEnd(channel uint16, method uint32) (kept, written bool) {
 // confirmed takes the broker's channel.close-ok to a channel that was given up, and opens the next
 // one of this number, if the driver has asked for that.
 func (o *outbound) confirmed(channel uint16, n *number) (written bool) {
-	n.awaited = false
+	n.awaited, n.late = false, nil
 	if n.held {
 		n.held = false
 		open := methodOn(channel, channelOpen, 0)

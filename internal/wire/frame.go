@@ -28,6 +28,7 @@ const (
 	channelClose      = 20<<16 | 40
 	channelCloseOk    = 20<<16 | 41
 	queueDeclare      = 50<<16 | 10
+	queueDeclareOk    = 50<<16 | 11
 	basicConsume      = 60<<16 | 20
 	basicPublish      = 60<<16 | 40
 	basicDeliver      = 60<<16 | 60

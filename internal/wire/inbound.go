@@ -303,6 +303,9 @@ func (in *inbound) late(tombstone *Subscription, b []byte, whole uint64) (comple
 	if whole > FrameSize && b[0] != frameHeader || whole > math.MaxInt32 {
 		return in.leaveToDriver(b, whole)
 	}
+	if !in.answers(b, whole, true) {
+		return false, nil
+	}
 	if id := methodID(b); endsChannel(id) {
 		in.socket.out.ends(tombstone.channel, id)
 	}
@@ -314,6 +317,9 @@ func endsChannel(method uint32) bool { return method == channelClose || method =
 // leaveToDriver leaves a frame to the driver. The driver cannot skip a body, and allocates as much
 // as its header announces.
 func (in *inbound) leaveToDriver(b []byte, whole uint64) (complete bool, err error) {
+	if !in.answers(b, whole, false) {
+		return false, nil
+	}
 	if id := methodID(b); endsChannel(id) && whole <= FrameSize {
 		channel := binary.BigEndian.Uint16(b[1:])
 		if in.socket.out.ends(channel, id) { // it was given up this very moment

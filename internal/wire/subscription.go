@@ -251,10 +251,6 @@ func (all *subscriptions) learn(p []byte) {
 		} else {
 			all.misuseOf(channel).Consumers++
 		}
-	case queueDeclare:
-		if declaresExclusive(p) {
-			all.misuseOf(channel).Exclusive++
-		}
 	case txSelect:
 		all.misuseOf(channel).Transactions++
 	case channelOpen:
@@ -331,17 +327,6 @@ func consumerTag(p []byte) string {
 	return string(d.shortstr())
 }
 
-// declaresExclusive reports whether a queue.declare makes a queue that lives as long as the
-// connection: a reserved short and the queue's name stand before the bits. All of it is in p, as
-// above.
-func declaresExclusive(p []byte) bool {
-	const passive, exclusive = 1, 4
-	d := decoder{b: p[methodHead:]}
-	d.short()
-	d.shortstr()
-	return d.octet()&(passive|exclusive) == exclusive
-}
-
 // Subscribe makes the subscription of a consumer that is about to be. It opens with the
 // basic.consume of this tag, which the driver writes.
 func (s *Socket) Subscribe(tag string, prefetch int, to Receiver) *Subscription {
@@ -378,11 +363,10 @@ func (sub *Subscription) LeaveTombstone() {
 }
 
 // Misuse counts what must not be done with the channel that a TopologyFunc is given, which only
-// such a function does, and what it may do but has to be known.
+// such a function does.
 type Misuse struct {
 	Transactions int
 	Consumers    int
-	Exclusive    int // queues declared that live as long as the connection
 }
 
 // Misuse is what was counted on the channel so far.
