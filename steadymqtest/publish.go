@@ -46,8 +46,8 @@ func (ch *channel) content(f frame) *refusal {
 		if d.bad || len(d.b) < 2 {
 			return refuse(502, "content header cannot be read")
 		}
-		if p.size > 16<<20 {
-			return refuse(406, "message size %d is larger than configured max size %d", p.size, 16<<20)
+		if most := ch.c.b.maxSize(); p.size > most {
+			return refuse(406, "message size %d is larger than configured max size %d", p.size, most)
 		}
 		p.props = slices.Clone(d.b)
 	default:
@@ -61,6 +61,14 @@ func (ch *channel) content(f frame) *refusal {
 	}
 	ch.incoming = nil
 	return ch.published(p)
+}
+
+// maxSize is the size of the biggest message.
+func (b *Broker) maxSize() uint64 {
+	if b.since(4, 0) {
+		return 16 << 20
+	}
+	return 128 << 20
 }
 
 // published routes a complete message, returns it if it must be returned, and confirms it.
