@@ -2,6 +2,7 @@ package steadymqtest_test
 
 import (
 	"testing"
+	"testing/synctest"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -559,6 +560,25 @@ func TestTheLedgerFollowsAMessage(t *testing.T) {
 		require.Equal(t, time.Second, trail[2].Published.Sub(trail[1].Published))
 		require.Equal(t, "guest", l.Publications[0].User)
 		require.False(t, l.Publications[1].Confirmed.IsZero())
+	})
+}
+
+func TestHooksTellOfPublications(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var seen []steadymqtest.PublicationRecord
+		b := steadymqtest.NewBroker(t, steadymqtest.WithoutLedger(), steadymqtest.WithHooks(steadymqtest.Hooks{
+			Published: func(r steadymqtest.PublicationRecord) { seen = append(seen, r) },
+		}))
+		b.DeclareQueue("q", steadymqtest.QueueOptions{})
+		p := publisher(t, dial(t, b))
+		require.Equal(t, "ack", p.publish("", "q", "1"))
+		require.Equal(t, "returned", p.publish("", "nowhere", "2"))
+		require.Contains(t, p.publish("absent", "", "3"), "NOT_FOUND")
+		synctest.Wait()
+		require.Len(t, seen, 3)
+		require.Equal(t, []int{1, 0, 0}, []int{seen[0].Queues, seen[1].Queues, seen[2].Queues})
+		require.True(t, seen[1].Returned)
+		require.Equal(t, 404, seen[2].Refused)
 	})
 }
 
