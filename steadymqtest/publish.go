@@ -134,7 +134,8 @@ func (b *Broker) published(r PublicationRecord) {
 		b.ledger.publications = append(b.ledger.publications, r)
 	}
 	if call := b.cfg.hooks.Published; call != nil {
-		b.events = append(b.events, func() { call(r) })
+		kept := r // so that r itself stays on the stack
+		b.events = append(b.events, func() { call(kept) })
 	}
 }
 
