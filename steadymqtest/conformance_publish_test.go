@@ -5,6 +5,7 @@ import (
 	"errors"
 	"iter"
 	"slices"
+	"strings"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -106,6 +107,30 @@ var deadLetters = []scenario{
 			time.Sleep(200 * time.Millisecond)
 			p.send("", q, amqp.Publishing{Body: []byte("4")})
 			s.next("dead", ds).Ack(false)
+		},
+	},
+	{
+		name: "at least once to a full quorum queue", arrange: persist, kit: []steadymqtest.Option{steadymqtest.WithDeadLetterRetry(patience)},
+		script: func(s *script) {
+			conn := s.dial()
+			ch := s.open(conn, 0)
+			dead := s.queue(ch, "dead", amqp.Table{"x-queue-type": "quorum", "x-max-length": int32(1), "x-overflow": "reject-publish"})
+			q := s.queue(ch, "q", amqp.Table{
+				"x-queue-type": "quorum", "x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead,
+				"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish",
+			})
+			s.publish(conn, "", q, "1", "2", "3", "4")
+			ds := s.consume(s.open(conn, 10), q, "c")
+			for range 4 {
+				s.next("c", ds).Reject(false)
+				time.Sleep(50 * time.Millisecond)
+			}
+			time.Sleep(300 * time.Millisecond)
+			s.ready(conn, dead, 2)
+			to := s.consume(s.open(conn, 10), dead, "d")
+			for range 4 {
+				s.next("dead", to).Ack(false)
+			}
 		},
 	},
 	{
@@ -337,6 +362,26 @@ var publishing = []scenario{
 		s.publisher(conn).send(x, "", amqp.Publishing{})
 		s.ready(conn, q, 4)
 	}},
+	{name: "message too big", script: func(s *script) {
+		conn := s.dial()
+		q := s.queue(s.open(conn, 0), "q", nil)
+		s.publisher(conn).send("", q, amqp.Publishing{Body: make([]byte, 16<<20)})
+		s.publisher(conn).send("", q, amqp.Publishing{Body: make([]byte, 16<<20+1)})
+	}},
+	{name: "headers that fill a frame", script: func(s *script) {
+		for _, size := range []int{frameMax - 100, frameMax, 2 * frameMax} {
+			conn := s.dial()
+			closed := conn.NotifyClose(make(chan *amqp.Error, 1))
+			q := s.queue(s.open(conn, 0), "q", nil)
+			p := s.publisher(conn)
+			c := p.start("", q, amqp.Publishing{Headers: amqp.Table{"h": strings.Repeat("x", size)}})
+			if size < frameMax {
+				p.outcome(c)
+				continue
+			}
+			s.closed("connection", closed)
+		}
+	}},
 	{name: "immediate", script: func(s *script) {
 		conn := s.dial()
 		closed := conn.NotifyClose(make(chan *amqp.Error, 1))
@@ -469,6 +514,9 @@ var publishing = []scenario{
 		p.outcome(first)
 	}},
 }
+
+// frameMax is what RabbitMQ suggests.
+const frameMax = 128 << 10
 
 // producer publishes mandatory messages on a channel with confirms.
 type producer struct {

@@ -191,8 +191,8 @@ To check it:
     STEADYMQ_REQUIRE_BROKER=1 go test ./steadymqtest -run TestConformance -record    # writes the answers and this file anew
 
 What the kit leaves out beyond these scripts is in the table of its package documentation. The recorded answers are those of RabbitMQ
-3.10.8, 4.0.5 and 4.3.6. A broker at STEADYMQ_AMQP_URL cannot be commanded: there, scripts that need a short consumer timeout or another user are
-compared with the recorded answers.
+3.10.8, 4.0.5 and 4.3.6. A broker at STEADYMQ_AMQP_URL cannot be commanded: there, scripts that need a short consumer timeout, another user
+or an alarm are compared with the recorded answers.
 `
 	var rows, notes strings.Builder
 	for _, c := range conformance {

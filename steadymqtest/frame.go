@@ -27,7 +27,6 @@ var protocolHeader = []byte{'A', 'M', 'Q', 'P', 0, 0, 9, 1}
 var (
 	errFrameEnd  = errors.New("frame without its end byte")
 	errFrameType = errors.New("unknown frame type")
-	errFrameSize = errors.New("frame larger than frame_max")
 )
 
 // frame is one frame as it came; payload points into the read buffer.
@@ -44,7 +43,7 @@ func nextFrame(buf []byte, frameMax int) (frame, int, error) {
 	}
 	size := int(binary.BigEndian.Uint32(buf[3:]))
 	if frameMax > 0 && size > frameMax-frameOverhead {
-		return frame{}, 0, errFrameSize
+		return frame{}, 0, fmt.Errorf("type %d, all octets = <<>>: {frame_too_large,%d,%d}", buf[0], size, frameMax-frameOverhead)
 	}
 	switch buf[0] {
 	case frameMethod, frameHeader, frameBody, frameHeartbeat:

@@ -86,10 +86,11 @@ func WithHooks(h Hooks) Option { return func(c *config) { c.hooks = h } }
 // hook may call any method of the broker but Close. Any of them may be nil. A hook that blocks holds up the connection that
 // caused the event.
 type Hooks struct {
-	Opened    func(ConnectionRecord) // open-ok was sent
-	Closed    func(ConnectionRecord) // the broker has given up a connection that it had accepted
-	Consuming func(ConsumerRecord)   // consume-ok was sent
-	Cancelled func(ConsumerRecord)   // a consumer is gone, for whatever reason
+	Opened    func(ConnectionRecord)  // open-ok was sent
+	Closed    func(ConnectionRecord)  // the broker has given up a connection that it had accepted
+	Consuming func(ConsumerRecord)    // consume-ok was sent
+	Cancelled func(ConsumerRecord)    // a consumer is gone, for whatever reason
+	Published func(PublicationRecord) // a client's message is in its queues, returned or refused; Confirmed is still to come
 	Delivered func(DeliveryRecord)
 	Settled   func(SettlementRecord)
 }

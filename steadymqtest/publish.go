@@ -46,8 +46,8 @@ func (ch *channel) content(f frame) *refusal {
 		if d.bad || len(d.b) < 2 {
 			return refuse(502, "content header cannot be read")
 		}
-		if p.size > 16<<20 {
-			return refuse(406, "message size %d is larger than configured max size %d", p.size, 16<<20)
+		if most := ch.c.b.maxSize(); p.size > most {
+			return refuse(406, "message size %d is larger than configured max size %d", p.size, most)
 		}
 		p.props = slices.Clone(d.b)
 	default:
@@ -63,45 +63,80 @@ func (ch *channel) content(f frame) *refusal {
 	return ch.published(p)
 }
 
+// maxSize is the size of the biggest message.
+func (b *Broker) maxSize() uint64 {
+	if b.since(4, 0) {
+		return 16 << 20
+	}
+	return 128 << 20
+}
+
 // published routes a complete message, returns it if it must be returned, and confirms it.
 func (ch *channel) published(p *publication) *refusal {
+	b := ch.c.b
 	m := &message{exchange: p.exchange, key: p.key, props: p.props, body: p.body, publication: -1, from: -1}
 	props, ok := decodeProperties(p.props)
 	if m.id = props.ID; m.id == "" {
-		ch.c.b.lastMsg++
-		m.id = "#" + strconv.FormatUint(ch.c.b.lastMsg, 10)
+		b.lastMsg++
+		m.id = "#" + strconv.FormatUint(b.lastMsg, 10)
 	}
 	m.transient, m.expiration = props.Transient, props.Expiration
-	ch.note(m, p.mandatory)
-	if !ok || props.RawHeaders != nil {
-		return ch.refused(m, refuse(502, "content header cannot be read"))
+	if !b.ledger.off {
+		m.digest, m.publication = digestOf(m.body), len(b.ledger.publications)
 	}
-	if r := ch.publishable(p, m, &props); r != nil {
-		return ch.refused(m, r)
+	r := PublicationRecord{
+		ID: m.id, Exchange: m.exchange, RoutingKey: m.key, User: ch.c.user, Connection: ch.c.record.ID, Channel: ch.id, Session: ch.session,
+		Mandatory: p.mandatory, Time: b.now,
 	}
+	var refused *refusal
+	if ok = ok && props.RawHeaders == nil; ok {
+		refused = ch.publishable(p, m, &props)
+	} else {
+		refused = refuse(502, "content header cannot be read")
+	}
+	if refused != nil {
+		r.Refused = refused.code
+		b.published(r)
+		return refused
+	}
+	ch.deal(m, &r)
+	b.published(r)
+	if ch.confirm {
+		ch.answer(confirm{tag: r.Sequence, nack: r.Full > 0, record: m.publication})
+	}
+	return nil
+}
+
+// deal gives a message to its queues, or back if it has none and must have one.
+func (ch *channel) deal(m *message, r *PublicationRecord) {
 	if ch.confirm {
 		ch.confirmTag++
+		r.Sequence = ch.confirmTag
 	}
 	targets := ch.c.b.route(m)
 	if ch.c.host.wire.unroutable {
 		targets = nil
 	}
-	if len(targets) == 0 && p.mandatory {
-		ch.returned(m)
+	r.Queues = len(targets)
+	if r.Returned = r.Mandatory && r.Queues == 0; r.Returned {
+		ch.giveBack(m)
 	}
-	full := 0
 	for _, q := range targets {
 		if !q.publish(m, ch) {
-			full++
+			r.Full++
 		}
 	}
-	if r := ch.c.b.ledger.publication(m.publication); r != nil {
-		r.Sequence, r.Queues, r.Full = ch.confirmTag, len(targets), full
+}
+
+// published writes the record of a publication.
+func (b *Broker) published(r PublicationRecord) {
+	if !b.ledger.off {
+		b.ledger.publications = append(b.ledger.publications, r)
 	}
-	if ch.confirm {
-		ch.answer(confirm{tag: ch.confirmTag, nack: full > 0, record: m.publication})
+	if call := b.cfg.hooks.Published; call != nil {
+		kept := r // so that r itself stays on the stack
+		b.events = append(b.events, func() { call(kept) })
 	}
-	return nil
 }
 
 // publishable refuses what RabbitMQ refuses, in its order.
@@ -171,31 +206,8 @@ func badTime(ms int) string {
 	return ""
 }
 
-// note starts the record of a publication.
-func (ch *channel) note(m *message, mandatory bool) {
-	l := &ch.c.b.ledger
-	if l.off {
-		return
-	}
-	m.digest = digestOf(m.body)
-	m.publication = len(l.publications)
-	l.publications = append(l.publications, PublicationRecord{
-		ID: m.id, Exchange: m.exchange, RoutingKey: m.key, User: ch.c.user, Connection: ch.c.record.ID, Channel: ch.id, Session: ch.session,
-		Mandatory: mandatory, Time: ch.c.b.now,
-	})
-}
-
-func (ch *channel) refused(m *message, r *refusal) *refusal {
-	if p := ch.c.b.ledger.publication(m.publication); p != nil {
-		p.Refused = r.code
-	}
-	return r
-}
-
-func (ch *channel) returned(m *message) {
-	if p := ch.c.b.ledger.publication(m.publication); p != nil {
-		p.Returned = true
-	}
+// giveBack is basic.return.
+func (ch *channel) giveBack(m *message) {
 	ch.c.send(func(out []byte) []byte {
 		out, mark := openMethod(out, ch.id, basicReturn)
 		out = append(out, 312>>8, 312&0xff)

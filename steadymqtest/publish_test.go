@@ -2,6 +2,7 @@ package steadymqtest_test
 
 import (
 	"testing"
+	"testing/synctest"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -425,6 +426,7 @@ func TestFaultsStrikeConnectionsByName(t *testing.T) {
 				return conn
 			}
 			consumes, publishes := named("app"), named("app retry")
+			past(5 * time.Second) // the driver watches nothing until it has read something
 			require.Equal(t, 1, strike(b.Named("app retry")), what)
 			past(time.Minute)
 			require.True(t, publishes.IsClosed(), what)
@@ -432,7 +434,7 @@ func TestFaultsStrikeConnectionsByName(t *testing.T) {
 			p := publisher(t, consumes)
 			require.Equal(t, 0, b.Named("other").CloseChannels(406, "why"))
 			require.Equal(t, 1, b.Named("app").CloseChannels(406, "why"))
-			require.Contains(t, p.publish("", "q", "1"), "why")
+			require.Contains(t, (<-p.closed).Reason, "why")
 			require.NoError(t, consumes.Close())
 		}
 	})
@@ -559,6 +561,25 @@ func TestTheLedgerFollowsAMessage(t *testing.T) {
 		require.Equal(t, time.Second, trail[2].Published.Sub(trail[1].Published))
 		require.Equal(t, "guest", l.Publications[0].User)
 		require.False(t, l.Publications[1].Confirmed.IsZero())
+	})
+}
+
+func TestHooksTellOfPublications(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var seen []steadymqtest.PublicationRecord
+		b := steadymqtest.NewBroker(t, steadymqtest.WithoutLedger(), steadymqtest.WithHooks(steadymqtest.Hooks{
+			Published: func(r steadymqtest.PublicationRecord) { seen = append(seen, r) },
+		}))
+		b.DeclareQueue("q", steadymqtest.QueueOptions{})
+		p := publisher(t, dial(t, b))
+		require.Equal(t, "ack", p.publish("", "q", "1"))
+		require.Equal(t, "returned", p.publish("", "nowhere", "2"))
+		require.Contains(t, p.publish("absent", "", "3"), "NOT_FOUND")
+		synctest.Wait()
+		require.Len(t, seen, 3)
+		require.Equal(t, []int{1, 0, 0}, []int{seen[0].Queues, seen[1].Queues, seen[2].Queues})
+		require.True(t, seen[1].Returned)
+		require.Equal(t, 404, seen[2].Refused)
 	})
 }
 
