@@ -1065,8 +1065,6 @@ var mutants = []mutant{
 		"\tdefer s.conn.socket.AfterSilence(limit, max(limit, s.config.setupTimeout), giveUp)()\n", "\t_, _ = limit, giveUp\n")),
 	inTest("TestConsumerMovesWhereAChannelThatWasGivenUpIsNotLetGo", change("a set-up waits for a channel that the broker does not let go", "loan.go",
 		"if claim.Held() && c.leases.shared() {", "if claim.Held() && false {")),
-	inTest("TestNoConnectionOfAGroupTriesAHostThatIsAwayTwice", change("the next host is forgotten with another session of the connection", "connections.go",
-		"lasted && k.next.address == \"\" && k.dial == nil {", "lasted {")),
 	inTest("TestStreamMovesWithoutADuplicate", change("a stream moves under its handlers", "session.go",
 		"\tif s.stream == nil || !errors.Is(cause, errMoved) {\n", "\t{\n")),
 }
