@@ -1067,12 +1067,6 @@ var mutants = []mutant{
 		"\tdefer s.conn.socket.AfterSilence(limit, max(limit, s.config.setupTimeout), giveUp)()\n", "\t_, _ = limit, giveUp\n")),
 	inTest("TestConsumerMovesWhereAChannelThatWasGivenUpIsNotLetGo", change("a set-up waits for a channel that the broker does not let go", "loan.go",
 		"if claim.Held() && c.leases.shared() {", "if claim.Held() && false {")),
-	inTest("TestConsumerMovesWhereAChannelThatWasGivenUpIsNotLetGo", change("a queue holds its consumer where it cannot have a channel", "consumer.go",
-		" && !errors.Is(err, errChannelsHeld)\n", "\n")),
-	inTest("TestNoConnectionOfAGroupTriesAHostThatIsAwayTwice", change("all connections of a group take turns at the hosts", "reconnect.go",
-		"&hosts{h.reputation, h.endpoints, make(map[string]int)}", "h")),
-	inTest("TestNoConnectionOfAGroupTriesAHostThatIsAwayTwice", change("the next host is forgotten with another session of the connection", "connections.go",
-		"lasted && k.next.address == \"\" && k.dial == nil {", "lasted {")),
 	inTest("TestStreamMovesWithoutADuplicate", change("a stream moves under its handlers", "session.go",
 		"\tif s.stream == nil || !errors.Is(cause, errMoved) {\n", "\t{\n")),
 }
