@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -306,6 +307,87 @@ func ExampleWithMiddleware() {
 	// attempt 2
 	// stopped: <nil>
 	// dead: 1
+}
+
+// One message fails twice and comes back, the other one is given up and kept. Neither stands in the
+// way of those behind it meanwhile.
+func ExampleWithRetry() {
+	broker := exampleBroker("flaky", "poison", "tea")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	var left sync.WaitGroup
+	left.Add(3)
+	settled := func(_ *steadymq.Delivery, o steadymq.Outcome) {
+		if o == steadymq.Acked || o == steadymq.Parked {
+			left.Done()
+		}
+	}
+	go func() {
+		left.Wait()
+		stop()
+	}()
+	err := steadymq.Consume(ctx, broker.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
+		switch body := string(d.Body); {
+		case body == "poison":
+			return errors.New("no such customer")
+		case body == "flaky" && d.Attempt() < 3:
+			return errors.New("database is away")
+		}
+		fmt.Printf("%s in attempt %d\n", d.Body, d.Attempt())
+		return nil
+	},
+		steadymq.WithDialer(broker.Dialer()),
+		steadymq.WithRetry(steadymq.Retry{
+			Attempts: 3,
+			Delays:   []time.Duration{200 * time.Millisecond, 400 * time.Millisecond}, // usually seconds to hours
+			Park:     "orders.parked",
+		}),
+		steadymq.WithHooks(steadymq.Hooks{Settled: settled}))
+	fmt.Println("stopped:", err)
+	fmt.Println("parked:", broker.QueueLen("orders.parked"))
+	// Output:
+	// tea in attempt 1
+	// flaky in attempt 3
+	// stopped: <nil>
+	// parked: 1
+}
+
+// RabbitMQ 4.3 delays what comes back by itself: no other queue is needed, and a message that waits
+// occupies no prefetch. An earlier broker makes the consumer hold it, as if it had not been asked.
+func ExampleQueue_retryMin() {
+	broker := emptyBroker(steadymqtest.WithVersion(4, 3))
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	var failed time.Time
+	handle := func(_ context.Context, d *steadymq.Delivery) error {
+		if d.Attempt() == 1 {
+			failed = time.Now()
+			return errors.New("database is away")
+		}
+		fmt.Println("attempt", d.Attempt(), "after the delay:", time.Since(failed) >= 100*time.Millisecond)
+		stop()
+		return nil
+	}
+	c, err := steadymq.New(broker.URL, "orders",
+		steadymq.WithDialer(broker.Dialer()),
+		steadymq.WithQueue(steadymq.Queue{RetryMin: 100 * time.Millisecond, RetryMax: time.Minute}),
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: func(s steadymq.StateChange) {
+			if s.To == steadymq.Consuming {
+				broker.Publish("orders", "tea")
+			}
+		}}))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println("stopped:", c.Run(ctx, handle))
+	fmt.Println("held by the consumer:", c.Stats().Held, "left:", broker.QueueLen("orders"))
+	// Output:
+	// attempt 2 after the delay: true
+	// stopped: <nil>
+	// held by the consumer: 0 left: 0
 }
 
 // What takes too long is given up, and is tried again later.

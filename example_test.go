@@ -465,13 +465,38 @@ func ExampleDecode() {
 	// cannot be decoded: true
 }
 
-// Given up on, and kept for someone to look at.
+// Given up on, and kept for someone to look at, with what it was and why it failed. The program in
+// examples/unpark brings such messages back.
 func ExamplePark() {
-	handle := func(context.Context, *steadymq.Delivery) error {
-		return steadymq.Park(errors.New("no such customer"))
+	broker := exampleBroker("7 teas")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	c, err := steadymq.New(broker.URL, "orders",
+		steadymq.WithDialer(broker.Dialer()),
+		steadymq.WithRetry(steadymq.Retry{Attempts: 1, Park: "orders.parked"}), // retries nothing
+		steadymq.WithHooks(steadymq.Hooks{Settled: func(*steadymq.Delivery, steadymq.Outcome) { stop() }}))
+	if err != nil {
+		fmt.Println(err)
+		return
 	}
-	fmt.Println(steadymq.Invoke(context.Background(), handle, steadymq.NewDelivery(amqp.Delivery{})))
-	// Output: parked no such customer
+	err = c.Run(ctx, func(context.Context, *steadymq.Delivery) error {
+		return steadymq.Park(errors.New("no such customer"))
+	})
+	fmt.Println("stopped:", err)
+	fmt.Println("parked:", c.Stats().Parked)
+
+	ctx, stop = context.WithCancel(context.Background())
+	defer stop()
+	_ = steadymq.Consume(ctx, broker.URL, "orders.parked", func(_ context.Context, d *steadymq.Delivery) error {
+		fmt.Printf("%s from %s: %s\n", d.Body, d.Headers["steadymq-queue"], d.Headers["steadymq-error"])
+		stop()
+		return steadymq.Requeue(nil) // leave it there
+	}, steadymq.WithDialer(broker.Dialer()))
+	// Output:
+	// stopped: <nil>
+	// parked: 1
+	// 7 teas from orders: no such customer
 }
 
 // Settled by hand before work that must not be done twice: at most once in place of at least once.
