@@ -255,8 +255,9 @@ func Discard(err error) error { return &outcomeError{outcome: Discarded, err: er
 // Park returns an error that makes a [Handler] give its message up without losing it: a copy goes
 // into the park queue of [WithRetry], with err as its cause, and once the broker has confirmed that
 // the message is acked. Where no park queue is named the message is held and put back, as after a
-// plain error, and a line in the log says so. err may be nil. [errors.Is] and [errors.As] see
-// through to it.
+// plain error, and a line in the log says so; on a stream it is tried again in place. err may be
+// nil. [errors.Is] and [errors.As] see through to it. The program in examples/unpark brings parked
+// messages back to their queue.
 func Park(err error) error { return &outcomeError{outcome: Parked, err: err} }
 
 // OutcomeOf returns the outcome that a handler's error asks for, and whether it does so explicitly:
@@ -275,9 +276,11 @@ func OutcomeOf(err error) (o Outcome, explicit bool) {
 }
 
 // Handler handles one delivery. Its error decides the outcome: nil acks the message; [Discard]
-// drops or dead-letters it; [Requeue] and [RequeueAfter] put it back; any other error, and a panic,
-// puts it back after the hold of [WithRequeueDelay], which grows with every failure. The library
-// drops nothing unless the handler says so.
+// drops or dead-letters it; [Requeue] and [RequeueAfter] put it back; [Park] keeps it in a queue
+// for those that are given up; any other error, and a panic, puts it back after the hold of
+// [WithRequeueDelay], which grows with every failure. With [WithRetry] such a message waits in a
+// queue of its delay instead, outside of the prefetch, and is given up after the last attempt. The
+// library drops nothing unless the handler says so, or a [Retry] without a Park queue.
 //
 // Up to [WithConcurrency] handlers run at once. ctx carries the values of Run's context. It ends
 // when the delivery's session is lost ([context.Cause] is a [*SessionError]), after
@@ -287,10 +290,10 @@ func OutcomeOf(err error) (o Outcome, explicit bool) {
 // An error returned after ctx has ended because the session was lost, or the drain limit has
 // passed, is no failure: the broker has the message back already.
 //
-// A failed message comes later than those behind it, also with one worker, and is held until then:
-// as many failing messages as the prefetch stop everything behind them. A stream has no way back:
-// there a message that was not acked or discarded is given to a handler again, in place, with
-// [Delivery.Attempt] one higher, and no ack overtakes it.
+// A failed message comes later than those behind it, also with one worker. Without [WithRetry] it
+// is held until then: as many failing messages as the prefetch stop everything behind them. A
+// stream has no way back: there a message that was not acked or discarded is given to a handler
+// again, in place, with [Delivery.Attempt] one higher, and no ack overtakes it.
 //
 // RabbitMQ itself may drop a message: a quorum queue with a delivery limit
 // (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling), which is 20 by default

@@ -34,17 +34,18 @@
 //     broker close the connection, a handler that never returns) does not disturb the others on its
 //     connection beyond two reconnects.
 //
-// What it does not do: publish, AMQP 1.0, order across sessions, exactly-once, deduplication. Make
-// handlers idempotent.
+// What it does not do: publish (but for the copies of failed messages, under [WithRetry]), AMQP
+// 1.0, order across sessions, exactly-once, deduplication. Make handlers idempotent.
 //
 // # How a delivery flows
 //
 // The broker sends up to [WithPrefetch] messages ahead. Each becomes a [Delivery], waits for one of
 // [WithConcurrency] workers, and passes the [Middleware] to the [Handler]. The handler's error
 // decides the [Outcome]: nil acks; [Discard] drops the message, or dead-letters it; [Requeue] and
-// [RequeueAfter] put it back; any other error, and a panic, put it back after a hold that grows
-// with every failure ([WithRequeueDelay]). On a stream a message is tried again in place instead.
-// What no handler can be given goes to [Hooks].Unreadable, see [MessageError].
+// [RequeueAfter] put it back; [Park] keeps it in another queue, with its cause; any other error,
+// and a panic, put it back after a hold that grows with every failure ([WithRequeueDelay]), or are
+// for the policy of [WithRetry]. On a stream a message is tried again in place instead. What no
+// handler can be given goes to [Hooks].Unreadable, see [MessageError].
 //
 // # How a failure heals
 //
@@ -111,6 +112,7 @@
 // Failure: what follows when a handler fails, a session is lost or the queue goes silent.
 //
 //   - [WithRequeueDelay] sets how long a failed message is held (1 s, doubled up to 15 min)
+//   - [WithRetry] lets it wait at the broker instead, and parks it in the end (off)
 //   - [WithBackoff] sets the pace of retries (250 ms, doubled up to 10 s)
 //   - [WithFatal] decides which failures end Run (what cannot work, before the first session)
 //   - [WithStallDetector] replaces sessions that are alive on paper only (off)

@@ -178,7 +178,7 @@ func (h *holds) warn() {
 		}
 	}
 	s.warn("failed messages are held and take up the prefetch, what stands behind them waits: mend what fails, "+
-		"return Discard for what never can succeed, take what cannot be read out of the queue with another client, or raise WithPrefetch",
+		"let it wait at the broker by WithRetry, return Discard for what never can succeed, take what cannot be read out of the queue with another client, or raise WithPrefetch",
 		slog.Int("held", held), slog.Int("prefetch", s.config.prefetch), slog.Time("since", since))
 }
 

@@ -52,7 +52,8 @@ func WithURLs(urls ...string) Option {
 // [WithBackoff]; it must not hold a secret, for it is logged. A URL that [New] would refuse, or
 // that contradicts an option (amqp beside [WithTLSConfig]), is not dialled: f is asked again after
 // 1 s, then up to 30 s. f is called by one goroutine at a time for each connection
-// ([WithConnections]), unless a call that ignored the end of its ctx was left behind.
+// ([WithConnections], and the one of [WithRetry]), unless a call that ignored the end of its ctx
+// was left behind.
 //
 // Default: none. New refuses nil, and [WithURLs] beside it.
 func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
@@ -76,7 +77,7 @@ func WithURLFunc(f func(ctx context.Context) (string, error)) Option {
 // ctx ends with the limit of [WithSetupTimeout]. An error of f is retried at the pace of
 // [WithBackoff], with the next host if there is one; it must not hold a secret, for it is logged.
 // Each connection calls f from one goroutine at a time; several connections, as for a moment after
-// a reconnect, may call it at once.
+// a reconnect or under [WithRetry], may call it at once.
 //
 // Default: none. New refuses nil, [WithSASL] beside it, and a URL with auth_mechanism.
 func WithCredentials(f func(ctx context.Context) (Credentials, error)) Option {
@@ -389,7 +390,12 @@ func WithMaxMessageSize(bytes int64) Option {
 // A held message is unsettled: it occupies one place of the prefetch, but no worker. Fewer failing
 // messages than the prefetch do not stop the others; as many do, and on a stream one is enough,
 // since nothing behind it is acked. From half of the prefetch on this is logged, and [Stats].Held
-// shows it. Return [Discard] for messages that can never succeed.
+// shows it. Where that may happen, [WithRetry] lets failed messages wait in queues of their own
+// instead, or Queue.RetryMin, from RabbitMQ 4.3 on, in their own. Return [Discard] or [Park] for
+// messages that can never succeed.
+//
+// With WithRetry these holds are left for a message whose handler asks for [Park] where the policy
+// has no Park queue.
 func WithRequeueDelay(first, longest time.Duration) Option {
 	return func(c *config) {
 		c.requeueFirst, c.requeueLongest = first, longest
@@ -411,7 +417,16 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 // the message acked. So it is always in some queue, and may be in two if a connection is lost in
 // between: duplicates, never losses. While copies are not confirmed (a queue that is full or
 // missing, an alarm, no connection) their messages are held, count in [Stats].Held, and are tried
-// again; the consumer goes on within its prefetch.
+// again, after 1 s and up to 30 s; the consumer goes on within its prefetch. A stop waits for the
+// confirms of copies under way, within its drain limit; what is not confirmed by then goes back to
+// the queue.
+//
+// That connection is opened with the first failed message, to the same hosts with the same options,
+// and closed when no message has failed for a minute. A Consumer alone has its own and the
+// consumers of a [Group] share one, beside those of [WithConnections]. So [WithDialer],
+// [WithURLFunc] and [WithCredentials] are called for it, too, maybe while the other connection
+// calls them. Its name is that of [WithConnectionName] with " (retry)" behind it, and
+// [Stats].Connections and Dials count it, or [GroupStats] do.
 //
 // The copy has body and properties as they came, but for CC, BCC, user_id, expiration and the
 // headers that begin with x-. These headers are added: steadymq-attempt (how many attempts have
@@ -424,13 +439,20 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 // unless [WithQueue] declares a classic one, with x-message-ttl, and it dead-letters back to the
 // queue (x-dead-letter-exchange "", x-dead-letter-routing-key <queue>), as a quorum queue with
 // x-dead-letter-strategy at-least-once and x-overflow reject-publish. All consumers of a queue
-// share them. They, and the park queue, are declared before the first session consumes, if they do
-// not exist in this or another form; a queue whose delay or way back differs is refused. Queues of
-// delays that a policy no longer names go on leading back.
+// share them. They, and the park queue (durable, with no arguments but its type and, from RabbitMQ
+// 4.0 on, x-delivery-limit -1 of a quorum queue), are declared before the first session consumes,
+// if they do not exist in this or another form; a queue whose delay or way back differs is refused,
+// and that, before the first session, is Run's error. Queues of delays that a policy no longer
+// names go on leading back.
 //
-// Write no message into d.Body or d.Headers in place with it: the copy has the same bytes. New
-// refuses it on streams, on exclusive queues and on those that the broker names; [Retry] says the
-// ranges. Default: none, a failed message is held and put back, see [WithRequeueDelay].
+// The user needs write permission on the default exchange, which permissions call amq.default; to
+// declare the queues, configure permission on them, and read permission on those of delays. Without
+// these they have to be declared by hand, as described here; from RabbitMQ 4.3 on the user needs
+// some permission on each, be it read or write, to find it.
+//
+// With it, do not write into the bytes of d.Body or the entries of d.Headers: the copy has the same
+// ones. New refuses it on streams, on exclusive queues and on those that the broker names; [Retry]
+// says the ranges. Default: none, a failed message is held and put back, see [WithRequeueDelay].
 func WithRetry(r Retry) Option {
 	return func(c *config) {
 		r.Delays = slices.Clone(r.Delays)

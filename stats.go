@@ -78,9 +78,9 @@ type Hooks struct {
 	// Settled is called once for every delivery that a handler was given, when its outcome is
 	// decided: [Acked], [Requeued] or [Discarded] when it is sent, by the handler's error or by
 	// hand; [Parked] or [Delayed] when its copy was confirmed and its ack is sent; [Stale] when it
-	// came too late and was not sent. A held message ([WithRequeueDelay],
-	// [RequeueAfter]) is told when it goes back, or as Stale if its session has ended first. d is
-	// the delivery that the handler got, also if a copy of it was settled.
+	// came too late and was not sent. A held message ([WithRequeueDelay], [RequeueAfter]) is told
+	// when it goes back, or as Stale if its session has ended first. d is the delivery that the
+	// handler got, also if a copy of it was settled.
 	//
 	// On a stream Acked and Discarded tell that the handler is done with the message, not yet that
 	// it was sent: acks go in the order of the stream, so the ack waits for the messages before it,
@@ -129,14 +129,15 @@ type Stats struct {
 	// State is what the [Consumer] is doing.
 	State State
 	// Sessions counts the sessions that reached [Consuming], Connections the connections opened,
-	// Dials the tries to open one. Of a Consumer of a [Group] the last two are 0: see [GroupStats].
+	// Dials the tries to open one; that of [WithRetry] counts. Of a Consumer of a [Group] the last
+	// two are 0: see [GroupStats].
 	Sessions, Connections, Dials uint64
 	// Handling is the number of handlers running now.
 	Handling int
 	// Held is the number of messages that failed, or that cannot be read, and wait unsettled until
 	// they go back to the queue, until their copy is parked or delayed ([WithRetry]) or, on a
-	// stream, until they are tried again. They take up the prefetch: once
-	// all of it is held nothing else is delivered.
+	// stream, until they are tried again. They take up the prefetch: once all of it is held nothing
+	// else is delivered.
 	Held int
 	// Overdue is the number of handlers that are still running a second or more after the limit of
 	// [WithHandlerTimeout].
@@ -148,8 +149,8 @@ type Stats struct {
 	// was decided: the ack of a message that was acked or discarded waits for those before it, and
 	// Requeued counts the tries in place, which send nothing.
 	Acked, Requeued, Discarded uint64
-	// Parked and Delayed count messages whose copy the broker has confirmed in the park queue, or in
-	// the queue of a delay, and which were then acked; see [WithRetry].
+	// Parked and Delayed count messages whose copy the broker has confirmed in the park queue, or
+	// in the queue of a delay, and which were then acked; see [WithRetry].
 	Parked, Delayed uint64
 	// Stale counts settlements that came after the end of their session and were not sent; the
 	// broker delivers those messages again.

@@ -431,7 +431,7 @@ var goldenRows = []goldenRow{
 	},
 	{
 		name:    "failed messages take up the prefetch",
-		message: "failed messages are held and take up the prefetch, what stands behind them waits: mend what fails, return Discard for what never can succeed, take what cannot be read out of the queue with another client, or raise WithPrefetch",
+		message: "failed messages are held and take up the prefetch, what stands behind them waits: mend what fails, let it wait at the broker by WithRetry, return Discard for what never can succeed, take what cannot be read out of the queue with another client, or raise WithPrefetch",
 		provoke: func(r *rig.Rig, l *recorder) {
 			r.Consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.RequeueAfter(nil, time.Hour) }, l.option(), steadymq.WithPrefetch(4))
 			r.PublishMany(2, "x")
