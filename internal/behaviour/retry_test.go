@@ -99,6 +99,91 @@ func TestNothingIsAckedBeforeItsCopyIsConfirmed(t *testing.T) {
 	})
 }
 
+// While the copies of a message do not arrive, it stays in its queue and is tried again; once they
+// do it is acked.
+func TestCopyThatIsNotConfirmedIsTriedAgain(t *testing.T) {
+	for name, row := range map[string]struct {
+		fault  func(r *rig.Rig, on bool)
+		copies bool // the queue has them, though nobody has said so
+		cause  string
+	}{
+		"confirm lost":     {func(r *rig.Rig, on bool) { r.Broker.Host(0).LoseConfirms(on) }, true, "within the limit (WithSetupTimeout)"},
+		"confirm negative": {func(r *rig.Rig, on bool) { r.Broker.Host(0).NackConfirms(on) }, true, "basic.nack"},
+		"queue full":       {func(r *rig.Rig, on bool) { r.Broker.FillQueue(parked, on) }, false, "basic.nack"},
+		"unroutable":       {func(r *rig.Rig, on bool) { r.Broker.Host(0).Unroutable(on) }, false, "does not exist"},
+		"may not publish": {func(r *rig.Rig, on bool) {
+			write := ".*"
+			if on {
+				write = "^orders$"
+			}
+			r.Broker.SetPermissions("app", ".*", write, ".*")
+		}, false, "write access to exchange 'amq.default'"},
+		"no connection": {func(r *rig.Rig, on bool) { r.Broker.Host(0).Refuse(on) }, false, "connection refused"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(park, parking())
+				row.fault(r, true)
+				r.Broker.Publish(rig.Queue, "1", "2", "3")
+				r.Wait(3 * time.Minute)
+				stats := r.Consumer.Stats()
+				assert.Zero(r, stats.Parked)
+				assert.Equal(r, 3, stats.Held)
+				assert.Equal(r, uint64(1), stats.Sessions, "the consumer goes on")
+				assert.Equal(r, 3, r.Broker.Unsettled(rig.Queue))
+				assert.Equal(r, row.copies, r.Broker.QueueLen(parked) > 0)
+				assert.NotEmpty(r, r.Warnings(row.cause))
+				assert.LessOrEqual(r, len(r.Warnings("")), 12, r.Log.String())
+				row.fault(r, false)
+				r.Wait(time.Minute)
+				assert.Equal(r, uint64(3), r.Consumer.Stats().Parked)
+				assert.Zero(r, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
+				assert.GreaterOrEqual(r, r.Broker.QueueLen(parked), 3)
+				if !row.copies {
+					assert.Equal(r, 3, r.Broker.QueueLen(parked))
+				}
+			})
+		})
+	}
+}
+
+func TestLateConfirmIsWaitedFor(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.Host(0).LateConfirms(10 * time.Second)
+		r.PublishMany(20, "x")
+		r.Wait(9 * time.Second)
+		assert.Equal(r, 20, r.Broker.Unsettled(rig.Queue))
+		r.Wait(2 * time.Second)
+		assert.Equal(r, uint64(20), r.Consumer.Stats().Parked)
+		assert.Equal(r, 20, r.Broker.QueueLen(parked), "no duplicates")
+		assert.Empty(r, r.Warnings("held and tried again"))
+	})
+}
+
+func TestRetryQueueThatMayNotBeDeclaredIsTakenIfItIsThere(t *testing.T) {
+	policy := steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second}, Park: parked})
+	onEachGeneration(t, func(r *rig.Rig, _ int) {
+		r.Broker.DeclareQueue("orders.retry.1s", steadymqtest.QueueOptions{Args: amqp.Table{
+			"x-message-ttl": int32(1000), "x-dead-letter-exchange": "", "x-dead-letter-routing-key": rig.Queue,
+		}})
+		r.Broker.DeclareQueue(parked, steadymqtest.QueueOptions{})
+		r.Broker.SetPermissions("app", "", "^amq[.]default$", "^orders")
+		r.Consuming(park, policy)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(time.Second)
+		assert.Equal(r, 1, r.Broker.QueueLen(parked))
+		require.NoError(r, r.Stop())
+
+		r.Broker.DeleteQueue("orders.retry.1s")
+		r.Run(park, policy)
+		err := <-r.Result
+		r.Result = nil
+		require.Error(r, err)
+		assert.Contains(r, err.Error(), `queue "orders.retry.1s" of WithRetry: it does not exist, and the user may not declare it: 403`)
+	})
+}
+
 func TestStopWaitsForTheConfirmOfACopy(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.Consuming(park, parking())
@@ -191,15 +276,18 @@ func TestRetryThatCannotWorkIsRefused(t *testing.T) {
 		"park with a newline": {steadymq.Retry{Attempts: 1, Park: "a\nb"}, nil, "line break"},
 		"a stream": {
 			steadymq.Retry{Attempts: 1, Park: "p"},
-			[]steadymq.Option{steadymq.WithQueue(steadymq.Queue{Type: "stream"})}, "not for streams",
+			[]steadymq.Option{steadymq.WithQueue(steadymq.Queue{Type: "stream"})},
+			"not for streams",
 		},
 		"an exclusive queue": {
 			steadymq.Retry{Attempts: 1, Park: "p"},
-			[]steadymq.Option{steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true})}, "not for exclusive queues",
+			[]steadymq.Option{steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true})},
+			"not for exclusive queues",
 		},
 		"two ways to delay": {
 			steadymq.Retry{Attempts: 2, Delays: second},
-			[]steadymq.Option{steadymq.WithQueue(steadymq.Queue{RetryMin: time.Second, RetryMax: time.Minute})}, "leave one out",
+			[]steadymq.Option{steadymq.WithQueue(steadymq.Queue{RetryMin: time.Second, RetryMax: time.Minute})},
+			"leave one out",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
