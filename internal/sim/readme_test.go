@@ -72,8 +72,10 @@ import (
 	"context"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/middleware"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -83,6 +85,8 @@ var (
 	_ = synctest.Test
 	_ *steadymq.Consumer
 	_ *steadymqtest.Broker
+	_ time.Duration
+	_ = middleware.Permanent
 )
 
 `
