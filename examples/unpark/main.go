@@ -55,7 +55,9 @@ func run(ctx context.Context, args []string, url string, out, complaints io.Writ
 		return 1
 	}
 	found, err := unpark(ctx, conn, w)
-	found.print(out, w)
+	if err == nil || found.looked > 0 {
+		found.print(out, w)
+	}
 	if err != nil {
 		fmt.Fprintln(complaints, "unpark:", err)
 	}

@@ -367,5 +367,6 @@ func TestMissingParkQueueIsNamed(t *testing.T) {
 		status, out := b.unpark()
 		assert.Equal(b, 1, status)
 		assert.Contains(b, out, `look for the queue "parked": Exception (404)`)
+		assert.NotContains(b, out, "looked at")
 	})
 }
