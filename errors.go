@@ -115,7 +115,10 @@ func (e *SessionError) Error() string {
 	if e.Host != "" {
 		step += " " + e.Host
 	}
-	return fmt.Sprintf("steadymq: %ssession %d: %s: %s%s", where, e.Session, step, e.reason(), advice(e.Op, e.Err))
+	if e.Session > 0 { // a connection that only publishes has none
+		where += fmt.Sprintf("session %d: ", e.Session)
+	}
+	return fmt.Sprintf("steadymq: %s%s: %s%s", where, step, e.reason(), advice(e.Op, e.Err))
 }
 
 // step returns the word for Op in a text. Users do not call the declarations of WithQueue a

@@ -205,8 +205,8 @@ func transferWait(failures int) time.Duration {
 }
 
 // message returns the copy: body and properties as they came, but for what would send further
-// copies, be refused or end it, and the headers that say what happened. The frame of its headers
-// has no more than frameMax bytes.
+// copies, be refused or end it, and the headers that say what happened. What the library adds is
+// shortened so that the frame of the headers has no more than frameMax bytes, if it can be.
 func (t *transfer) message(id string, frameMax int) amqp.Publishing {
 	d := t.delivery.original()
 	p := amqp.Publishing{
@@ -223,8 +223,20 @@ func (t *transfer) message(id string, frameMax int) amqp.Publishing {
 		AppId:           d.AppId,
 		Body:            d.Body,
 	}
-	fit(&p, frameMax)
+	fit(&p, frameMax-brokerRoom)
 	return p
+}
+
+// brokerRoom is left free in the frame of the headers: a quorum queue counts deliveries in headers
+// that it adds, and clients have to be able to read the message with those, too.
+const brokerRoom = 128
+
+// tooLargeError says that the headers of a copy need a longer frame than the broker takes, which
+// would end the connection, and all copies in flight on it.
+type tooLargeError struct{ size, most int }
+
+func (e *tooLargeError) Error() string {
+	return fmt.Sprintf("the headers of the message leave no room for those of its copy: they would need a frame of %d bytes, and the broker takes %d (frame_max)", e.size, e.most)
 }
 
 // headers returns the headers of a copy. Those of brokers are left out, since they would be taken
@@ -256,12 +268,12 @@ func (t *transfer) headers(id string, d *amqp.Delivery) amqp.Table {
 const maxErrorText = 1024
 
 // fit shortens what the library has added until the frame of the headers has no more than most
-// bytes: a broker ends the connection for a longer one.
+// bytes.
 func fit(p *amqp.Publishing, most int) {
 	if most <= 0 { // no limit was agreed on
 		return
 	}
-	for _, name := range []string{errorHeader, errorTypeHeader, consumerHeader, hostHeader, exchangeHeader, routingKeyHeader, queueHeader} {
+	for _, name := range []string{errorHeader, errorTypeHeader, consumerHeader, hostHeader, timeHeader, exchangeHeader, routingKeyHeader, queueHeader} {
 		over := headerFrame(p) - most
 		if over <= 0 {
 			return

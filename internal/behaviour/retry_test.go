@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"testing"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rig"
+	"github.com/steadymq/steadymq/internal/table"
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
@@ -400,6 +402,64 @@ func TestRetryQueueOfAnotherDelayIsRefusedByName(t *testing.T) {
 		require.ErrorAs(r, err, &at)
 		assert.Contains(r, err.Error(), `queue "orders.retry.1s" of WithRetry`)
 		assert.Contains(r, err.Error(), "x-message-ttl")
+	})
+}
+
+func TestQueueThatCannotDelayIsRefusedByName(t *testing.T) {
+	for name, args := range map[string]amqp.Table{
+		"stream": {"x-queue-type": "stream"},
+		"x-expires": {
+			"x-queue-type": "quorum", "x-expires": int32(60_000), "x-message-ttl": int32(5000),
+			"x-dead-letter-exchange": "", "x-dead-letter-routing-key": rig.Queue,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.DeclareQueue("orders.retry.1s", steadymqtest.QueueOptions{Args: args})
+				r.Run(rig.Ack, steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second}, Park: parked}))
+				r.Wait(time.Minute)
+				require.NotEmpty(r, r.Result, "Run returns")
+				err := <-r.Result
+				r.Result = nil
+				assert.ErrorContains(r, err, `queue "orders.retry.1s" of WithRetry`)
+				assert.ErrorContains(r, err, name)
+			})
+		})
+	}
+}
+
+func TestHeadersOfACopyLeaveRoomForThoseOfTheBroker(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		for _, size := range []int{130_000, 130_500, 130_700, 130_850} {
+			r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{Headers: amqp.Table{"h": strings.Repeat("h", size)}})
+		}
+		r.Wait(10 * time.Second)
+		assert.Equal(r, uint64(4), r.Consumer.Stats().Parked)
+		assert.Equal(r, uint64(2), r.Consumer.Stats().Connections)
+		require.NoError(r, r.Stop())
+		for _, m := range taken(r, parked) {
+			assert.Less(r, table.Size(m.Headers)+len(m.MessageId), frameMax-100)
+			assert.NotEmpty(r, m.Headers["steadymq-attempt"])
+		}
+	})
+}
+
+// frameMax is what the kit, and RabbitMQ by default, agrees on.
+const frameMax = 131_072
+
+func TestHeadersWithoutRoomForThoseOfACopyHarmNoOtherMessage(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{Headers: amqp.Table{"h": strings.Repeat("h", 130_985)}})
+		for range 20 {
+			r.Broker.Publish(rig.Queue, "1")
+			r.Wait(time.Second)
+		}
+		assert.Equal(r, uint64(20), r.Consumer.Stats().Parked)
+		assert.Equal(r, 1, r.Consumer.Stats().Held)
+		assert.Equal(r, uint64(2), r.Consumer.Stats().Connections, "none is lost")
+		assert.Len(r, r.Warnings("leave no room"), 1)
 	})
 }
 

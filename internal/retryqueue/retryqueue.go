@@ -49,6 +49,7 @@ const (
 	strategyArg = "x-dead-letter-strategy"
 	overflowArg = "x-overflow"
 	limitArg    = "x-delivery-limit"
+	expiresArg  = "x-expires"
 )
 
 // Delay returns the queue in which messages of another one wait for d. What decides in all of its
@@ -162,12 +163,13 @@ func (a *Asking) Forget(q *Queue) {
 	delete(a.refused, q.Name)
 }
 
-// decides reports whether a refusal is about what a delay consists of.
+// decides reports whether a refusal is about what a delay consists of: nothing ever leaves a
+// stream, and a queue that expires takes its messages along. RabbitMQ compares the expiry first.
 func decides(reason string) bool {
-	for _, arg := range []string{ttlArg, deadArg, deadKeyArg} {
+	for _, arg := range []string{ttlArg, deadArg, deadKeyArg, expiresArg} {
 		if strings.HasPrefix(reason, inequivalent+arg+"'") {
 			return true
 		}
 	}
-	return false
+	return strings.HasPrefix(reason, inequivalent+typeArg+"'") && strings.HasSuffix(reason, "is 'stream'")
 }
