@@ -109,7 +109,7 @@ func TestCopyThatIsNotConfirmedIsTriedAgain(t *testing.T) {
 		copies bool // the queue has them, though nobody has said so
 		cause  string
 	}{
-		"confirm lost":     {func(r *rig.Rig, on bool) { r.Broker.Host(0).LoseConfirms(on) }, true, "within the limit (WithSetupTimeout)"},
+		"confirm lost":     {func(r *rig.Rig, on bool) { r.Broker.Host(0).LoseConfirms(on) }, true, "has not confirmed a copy in time"},
 		"confirm negative": {func(r *rig.Rig, on bool) { r.Broker.Host(0).NackConfirms(on) }, true, "basic.nack"},
 		"queue full":       {func(r *rig.Rig, on bool) { r.Broker.FillQueue(parked, on) }, false, "basic.nack"},
 		"unroutable":       {func(r *rig.Rig, on bool) { r.Broker.Host(0).Unroutable(on) }, false, "does not exist"},
