@@ -66,8 +66,8 @@ func escapeSetup(c *simConsumerPlan) time.Duration { return c.slowest() + time.S
 type faultsOf = steadymqtest.Faults
 
 // simKinds are all faults: simFirstKinds, of which every seed enables a random half, and
-// simMoreKinds, which come in place of some.
-var simKinds = slices.Concat(simFirstKinds, simMoreKinds)
+// simMoreKinds and simRetryKinds, which come in place of some.
+var simKinds = slices.Concat(simFirstKinds, simMoreKinds, simRetryKinds)
 
 // simFirstKinds are the kit's faults. What they are and their order is part of a seed's meaning.
 var simFirstKinds = []simKind{
@@ -326,7 +326,12 @@ func (s *sim) faultsAt(f simFault) steadymqtest.Faults {
 }
 
 // connect is how long a dial and a setup take on a healthy path that is not slow.
-func (p *simPlan) connect() time.Duration { return 30*p.latency + 50*time.Millisecond }
+func (p *simPlan) connect() time.Duration {
+	if p.retries() { // the queues beside are asked for, too
+		return 70*p.latency + 50*time.Millisecond
+	}
+	return 30*p.latency + 50*time.Millisecond
+}
 
 // fast is the bound of a resume when the session was healthy and the broker is there.
 func (p *simPlan) fast(c *simConsumerPlan) time.Duration {

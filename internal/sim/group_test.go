@@ -460,6 +460,9 @@ func (c *simConsumer) stats() steadymq.Stats {
 		sum.Requeued += n.Requeued
 		sum.Discarded += n.Discarded
 		sum.Stale += n.Stale
+		sum.Parked += n.Parked
+		sum.Delayed += n.Delayed
+		sum.Delivered += n.Delivered
 		sum.Handling += n.Handling
 		sum.Held += n.Held
 		sum.Overdue += n.Overdue
@@ -601,10 +604,16 @@ func (j *simJudge) goneInGroup(x *simSession) {
 // connections is how many connections there may be at a time, besides those for a question.
 func (c *simPath) connections() int {
 	g := c.group
+	if g == nil && c.plan.retry != nil {
+		return 2
+	}
 	if g == nil {
 		return 1
 	}
 	n := g.plan.connections
+	if c.s.retries {
+		n++ // the publisher's
+	}
 	if c.plan.channelMax > 0 {
 		n += len(c.s.consumers)
 	}
@@ -654,6 +663,9 @@ func (g *simGroup) connected(now time.Duration) {
 	allowed := g.plan.connections
 	if g.plan.consumer.channelMax > 0 {
 		allowed = max(allowed, len(g.s.consumers))
+	}
+	if g.s.retries {
+		allowed++ // the publisher's
 	}
 	quiet, proven, pinned := g.s.active.Load() == 0, true, 0
 	latest := time.Duration(0)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"math/rand/v2"
 	"runtime"
 	"time"
 
@@ -38,6 +39,9 @@ const (
 	actAckFail      simAct = iota - 1 // acks by hand, then returns an error
 	actDiscardPanic                   // discards by hand, then panics
 	actCutOff                         // waits for the end of its context, then returns an error of its own
+	numMoreActs
+
+	actPark simAct = iota - 2
 	numActs
 )
 
@@ -87,6 +91,8 @@ type simHandling struct {
 	d    *steadymq.Delivery
 	key  simKey
 	dice uint64
+
+	failed int // how often the message has, as its copy says
 }
 
 // span draws a duration from the handling's dice.
@@ -101,6 +107,9 @@ func (c *simConsumer) handle(run *simRun) steadymq.Handler {
 		try := c.s.judge.started(h, ctx)
 		h.dice = c.s.dice(d.MessageId, try)
 		act := c.s.act(h.dice, try)
+		if c.plan.retry != nil && c.s.poisonous(d.MessageId) {
+			act = pick(rand.New(rand.NewPCG(h.dice, 2)), actFail, actFail, actPanic)
+		}
 		if run.trip.Swap(false) {
 			act = actOK
 			c.s.judge.closes(run, c)
@@ -141,6 +150,8 @@ func (h *simHandling) behave(ctx context.Context, act simAct) error {
 		return steadymq.RequeueAfter(errSimHandler, h.span(5*time.Second))
 	case actDiscard:
 		return steadymq.Discard(nil)
+	case actPark:
+		return fmt.Errorf("wrapped: %w", steadymq.Park(errSimHandler))
 	case actHang:
 		return h.wait(ctx, 40*time.Second)
 	case actIgnore:

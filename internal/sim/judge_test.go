@@ -41,12 +41,23 @@ type simJudge struct {
 	places     map[simKey]int               // attempts of a stream's deliveries
 	looks      map[uint64]bool              // sessions for no handler
 	delivering uint64                       // counts deliveries
+	moves      map[string][]*simMove        // by message
+	moved      map[string]bool              // messages that a copy was to be made of
+	seen       map[string][]simSeen         // what handlers saw of copies, by message
+	emptied    map[string]bool              // queues beside others that a fault has deleted
+	publishers []*simConn                   // connections of publishers
 }
 
 // simAttempt is what a delivery called itself.
 type simAttempt struct {
 	key   simKey
 	count int
+}
+
+// simPlace is where a message is: of one that comes back as a copy each has a record of its own.
+type simPlace struct {
+	queue  string
+	record int
 }
 
 // simSession is one consumer as the broker knows it.
@@ -72,8 +83,9 @@ type simHandled struct {
 	held    time.Time // not to be requeued before, while all is well
 	run     *simRun
 	stream  bool
-	done    bool // of a stream: handled for good
-	again   bool // of a stream: to be tried again
+	done    bool     // of a stream: handled for good
+	again   bool     // of a stream: to be tried again
+	move    *simMove // its copy is to be published
 }
 
 func newSimJudge(s *sim) *simJudge {
@@ -95,6 +107,10 @@ func newSimJudge(s *sim) *simJudge {
 		attempts:   make(map[string][]simAttempt),
 		places:     make(map[simKey]int),
 		looks:      make(map[uint64]bool),
+		moves:      make(map[string][]*simMove),
+		moved:      make(map[string]bool),
+		seen:       make(map[string][]simSeen),
+		emptied:    make(map[string]bool),
 	}
 }
 
@@ -228,6 +244,7 @@ func (j *simJudge) settled(r steadymqtest.SettlementRecord) {
 		j.note("I3", "%v of message %s, its handler had %s: %+v", o, r.ID, h.id, r)
 	case r.Kind == steadymqtest.Nack:
 		j.note("I3", "handed back as never started, but a handler had it: %+v", r)
+	case h.move != nil && !j.movedWrongly(x, h.move, &r):
 	case h.allowed&(1<<o) == 0:
 		j.note("I3", "%v of a message whose handler has not decided so (%b): %+v", o, h.allowed, r)
 	case r.Time.Before(h.held) && x.record.Ended.IsZero() && !x.consumer.stopping:
@@ -270,6 +287,7 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 		j.note("I3", "a handler got a message that cannot be read: %v", h.key)
 	}
 	j.notLate(h, ctx)
+	j.arrives(h)
 	j.attempt(h)
 	j.used[h.key.consumer] = true
 	h.run.handled = true
@@ -299,20 +317,28 @@ func (j *simJudge) attempt(h *simHandling) {
 	j.places[h.key] = n
 }
 
-// counted sees to it that Attempt has never gone back while a message was in one queue.
-func (j *simJudge) counted() {
+// counted sees to it that Attempt has never gone back while a message was in one queue. A copy that
+// comes back to it is another message.
+func (j *simJudge) counted(l *steadymqtest.Ledger) {
+	records := make(map[simKey]int)
+	if j.s.retries {
+		for i := range l.Deliveries {
+			records[simKey{l.Deliveries[i].ConsumerTag, l.Deliveries[i].Tag}] = l.Deliveries[i].Message
+		}
+	}
 	for id, attempts := range j.attempts {
 		slices.SortFunc(attempts, func(a, b simAttempt) int { return cmp.Compare(j.order(a.key), j.order(b.key)) })
-		last := make(map[string]simAttempt) // by queue
+		last := make(map[simPlace]simAttempt)
 		for _, a := range attempts {
 			x := j.byTag[a.key.consumer]
 			if x == nil || j.order(a.key) == 0 {
 				continue
 			}
-			if before := last[x.record.Queue]; a.count < before.count {
+			in := simPlace{x.record.Queue, records[a.key]}
+			if before := last[in]; a.count < before.count {
 				j.note("attempt", "%s was attempt %d in %v and then %d in %v", id, before.count, before.key, a.count, a.key)
 			}
-			last[x.record.Queue] = a
+			last[in] = a
 		}
 	}
 }
@@ -378,9 +404,10 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 		j.decide(x, steadymq.Acked)
 	case act == actDiscard:
 		j.decide(x, steadymq.Discarded)
+	case j.follows(h, act, err):
 	default:
 		j.decide(x, steadymq.Requeued)
-		if act == actFail || act == actPanic || act == actGoexit || act == actMultiple {
+		if act == actPark || act == actFail || act == actPanic || act == actGoexit || act == actMultiple {
 			x.held = time.Now().Add(h.c.plan.hold / 2)
 		}
 	}
@@ -391,7 +418,7 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 // has happened, may still settle.
 func (j *simJudge) notNeedless(h *simHandling, x *simHandled) {
 	session := j.byTag[h.key.consumer]
-	if j.s.plan.hold > 0 || session == nil || x.stream || h.c.lagging() || session.record.Cause != "cancelled by the broker" || h.c.stopping ||
+	if j.s.plan.hold > 0 || session == nil || x.stream || x.move != nil || h.c.lagging() || session.record.Cause != "cancelled by the broker" || h.c.stopping ||
 		time.Since(session.record.Ended) > h.c.plan.drain-time.Second {
 		return
 	}
@@ -466,6 +493,9 @@ func (j *simJudge) resumed(c *simConsumer, now time.Duration) {
 	}
 	// A connection that was replaced stays for the running handlers of a cancelled session.
 	most := 1
+	if c.plan.retry != nil {
+		most++ // its publisher's
+	}
 	if c.plan.stall > 0 {
 		most++ // it asks another host
 	}

@@ -47,8 +47,9 @@ type simConsumerOptions struct {
 	maxMessage int64
 	longest    time.Duration // of WithRequeueDelay
 	middleware bool
-	never      bool          // WithFatal says that nothing is fatal
-	others     time.Duration // the longest set-up limit of those in the same group
+	never      bool            // WithFatal says that nothing is fatal
+	others     time.Duration   // the longest set-up limit of those in the same group
+	retry      *steadymq.Retry // nil for none
 }
 
 // simLogin is where the password comes from.
@@ -94,7 +95,7 @@ func (p *simPlan) drawOptions(r *rand.Rand) {
 	}
 	p.cancels = p.cancels && p.version == [2]int{4, 3}
 	p.login = pick(r, loginByURL, loginByURL, loginByURL, loginForEver, loginExpires, loginExpires, loginExpired, loginFarAway)
-	for a := numFirstActs; a < numActs; a++ {
+	for a := numFirstActs; a < numMoreActs; a++ {
 		if oneIn(r, 2) {
 			p.acts[a] = 1 + r.IntN(8)
 		}
@@ -331,6 +332,9 @@ func (p *simPlan) options(c *simConsumerPlan) []steadymq.Option {
 	}
 	if c.never {
 		o = append(o, steadymq.WithFatal(func(error) bool { return false }))
+	}
+	if c.retry != nil {
+		o = append(o, steadymq.WithRetry(*c.retry))
 	}
 	if q.kind == "stream" && (!c.declare || c.offset != "next") {
 		o = append(o, steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": c.offsetArg()}))

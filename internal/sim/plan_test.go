@@ -28,6 +28,8 @@ type simPlan struct {
 	bursts    []simBurst
 	publishes []simPublish
 	acts      [numActs]int // weights
+	poison    uint64       // of so many messages one always fails under a policy, 0 for none
+	special   bool         // some messages have properties that a copy must not have
 }
 
 type simQueuePlan struct {
@@ -112,6 +114,9 @@ func (p *simPlan) String() string {
 	}
 	for _, c := range p.consumers {
 		fmt.Fprintf(&b, "  consumer %+v\n", c)
+		if c.retry != nil {
+			fmt.Fprintf(&b, "    retry %+v\n", *c.retry)
+		}
 	}
 	for _, burst := range p.bursts {
 		for _, f := range burst.faults {
@@ -148,6 +153,7 @@ func newSimPlan(seed uint64, virtual time.Duration) *simPlan {
 	p.drawPublishes(r)
 	p.drawStart(r)
 	p.drawOptions(rand.New(rand.NewPCG(seed, 0x0b710)))
+	p.drawRetry(rand.New(rand.NewPCG(seed, simRetryStream)))
 	return p
 }
 

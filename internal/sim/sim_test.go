@@ -1,6 +1,7 @@
 package sim_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -213,6 +214,7 @@ type sim struct {
 	progress atomic.Int64
 	failed   atomic.Bool
 	calm     atomic.Bool
+	retries  bool // somebody has a policy
 
 	strikes       simRate
 	disturbed     atomic.Int64 // counts faults that began or ended
@@ -243,7 +245,7 @@ const (
 )
 
 func newSim(p *simPlan) *sim {
-	s := &sim{plan: p, cut: make(map[string]simCut), aims: make(map[int]string), current: make(map[int]simFault)}
+	s := &sim{plan: p, retries: p.retries(), cut: make(map[string]simCut), aims: make(map[int]string), current: make(map[int]simFault)}
 	s.refused.Store(-1)
 	s.password.Store(simCanary + "/Pa55 w0rd")
 	s.judge = newSimJudge(s)
@@ -299,6 +301,7 @@ func (s *sim) run() {
 	s.over = make(chan struct{})
 	s.broker = steadymqtest.NewBroker(nil, s.brokerOptions()...)
 	s.broker.DeclareQueue("dead", steadymqtest.QueueOptions{Type: "classic"})
+	s.broker.DeclareQueue("copied", steadymqtest.QueueOptions{Type: "classic"})
 	for i, q := range s.plan.queues {
 		s.declare(q)
 		if q.kind == "stream" {
@@ -343,6 +346,7 @@ func (s *sim) brokerOptions() []steadymqtest.Option {
 		steadymqtest.WithLatency(p.latency),
 		steadymqtest.WithUser("sim", s.password.Load().(string)),
 		steadymqtest.WithHooks(s.judge.hooks()),
+		steadymqtest.WithDeadLetterRetry(20 * time.Second),
 	}
 	if p.tls {
 		o = append(o, steadymqtest.WithTLS())
@@ -529,6 +533,7 @@ func (s *sim) publish(x simPublish) (routed int) {
 		if x.unfit && x.body == 0 {
 			m.RawHeaders = rig.HeaderTable('?')
 		}
+		s.specialize(&x, i, &m)
 		if s.send(x, m) {
 			routed++
 		}
@@ -615,6 +620,7 @@ func (s *sim) finale() {
 	s.calm.Store(true)
 	for _, name := range s.broker.Queues() {
 		s.broker.QuorumStall(name, false)
+		s.broker.FillQueue(name, false)
 	}
 	limit := s.now() + 2*time.Minute
 	for _, c := range s.consumers {
@@ -695,6 +701,8 @@ func (s *sim) drained(i int, limit time.Duration) {
 	unfit := slices.ContainsFunc(s.plan.publishes, func(x simPublish) bool { return x.queue == i && x.unfit })
 	switch {
 	case s.failed.Load():
+	case s.plan.retryOf(i) != nil:
+		s.until(limit+10*time.Minute, func() string { return cmp.Or(s.left(q), s.beside(q)) })
 	case q.kind == "stream":
 		s.until(limit, func() string { return s.unread(i) })
 	case unfit || q.kind == "named":
@@ -770,7 +778,8 @@ func (s *sim) stop() {
 func (j *simJudge) conserved(l steadymqtest.Ledger) {
 	j.mu.Lock() // handlers that were left behind may still be at it
 	defer j.mu.Unlock()
-	j.counted()
+	j.counted(&l)
+	j.transferred(&l)
 	queues := make(map[string]*simQueuePlan)
 	for i := range j.s.plan.queues {
 		queues[j.s.plan.queues[i].name] = &j.s.plan.queues[i]
@@ -783,7 +792,7 @@ func (j *simJudge) conserved(l steadymqtest.Ledger) {
 		ok := j.unfit[m.ID] && m.Fate == steadymqtest.Ready
 		switch m.Fate {
 		case steadymqtest.Acked:
-			ok = j.acked[m.ID]
+			ok = j.acked[m.ID] || j.moved[m.ID]
 		case steadymqtest.Discarded, steadymqtest.DeadLettered:
 			ok = j.discarded[m.ID] || q.kind == "quorum" && q.limit >= 0 && m.Deliveries > int(q.limit)
 		case steadymqtest.Dropped:
@@ -856,8 +865,9 @@ type simConsumer struct {
 	state             steadymq.State // as the hook says
 	clean             bool           // the last Run ended well
 	told              map[weak.Pointer[steadymq.Delivery]]bool
-	unsure            bool // a Run has left handlers behind, who tell nothing
-	hits              int  // sessions that the bad consumer of the group has cost it, in this Run
+	unsure            bool    // a Run has left handlers behind, who tell nothing
+	hits              int     // sessions that the bad consumer of the group has cost it, in this Run
+	lines             simRate // about copies
 }
 
 // simPath is how a consumer alone, or all of a group, get connections.
@@ -1137,10 +1147,20 @@ type simConn struct {
 	net.Conn
 	c    *simPath
 	once sync.Once
+	simPublisherConn
 }
 
-// Read takes its time on a slow path.
+// Read takes its time on a slow path, and returns nothing on one that is cut.
 func (s *simConn) Read(p []byte) (int, error) {
+	for {
+		n, err, again := s.severed(s.readAt(p))
+		if !again {
+			return n, err
+		}
+	}
+}
+
+func (s *simConn) readAt(p []byte) (int, error) {
 	pace := s.c.plan.bandwidth
 	if pace == 0 {
 		return s.Conn.Read(p)
@@ -1164,6 +1184,7 @@ func (l *simLog) WithGroup(string) slog.Handler            { return l }
 
 func (l *simLog) Handle(_ context.Context, r slog.Record) error {
 	l.c.callback("a log line: " + r.Message)
+	l.c.retryLine(r.Message)
 	if *simShow {
 		printRecord(l.c.s.now(), l.c.plan.name, r)
 	}
@@ -1231,7 +1252,8 @@ func (c *simConsumer) toldAll() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	n := c.stats()
-	settled := n.Acked + n.Requeued + n.Discarded + n.Stale
+	c.tally(&n)
+	settled := n.Acked + n.Requeued + n.Discarded + n.Parked + n.Delayed + n.Stale
 	if told := uint64(len(c.told)); told > settled || told < settled && !c.unsure {
 		j.note("I9", "%d outcomes of %s were told, %d deliveries are settled", told, c.plan.name, settled)
 	}
