@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -511,5 +512,65 @@ func TestWhatTheHandlerAsksForComesBeforeThePolicy(t *testing.T) {
 		r.Wait(10 * time.Second)
 		stats := r.Consumer.Stats()
 		assert.Equal(r, []uint64{1, 1, 1, 1, 0}, []uint64{stats.Discarded, stats.Parked, stats.Requeued, stats.Acked, stats.Delayed})
+	})
+}
+
+// With more in flight than the driver has room for returns, its reader would wait for who is
+// waiting for a confirm.
+func TestNoMoreCopiesAreInFlightThanTheirAnswersHaveRoomFor(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking(), steadymq.WithPrefetch(1000), steadymq.WithRequeueDelay(time.Second, time.Second))
+		r.Broker.LateConfirms(5 * time.Second)
+		r.PublishMany(600, "poison")
+		r.Wait(4 * time.Second)
+		published := len(r.Broker.Ledger().Publications)
+		assert.Positive(r, published)
+		assert.LessOrEqual(r, published, 256)
+		assert.Equal(r, 600, r.Consumer.Stats().Held)
+		r.Broker.LateConfirms(0)
+		r.Wait(time.Minute)
+		assert.Equal(r, 600, r.Broker.QueueLen(parked), "no one twice")
+		assert.Equal(r, uint64(600), r.Consumer.Stats().Parked)
+	})
+}
+
+// The broker delivers the message again, so each copy that is still sent is one too many.
+func TestCopyOfASessionThatIsLostIsNotSent(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.DropSYN(true) // the publisher's dial hangs
+		r.Broker.Publish(rig.Queue, "1", "2", "3")
+		r.Wait(100 * time.Millisecond)
+		r.Broker.Reset()
+		r.Wait(100 * time.Millisecond)
+		r.Broker.DropSYN(false)
+		r.Wait(time.Minute)
+		assert.Equal(r, 3, r.Broker.QueueLen(parked))
+		assert.Len(r, r.Broker.Ledger().Publications, 3)
+		assert.Equal(r, uint64(3), r.Consumer.Stats().Parked)
+	})
+}
+
+func TestPathOfCopiesThatIsAwayForAnHourCostsNothing(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking(), steadymq.WithPrefetch(20))
+		r.Broker.Refuse(true) // what is connected stays so
+		r.PublishMany(500, "poison")
+		r.Wait(5 * time.Minute)
+		before, lines := runtime.NumGoroutine(), len(r.Warnings(""))
+		dials := len(r.Broker.Ledger().Dials)
+		r.Wait(time.Hour)
+		assert.LessOrEqual(r, runtime.NumGoroutine(), before+5)
+		assert.Less(r, runtime.NumGoroutine(), 20, "none for each message that waits")
+		assert.Equal(r, 20, r.Consumer.Stats().Held)
+		assert.Equal(r, 480, r.Broker.QueueLen(rig.Queue), "no more than the prefetch waits")
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.LessOrEqual(r, len(r.Warnings(""))-lines, 100)
+		assert.LessOrEqual(r, len(r.Broker.Ledger().Dials)-dials, 7500, "two a second, as those of consumers")
+		r.Broker.Refuse(false)
+		r.Wait(time.Minute)
+		assert.Equal(r, 500, r.Broker.QueueLen(parked))
+		require.NoError(r, r.Stop())
+		assert.Zero(r, r.OpenConnections())
 	})
 }
