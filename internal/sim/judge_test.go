@@ -45,7 +45,6 @@ type simJudge struct {
 	moved      map[string]bool              // messages that a copy was to be made of
 	seen       map[string][]simSeen         // what handlers saw of copies, by message
 	emptied    map[string]bool              // queues beside others that a fault has deleted
-	publishers []*simConn                   // connections of publishers
 }
 
 // simAttempt is what a delivery called itself.

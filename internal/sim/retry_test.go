@@ -1,15 +1,10 @@
 package sim_test
 
 import (
-	"bytes"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"net"
 	"slices"
 	"strings"
-	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/steadymq/steadymq"
@@ -124,7 +119,7 @@ var simRetryKinds = []simKind{
 	{
 		name: "confirms are late", longest: 90 * time.Second, harmless: true,
 		on: func(s *sim, f simFault, at faultsOf) {
-			at.LateConfirms(time.Duration(1+f.dice%20000) * time.Millisecond)
+			at.LateConfirms(time.Duration(1+f.dice%90000) * time.Millisecond)
 		},
 		off: func(s *sim, f simFault, at faultsOf) { at.LateConfirms(0) },
 	},
@@ -176,76 +171,42 @@ var simRetryKinds = []simKind{
 		on: func(s *sim, f simFault, at faultsOf) { at.LateConfirms(12 * time.Second) },
 		off: func(s *sim, f simFault, at faultsOf) {
 			at.LateConfirms(0)
-			s.cutPublishers(simCutting(1 + f.dice%3))
+			s.cutPublishers(simCutting(f.dice%uint64(numCuttings)), at)
 		},
 	},
 }
 
 // simCutting is how a connection is cut.
-type simCutting int32
+type simCutting int
 
 const (
-	cutBySilence simCutting = 1 + iota
+	cutBySilence simCutting = iota
 	cutByFIN
 	cutByReset
+	cutByClose
+	cutChannel
+	numCuttings
 )
 
-// simPublisherConn is what a connection needs so that it alone can be cut if it is that of a
-// publisher. Over TLS nobody can know that.
-type simPublisherConn struct {
-	cut    atomic.Int32
-	writes int // only the writer uses it
-}
-
-// publishes notes the connection of a publisher, which says so in its first words.
-func (s *simConn) publishes(p []byte) {
-	if s.writes > 8 || !s.c.s.retries {
-		return
-	}
-	s.writes++
-	if bytes.Contains(p, []byte(" (retry)")) {
-		j := s.c.s.judge
-		j.mu.Lock()
-		defer j.mu.Unlock()
-		j.publishers = append(j.publishers, s)
-	}
-}
-
-// Write is lost on a silent path.
-func (s *simConn) Write(p []byte) (int, error) {
-	s.publishes(p)
-	switch simCutting(s.cut.Load()) {
-	case cutBySilence:
-		return len(p), nil
-	case cutByFIN, cutByReset:
-		return 0, syscall.ECONNRESET
-	}
-	return s.Conn.Write(p)
-}
-
-// severed is what Read returns in place of what it has read, if the connection has been cut.
-func (s *simConn) severed(n int, err error) (_ int, _ error, again bool) {
-	switch simCutting(s.cut.Load()) {
-	case cutBySilence:
-		return 0, err, err == nil
-	case cutByFIN:
-		return 0, io.EOF, false
-	case cutByReset:
-		return 0, &net.OpError{Op: "read", Net: "tcp", Err: syscall.ECONNRESET}, false
-	}
-	return n, err, false
-}
-
 // cutPublishers ends the connections that copies are published on, and no others.
-func (s *sim) cutPublishers(how simCutting) {
-	s.judge.mu.Lock()
-	all := s.judge.publishers
-	s.judge.publishers = nil
-	s.judge.mu.Unlock()
-	for _, conn := range all {
-		conn.cut.Store(int32(how))
-		if how != cutBySilence {
-			_ = conn.Conn.Close()
+func (s *sim) cutPublishers(how simCutting, at faultsOf) {
+	names := []string{"group"}
+	for _, c := range s.plan.consumers {
+		names = append(names, c.name)
+	}
+	for _, name := range names {
+		struck := at.Named(name + " (retry)")
+		switch how {
+		case cutBySilence:
+			struck.Silence()
+		case cutByFIN:
+			struck.FIN()
+		case cutByReset:
+			struck.Reset()
+		case cutByClose:
+			struck.CloseConnections(320, "CONNECTION_FORCED - Closed via management plugin")
+		case cutChannel:
+			struck.CloseChannels(406, "a fault")
 		}
 	}
 }

@@ -702,7 +702,7 @@ func (s *sim) drained(i int, limit time.Duration) {
 	switch {
 	case s.failed.Load():
 	case s.plan.retryOf(i) != nil:
-		s.until(limit+10*time.Minute, func() string { return cmp.Or(s.left(q), s.beside(q)) })
+		s.until(limit+30*time.Minute, func() string { return cmp.Or(s.left(q), s.beside(q)) })
 	case q.kind == "stream":
 		s.until(limit, func() string { return s.unread(i) })
 	case unfit || q.kind == "named":
@@ -1147,20 +1147,10 @@ type simConn struct {
 	net.Conn
 	c    *simPath
 	once sync.Once
-	simPublisherConn
 }
 
-// Read takes its time on a slow path, and returns nothing on one that is cut.
+// Read takes its time on a slow path.
 func (s *simConn) Read(p []byte) (int, error) {
-	for {
-		n, err, again := s.severed(s.readAt(p))
-		if !again {
-			return n, err
-		}
-	}
-}
-
-func (s *simConn) readAt(p []byte) (int, error) {
 	pace := s.c.plan.bandwidth
 	if pace == 0 {
 		return s.Conn.Read(p)

@@ -232,7 +232,7 @@ func (t *simTransfers) doubtful(p *steadymqtest.PublicationRecord) bool {
 		patience = max(patience, c.slowest()+3*c.heartbeat+2*time.Second+c.lag)
 	}
 	ended := t.ended[p.Connection]
-	return p.Confirmed.IsZero() || p.Nacked || p.Returned || p.Confirmed.Sub(p.Time) >= 7*time.Second || !ended.IsZero() && ended.Sub(p.Time) < patience
+	return p.Confirmed.IsZero() || p.Nacked || p.Returned || p.Confirmed.Sub(p.Time) >= 30*time.Second || !ended.IsZero() && ended.Sub(p.Time) < patience
 }
 
 // match finds for each ack a copy that was safe before it, -1 if there is none left.
