@@ -574,3 +574,37 @@ func TestPathOfCopiesThatIsAwayForAnHourCostsNothing(t *testing.T) {
 		assert.Zero(r, r.OpenConnections())
 	})
 }
+
+func TestConfirmThatIsLostCostsOneCopyMore(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.LoseConfirms(true)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(10 * time.Second)
+		assert.Equal(r, 1, r.Broker.QueueLen(parked))
+		assert.Equal(r, 1, r.Broker.Unsettled(rig.Queue), "nobody knows that the copy is safe")
+		r.Broker.LoseConfirms(false)
+		r.Wait(5 * time.Minute)
+		assert.Equal(r, uint64(1), r.Consumer.Stats().Parked)
+		assert.Equal(r, 2, r.Broker.QueueLen(parked))
+		assert.Zero(r, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
+	})
+}
+
+// A nack may be for a copy that is in its queue all the same: then there are two, and never none.
+func TestCopyThatIsNackedIsSentAgain(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.FillQueue(parked, true)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(time.Minute)
+		assert.Zero(r, r.Consumer.Stats().Parked)
+		assert.Zero(r, r.Broker.QueueLen(parked))
+		assert.Equal(r, 1, r.Broker.Unsettled(rig.Queue))
+		assert.Len(r, r.Warnings("does not get into the queue"), 1, "at most one in a minute")
+		r.Broker.FillQueue(parked, false)
+		r.Wait(time.Minute)
+		assert.Equal(r, uint64(1), r.Consumer.Stats().Parked)
+		assert.Equal(r, 1, r.Broker.QueueLen(parked))
+	})
+}
