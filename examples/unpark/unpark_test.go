@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -285,7 +286,7 @@ func TestHandlerSeesWhatTheMessageWasPublishedWith(t *testing.T) {
 		b.DeclareExchange("shop", "direct")
 		b.Bind("orders", "shop", "new")
 		b.PublishExchange("shop", "new", steadymqtest.Message{ID: "m-1", Body: []byte("tea"), Headers: amqp.Table{"tenant": "blue"}})
-		mended := false
+		var mended atomic.Bool
 		var seen []string
 		var headers amqp.Table
 		ctx, stop := context.WithCancel(context.Background())
@@ -294,14 +295,14 @@ func TestHandlerSeesWhatTheMessageWasPublishedWith(t *testing.T) {
 			ended <- steadymq.Consume(ctx, b.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
 				seen = append(seen, fmt.Sprintf("%s %s %s %s %d", d.MessageId, d.Body, d.Exchange, d.RoutingKey, d.Attempt()))
 				headers = d.Headers
-				if !mended {
+				if !mended.Load() {
 					return errors.New("not yet")
 				}
 				return nil
 			}, steadymq.WithDialer(b.Dialer()), steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second}, Park: park}))
 		}()
 		time.Sleep(time.Minute)
-		mended = true
+		mended.Store(true)
 		status, out := b.unpark("-error", "not yet")
 		assert.Zero(b, status, out)
 		stop()
