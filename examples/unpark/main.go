@@ -76,7 +76,7 @@ func wanted(args []string, url *string, complaints io.Writer) (wish, error) {
 	flags.StringVar(&w.park, "park", "", "the queue of parked messages")
 	flags.StringVar(&w.queue, "queue", "", "only what came from this queue; default: each message goes back to its own")
 	flags.StringVar(&w.text, "error", "", "only errors that contain this")
-	flags.StringVar(&w.kind, "error-type", "", "only errors of this Go type, such as *net.OpError")
+	flags.StringVar(&w.kind, "error-type", "", "only errors of this Go type, the innermost one, such as syscall.Errno")
 	flags.IntVar(&w.limit, "limit", 0, "move so many at most; 0: no limit")
 	flags.DurationVar(&w.older, "older", 0, "only what failed longer ago than this, such as 1h30m")
 	flags.BoolVar(&w.dryRun, "dry-run", false, "only list what there is")
