@@ -268,12 +268,12 @@ func (t *transfer) headers(id string, d *amqp.Delivery) amqp.Table {
 const maxErrorText = 1024
 
 // fit shortens what the library has added until the frame of the headers has no more than most
-// bytes.
+// bytes. What attempts are counted by stays.
 func fit(p *amqp.Publishing, most int) {
 	if most <= 0 { // no limit was agreed on
 		return
 	}
-	for _, name := range []string{errorHeader, errorTypeHeader, consumerHeader, hostHeader, timeHeader, exchangeHeader, routingKeyHeader, queueHeader} {
+	for _, name := range []string{errorHeader, errorTypeHeader, consumerHeader, hostHeader, timeHeader, exchangeHeader, routingKeyHeader} {
 		over := headerFrame(p) - most
 		if over <= 0 {
 			return

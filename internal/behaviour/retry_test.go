@@ -464,6 +464,28 @@ func TestHeadersWithoutRoomForThoseOfACopyHarmNoOtherMessage(t *testing.T) {
 	})
 }
 
+func TestAttemptsAreCountedHoweverLittleRoomTheHeadersLeave(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		tries := make(map[string]int)
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			tries[d.MessageId]++
+			return errPoison
+		}, steadymq.WithRetry(steadymq.Retry{Attempts: 3, Delays: []time.Duration{time.Second}, Park: parked}))
+		for size := 130_700; size < 130_990; size += 10 {
+			r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{Headers: amqp.Table{"h": strings.Repeat("h", size)}})
+		}
+		r.Wait(time.Minute)
+		stats := r.Consumer.Stats()
+		assert.Len(r, tries, 29)
+		for id, n := range tries {
+			assert.LessOrEqual(r, n, 3, id)
+		}
+		assert.Equal(r, 29, int(stats.Parked)+stats.Held)
+		assert.NotZero(r, stats.Held)
+		assert.Greater(r, stats.Parked, uint64(15))
+	})
+}
+
 func TestQueuesOfRetryThatExistInAnotherFormAreUsed(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.Broker.DeclareQueue("orders.retry.1s", steadymqtest.QueueOptions{Args: amqp.Table{

@@ -1071,6 +1071,8 @@ var mutants = []mutant{
 		`return strings.HasPrefix(reason, inequivalent+typeArg+"'") && strings.HasSuffix(reason, "is 'stream'")`, "return false")),
 	inTest("TestQueueThatCannotDelayIsRefusedByName", change("a queue that expires is taken for that of a delay", "internal/retryqueue/retryqueue.go",
 		"deadKeyArg, expiresArg}", "deadKeyArg}")),
+	inTest("TestAttemptsAreCountedHoweverLittleRoomTheHeadersLeave", change("the header that attempts are counted by is left out of a copy", "transfer.go",
+		"exchangeHeader, routingKeyHeader} {", "exchangeHeader, routingKeyHeader, queueHeader} {")),
 	inTest("TestHeadersOfACopyLeaveRoomForThoseOfTheBroker", change("the headers of a copy fill the frame", "transfer.go",
 		"fit(&p, frameMax-brokerRoom)", "fit(&p, frameMax)")),
 	inTest("TestHeadersWithoutRoomForThoseOfACopyHarmNoOtherMessage", change("a copy is sent in a frame that the broker does not take", "publisher.go",
