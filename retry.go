@@ -13,7 +13,9 @@ import (
 // Retry is the policy of [WithRetry].
 type Retry struct {
 	// Attempts is how often a handler is given a message before the message is given up, the first
-	// time included. Range 1 to 1,000; 1 retries nothing.
+	// time included. Range 1 to 1,000; 1 retries nothing. 0, with a Park queue and no Delays, gives
+	// nothing up by itself: a plain error is held as without a policy ([WithRequeueDelay]), and only
+	// [Park] and a [*DecodeError] park.
 	Attempts int
 	// Delays are the waits before the second attempt, the third and so on; the last one repeats.
 	// Each has a queue of its own. From 100 ms to 24 h in whole milliseconds, each longer than the
@@ -37,7 +39,7 @@ func (c *config) checkRetry() {
 		return
 	}
 	refuse := func(format string, args ...any) { c.refuse("WithRetry", format, args...) }
-	if r.Attempts < 1 || r.Attempts > maxAttempts {
+	if !r.onlyParks() && (r.Attempts < 1 || r.Attempts > maxAttempts) {
 		refuse("Attempts must be between 1 and %d, got %d", maxAttempts, r.Attempts)
 	}
 	c.checkDelays(r)
@@ -55,6 +57,9 @@ func (c *config) checkRetry() {
 	}
 }
 
+// onlyParks reports whether the policy is for what a handler wants to be parked, and nothing else.
+func (r *Retry) onlyParks() bool { return r.Attempts == 0 && len(r.Delays) == 0 && r.Park != "" }
+
 func (c *config) checkDelays(r *Retry) {
 	refuse := func(format string, args ...any) { c.refuse("WithRetry", format, args...) }
 	switch {
@@ -63,7 +68,7 @@ func (c *config) checkDelays(r *Retry) {
 	case len(r.Delays) > maxDelays:
 		refuse("Delays may be %d at most, each has a queue; got %d", maxDelays, len(r.Delays))
 	case r.Attempts >= 1 && len(r.Delays) > r.Attempts-1:
-		refuse("%d Attempts have %d retries, got %d Delays", r.Attempts, r.Attempts-1, len(r.Delays))
+		refuse("Delays may be %d at most, one before each further attempt of %d; got %d", r.Attempts-1, r.Attempts, len(r.Delays))
 	}
 	for i, d := range r.Delays {
 		switch {
@@ -97,7 +102,7 @@ func (c *config) checkRetryOf(queue string, r *Retry) {
 		}
 		c.shortString("WithRetry", "the name of the delay queue "+name, name)
 	}
-	if q != nil && len(r.Delays) > 0 && (q.RetryMin > 0 || q.RetryMax > 0) {
-		refuse("Delays and Queue.RetryMin say the same in two ways; leave one out")
+	if q != nil && !r.onlyParks() && (q.RetryMin > 0 || q.RetryMax > 0) {
+		refuse("Attempts and Queue.RetryMin say in two ways what follows a failure; leave one out")
 	}
 }

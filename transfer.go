@@ -70,7 +70,11 @@ func (s *session) warnOfNoPark() {
 func (s *session) retried(d *Delivery, err error) verdict {
 	r := s.config.retry
 	failed := d.failedBefore() + 1
-	if failed < r.Attempts && !errors.As(err, new(*DecodeError)) {
+	hopeless := errors.As(err, new(*DecodeError))
+	if r.onlyParks() && !hopeless {
+		return s.verdictAlone(d, nil)
+	}
+	if failed < r.Attempts && !hopeless {
 		i := min(failed, len(r.Delays)) - 1
 		return verdict{outcome: Delayed, delay: r.Delays[i], to: s.destinations.delays[i]}
 	}

@@ -2,6 +2,7 @@ package behaviour_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -263,7 +264,9 @@ func TestRetryThatCannotWorkIsRefused(t *testing.T) {
 		more   []steadymq.Option
 		reason string
 	}{
-		"no attempts":         {steadymq.Retry{Park: "p"}, nil, "Attempts must be between 1 and 1000, got 0"},
+		"no policy at all":    {steadymq.Retry{}, nil, "Attempts must be between 1 and 1000, got 0"},
+		"no attempts":         {steadymq.Retry{Delays: second, Park: "p"}, nil, "Attempts must be between 1 and 1000, got 0"},
+		"fewer than none":     {steadymq.Retry{Attempts: -1, Park: "p"}, nil, "Attempts must be between 1 and 1000, got -1"},
 		"nothing to do":       {steadymq.Retry{Attempts: 1}, nil, "would be discarded"},
 		"no delay":            {steadymq.Retry{Attempts: 3}, nil, "Delays is empty"},
 		"delays that shrink":  {steadymq.Retry{Attempts: 3, Delays: []time.Duration{time.Minute, time.Second}}, nil, "Delays must grow"},
@@ -271,7 +274,7 @@ func TestRetryThatCannotWorkIsRefused(t *testing.T) {
 		"a delay too short":   {steadymq.Retry{Attempts: 2, Delays: []time.Duration{30}}, nil, "write 30*time.Second"},
 		"a delay too long":    {steadymq.Retry{Attempts: 2, Delays: []time.Duration{25 * time.Hour}}, nil, "between 100ms and 24h"},
 		"half a millisecond":  {steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second + time.Microsecond}}, nil, "whole milliseconds"},
-		"more than retries":   {steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second, time.Minute}}, nil, "2 Attempts have 1 retries"},
+		"more than retries":   {steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second, time.Minute}}, nil, "Delays may be 1 at most, one before each further attempt of 2; got 2"},
 		"too many delays":     {steadymq.Retry{Attempts: 30, Delays: delaysOf(17)}, nil, "may be 16 at most"},
 		"park is the queue":   {steadymq.Retry{Attempts: 1, Park: rig.Queue}, nil, "is the queue"},
 		"park is a delay":     {steadymq.Retry{Attempts: 2, Delays: second, Park: "orders.retry.1s"}, nil, "the queue of a delay"},
@@ -628,5 +631,24 @@ func TestCopyThatIsNackedIsSentAgain(t *testing.T) {
 		r.Wait(time.Minute)
 		assert.Equal(r, uint64(1), r.Consumer.Stats().Parked)
 		assert.Equal(r, 1, r.Broker.QueueLen(parked))
+	})
+}
+
+func TestPolicyWithoutAttemptsParksOnlyWhatIsToBeParked(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		decode := steadymq.Decode(json.Unmarshal, func(_ context.Context, d *steadymq.Delivery, n int) error {
+			if n == 1 {
+				return steadymq.Park(errPoison)
+			}
+			return errPoison
+		})
+		r.Consuming(decode, steadymq.WithRetry(steadymq.Retry{Park: parked}))
+		r.Broker.Publish(rig.Queue, "1", "2", "tea")
+		r.Wait(time.Hour)
+		stats := r.Consumer.Stats()
+		assert.Equal(r, uint64(2), stats.Parked, "what asks for it, and what does not decode")
+		assert.Equal(r, 2, r.Broker.QueueLen(parked))
+		assert.Equal(r, 1, r.Broker.QueueLen(rig.Queue)+r.Broker.Unsettled(rig.Queue))
+		assert.Greater(r, stats.Failed, uint64(10), "it is tried again and again")
 	})
 }
