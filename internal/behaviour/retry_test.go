@@ -652,3 +652,21 @@ func TestPolicyWithoutAttemptsParksOnlyWhatIsToBeParked(t *testing.T) {
 		assert.Greater(r, stats.Failed, uint64(10), "it is tried again and again")
 	})
 }
+
+// Both find that there is no such queue, one declares it, and the other is told that it is of
+// another kind.
+func TestParkQueueThatSomebodyElseDeclaresMeanwhileIsUsed(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.SetLatency(10 * time.Millisecond)
+		ctx, stop := context.WithCancel(context.Background())
+		ends := make(chan error, 2)
+		for _, kind := range []string{"classic", "quorum"} {
+			c := r.NewFor(kind, steadymq.WithQueue(steadymq.Queue{Type: kind}), parking())
+			go func() { ends <- c.Run(ctx, park) }()
+		}
+		r.Wait(10 * time.Second)
+		stop()
+		require.NoError(r, <-ends)
+		require.NoError(r, <-ends)
+	})
+}

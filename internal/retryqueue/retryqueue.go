@@ -86,7 +86,7 @@ func Park(name string, classic, unlimited bool) *Queue {
 	case unlimited:
 		args[limitArg] = int32(-1)
 	}
-	return &Queue{name, []form{{passive: true}, {args: args}}}
+	return &Queue{name, []form{{passive: true}, {args: args}, {passive: true}}} // somebody may be faster
 }
 
 // Refused is a refusal of one of these queues, not of the consumer's own.

@@ -1472,6 +1472,9 @@ func (c *simConsumer) stopped(run *simRun, err error, took time.Duration, inFlig
 	if undisturbed && x.record.Cause != "cancelled by the client" {
 		j.note("I5", "%s was stopped, its consumer ended by %q", p.name, x.record.Cause)
 	}
+	if x == nil && c.latest != nil && c.latest.run == run { // also under faults nil says that all is well
+		x = c.latest
+	}
 	if err == nil && x != nil && x.record.Cause == "cancelled by the client" && x.outstanding > 0 && c.s.judge.streamOf(c) == nil {
 		j.note("I5", "%s stopped cleanly, but %d of its deliveries were not settled", p.name, x.outstanding)
 	}
