@@ -1,6 +1,7 @@
 // Command bench compares steadymq with the plain driver: how fast it consumes,
 // what that costs, how soon it consumes again after a fault, what it takes while
-// it is idle, and what many consumers on one connection do.
+// it is idle, what many consumers on one connection do, and what it costs that
+// messages fail and come back.
 //
 //	go run ./bench -quick                      a few minutes' impression
 //	go run ./bench -write                      everything, into bench/RESULTS.md
@@ -37,6 +38,7 @@ func main() {
 // its configuration.
 var roles = map[string]func(string) error{
 	"client": clientMain, "recover": recoverMain, "idle": idleMain, "further": child(furtherConfig.measure), "herd": child(herdConfig.measure), "beside": child(besideConfig.measure),
+	"kit": kitMain,
 }
 
 // run plays the role that a parent process asked for, or is the parent.
@@ -64,6 +66,7 @@ type options struct {
 	idle       []variant
 	faults     []string
 	consumers  []int // on one connection, of the group benchmark
+	retries    bool
 
 	rounds         int
 	warmup, window time.Duration
@@ -80,7 +83,7 @@ type options struct {
 
 func parseOptions(args []string) (o options, err error) {
 	f := flag.NewFlagSet("bench", flag.ExitOnError)
-	only := f.String("only", "throughput,recovery,idle,groups", "which benchmarks: throughput, recovery, idle, groups")
+	only := f.String("only", "throughput,recovery,idle,groups,retry", "which benchmarks: throughput, recovery, idle, groups, retry")
 	variants := f.String("variants", "driver,steadymq,multiple,auto", "throughput variants; the first is the base of the ratios")
 	healers := f.String("healers", "steadymq,recovery,loop", "recovery variants")
 	faults := f.String("faults", strings.Join(replay.Faults, ","), "faults of the recovery benchmark")
@@ -128,6 +131,7 @@ func parseOptions(args []string) (o options, err error) {
 			return o, err
 		}
 	}
+	o.retries = strings.Contains(*only, "retry")
 	o.faults = strings.Split(*faults, ",")
 	o.workloads, err = workloads(*prefetch, *bodies, *workers, *transport, *full, *short)
 	return o, err
@@ -222,6 +226,9 @@ func benchmark(ctx context.Context, o options) (err error) {
 		return err
 	}
 	if rep.groups, err = benchGroups(ctx, o, server); err != nil {
+		return err
+	}
+	if rep.retries, err = benchRetries(ctx, o); err != nil {
 		return err
 	}
 	return rep.deliver()

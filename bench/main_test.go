@@ -189,3 +189,24 @@ func TestFurtherConsumerThatIdlesIsSmall(t *testing.T) {
 		t.Errorf("%.0f bytes and %.2f goroutines for each further consumer, at most %d and %v", each.Bytes, each.Goroutines, limitBytes, limitGoroutines)
 	}
 }
+
+func TestRetriesAreInTheReport(t *testing.T) {
+	c := comparison{workload: workload{Prefetch: 256, Body: 100, Workers: 16}, outcomes: []outcome{{variant: retryVariants[1], rate: 123456, rateRatio: 0.97}}}
+	var b strings.Builder
+	report{retries: []comparison{c}, opts: options{rounds: 9}}.markdown(&b)
+	for _, want := range []string{"## Retries", "1 % fails once | 123,456 | 0.97 |", "9 alternating rounds of 400,000 messages"} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("the report lacks %q:\n%s", want, b.String())
+		}
+	}
+}
+
+func TestOneMessageInAHundredFails(t *testing.T) {
+	failing := 0
+	for n := range 10_000 {
+		failing += int(kitConfig{Body: 100}.body(n)[0])
+	}
+	if failing != 100 {
+		t.Errorf("%d of 10,000 messages fail, want 100", failing)
+	}
+}

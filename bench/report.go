@@ -19,6 +19,7 @@ type report struct {
 	recovery   []healing
 	idle       []idling
 	groups     groups
+	retries    []comparison
 }
 
 // folder is where the results live, from the root of the repository.
@@ -63,6 +64,12 @@ func (r report) print(w io.Writer) {
 		fmt.Fprintln(tw, strings.Join(i.cells(), "\t"))
 	}
 	r.groups.print(tw)
+	for _, c := range r.retries {
+		fmt.Fprintf(tw, "\nretries, %s\n", c.workload)
+		for _, row := range append([][]string{retryHead}, rowsOf(c.outcomes, outcome.retryCells)...) {
+			fmt.Fprintln(tw, strings.Join(row, "\t"))
+		}
+	}
 }
 
 var throughputHead = []string{"consumer", "messages/s", "ratio", "min–max", "user µs", "system µs", "CPU ratio", "allocs", "bytes", "server µs", "server reads"}
@@ -117,6 +124,9 @@ func (r report) markdown(w io.Writer) {
 		r.idleMarkdown(w)
 	}
 	r.groups.markdown(w)
+	if len(r.retries) > 0 {
+		r.retriesMarkdown(w)
+	}
 }
 
 func (r report) throughputMarkdown(w io.Writer) {
@@ -161,6 +171,30 @@ func (r report) idleMarkdown(w io.Writer) {
 			yield(i.cells())
 		}
 	})
+}
+
+var retryHead = []string{"consumer", "messages/s", "ratio", "min–max", "CPU µs", "CPU ratio", "allocs"}
+
+func (o outcome) retryCells() []string {
+	return []string{
+		o.variant.label, grouped(o.rate), fmt.Sprintf("%.2f", o.rateRatio), fmt.Sprintf("%.2f–%.2f", o.rateMin, o.rateMax),
+		fmt.Sprintf("%.2f", o.user+o.system), fmt.Sprintf("%.2f", o.cpuRatio), fmt.Sprintf("%.1f", o.mallocs),
+	}
+}
+
+func (r report) retriesMarkdown(w io.Writer) {
+	fmt.Fprintf(w, "\n## Retries\n\nOne message in %d fails the first time, is published to a delay queue and comes back after %v, on the broker of "+
+		"steadymqtest over TCP in a process of its own. Medians of %d alternating rounds of %s messages; a ratio compares neighbours in one "+
+		"round with the first line. The broker's work is part of the time.\n",
+		failEvery, retryDelay, r.opts.rounds, grouped(retryMessages))
+	for _, c := range r.retries {
+		fmt.Fprintf(w, "\n### %s\n\n", c.workload)
+		table(w, retryHead, func(yield func([]string)) {
+			for _, o := range c.outcomes {
+				yield(o.retryCells())
+			}
+		})
+	}
 }
 
 func table(w io.Writer, head []string, rows func(yield func([]string))) {

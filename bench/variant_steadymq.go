@@ -14,6 +14,17 @@ func steady(ctx context.Context, t target, each func([]byte)) error {
 }
 
 func steadyWith(ctx context.Context, t target, each func([]byte), opts ...steadymq.Option) error {
+	c, err := steadymq.New(t.URL, t.Queue, steadyOptions(t, opts...)...)
+	if err != nil {
+		return err
+	}
+	return c.Run(ctx, func(_ context.Context, d *steadymq.Delivery) error {
+		each(d.Body)
+		return nil
+	})
+}
+
+func steadyOptions(t target, opts ...steadymq.Option) []steadymq.Option {
 	opts = append(opts,
 		steadymq.WithConcurrency(t.Workers),
 		steadymq.WithPrefetch(t.Prefetch),
@@ -22,12 +33,5 @@ func steadyWith(ctx context.Context, t target, each func([]byte), opts ...steady
 	if t.TLS != nil {
 		opts = append(opts, steadymq.WithTLSConfig(t.TLS))
 	}
-	c, err := steadymq.New(t.URL, t.Queue, opts...)
-	if err != nil {
-		return err
-	}
-	return c.Run(ctx, func(_ context.Context, d *steadymq.Delivery) error {
-		each(d.Body)
-		return nil
-	})
+	return opts
 }
