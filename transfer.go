@@ -93,7 +93,7 @@ func asPublished(c *config, next Handler) Handler {
 		defer func() { // also if the handler panics
 			if failed {
 				kept := original
-				d.fence.kept = &keptMessage{original: kept}
+				d.fence.kept.Store(&keptMessage{original: kept})
 			}
 		}()
 		if d.fromHere() {
