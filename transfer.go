@@ -121,7 +121,8 @@ type transfer struct {
 	delivery *Delivery
 	outcome  Outcome
 	to       *retryqueue.Queue
-	cause    error
+	text     string    // of the failure
+	kind     string    // Go type of its innermost error
 	at       time.Time // when the handler failed
 	failures int       // of the transfer, in a row
 	alone    bool      // it is sent while no other is in flight
@@ -129,7 +130,12 @@ type transfer struct {
 
 // transfer sends a copy of d, whose handler has just failed. It is called within the gate.
 func (s *session) transfer(d *Delivery, v verdict, cause error) {
-	t := &transfer{session: s, delivery: d, outcome: v.outcome, to: v.to, cause: cause, at: time.Now()}
+	t := &transfer{
+		session: s, delivery: d, outcome: v.outcome, to: v.to, at: time.Now(),
+		// Read here and once: the error is the user's, and may change or panic when it is read later.
+		text: shorten(errtext.OneLine(fmt.Sprint(cause)), maxErrorText),
+		kind: fmt.Sprintf("%T", innermost(cause)),
+	}
 	s.gate.stay()
 	t.start()
 }
@@ -242,8 +248,8 @@ func (t *transfer) headers(id string, d *amqp.Delivery) amqp.Table {
 		headers[exchangeHeader], headers[routingKeyHeader] = d.Exchange, d.RoutingKey
 	}
 	headers[attemptHeader] = int32(failed) //nolint:gosec // at most maxCount + 1
-	headers[errorHeader] = shorten(errtext.OneLine(t.cause.Error()), maxErrorText)
-	headers[errorTypeHeader] = fmt.Sprintf("%T", innermost(t.cause))
+	headers[errorHeader] = t.text
+	headers[errorTypeHeader] = t.kind
 	headers[queueHeader] = s.queue
 	headers[timeHeader] = t.at.UTC().Truncate(time.Second)
 	headers[hostHeader] = s.conn.host

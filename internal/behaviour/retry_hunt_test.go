@@ -3,10 +3,12 @@ package behaviour_test
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rig"
@@ -30,5 +32,31 @@ func TestDeliveryMayBeReadWhileItIsParked(t *testing.T) {
 		r.Wait(10 * time.Second)
 		reading.Wait()
 		assert.Equal(r, 20, r.Broker.QueueLen(parked))
+	})
+}
+
+// fickleError can be read for a while, and then panics.
+type fickleError struct{ broken *atomic.Bool }
+
+func (e fickleError) Error() string {
+	if e.broken.Load() {
+		panic("the buffer was given back to its pool")
+	}
+	return "fickle"
+}
+
+func TestErrorThatCannotBeReadLaterEndsNoProcess(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var broken atomic.Bool
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { return fickleError{&broken} }, parking())
+		r.Broker.FillQueue(parked, true)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(5 * time.Second)
+		broken.Store(true)
+		r.Broker.FillQueue(parked, false)
+		r.Wait(time.Minute)
+		all := taken(r, parked)
+		require.Len(r, all, 1)
+		assert.Equal(r, "fickle", all[0].Headers["steadymq-error"])
 	})
 }

@@ -1055,6 +1055,11 @@ var mutants = []mutant{
 	}}),
 	inTest("TestStreamMovesWithoutADuplicate", change("a stream moves under its handlers", "session.go",
 		"\tif s.stream == nil || !errors.Is(cause, errMoved) {\n", "\t{\n")),
+	inTest("TestErrorThatCannotBeReadLaterEndsNoProcess", mutant{name: "the error of a failed message is read when its copy is sent", edits: []edit{
+		{"transfer.go", "\tkind     string ", "\tcause    error\n\tkind     string "},
+		{"transfer.go", "to: v.to, at: time.Now(),", "to: v.to, at: time.Now(), cause: cause,"},
+		{"transfer.go", "headers[errorHeader] = t.text", "headers[errorHeader] = t.cause.Error()"},
+	}}),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
