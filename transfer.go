@@ -105,7 +105,7 @@ func asPublished(c *config, next Handler) Handler {
 			}
 		}
 		err = next(ctx, d)
-		failed = err != nil
+		failed = err != nil || d.overlooked() != nil
 		return err
 	}
 }

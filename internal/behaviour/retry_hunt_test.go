@@ -60,3 +60,18 @@ func TestErrorThatCannotBeReadLaterEndsNoProcess(t *testing.T) {
 		assert.Equal(r, "fickle", all[0].Headers["steadymq-error"])
 	})
 }
+
+func TestCopyHasTheBodyAsItCameThoughTheHandlerReturnedNil(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			d.Body = []byte("decrypted")
+			_ = d.Delivery.Ack(true) // is refused
+			return nil
+		}, parking())
+		r.Broker.Publish(rig.Queue, "sealed")
+		r.Wait(10 * time.Second)
+		all := taken(r, parked)
+		require.Len(r, all, 1)
+		assert.Equal(r, "sealed", string(all[0].Body))
+	})
+}

@@ -1060,6 +1060,8 @@ var mutants = []mutant{
 		{"transfer.go", "to: v.to, at: time.Now(),", "to: v.to, at: time.Now(), cause: cause,"},
 		{"transfer.go", "headers[errorHeader] = t.text", "headers[errorHeader] = t.cause.Error()"},
 	}}),
+	inTest("TestCopyHasTheBodyAsItCameThoughTheHandlerReturnedNil", change("a refused settlement by hand changes the copy", "transfer.go",
+		"failed = err != nil || d.overlooked() != nil", "failed = err != nil")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
