@@ -168,7 +168,10 @@ func (t *transfer) failed(err error) {
 	defer t.over()
 	t.failures++
 	s := t.session
-	if s.closed.Load() {
+	switch {
+	case t.delivery.Outcome() != Unsettled: // by hand, meanwhile
+		return
+	case s.closed.Load():
 		_ = t.delivery.Requeue() // which is stale
 		return
 	}

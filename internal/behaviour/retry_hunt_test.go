@@ -75,3 +75,22 @@ func TestCopyHasTheBodyAsItCameThoughTheHandlerReturnedNil(t *testing.T) {
 		assert.Equal(r, "sealed", string(all[0].Body))
 	})
 }
+
+func TestMessageThatIsSettledByHandWhileItsCopyWaitsIsNotCopied(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var kept steadymq.Delivery
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			kept = *d
+			return errPoison
+		}, parking())
+		r.Broker.FillQueue(parked, true)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(10 * time.Second)
+		require.NoError(r, kept.Discard())
+		r.Broker.FillQueue(parked, false)
+		r.Wait(time.Minute)
+		assert.Zero(r, r.Broker.QueueLen(parked), "nobody wants the copy of what is discarded")
+		assert.Zero(r, r.Consumer.Stats().Held)
+		assert.Equal(r, uint64(1), r.Consumer.Stats().Discarded)
+	})
+}

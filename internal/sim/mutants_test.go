@@ -1062,6 +1062,8 @@ var mutants = []mutant{
 	}}),
 	inTest("TestCopyHasTheBodyAsItCameThoughTheHandlerReturnedNil", change("a refused settlement by hand changes the copy", "transfer.go",
 		"failed = err != nil || d.overlooked() != nil", "failed = err != nil")),
+	inTest("TestMessageThatIsSettledByHandWhileItsCopyWaitsIsNotCopied", change("a message settled by hand is copied all the same", "publisher.go",
+		"\tif t.delivery.Outcome() != Unsettled { // by hand, meanwhile", "\tif false {")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
