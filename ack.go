@@ -72,13 +72,14 @@ type fence struct {
 	outcome atomic.Uint32
 	tries   uint32 // tries in place before this one
 	settler settler
-	refused atomic.Pointer[error] // why a settlement by hand was refused, which left it unsettled
-	kept    *keptMessage          // of a stream, or of a try that failed under WithRetry; else nil
+	refused atomic.Pointer[error]       // why a settlement by hand was refused, which left it unsettled
+	kept    atomic.Pointer[keptMessage] // of a stream, or of a try that failed under WithRetry; else nil
 }
 
 // keptMessage is a message as the broker delivered it, because its handler may change the exported
 // fields: for all tries in place of a message of a stream, or for the copy of one that failed. The
-// worker writes it, of a stream before the handler runs, else after that.
+// worker stores it, of a stream before the handler runs, else after that, when something that the
+// handler has left behind may read the delivery.
 type keptMessage struct {
 	original  amqp.Delivery
 	offset    int64 // in the stream

@@ -50,14 +50,15 @@ func (d *Delivery) init(s settler) {
 // keepOriginal notes the message as it came, because its handler may change all fields that are
 // exported. The bytes of the body and the headers themselves are not copied.
 func (d *Delivery) keepOriginal() {
-	d.fence.kept = &keptMessage{original: d.Delivery}
+	d.fence.kept.Store(&keptMessage{original: d.Delivery})
 }
 
 // again returns the delivery of the next try in place.
 func (d *Delivery) again() *Delivery {
 	next := newDelivery()
-	next.fence.kept = d.fence.kept
-	next.Delivery = next.fence.kept.original
+	kept := d.fence.kept.Load()
+	next.fence.kept.Store(kept)
+	next.Delivery = kept.original
 	next.fence.tries = d.fence.tries + 1
 	return next
 }
@@ -420,8 +421,10 @@ func (d *Delivery) fromHere() bool {
 
 // original returns the message as it came.
 func (d *Delivery) original() *amqp.Delivery {
-	if d.fence != nil && d.fence.kept != nil {
-		return &d.fence.kept.original
+	if d.fence != nil {
+		if kept := d.fence.kept.Load(); kept != nil {
+			return &kept.original
+		}
 	}
 	return &d.Delivery
 }

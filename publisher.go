@@ -430,6 +430,10 @@ func (p *publisher) copy(ctx context.Context, on *path, t *transfer) {
 		p.failed(t, errStopped)
 		return
 	}
+	if t.delivery.Outcome() != Unsettled { // by hand, meanwhile
+		t.over()
+		return
+	}
 	if err := p.find(ctx, on, t.to); err != nil {
 		p.failed(t, err)
 		return

@@ -267,9 +267,11 @@ func (p *position) began(session uint64, d *Delivery) {
 	}
 	if d.fence.tries == 0 { // later tries in place have the original and its offset already
 		d.keepOriginal()
-		d.fence.kept.offset, d.fence.kept.hasOffset = headerInt(d.Headers[offsetKey])
+		kept := d.fence.kept.Load()
+		kept.offset, kept.hasOffset = headerInt(d.Headers[offsetKey])
 	}
-	offset, ok := d.fence.kept.offset, d.fence.kept.hasOffset
+	kept := d.fence.kept.Load()
+	offset, ok := kept.offset, kept.hasOffset
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !ok || session != p.session {
@@ -290,10 +292,11 @@ func (p *position) began(session uint64, d *Delivery) {
 func (p *position) ready(session uint64, d *Delivery) []settledAt {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !d.fence.kept.hasOffset || session != p.session {
+	kept := d.fence.kept.Load()
+	if !kept.hasOffset || session != p.session {
 		return []settledAt{{tag: d.fence.tag}}
 	}
-	return p.settled.add(settledAt{d.fence.tag, d.fence.kept.offset})
+	return p.settled.add(settledAt{d.fence.tag, kept.offset})
 }
 
 // acknowledged records that an ack was sent, which moves the position to resume at.
@@ -341,7 +344,7 @@ func offsetOf(d *Delivery) int64 {
 
 // assignOffset gives d an offset if it has none because the broker's cannot be read.
 func assignOffset(d *Delivery) {
-	if m := d.fence.kept; !m.hasOffset {
+	if m := d.fence.kept.Load(); !m.hasOffset {
 		m.offset, m.hasOffset = unknownOffset, true
 	}
 }

@@ -97,7 +97,7 @@ func asPublished(c *config, next Handler) Handler {
 		defer func() { // also if the handler panics
 			if failed {
 				kept := original
-				d.fence.kept = &keptMessage{original: kept}
+				d.fence.kept.Store(&keptMessage{original: kept})
 			}
 		}()
 		if d.fromHere() {
@@ -109,7 +109,7 @@ func asPublished(c *config, next Handler) Handler {
 			}
 		}
 		err = next(ctx, d)
-		failed = err != nil
+		failed = err != nil || d.overlooked() != nil
 		return err
 	}
 }
@@ -125,7 +125,8 @@ type transfer struct {
 	delivery *Delivery
 	outcome  Outcome
 	to       *retryqueue.Queue
-	cause    error
+	text     string    // of the failure
+	kind     string    // Go type of its innermost error
 	at       time.Time // when the handler failed
 	failures int       // of the transfer, in a row
 	alone    bool      // it is sent while no other is in flight
@@ -133,7 +134,12 @@ type transfer struct {
 
 // transfer sends a copy of d, whose handler has just failed. It is called within the gate.
 func (s *session) transfer(d *Delivery, v verdict, cause error) {
-	t := &transfer{session: s, delivery: d, outcome: v.outcome, to: v.to, cause: cause, at: time.Now()}
+	t := &transfer{
+		session: s, delivery: d, outcome: v.outcome, to: v.to, at: time.Now(),
+		// Read here and once: the error is the user's, and may change or panic when it is read later.
+		text: shorten(errtext.OneLine(fmt.Sprint(cause)), maxErrorText),
+		kind: fmt.Sprintf("%T", innermost(cause)),
+	}
 	s.gate.stay()
 	t.start()
 }
@@ -166,7 +172,10 @@ func (t *transfer) failed(err error) {
 	defer t.over()
 	t.failures++
 	s := t.session
-	if s.closed.Load() {
+	switch {
+	case t.delivery.Outcome() != Unsettled: // by hand, meanwhile
+		return
+	case s.closed.Load():
 		_ = t.delivery.Requeue() // which is stale
 		return
 	}
@@ -258,8 +267,8 @@ func (t *transfer) headers(id string, d *amqp.Delivery) amqp.Table {
 		headers[exchangeHeader], headers[routingKeyHeader] = d.Exchange, d.RoutingKey
 	}
 	headers[attemptHeader] = int32(failed) //nolint:gosec // at most maxCount + 1
-	headers[errorHeader] = shorten(errtext.OneLine(t.cause.Error()), maxErrorText)
-	headers[errorTypeHeader] = fmt.Sprintf("%T", innermost(t.cause))
+	headers[errorHeader] = t.text
+	headers[errorTypeHeader] = t.kind
 	headers[queueHeader] = s.queue
 	headers[timeHeader] = t.at.UTC().Truncate(time.Second)
 	headers[hostHeader] = s.conn.host

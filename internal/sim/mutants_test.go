@@ -1142,6 +1142,15 @@ var mutants = []mutant{
 		"\tif t.session.closed.Load() { // the broker delivers it again", "\tif false { // the broker delivers it again")),
 	inTest("TestPathOfCopiesThatIsAwayForAnHourCostsNothing", change("whoever finds the path of copies away dials again", "publisher.go",
 		"p.until, p.cause = time.Now().Add(away.left), away.err", "p.until, p.cause = time.Now(), away.err")),
+	inTest("TestErrorThatCannotBeReadLaterEndsNoProcess", mutant{name: "the error of a failed message is read when its copy is sent", edits: []edit{
+		{"transfer.go", "\tkind     string ", "\tcause    error\n\tkind     string "},
+		{"transfer.go", "to: v.to, at: time.Now(),", "to: v.to, at: time.Now(), cause: cause,"},
+		{"transfer.go", "headers[errorHeader] = t.text", "headers[errorHeader] = t.cause.Error()"},
+	}}),
+	inTest("TestCopyHasTheBodyAsItCameThoughTheHandlerReturnedNil", change("a refused settlement by hand changes the copy", "transfer.go",
+		"failed = err != nil || d.overlooked() != nil", "failed = err != nil")),
+	inTest("TestMessageThatIsSettledByHandWhileItsCopyWaitsIsNotCopied", change("a message settled by hand is copied all the same", "publisher.go",
+		"\tif t.delivery.Outcome() != Unsettled { // by hand, meanwhile", "\tif false {")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.

@@ -1,0 +1,96 @@
+package behaviour_test
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/steadymq/steadymq"
+	"github.com/steadymq/steadymq/internal/rig"
+)
+
+// What is easily overlooked when failed messages are delayed and parked.
+
+// The handler has left something behind that reads the delivery. Only the race detector judges.
+func TestDeliveryMayBeReadWhileItIsParked(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var reading sync.WaitGroup
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			reading.Go(func() {
+				for range 100 {
+					_ = d.Attempt()
+				}
+			})
+			return errPoison
+		}, parking())
+		r.PublishMany(20, "1")
+		r.Wait(10 * time.Second)
+		reading.Wait()
+		assert.Equal(r, 20, r.Broker.QueueLen(parked))
+	})
+}
+
+// fickleError can be read for a while, and then panics.
+type fickleError struct{ broken *atomic.Bool }
+
+func (e fickleError) Error() string {
+	if e.broken.Load() {
+		panic("the buffer was given back to its pool")
+	}
+	return "fickle"
+}
+
+func TestErrorThatCannotBeReadLaterEndsNoProcess(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var broken atomic.Bool
+		r.Consuming(func(context.Context, *steadymq.Delivery) error { return fickleError{&broken} }, parking())
+		r.Broker.FillQueue(parked, true)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(5 * time.Second)
+		broken.Store(true)
+		r.Broker.FillQueue(parked, false)
+		r.Wait(time.Minute)
+		all := taken(r, parked)
+		require.Len(r, all, 1)
+		assert.Equal(r, "fickle", all[0].Headers["steadymq-error"])
+	})
+}
+
+func TestCopyHasTheBodyAsItCameThoughTheHandlerReturnedNil(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			d.Body = []byte("decrypted")
+			_ = d.Delivery.Ack(true) // is refused
+			return nil
+		}, parking())
+		r.Broker.Publish(rig.Queue, "sealed")
+		r.Wait(10 * time.Second)
+		all := taken(r, parked)
+		require.Len(r, all, 1)
+		assert.Equal(r, "sealed", string(all[0].Body))
+	})
+}
+
+func TestMessageThatIsSettledByHandWhileItsCopyWaitsIsNotCopied(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var kept steadymq.Delivery
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			kept = *d
+			return errPoison
+		}, parking())
+		r.Broker.FillQueue(parked, true)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(10 * time.Second)
+		require.NoError(r, kept.Discard())
+		r.Broker.FillQueue(parked, false)
+		r.Wait(time.Minute)
+		assert.Zero(r, r.Broker.QueueLen(parked), "nobody wants the copy of what is discarded")
+		assert.Zero(r, r.Consumer.Stats().Held)
+		assert.Equal(r, uint64(1), r.Consumer.Stats().Discarded)
+	})
+}
