@@ -200,9 +200,9 @@ var mutants = []mutant{
 		{"loan.go", "\tchannel.GiveUp(amqp.InternalError, \"given up: a call was not answered in time\")\n", ""}, // which ends it sooner
 	}}),
 	inTest("TestStreamGoesOnThoughAHandlerReplacesTheHeaders", change("a handler decides where a message stands", "stream.go",
-		"if !d.fence.kept.hasOffset || session != p.session {", "if _, ok := headerInt(d.Headers[offsetKey]); !ok || session != p.session {")),
+		"if !kept.hasOffset || session != p.session {", "if _, ok := headerInt(d.Headers[offsetKey]); !ok || session != p.session {")),
 	inTest("TestTryInPlaceGetsTheMessageAsItCame", change("a try in place gets what the last one made of it", "delivery.go",
-		"next.Delivery = next.fence.kept.original", "next.Delivery = d.Delivery")),
+		"next.Delivery = kept.original", "next.Delivery = d.Delivery")),
 	inTest("TestAnotherStreamOfTheTopologyHasAPlaceOfItsOwn", change("another stream keeps the place of the first", "stream.go",
 		"p.queue, p.from, p.known, p.begun, p.lookups = queue, nil, false, false, 0", "p.queue = queue")),
 	inTest("TestAnotherStreamOfTheTopologyHasAPlaceOfItsOwn", change("the topology is declared twice where a place is looked for", "topology.go",
