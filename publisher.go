@@ -241,6 +241,7 @@ type path struct {
 	closes  <-chan *amqp.Error // the driver's NotifyClose, with room for its one value
 	end     *notifier          // why no more copies are sent
 	proved  atomic.Bool        // a copy was confirmed
+	givenUp atomic.Bool        // a confirm has not come in time
 
 	// returns is the driver's NotifyReturn. It has room for one value for each copy in flight. A
 	// return comes before the confirm of its copy, so who has seen the confirm finds it here.
@@ -504,8 +505,10 @@ func (p *publisher) await(on *path, t *transfer, id string, confirmed *amqp.Defe
 				limit.Reset(patience)
 				continue
 			}
-			p.of.stats.givenUp.Add(1)
-			on.lease.giveUp(errNoConfirm)
+			if !on.givenUp.Swap(true) { // others may wait as long
+				p.of.stats.givenUp.Add(1)
+				on.lease.giveUp(errNoConfirm)
+			}
 		}
 	}
 	err := on.outcome(id, confirmed)

@@ -94,3 +94,16 @@ func TestMessageThatIsSettledByHandWhileItsCopyWaitsIsNotCopied(t *testing.T) {
 		assert.Equal(r, uint64(1), r.Consumer.Stats().Discarded)
 	})
 }
+
+func TestLostConfirmsGiveOneChannelUp(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.Host(0).LoseConfirms(true)
+		r.PublishMany(20, "1")
+		r.Wait(time.Second)
+		r.Broker.Host(0).LoseConfirms(false)
+		r.Wait(5 * time.Minute)
+		assert.Equal(r, uint64(20), r.Consumer.Stats().Parked)
+		assert.Equal(r, uint64(1), r.Consumer.Stats().GivenUp)
+	})
+}

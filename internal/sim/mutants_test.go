@@ -1151,6 +1151,8 @@ var mutants = []mutant{
 		"failed = err != nil || d.overlooked() != nil", "failed = err != nil")),
 	inTest("TestMessageThatIsSettledByHandWhileItsCopyWaitsIsNotCopied", change("a message settled by hand is copied all the same", "publisher.go",
 		"\tif t.delivery.Outcome() != Unsettled { // by hand, meanwhile", "\tif false {")),
+	inTest("TestLostConfirmsGiveOneChannelUp", change("each confirm that is lost counts a channel given up", "publisher.go",
+		"if !on.givenUp.Swap(true) { // others may wait as long", "if true {")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
