@@ -417,9 +417,10 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 // the message acked. So it is always in some queue, and may be in two if a connection is lost in
 // between: duplicates, never losses. While copies are not confirmed (a queue that is full or
 // missing, an alarm, no connection) their messages are held, count in [Stats].Held, and are tried
-// again, after 1 s and up to 30 s; the consumer goes on within its prefetch. A stop waits for the
-// confirms of copies under way, within its drain limit; what is not confirmed by then goes back to
-// the queue.
+// again, after 1 s and up to 30 s; the consumer goes on within its prefetch. After half of the
+// consumer timeout (15 min by default) such a message goes back to its queue, and a handler gets it
+// once more. A stop waits for the confirms of copies under way, within its drain limit; what is not
+// confirmed by then goes back to the queue.
 //
 // That connection is opened with the first failed message, to the same hosts with the same options,
 // and closed when no message has failed for a minute. A Consumer alone has its own and the

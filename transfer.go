@@ -187,6 +187,11 @@ func (t *transfer) failed(err error) {
 	} else {
 		t.tell(err)
 	}
+	if time.Since(t.at)+wait > s.config.consumerTimeout()/2 {
+		// Before the broker takes the session for it, with all its handlers.
+		_ = t.delivery.Requeue()
+		return
+	}
 	s.holds.add(t.delivery, wait, t.again)
 }
 

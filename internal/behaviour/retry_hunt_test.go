@@ -12,6 +12,7 @@ import (
 
 	"github.com/steadymq/steadymq"
 	"github.com/steadymq/steadymq/internal/rig"
+	"github.com/steadymq/steadymq/steadymqtest"
 )
 
 // What is easily overlooked when failed messages are delayed and parked.
@@ -106,4 +107,22 @@ func TestLostConfirmsGiveOneChannelUp(t *testing.T) {
 		assert.Equal(r, uint64(20), r.Consumer.Stats().Parked)
 		assert.Equal(r, uint64(1), r.Consumer.Stats().GivenUp)
 	})
+}
+
+func TestParkQueueThatIsFullForHoursCostsNoSession(t *testing.T) {
+	for name, form := range map[string]steadymqtest.TimeoutForm{"channel": steadymqtest.Form406, "cancel": steadymqtest.FormCancel} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.RemakeQueue("quorum")
+				r.Consuming(park, parking())
+				r.Broker.FillQueue(parked, true)
+				r.Broker.Publish(rig.Queue, "1")
+				r.Wait(2 * time.Hour)
+				assert.Equal(r, uint64(1), r.Consumer.Stats().Sessions)
+				r.Broker.FillQueue(parked, false)
+				r.Wait(2 * time.Minute)
+				assert.Equal(r, 1, r.Broker.QueueLen(parked))
+			}, steadymqtest.WithConsumerTimeout(30*time.Minute, form))
+		})
+	}
 }

@@ -1153,6 +1153,8 @@ var mutants = []mutant{
 		"\tif t.delivery.Outcome() != Unsettled { // by hand, meanwhile", "\tif false {")),
 	inTest("TestLostConfirmsGiveOneChannelUp", change("each confirm that is lost counts a channel given up", "publisher.go",
 		"if !on.givenUp.Swap(true) { // others may wait as long", "if true {")),
+	inTest("TestParkQueueThatIsFullForHoursCostsNoSession", change("a copy is tried until the consumer timeout ends the session", "transfer.go",
+		"time.Since(t.at)+wait > s.config.consumerTimeout()/2", "time.Since(t.at)+wait < 0")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
