@@ -592,7 +592,7 @@ func (on *path) outcome(id string, confirmed *amqp.DeferredConfirmation) error {
 
 // tellAway warns, once in a while, that copies cannot be sent, in the words of one of the sessions.
 func (p *publisher) tellAway(t *transfer, away *awayError) {
-	left, ok := p.slow.allow(time.Minute)
+	left, ok := p.slow.allow(tellAgain)
 	if !ok {
 		return
 	}

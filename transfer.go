@@ -60,8 +60,12 @@ func (s *session) verdictAlone(d *Delivery, asked *outcomeError) verdict {
 	return verdict{outcome: asked.outcome, delay: asked.delay}
 }
 
+// tellAgain is how long a line about copies keeps further ones like it back. That of the handler
+// comes every minute already, and both together may be 100 in an hour.
+const tellAgain = 5 * time.Minute
+
 func (s *session) warnOfNoPark() {
-	if left, ok := s.notices.noPark.allow(time.Minute); ok {
+	if left, ok := s.notices.noPark.allow(tellAgain); ok {
 		s.warn("a handler asks to park its message, and there is no queue for that, so the message is held and put back: name one by WithRetry", suppressed(left))
 	}
 }
@@ -197,7 +201,7 @@ func (t *transfer) failed(err error) {
 
 // tell warns of a copy that does not arrive. What concerns all copies the publisher tells.
 func (t *transfer) tell(err error) {
-	left, ok := t.session.notices.transfer.allow(time.Minute)
+	left, ok := t.session.notices.transfer.allow(tellAgain)
 	if !ok {
 		return
 	}

@@ -126,3 +126,22 @@ func TestParkQueueThatIsFullForHoursCostsNoSession(t *testing.T) {
 		})
 	}
 }
+
+func TestLinesOfAnHourOfParkingInVain(t *testing.T) {
+	for name, options := range map[string][]steadymq.Option{
+		"no park queue": {steadymq.WithPrefetch(10000)},
+		"a full one":    {steadymq.WithPrefetch(10000), parking()},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Consuming(park, options...)
+				r.Broker.FillQueue(parked, true)
+				for range 180 {
+					r.Broker.Publish(rig.Queue, "1", "2")
+					r.Wait(20 * time.Second)
+				}
+				assert.LessOrEqual(r, len(r.Warnings("")), 100)
+			})
+		})
+	}
+}

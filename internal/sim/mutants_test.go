@@ -1155,6 +1155,8 @@ var mutants = []mutant{
 		"if !on.givenUp.Swap(true) { // others may wait as long", "if true {")),
 	inTest("TestParkQueueThatIsFullForHoursCostsNoSession", change("a copy is tried until the consumer timeout ends the session", "transfer.go",
 		"time.Since(t.at)+wait > s.config.consumerTimeout()/2", "time.Since(t.at)+wait < 0")),
+	inTest("TestLinesOfAnHourOfParkingInVain", change("lines about copies come as often as those about handlers", "transfer.go",
+		"const tellAgain = 5 * time.Minute", "const tellAgain = time.Minute")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
