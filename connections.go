@@ -420,13 +420,13 @@ func (cs *connections) abort(cause error) {
 	}
 }
 
-// await waits until all connections have closed, once nobody borrows any more. It counts those that
-// outlast the limit.
-func (cs *connections) await() {
+// await waits until all connections have closed, once nobody borrows any more, for the limit and a
+// moment. It counts those that outlast it.
+func (cs *connections) await(limit time.Duration) {
 	cs.mu.Lock()
 	closing := slices.Clone(cs.closing)
 	cs.mu.Unlock()
-	awaitTeardowns(cs.config.closeTimeout, closing, func(c *connection) <-chan struct{} { return c.done })
+	awaitTeardowns(limit, closing, func(c *connection) <-chan struct{} { return c.done })
 	for _, c := range closing {
 		if !c.isOver() {
 			cs.abandoned()

@@ -116,7 +116,7 @@ func (g *Group) Run(ctx context.Context) error {
 	g.mu.Unlock()
 	run.running.Wait()
 	run.publisher.end()
-	run.connections.await()
+	run.connections.await(g.config.closeTimeout)
 	run.end()
 	run.connections.stopTelling()
 	errs := toldOnce(run.errs)

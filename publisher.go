@@ -638,7 +638,7 @@ func (p *publisher) end() {
 	defer limit.Stop()
 	select {
 	case <-done:
-		p.from.await()
+		p.from.await(0) // the sockets are killed by now, and the close of a user's may hang
 	case <-limit.C:
 		p.of.abandoned()
 	}

@@ -2,6 +2,7 @@ package behaviour_test
 
 import (
 	"context"
+	"net"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -144,4 +145,48 @@ func TestLinesOfAnHourOfParkingInVain(t *testing.T) {
 			})
 		})
 	}
+}
+
+// hangingConn is a connection of the user's whose Close does not return.
+type hangingConn struct {
+	net.Conn
+	release chan struct{}
+}
+
+func (c hangingConn) Close() error {
+	<-c.release
+	return c.Conn.Close()
+}
+
+func TestStopIsInTimeThoughTheConnectionOfCopiesHangs(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		release := make(chan struct{})
+		n := 0
+		dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := r.Broker.Dialer()(ctx, network, address)
+			if n++; n > 1 && err == nil {
+				c = hangingConn{c, release}
+			}
+			return c, err
+		}
+		var slow atomic.Bool
+		r.Consuming(func(context.Context, *steadymq.Delivery) error {
+			if slow.Load() {
+				time.Sleep(20 * time.Second)
+			}
+			return steadymq.Park(errPoison)
+		}, parking(), steadymq.WithDialer(dial))
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(time.Second)
+		require.Equal(r, uint64(1), r.Consumer.Stats().Parked)
+		slow.Store(true)
+		r.Broker.Publish(rig.Queue, "2")
+		r.Wait(time.Second)
+		r.Broker.Host(0).NoCloseOk(true)
+		since := time.Now()
+		require.Error(r, r.Stop())
+		assert.LessOrEqual(r, time.Since(since), 26*time.Second, "drain + close + 1 s")
+		close(release)
+		r.Wait(time.Minute)
+	})
 }

@@ -1020,7 +1020,7 @@ var mutants = []mutant{
 	inTest("TestStopOfOneConsumerLeavesTheHandlersOfThoseThatHaveMovedAlone", change("who leaves last waits for the sessions of others", "connections.go",
 		"\tmine = left <= 0 || !c.leases.any()\n", "\tmine = true\n")),
 	inTest("TestStopOfOneConsumerLeavesTheHandlersOfThoseThatHaveMovedAlone", change("a group does not wait for its connections", "group.go",
-		"\trun.connections.await()\n", "")),
+		"\trun.connections.await(g.config.closeTimeout)\n", "")),
 	inTest("TestConsumerThatJoinsDuringAnOutageDoesNotEndTheGroup", change("a consumer that joins takes a refused login for final", "consumer.go",
 		" && !(noConnection(err) && s.borrower.served())", "")),
 	inTest("TestTurnOnADeadConnectionIsNotWaitedFor", change("a turn is waited for on a dead connection", "loan.go",
@@ -1157,6 +1157,8 @@ var mutants = []mutant{
 		"time.Since(t.at)+wait > s.config.consumerTimeout()/2", "time.Since(t.at)+wait < 0")),
 	inTest("TestLinesOfAnHourOfParkingInVain", change("lines about copies come as often as those about handlers", "transfer.go",
 		"const tellAgain = 5 * time.Minute", "const tellAgain = time.Minute")),
+	inTest("TestStopIsInTimeThoughTheConnectionOfCopiesHangs", change("a stop waits for the connection of copies as long as for others", "publisher.go",
+		"p.from.await(0)", "p.from.await(p.from.config.closeTimeout)")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
