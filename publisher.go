@@ -463,7 +463,7 @@ func (p *publisher) count(more int) {
 	p.inFlight += more
 }
 
-// find declares a destination that was found to be missing, once more. A refusal ends the channel.
+// find declares a destination that was found to be missing, once more.
 func (p *publisher) find(ctx context.Context, on *path, d *retryqueue.Queue) error {
 	p.mu.Lock()
 	gone := p.gone[d.Name]
@@ -473,18 +473,34 @@ func (p *publisher) find(ctx context.Context, on *path, d *retryqueue.Queue) err
 	}
 	limit, cancel := context.WithTimeoutCause(ctx, p.from.config.setupTimeout, p.from.config.setupPassed())
 	defer cancel()
-	defer context.AfterFunc(limit, func() { on.lease.giveUp(causeOf(limit)) })()
-	err := p.asking.Declare(on.channel, d)
+	err := p.ask(limit, on, d)
+	for refused := (*retryqueue.Refused)(nil); errors.As(err, &refused) && p.asking.Relax(refused); {
+		err = p.ask(limit, on, d)
+	}
+	p.asking.Forget(d) // it may be mended
 	if err == nil {
-		p.asking.Forget(d)
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		delete(p.gone, d.Name)
-		return nil
 	}
-	var refused *retryqueue.Refused
-	if errors.As(err, &refused) && !p.asking.Relax(refused) {
-		p.asking.Forget(d) // it may be mended
+	return err
+}
+
+// ask declares a destination on a channel of its own, because a refusal ends the channel, and with
+// it all copies in flight.
+func (p *publisher) ask(ctx context.Context, on *path, d *retryqueue.Queue) error {
+	lease := on.loan.lend()
+	defer lease.giveBack()
+	defer context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })()
+	channel, err := on.loan.openChannel(ctx, lease.use, nil)
+	if errors.Is(err, amqp.ErrChannelMax) {
+		return p.asking.Declare(on.channel, d)
+	}
+	if err != nil {
+		return on.loan.explain(err)
+	}
+	if err = p.asking.Declare(channel, d); err == nil {
+		_ = channel.Close() // the end of ctx ends that, too
 	}
 	return err
 }

@@ -3,11 +3,13 @@ package behaviour_test
 import (
 	"context"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	amqp "github.com/rabbitmq/amqp091-go"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -188,5 +190,50 @@ func TestStopIsInTimeThoughTheConnectionOfCopiesHangs(t *testing.T) {
 		assert.LessOrEqual(r, time.Since(since), 26*time.Second, "drain + close + 1 s")
 		close(release)
 		r.Wait(time.Minute)
+	})
+}
+
+func TestHeadersThatFillAFrameDisturbNoOtherCopy(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{Body: []byte("large"), Headers: amqp.Table{"a": strings.Repeat("x", 131072-60)}})
+		r.Wait(5 * time.Minute)
+		ended := 0
+		for _, c := range r.Broker.Ledger().Connections {
+			if !c.Ended.IsZero() {
+				ended++
+			}
+		}
+		assert.Equal(r, 1, r.Broker.QueueLen(parked)+r.Broker.Unsettled(rig.Queue))
+		assert.LessOrEqual(r, ended, 1, "none but that of the publisher, which is idle")
+	})
+}
+
+func TestQueueThatCannotBeDeclaredAgainDisturbsNoOther(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 0)
+		a := p.add(park, steadymq.WithRetry(steadymq.Retry{Attempts: 1, Park: "parked.a"}))
+		b := p.add(park, steadymq.WithRetry(steadymq.Retry{Attempts: 1, Park: "parked.b"}))
+		p.start()
+		r.Broker.SetPermissions("app", "^$", ".*", ".*")
+		r.Broker.DeleteQueue("parked.a")
+		for range 30 {
+			r.Broker.Publish(p.name(0), "1")
+		}
+		r.Wait(time.Minute)
+		longest := time.Duration(0)
+		for range 60 {
+			before, since := b.Stats().Parked, time.Now()
+			r.Broker.Publish(p.name(1), "1")
+			for b.Stats().Parked == before && time.Since(since) < time.Minute {
+				r.Wait(10 * time.Millisecond)
+			}
+			longest = max(longest, time.Since(since))
+			r.Wait(time.Second)
+		}
+		assert.Less(r, longest, 200*time.Millisecond, "of the other consumer")
+		assert.Equal(r, 60, r.Broker.QueueLen("parked.b"))
+		assert.Equal(r, 30, a.Stats().Held)
+		require.NoError(r, p.stop())
 	})
 }

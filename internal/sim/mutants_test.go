@@ -1159,6 +1159,8 @@ var mutants = []mutant{
 		"const tellAgain = 5 * time.Minute", "const tellAgain = time.Minute")),
 	inTest("TestStopIsInTimeThoughTheConnectionOfCopiesHangs", change("a stop waits for the connection of copies as long as for others", "publisher.go",
 		"p.from.await(0)", "p.from.await(p.from.config.closeTimeout)")),
+	inTest("TestQueueThatCannotBeDeclaredAgainDisturbsNoOther", change("a queue that may not be declared ends the channel of copies", "publisher.go",
+		"\tif err = p.asking.Declare(channel, d); err == nil {", "\tif err = p.asking.Declare(on.channel, d); err == nil {")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
