@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -35,6 +36,7 @@ type publisher struct {
 	mu       sync.Mutex
 	waiting  []*transfer
 	inFlight int                // sent and not confirmed
+	to       map[string]int     // those, by their queue
 	alone    bool               // what is in flight may make the broker close the channel
 	blocked  string             // why the broker takes no copies, "" while it does
 	until    time.Time          // nobody dials before
@@ -60,6 +62,9 @@ type publisher struct {
 const (
 	// mostInFlight is how many copies may be sent and not confirmed.
 	mostInFlight = 256
+	// mostToOne is how many of them may be for one queue: one that confirms nothing, as a quorum
+	// queue without its majority, must not keep the copies for others waiting.
+	mostToOne = 32
 	// publisherIdle is how long the connection stays open without a copy to send.
 	publisherIdle = time.Minute
 	// publisherClose is how long the end of a Run waits for the connection to close.
@@ -69,7 +74,7 @@ const (
 )
 
 func newPublisher(of *connections) *publisher {
-	return &publisher{of: of, wake: make(chan struct{}, 1), gone: make(map[string]bool)}
+	return &publisher{of: of, wake: make(chan struct{}, 1), gone: make(map[string]bool), to: make(map[string]int)}
 }
 
 // awayError says that no copy can be sent now.
@@ -396,10 +401,18 @@ func (p *publisher) next() (*transfer, *awayError) {
 	case len(p.waiting) == 0, p.inFlight >= mostInFlight, p.inFlight > 0 && (p.alone || p.waiting[0].alone):
 		return nil, nil
 	}
-	t := p.waiting[0]
+	at := slices.IndexFunc(p.waiting, func(t *transfer) bool { return p.to[t.to.Name] < mostToOne })
+	if at < 0 || p.inFlight > 0 && p.waiting[at].alone {
+		return nil, nil
+	}
+	t := p.waiting[at]
 	p.alone = t.alone
-	p.waiting[0] = nil // the array outlives it
-	p.waiting = p.waiting[1:]
+	if at == 0 {
+		p.waiting[0] = nil // the array outlives it
+		p.waiting = p.waiting[1:]
+	} else {
+		p.waiting = slices.Delete(p.waiting, at, at+1)
+	}
 	return t, nil
 }
 
@@ -447,20 +460,23 @@ func (p *publisher) copy(ctx context.Context, on *path, t *transfer) {
 		p.failed(t, &tooLargeError{size, frameMax})
 		return
 	}
-	p.count(1)
+	p.count(t, 1)
 	confirmed, err := on.channel.PublishWithDeferredConfirm("", t.to.Name, true, false, m)
 	if err != nil {
-		p.count(-1)
+		p.count(t, -1)
 		p.failed(t, on.loan.explain(err))
 		return
 	}
 	p.begun.Go(func() { p.await(on, t, id, confirmed) })
 }
 
-func (p *publisher) count(more int) {
+func (p *publisher) count(t *transfer, more int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.inFlight += more
+	if p.to[t.to.Name] += more; p.to[t.to.Name] == 0 {
+		delete(p.to, t.to.Name)
+	}
 }
 
 // find declares a destination that was found to be missing, once more.
@@ -528,7 +544,7 @@ func (p *publisher) await(on *path, t *transfer, id string, confirmed *amqp.Defe
 		}
 	}
 	err := on.outcome(id, confirmed)
-	p.count(-1)
+	p.count(t, -1)
 	p.look()
 	var returned *returnedError
 	if errors.As(err, &returned) {

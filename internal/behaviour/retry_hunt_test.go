@@ -237,3 +237,23 @@ func TestQueueThatCannotBeDeclaredAgainDisturbsNoOther(t *testing.T) {
 		require.NoError(r, p.stop())
 	})
 }
+
+func TestQueueThatConfirmsNothingDelaysNoOther(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 0)
+		a := p.add(park, steadymq.WithPrefetch(300), steadymq.WithRetry(steadymq.Retry{Attempts: 1, Park: "parked.a"}))
+		b := p.add(park, steadymq.WithRetry(steadymq.Retry{Attempts: 1, Park: "parked.b"}))
+		p.start()
+		r.Broker.Host(0).LoseConfirms(true)
+		for range 300 {
+			r.Broker.Publish(p.name(0), "1")
+		}
+		r.Wait(time.Second)
+		require.Equal(r, 300, a.Stats().Held)
+		r.Broker.Host(0).LoseConfirms(false) // for those of the other queue
+		r.Broker.Publish(p.name(1), "1")
+		r.Wait(10 * time.Second)
+		assert.Equal(r, uint64(1), b.Stats().Parked)
+		require.Error(r, p.stop(), "the others are not confirmed")
+	})
+}

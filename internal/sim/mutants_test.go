@@ -1161,6 +1161,8 @@ var mutants = []mutant{
 		"p.from.await(0)", "p.from.await(p.from.config.closeTimeout)")),
 	inTest("TestQueueThatCannotBeDeclaredAgainDisturbsNoOther", change("a queue that may not be declared ends the channel of copies", "publisher.go",
 		"\tif err = p.asking.Declare(channel, d); err == nil {", "\tif err = p.asking.Declare(on.channel, d); err == nil {")),
+	inTest("TestQueueThatConfirmsNothingDelaysNoOther", change("a queue that confirms nothing takes all places in flight", "publisher.go",
+		"\tmostToOne = 32", "\tmostToOne = mostInFlight")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
