@@ -670,3 +670,12 @@ func TestParkQueueThatSomebodyElseDeclaresMeanwhileIsUsed(t *testing.T) {
 		require.NoError(r, <-ends)
 	})
 }
+
+func TestParkedMessageOutlivesItsExpiration(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{Body: []byte("1"), Expiration: "60000"})
+		r.Wait(time.Hour)
+		assert.Equal(r, 1, r.Broker.QueueLen(parked))
+	})
+}
