@@ -79,7 +79,11 @@ func (j *simJudge) movedWrongly(x *simSession, m *simMove, r *steadymqtest.Settl
 func (j *simJudge) arrives(h *simHandling) {
 	policy, d := h.c.plan.retry, h.d
 	h.failed = headerOf(d)
-	if h.failed > 0 {
+	_, copied := d.Headers["steadymq-attempt"]
+	if copied && h.failed < 1 {
+		j.note("I16", "a copy of %s has failed %d times", d.MessageId, h.failed)
+	}
+	if copied {
 		j.seen[d.MessageId] = append(j.seen[d.MessageId], simSeen{h.key, h.failed})
 	}
 	if policy == nil || h.failed == 0 {
