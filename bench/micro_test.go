@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -87,6 +88,25 @@ func BenchmarkDispatch(b *testing.B) {
 		b.Run(fmt.Sprintf("workers=%d/consumer=steadymq", workers), func(b *testing.B) {
 			dispatch(b, steadymqOver, workers)
 		})
+	}
+}
+
+// BenchmarkPolicy is BenchmarkDispatch under WithRetry, without a failure: what the policy costs the
+// messages that do not need it.
+func BenchmarkPolicy(b *testing.B) {
+	policies := map[string][]steadymq.Option{
+		"without": nil,
+		"with":    {steadymq.WithRetry(steadymq.Retry{Attempts: 3, Delays: []time.Duration{time.Second}, Park: "parked"})},
+	}
+	for _, workers := range []int{1, 16} {
+		for name, opts := range policies {
+			b.Run(fmt.Sprintf("workers=%d/retry=%s", workers, name), func(b *testing.B) {
+				dispatch(b, func(ctx context.Context, dial dialFunc, t target, each func([]byte)) error {
+					t.URL = "amqp://guest:guest@memory"
+					return steadyWith(ctx, t, each, append(slices.Clone(opts), steadymq.WithDialer(dial))...)
+				}, workers)
+			})
+		}
 	}
 }
 
