@@ -31,7 +31,7 @@ import (
 // generation of RabbitMQ and every kind of queue: on one node in node_test.go, on a cluster in
 // cluster_test.go. STEADYMQ_MATRIX=full runs all of it and writes docs/MATRIX.md; without, it is
 // one cell per fault, on the newest generation. To look at a part of it, name the parts:
-// STEADYMQ_MATRIX="node group whole cluster herd 3.10 4.0 4.3".
+// STEADYMQ_MATRIX="node group retry whole cluster herd 3.10 4.0 4.3".
 func TestMatrix(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes minutes")
@@ -46,6 +46,9 @@ func TestMatrix(t *testing.T) {
 	}
 	if m.wants("group", true) {
 		t.Run("a group", func(t *testing.T) { m.runGroups(t, gens) })
+	}
+	if m.wants("retry", true) {
+		t.Run("retry", func(t *testing.T) { m.runRetries(t, gens) })
 	}
 	var heavy sync.WaitGroup
 	if m.wants("whole", true) {
@@ -307,6 +310,7 @@ type matrix struct {
 	brokers []string
 	extra   []string
 	groups  scenario.Results // a row for each group
+	retries scenario.Results // and for each consumer that delays and parks
 }
 
 type entry struct {
@@ -443,6 +447,9 @@ func (m *matrix) String() string {
 	if len(m.groups.Rows()) > 0 {
 		b.WriteString(groupsHead + m.groups.String())
 	}
+	if len(m.retries.Rows()) > 0 {
+		b.WriteString(retriesHead + m.retries.String())
+	}
 	if len(m.extra) > 0 {
 		b.WriteString("\n" + strings.Join(m.extra, "\n") + "\n")
 	}
@@ -495,6 +502,15 @@ const groupsHead = `
 Each row is a Group of ten consumers (twenty where it says so) on queues of every kind, on one connection, with a publisher for each queue.
 What concerns one of them, such as its channel, its queue or its topology, must cost no other a session. The time is that of the last one to
 consume again; sessions, messages and those handled twice are of all.
+`
+
+const retriesHead = `
+## Retry and park
+
+Each row is a consumer under WithRetry, on a quorum queue with a delivery limit of 5 or on a classic one. One message in five fails in
+each attempt. Every message has to end either handled or parked; the queues are looked at by another client. A message whose copy was
+stored when a connection was lost before its ack may end twice, one for each place of the prefetch at most. No policy discards anything
+here, and what the publisher suffers costs the consumer no session. Handled twice counts what is parked twice, too.
 `
 
 const matrixTail = `

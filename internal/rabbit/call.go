@@ -173,6 +173,15 @@ func (b *Broker) AbortNamed(ctx context.Context, prefix string) (string, error) 
 length(Mine)`, binary(prefix)))
 }
 
+// AbortOnly is AbortNamed for the connections whose whole name this is.
+func (b *Broker) AbortOnly(ctx context.Context, name string) (string, error) {
+	return b.Call(ctx, fmt.Sprintf(ofConnections+`
+Only = [P || P <- Mine, [{client_properties, Props}] <- [rabbit_reader:info(P, [client_properties])],
+  element(3, lists:keyfind(<<"connection_name">>, 1, Props)) =:= Prefix],
+[P ! a_bug_of_the_broker || P <- Only],
+length(Only)`, binary(name)))
+}
+
 // CrashChannels ends the channel processes of the connections whose client-provided name begins with prefix, as a bug of the broker would.
 func (b *Broker) CrashChannels(ctx context.Context, prefix string) (string, error) {
 	return b.Call(ctx, fmt.Sprintf(crashChannels, binary(prefix)))
