@@ -30,10 +30,11 @@ type verdict struct {
 // verdictOn returns what becomes of d, whose handler has returned err. What the handler asks for
 // comes before the policy.
 func (s *session) verdictOn(d *Delivery, err error) verdict {
-	var asked *outcomeError
-	switch explicit := errors.As(err, &asked); {
-	case err == nil:
+	if err == nil {
 		return verdict{outcome: Acked}
+	}
+	var asked *outcomeError // on the heap: errors.As takes its address
+	switch explicit := errors.As(err, &asked); {
 	case s.ctx.Err() != nil && (!explicit || asked.outcome == Parked): // it is stale
 		return verdict{outcome: Requeued}
 	case s.config.retry == nil:
