@@ -40,6 +40,7 @@ type journal struct {
 	summaryDue   bool  // it runs
 	failures     failures
 	panics       failures
+	givenUp      failures // those after which the policy of WithRetry gives the message up
 }
 
 func newJournal(ctx context.Context, logger *slog.Logger) *journal {
@@ -463,7 +464,7 @@ func (j *journal) failed(f failure) (record slog.Record, due bool) {
 	case f.contradicts():
 		message = "handler settled its message by itself and then failed"
 	case f.last:
-		message = "handler failed in the last attempt"
+		group, message = &j.givenUp, "handler failed, and its message is given up"
 	}
 	now := time.Now()
 	left, due := group.add(now, f)
@@ -536,6 +537,7 @@ func (j *journal) summarize() {
 	j.summaryDue = false
 	j.summarizeOne(&j.failures, slog.LevelWarn, "more handlers failed")
 	j.summarizeOne(&j.panics, slog.LevelError, "more handlers panicked")
+	j.summarizeOne(&j.givenUp, slog.LevelWarn, "more messages are given up")
 }
 
 func (j *journal) summarizeOne(f *failures, level slog.Level, message string) {

@@ -119,6 +119,7 @@ func (p *publisher) attend(t *transfer) {
 		p.look()
 		return
 	}
+	p.prepare()
 	ctx, cancel := context.WithCancel(t.session.handlers)
 	p.running, p.cancel = true, cancel
 	p.begun.Add(1)
@@ -135,7 +136,6 @@ func (p *publisher) look() {
 // run is the publisher's goroutine.
 func (p *publisher) run(ctx context.Context) {
 	defer p.begun.Done()
-	p.prepare()
 	for !p.over() {
 		if away := p.serve(ctx); away != nil {
 			p.refuse(away)

@@ -40,7 +40,7 @@ func (c *config) checkRetry() {
 	}
 	refuse := func(format string, args ...any) { c.refuse("WithRetry", format, args...) }
 	if !r.onlyParks() && (r.Attempts < 1 || r.Attempts > maxAttempts) {
-		refuse("Attempts must be between 1 and %d, got %d", maxAttempts, r.Attempts)
+		refuse("Attempts must be between 1 and %d, got %d (or 0 beside nothing but Park, which then takes what a handler wants to be parked)", maxAttempts, r.Attempts)
 	}
 	c.checkDelays(r)
 	c.shortString("WithRetry", "Park", r.Park)
@@ -87,8 +87,8 @@ func (c *config) checkRetryOf(queue string, r *Retry) {
 	switch {
 	case c.stream():
 		refuse("is not for streams: nothing can be taken out of one. A failed message of a stream is tried again in place")
-	case q != nil && q.Exclusive, queue == "" && c.topology == nil:
-		refuse("is not for exclusive queues, nor for those that the broker names: the delayed messages would have nowhere to come back to")
+	case q != nil && (q.Exclusive || q.AutoDelete), queue == "" && c.topology == nil:
+		refuse("is not for exclusive and auto-delete queues, nor for those that the broker names: the delayed messages would have nowhere to come back to")
 	case queue != "" && r.Park == queue:
 		refuse("Park is the queue %q itself", queue)
 	}

@@ -236,11 +236,11 @@ func (s *session) clear() []*Delivery {
 func (s *session) subscribe(ctx context.Context, step *step) (op string, err error) {
 	step.at("topology")
 	s.queue, err = s.topology(ctx)
-	if err == nil {
-		err = s.declareDestinations()
-	}
 	if err != nil {
 		return "topology", err
+	}
+	if op, err := s.declareDestinations(); err != nil {
+		return op, err
 	}
 	step.at("consume")
 	if offset, unclear := s.streamPosition().needsLookup(s.queue, s.config.consumeArgs[offsetKey]); unclear && s.declaration.queue == "" {

@@ -241,27 +241,33 @@ func (s *session) declareItself() (string, error) {
 }
 
 // declareDestinations declares the queues of WithRetry, or finds them, once in a Run: what becomes
-// of them later the publisher finds out.
-func (s *session) declareDestinations() error {
+// of them later the publisher finds out. It looks for the queue itself first, unless that was just
+// declared, so that a wrong name leaves no queues behind. It returns the step that failed, and why.
+func (s *session) declareDestinations() (op string, err error) {
 	r := s.config.retry
 	if r == nil {
-		return nil
+		return "", nil
 	}
 	if namedByBroker(s.queue) {
-		return &OptionError{"WithRetry", fmt.Sprintf("the queue %q has a name of the broker's: delayed messages would have nowhere to come back to", s.queue)}
+		return "topology", &OptionError{"WithRetry", fmt.Sprintf("the queue %q has a name of the broker's: delayed messages would have nowhere to come back to", s.queue)}
 	}
 	classic := s.config.declare != nil && s.config.declare.Type == "classic"
 	s.destinations = newDestinations(r, s.queue, classic, s.conn.major() >= 4)
 	if s.asked.Load() == s.queue {
-		return nil
+		return "", nil
+	}
+	if s.config.declare == nil && s.config.topology == nil {
+		if _, err := s.channel.QueueDeclarePassive(s.queue, true, false, false, false, nil); err != nil {
+			return "consume", err
+		}
 	}
 	for _, d := range s.destinations.all() {
 		if err := s.declaration.beside.Declare(s.channel, d); err != nil {
-			return err
+			return "topology", err
 		}
 	}
 	s.asked.Store(s.queue)
-	return nil
+	return "", nil
 }
 
 // delayRetries asks the broker to delay what comes back to the queue, if it can.

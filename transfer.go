@@ -42,7 +42,7 @@ func (s *session) verdictOn(d *Delivery, err error) verdict {
 	case !explicit:
 		return s.retried(d, err)
 	case asked.outcome == Parked && s.destinations.park != nil:
-		return verdict{outcome: Parked, to: s.destinations.park}
+		return verdict{outcome: Parked, to: s.destinations.park, last: true}
 	}
 	return s.verdictAlone(d, asked)
 }

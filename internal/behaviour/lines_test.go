@@ -580,7 +580,7 @@ var goldenRows = []goldenRow{
 		want: []string{"INFO steadymq: <message>; String queue=orders"},
 	},
 	{
-		name: "a message that has used up its attempts", message: "handler failed in the last attempt",
+		name: "a message that has used up its attempts", message: "handler failed, and its message is given up",
 		provoke: func(r *rig.Rig, l *recorder) {
 			r.Consuming(fail, l.option(), steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Minute}}))
 			r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{ID: "m7"})
@@ -588,6 +588,18 @@ var goldenRows = []goldenRow{
 		},
 		want: []string{"WARN steadymq: <message>; " + atFirst + "; String exchange=; String routing_key=orders; String message_id=m7; Uint64 delivery_tag=2; Int64 attempt=2; " +
 			"Bool redelivered=false; String outcome=discarded; String error=the database is away"},
+	},
+	{
+		name: "messages given up one soon after the other", message: "more messages are given up",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(park, l.option(), parking())
+			for range 4 {
+				r.Broker.Publish(rig.Queue, "x")
+				r.Wait(10 * time.Millisecond)
+			}
+			r.Wait(2 * time.Minute)
+		},
+		want: []string{"WARN steadymq: <message>; " + atFirst + "; Uint64 suppressed=3; String error=order 7: unexpected EOF"},
 	},
 	{
 		name:    "a broker that cannot delay what comes back",

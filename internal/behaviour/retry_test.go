@@ -288,7 +288,7 @@ func TestRetryThatCannotWorkIsRefused(t *testing.T) {
 		"an exclusive queue": {
 			steadymq.Retry{Attempts: 1, Park: "p"},
 			[]steadymq.Option{steadymq.WithQueue(steadymq.Queue{Type: "classic", Exclusive: true})},
-			"not for exclusive queues",
+			"not for exclusive and auto-delete queues",
 		},
 		"two ways to delay": {
 			steadymq.Retry{Attempts: 2, Delays: second},
@@ -369,7 +369,7 @@ func TestFailedMessageComesBackAfterItsDelays(t *testing.T) {
 				for _, q := range []string{jobs, "jobs.retry.1s", "jobs.retry.10s"} {
 					assert.Zero(r, r.Broker.QueueLen(q)+r.Broker.Unsettled(q), q)
 				}
-				assert.Len(r, r.Warnings("handler failed in the last attempt"), 1)
+				assert.Len(r, r.Warnings("handler failed, and its message is given up"), 1)
 			})
 		})
 	}
@@ -512,8 +512,8 @@ func TestLastFailureIsDiscardedWithoutAParkQueue(t *testing.T) {
 		r.Wait(time.Minute)
 		assert.Len(r, seen, 2)
 		assert.Equal(r, uint64(1), r.Consumer.Stats().Discarded)
-		assert.Len(r, r.Warnings("last attempt"), 1)
-		assert.Contains(r, r.Warnings("last attempt")[0], "outcome=discarded")
+		assert.Len(r, r.Warnings("is given up"), 1)
+		assert.Contains(r, r.Warnings("is given up")[0], "outcome=discarded")
 	})
 }
 
@@ -677,5 +677,37 @@ func TestParkedMessageOutlivesItsExpiration(t *testing.T) {
 		r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{Body: []byte("1"), Expiration: "60000"})
 		r.Wait(time.Hour)
 		assert.Equal(r, 1, r.Broker.QueueLen(parked))
+	})
+}
+
+func TestWrongNameOfAQueueLeavesNoQueuesOfRetryBehind(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consumer = r.NewFor("ordres", steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second}, Park: parked}))
+		r.Start(rig.Ack)
+		r.Wait(time.Minute)
+		assert.NotEmpty(r, r.Warnings("no queue 'ordres'"))
+		assert.Equal(r, []string{rig.Queue}, r.Broker.Queues())
+		r.Broker.DeclareQueue("ordres", steadymqtest.QueueOptions{})
+		r.Wait(10 * time.Second)
+		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
+		assert.Len(r, r.Broker.Queues(), 4)
+	})
+}
+
+// A message that is given up is worth a line, however many others fail at the same time.
+func TestMessageThatIsGivenUpIsToldBesideOthersThatFail(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(func(_ context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "hopeless" {
+				return steadymq.Park(errPoison)
+			}
+			return errPoison
+		}, steadymq.WithRetry(steadymq.Retry{Attempts: 9, Delays: []time.Duration{time.Second}, Park: parked}))
+		r.PublishMany(20, "failing")
+		r.Wait(500 * time.Millisecond)
+		r.Broker.Publish(rig.Queue, "hopeless")
+		r.Wait(100 * time.Millisecond)
+		require.Len(r, r.Warnings("is given up"), 1)
+		assert.Contains(r, r.Warnings("is given up")[0], "outcome=parked")
 	})
 }

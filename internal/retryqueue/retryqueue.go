@@ -113,7 +113,7 @@ type Asking struct {
 // Declare declares q on a channel, or finds it there, in the form that is next. Its error is a
 // *Refused.
 func (a *Asking) Declare(channel *amqp.Channel, q *Queue) error {
-	f := q.forms[a.next[q.Name]]
+	f := q.forms[a.form(q)]
 	declare := channel.QueueDeclare
 	if f.passive {
 		declare = channel.QueueDeclarePassive
@@ -123,6 +123,10 @@ func (a *Asking) Declare(channel *amqp.Channel, q *Queue) error {
 	}
 	return nil
 }
+
+// form returns the number of the form of q that is next. Another queue of the same name may have had
+// more forms.
+func (a *Asking) form(q *Queue) int { return min(a.next[q.Name], len(q.forms)-1) }
 
 // inequivalent is the beginning of RabbitMQ's refusals of a queue that exists in another form, up
 // to the first name in them.
@@ -139,7 +143,7 @@ func (a *Asking) Relax(e *Refused) bool {
 		a.next, a.refused = make(map[string]int), make(map[string]error)
 	}
 	name, forms := e.Queue.Name, e.Queue.forms
-	at, last := a.next[name], len(forms)-1
+	at, last := a.form(e.Queue), len(forms)-1
 	switch passive := forms[at].passive; {
 	case said.Code == amqp.AccessRefused && !passive && forms[last].passive:
 		a.next[name], a.refused[name] = last, e.Err
@@ -150,7 +154,7 @@ func (a *Asking) Relax(e *Refused) bool {
 		return false
 	case said.Code == amqp.NotFound && passive,
 		said.Code == amqp.PreconditionFailed && strings.HasPrefix(said.Reason, inequivalent) && !decides(said.Reason):
-		a.next[name]++
+		a.next[name] = at + 1
 	default:
 		return false
 	}

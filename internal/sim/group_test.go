@@ -514,7 +514,6 @@ func (c *simConsumer) getStuck() {
 // beginInGroup is called when a consumer joins.
 func (c *simConsumer) beginInGroup(run *simRun) {
 	g := c.group
-	c.beginWithoutCloseOk(run)
 	if g == nil || g.plan.bad < 0 || run.start >= g.plan.badUntil {
 		return
 	}
@@ -523,20 +522,6 @@ func (c *simConsumer) beginInGroup(run *simRun) {
 		c.resumeBy = max(c.resumeBy, g.goodBy(c))
 	case g.plan.how == badConnection: // its first two set-ups end the connection
 		c.resumeBy = max(c.resumeBy, run.start+c.s.plan.tail(c.plan))
-	}
-}
-
-// beginWithoutCloseOk gives the reader of a stream time that joins while channels are not closed: to
-// close one is part of its set-up, and its limit counts silence.
-func (c *simConsumer) beginWithoutCloseOk(run *simRun) {
-	p := c.s.plan
-	if c.group == nil || p.queues[c.plan.queue].kind != "stream" {
-		return
-	}
-	for _, f := range p.faults() {
-		if simKinds[f.kind].name == "no close-ok" && f.at <= run.start && run.start <= f.end() {
-			c.resumeBy = max(c.resumeBy, f.end()+c.plan.patience(&simKind{pace: paceHang})+p.tail(c.plan))
-		}
 	}
 }
 

@@ -1131,7 +1131,7 @@ var mutants = []mutant{
 	change("a delayed message counts as acked, too", "session.go",
 		"\ts.stats.outcomes[o].Add(1)\n", "\ts.stats.outcomes[o].Add(1)\n\tif o == Delayed {\n\t\ts.stats.outcomes[Acked].Add(1)\n\t}\n"),
 	change("every copy that does not arrive is told", "transfer.go",
-		"t.session.notices.transfer.allow(time.Minute)", "t.session.notices.transfer.allow(0)"),
+		"t.session.notices.transfer.allow(tellAgain)", "t.session.notices.transfer.allow(0)"),
 	inTest("TestNothingIsAckedBeforeItsCopyIsConfirmed", change("an alarm is not heard", "publisher.go",
 		"\t\tif p.conn == c {\n", "\t\tif false {\n")),
 	inTest("TestFailedMessageComesBackAfterItsDelays", change("a message comes back as from the default exchange", "transfer.go",
