@@ -65,7 +65,8 @@ func (d *Delivery) again() *Delivery {
 
 // NewDelivery makes a [Delivery] of no session, for tests of handlers; see [Invoke]. If m has an
 // Acknowledger the settlement is passed on to it, once; else it is only recorded, see
-// [Delivery.Outcome]. For a [Delivery.Attempt] above 1 set Redelivered too, as a broker does.
+// [Delivery.Outcome]. For a [Delivery.Attempt] above 1 set Redelivered and the header
+// "x-delivery-count", as a quorum queue does.
 func NewDelivery(m amqp.Delivery) *Delivery {
 	d := newDelivery()
 	d.Delivery = m
@@ -118,7 +119,8 @@ func (d *Delivery) Host() string {
 //   - On a quorum queue, 1 + what the queue has counted (x-delivery-count).
 //   - Where a dead-letter exchange leads back to the queue, by way of a queue that waits: 1 + how
 //     often the message was rejected from this queue (x-death), on queues of all kinds.
-//   - Under [WithRetry]: 1 + how many attempts have failed, on queues of all kinds.
+//   - Under [WithRetry]: 1 + how many attempts have failed, on queues of all kinds. A copy that comes
+//     back is another message to the broker, which counts it from 0.
 //   - Else 2 for a redelivered message: a classic queue does not count.
 //
 // What the broker counts is not always a handler that has failed: up to RabbitMQ 4.2 a quorum queue

@@ -432,9 +432,11 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 // The copy has body and properties as they came, but for CC, BCC, user_id, expiration and the
 // headers that begin with x-. These headers are added: steadymq-attempt (how many attempts have
 // failed), -error (1 KiB at most), -error-type, -queue, -exchange, -routing-key, -time, -host,
-// -consumer and -copy (an id of the copy). [Delivery.Attempt] counts on over restarts, and the
-// handler sees exchange and routing key as they were at first. Messages that wait do not keep their
-// order.
+// -consumer and -copy (an id of the copy). A message whose own headers leave no room for these in a
+// frame is held, and told. The policy counts by steadymq-attempt alone, so over restarts, and no
+// lost session counts; [Delivery.Attempt] may be higher, since the broker's count is looked at
+// there, too, and falls back to the policy's with each copy. The handler sees exchange and routing
+// key as they were at first. Messages that wait do not keep their order.
 //
 // The queue of a delay is <queue>.retry.<delay>, as in orders.retry.1m30s: durable, a quorum queue
 // unless [WithQueue] declares a classic one, with x-message-ttl, and it dead-letters back to the
@@ -442,9 +444,10 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 // x-dead-letter-strategy at-least-once and x-overflow reject-publish. All consumers of a queue
 // share them. They, and the park queue (durable, with no arguments but its type and, from RabbitMQ
 // 4.0 on, x-delivery-limit -1 of a quorum queue), are declared before the first session consumes,
-// if they do not exist in this or another form; a queue whose delay or way back differs is refused,
-// and that, before the first session, is Run's error. Queues of delays that a policy no longer
-// names go on leading back.
+// if they do not exist in this or another form; a queue whose delay or way back differs, that
+// expires, or that is a stream, is refused as that of a delay, and that, before the first session,
+// is Run's error. A park queue that drops its head when it is full loses what is parked. Queues of
+// delays that a policy no longer names go on leading back.
 //
 // The user needs write permission on the default exchange, which permissions call amq.default; to
 // declare the queues, configure permission on them, and read permission on those of delays. Without
@@ -452,8 +455,9 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 // some permission on each, be it read or write, to find it.
 //
 // With it, do not write into the bytes of d.Body or the entries of d.Headers: the copy has the same
-// ones. New refuses it on streams, on exclusive queues and on those that the broker names; [Retry]
-// says the ranges. Default: none, a failed message is held and put back, see [WithRequeueDelay].
+// ones. New refuses it on streams, as far as the options say that the queue is one (on another it
+// would append failed messages to the stream), on exclusive and auto-delete queues and on those that
+// the broker names; [Retry] says the ranges. Default: none, a failed message is held and put back, see [WithRequeueDelay].
 func WithRetry(r Retry) Option {
 	return func(c *config) {
 		r.Delays = slices.Clone(r.Delays)

@@ -7,6 +7,9 @@
 //		middleware.Permanent(ErrNoSuchCustomer), // gives up at once on what cannot get better
 //	)
 //
+// What is parked needs a queue to be parked in: [steadymq.WithRetry] names it, as in
+// WithRetry(Retry{Park: "orders.parked"}). Without it such a message is held and put back.
+//
 // The first middleware is the outermost: it is called first and sees the error last. So what looks
 // at the outcome stands before what decides it, and what adds to the context before what reads it.
 // Where two policies apply the inner one decides, since none changes what another has decided.
@@ -24,7 +27,8 @@
 //
 // Delayed retries need the broker, so they are an option of the consumer (WithRetry) and no
 // middleware, which could stand in the wrong place. It acts on what the outermost middleware
-// returns: on plain errors only.
+// returns: on plain errors only. So [Log] does not know of it, and says "requeued" of what it delays
+// or parks in the end; [steadymq.Hooks].Settled and the consumer's own log tell that.
 //
 // # How often a message was tried
 //
