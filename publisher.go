@@ -139,6 +139,7 @@ func (p *publisher) run(ctx context.Context) {
 	for !p.over() {
 		if away := p.serve(ctx); away != nil {
 			p.refuse(away)
+			p.rest(ctx)
 		}
 	}
 }
@@ -156,6 +157,26 @@ func (p *publisher) prepare() {
 	random := make([]byte, 8)
 	_, _ = rand.Read(random) // never fails
 	p.copies = hex.EncodeToString(random) + "-"
+}
+
+// rest waits for a transfer after the end of a channel alone, for those that are held try again soon
+// and may have the same connection.
+func (p *publisher) rest(ctx context.Context) {
+	if p.loan == nil {
+		return
+	}
+	idle := time.NewTimer(publisherIdle)
+	defer idle.Stop()
+	for p.idle() {
+		select {
+		case <-p.wake:
+			continue
+		case <-p.loan.end.Done():
+		case <-idle.C:
+		case <-ctx.Done():
+		}
+		return
+	}
 }
 
 // over ends the goroutine, and the connection, if there is nothing to send.
@@ -562,12 +583,13 @@ func (p *publisher) await(on *path, t *transfer, id string, confirmed *amqp.Defe
 	t.confirmed()
 }
 
-// closesChannel reports whether the broker has closed the channel. Any copy that was in flight may
+// closesChannel reports whether the broker has closed the channel, or the connection, for a reason
+// that a copy may be. Any copy that was in flight may
 // be the reason, so each of them is sent alone the next time: then it shows which, and the others
 // do not suffer again.
 func closesChannel(err error) bool {
 	var said *amqp.Error
-	return errors.As(err, &said) && said.Server && said.Recover
+	return errors.As(err, &said) && said.Server && said.Code != amqp.ConnectionForced
 }
 
 var errNoConfirm = errors.New("the broker has not confirmed a copy in time: can its queue store messages?")

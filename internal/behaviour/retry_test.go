@@ -711,3 +711,21 @@ func TestMessageThatIsGivenUpIsToldBesideOthersThatFail(t *testing.T) {
 		assert.Contains(r, r.Warnings("is given up")[0], "outcome=parked")
 	})
 }
+
+// Each try ends the channel, and has to end nothing else.
+func TestCopiesThatMayNotBePublishedKeepTheirConnection(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.SetPermissions("app", ".*", "^orders$", ".*")
+		r.Broker.DeclareQueue(parked, steadymqtest.QueueOptions{})
+		r.Consuming(park, parking())
+		r.Broker.Publish(rig.Queue, "1", "2", "3")
+		r.Wait(5 * time.Minute)
+		assert.Len(r, r.Broker.Connections(), 2)
+		assert.Equal(r, 3, r.Consumer.Stats().Held)
+		r.Broker.SetPermissions("app", ".*", ".*", ".*")
+		r.Wait(time.Minute)
+		assert.Equal(r, 3, r.Broker.QueueLen(parked))
+		r.Wait(2 * time.Minute)
+		assert.Equal(r, 1, r.OpenConnections(), "an idle publisher has none")
+	})
+}
