@@ -276,7 +276,7 @@ func (t *transfer) headers(id string, d *amqp.Delivery) amqp.Table {
 	if !t.delivery.fromHere() { // else there is what it was first published with
 		headers[exchangeHeader], headers[routingKeyHeader] = d.Exchange, d.RoutingKey
 	}
-	headers[attemptHeader] = int32(failed) //nolint:gosec // at most maxCount + 1
+	headers[attemptHeader] = int32(failed)
 	headers[errorHeader] = t.text
 	headers[errorTypeHeader] = t.kind
 	headers[queueHeader] = s.queue

@@ -241,7 +241,7 @@ type asking struct{}
 func (*asking) Error() string { return "asking" }
 
 func (*asking) Is(target error) bool {
-	if other, ok := target.(*unreadable); ok { //nolint:errorlint // it is to panic
+	if other, ok := target.(*unreadable); ok {
 		return other.Is(nil)
 	}
 	return false
