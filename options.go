@@ -441,8 +441,9 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 // The queue of a delay is <queue>.retry.<delay>, as in orders.retry.1m30s: durable, a quorum queue
 // unless [WithQueue] declares a classic one, with x-message-ttl, and it dead-letters back to the
 // queue (x-dead-letter-exchange "", x-dead-letter-routing-key <queue>), as a quorum queue with
-// x-dead-letter-strategy at-least-once and x-overflow reject-publish. All consumers of a queue
-// share them. They, and the park queue (durable, with no arguments but its type and, from RabbitMQ
+// x-dead-letter-strategy at-least-once and x-overflow reject-publish: where the queue cannot be
+// reached as the delay ends, RabbitMQ tries again after 3 minutes. All consumers of a queue share
+// them. They, and the park queue (durable, with no arguments but its type and, from RabbitMQ
 // 4.0 on, x-delivery-limit -1 of a quorum queue), are declared before the first session consumes,
 // if they do not exist in this or another form; a queue whose delay or way back differs, that
 // expires, or that is a stream, is refused as that of a delay, and that, before the first session,

@@ -129,10 +129,14 @@ func (r *Retries) Lacking() int {
 	return len(slices.DeleteFunc(r.Ledger.Missing(), func(n int) bool { return r.parked[n] > 0 }))
 }
 
+// deadLettersAgain is after how long a quorum queue tries again to dead-letter a message whose queue
+// it could not reach, as while a broker starts (RabbitMQ's default, for at-least-once).
+const deadLettersAgain = 3 * time.Minute
+
 // AwaitEnds waits until every confirmed message is handled or parked.
 func (r *Retries) AwaitEnds() {
 	r.Helper()
-	r.Must(90*time.Second, "every message is handled or parked", func() bool {
+	r.Must(90*time.Second+deadLettersAgain, "every message is handled or parked", func() bool {
 		r.Take()
 		return r.Lacking() == 0
 	})
