@@ -795,11 +795,11 @@ func TestSetUpThatHangsIsGivenUpThoughOthersAreBusy(t *testing.T) {
 			return "", context.Cause(ctx)
 		}))
 		p.start()
-		for range 600 { // a minute
+		for range 900 { // twice ten times the limit, and the waits between
 			r.Broker.Publish(p.name(0), "x")
 			r.Wait(100 * time.Millisecond)
 		}
-		assert.EqualValues(t, 600, p.consumers[0].Stats().Acked)
+		assert.EqualValues(t, 900, p.consumers[0].Stats().Acked)
 		assert.EqualValues(t, 1, p.consumers[0].Stats().Sessions)
 		assert.Equal(t, 1, p.group.Stats().Isolated, "its set-ups have outlasted their limit again and again")
 		assert.NotEqual(t, steadymq.Consuming, bad.State())
