@@ -73,9 +73,6 @@ var deadLetters = []scenario{
 			deaths(s, d)
 			s.next("dead", ds)
 			s.note("%s", waited(start, 0, 2000))
-			n, err := ch.QueuePurge(q, false)
-			s.fails("purge", err)
-			s.note("%d", n)
 		},
 	},
 	{
