@@ -313,14 +313,31 @@ func (o *outbound) writeFailed(err error) {
 	s := o.socket
 	s.end.blame(writeCause(err, s.opts.WriteTimeout))
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
-		grace := time.NewTimer(drainGrace)
-		defer grace.Stop()
-		select {
-		case <-s.end.done:
-		case <-grace.C:
-		}
+		o.awaitReader()
 	}
 	s.disconnect(true)
+}
+
+// awaitReader lets the reader go on for the grace, unless the socket is being closed: the driver holds
+// its lock meanwhile, and nobody waits for the broker's words any more.
+func (o *outbound) awaitReader() {
+	grace := time.NewTimer(drainGrace)
+	defer grace.Stop()
+	for !o.isStopped() {
+		select {
+		case <-o.socket.end.done:
+		case <-grace.C:
+		case <-o.wake: // stop wakes the writer, too
+			continue
+		}
+		return
+	}
+}
+
+func (o *outbound) isStopped() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.closed
 }
 
 func writeCause(err error, timeout time.Duration) error {
