@@ -39,6 +39,7 @@ func TestSeedsThatFoundFaults(t *testing.T) {
 		30:   "a stream with one channel does not heal",
 		41:   "a queue that the broker has named is left behind with its messages",
 		174:  "a queue that the broker has named is left behind by a 404 about something else",
+		225:  "a driver that closes waits under its lock for the grace of a failed write",
 		354:  "a frame that takes long to arrive is a silent peer",
 		1078: "the stall detector's question holds up the stop",
 		1416: "a connection of a group tries a host twice that is away, because others have tried the other one",
