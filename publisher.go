@@ -583,10 +583,9 @@ func (p *publisher) await(on *path, t *transfer, id string, confirmed *amqp.Defe
 	t.confirmed()
 }
 
-// closesChannel reports whether the broker has closed the channel, or the connection, for a reason
-// that a copy may be. Any copy that was in flight may
-// be the reason, so each of them is sent alone the next time: then it shows which, and the others
-// do not suffer again.
+// closesChannel reports whether the broker has closed the channel, or the connection, for something
+// that was sent. Any copy that was in flight may be the reason, so each of them is sent alone the
+// next time: then it shows which, and the others do not suffer again.
 func closesChannel(err error) bool {
 	var said *amqp.Error
 	return errors.As(err, &said) && said.Server && said.Code != amqp.ConnectionForced

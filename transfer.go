@@ -336,8 +336,10 @@ func shorten(text string, n int) string {
 func innermost(err error) error {
 	for {
 		next := errors.Unwrap(err)
-		if joined, ok := err.(interface{ Unwrap() []error }); ok && len(joined.Unwrap()) > 0 {
-			next = joined.Unwrap()[0]
+		if joined, ok := err.(interface{ Unwrap() []error }); ok {
+			if all := joined.Unwrap(); len(all) > 0 { // asked once: it is the user's
+				next = all[0]
+			}
 		}
 		if next == nil {
 			return err

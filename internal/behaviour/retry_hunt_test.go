@@ -257,3 +257,27 @@ func TestQueueThatConfirmsNothingDelaysNoOther(t *testing.T) {
 		require.Error(r, p.stop(), "the others are not confirmed")
 	})
 }
+
+// fickle is an error that has something inside only when it is asked for the first times.
+type fickle struct{ asked *atomic.Int32 }
+
+func (fickle) Error() string { return "fickle" }
+
+func (e fickle) Unwrap() []error {
+	if e.asked.Add(1)%2 == 1 {
+		return []error{errPoison}
+	}
+	return nil
+}
+
+func TestErrorThatAnswersDifferentlyEachTimeIsParkedLikeAnyOther(t *testing.T) {
+	for asked := range int32(4) {
+		rig.Bubble(t, func(r *rig.Rig) {
+			e := fickle{new(atomic.Int32)}
+			r.Consuming(func(context.Context, *steadymq.Delivery) error { e.asked.Store(asked); return e }, parking())
+			r.Broker.Publish(rig.Queue, "1")
+			r.Wait(10 * time.Second)
+			assert.Equal(r, 1, r.Broker.QueueLen(parked))
+		})
+	}
+}

@@ -1077,6 +1077,8 @@ var mutants = []mutant{
 		"fit(&p, frameMax-brokerRoom)", "fit(&p, frameMax)")),
 	inTest("TestHeadersWithoutRoomForThoseOfACopyHarmNoOtherMessage", change("a copy is sent in a frame that the broker does not take", "publisher.go",
 		"frameMax > 0 && size > frameMax {", "frameMax > 0 && size > 2*frameMax {")),
+	inTest("TestErrorThatAnswersDifferentlyEachTimeIsParkedLikeAnyOther", change("an error is asked twice what is inside", "transfer.go",
+		"if all := joined.Unwrap(); len(all) > 0 {", "if all := joined.Unwrap(); len(joined.Unwrap()) > 0 {")),
 	inTest("TestCopiesThatMayNotBePublishedKeepTheirConnection", change("a refused copy costs the connection of copies", "publisher.go",
 		"\t\t\tp.rest(ctx)\n", "")),
 	inTest("TestStreamMovesWithoutADuplicate", change("a stream moves under its handlers", "session.go",
