@@ -25,9 +25,7 @@ type room []string
 var rooms = []room{
 	{"doc.go"},
 	{"errors.go"},
-	{"ack.go", "delivery.go"},
-	{"guard.go"},
-	{"decode.go"},
+	{"ack.go", "delivery.go", "guard.go"},
 	{"endpoint.go"},
 	{"stats.go"},
 	{"config.go", "retry.go"},
