@@ -500,7 +500,16 @@ func (p *publisher) count(t *transfer, more int) {
 	}
 }
 
-// find declares a destination that was found to be missing, once more.
+// missing records that a destination may be gone, so that it is declared before the next copy for it.
+// That is so also where the channel has ended: the driver ends the connection for a message that the
+// broker returns and that it cannot read, and nobody is told of the return.
+func (p *publisher) missing(d *retryqueue.Queue) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gone[d.Name] = true
+}
+
+// find declares a destination that may be missing, once more.
 func (p *publisher) find(ctx context.Context, on *path, d *retryqueue.Queue) error {
 	p.mu.Lock()
 	gone := p.gone[d.Name]
@@ -546,7 +555,7 @@ func (p *publisher) ask(ctx context.Context, on *path, d *retryqueue.Queue) erro
 // messages, has lost it: the channel is given up. It always ends, because the driver ends all waits
 // at the end of the channel.
 func (p *publisher) await(on *path, t *transfer, id string, confirmed *amqp.DeferredConfirmation) {
-	patience := confirmWait(p.from.config.setupTimeout, t.failures)
+	patience := confirmWait(p.from.config.setupTimeout, t.unanswered)
 	limit := time.NewTimer(patience)
 	defer limit.Stop()
 	for waiting := true; waiting; {
@@ -558,6 +567,7 @@ func (p *publisher) await(on *path, t *transfer, id string, confirmed *amqp.Defe
 				limit.Reset(patience)
 				continue
 			}
+			t.unanswered++
 			if !on.givenUp.Swap(true) { // others may wait as long
 				p.of.stats.givenUp.Add(1)
 				on.lease.giveUp(errNoConfirm)
@@ -567,11 +577,8 @@ func (p *publisher) await(on *path, t *transfer, id string, confirmed *amqp.Defe
 	err := on.outcome(id, confirmed)
 	p.count(t, -1)
 	p.look()
-	var returned *returnedError
-	if errors.As(err, &returned) {
-		p.mu.Lock()
-		p.gone[t.to.Name] = true
-		p.mu.Unlock()
+	if err != nil && !errors.Is(err, errNacked) {
+		p.missing(t.to)
 	}
 	if err != nil {
 		t.alone = closesChannel(err)
@@ -593,11 +600,11 @@ func closesChannel(err error) bool {
 
 var errNoConfirm = errors.New("the broker has not confirmed a copy in time: can its queue store messages?")
 
-// confirmWait returns how long to wait for a confirm after so many failures of the transfer. A
-// queue that is slow, or has no majority, may still store the copy, and each further one would be a
-// duplicate: so the wait is long, and twice as long each time.
-func confirmWait(setup time.Duration, failures int) time.Duration {
-	return 4 * setup << min(failures, 4)
+// confirmWait returns how long to wait for a confirm after so many that have not come. A queue that
+// is slow, or has no majority, may still store the copy, and each further one would be a duplicate:
+// so the wait is long, and twice as long each time.
+func confirmWait(setup time.Duration, unanswered int) time.Duration {
+	return 4 * setup << min(unanswered, 4)
 }
 
 func (p *publisher) isBlocked() bool {

@@ -126,15 +126,16 @@ func asPublished(c *config, next Handler) Handler {
 //
 // One goroutine at a time has it: a worker, a timer of the session's holds, or the publisher's.
 type transfer struct {
-	session  *session
-	delivery *Delivery
-	outcome  Outcome
-	to       *retryqueue.Queue
-	text     string    // of the failure
-	kind     string    // Go type of its innermost error
-	at       time.Time // when the handler failed
-	failures int       // of the transfer, in a row
-	alone    bool      // it is sent while no other is in flight
+	session    *session
+	delivery   *Delivery
+	outcome    Outcome
+	to         *retryqueue.Queue
+	text       string    // of the failure
+	kind       string    // Go type of its innermost error
+	at         time.Time // when the handler failed
+	failures   int       // of the transfer, in a row
+	unanswered int       // confirms that it has waited for in vain
+	alone      bool      // it is sent while no other is in flight
 }
 
 // transfer sends a copy of d, whose handler has just failed. It is called within the gate.

@@ -281,3 +281,33 @@ func TestErrorThatAnswersDifferentlyEachTimeIsParkedLikeAnyOther(t *testing.T) {
 		})
 	}
 }
+
+// A confirm that is lost is waited for as long as the first time, whatever else has failed before.
+func TestCopyThatHasFailedOftenWaitsForItsConfirmAsLongAsAnyOther(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.FillQueue(parked, true)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(30 * time.Second) // some refusals
+		r.Broker.Host(0).LoseConfirms(true)
+		r.Broker.FillQueue(parked, false)
+		r.Wait(40 * time.Second)
+		require.Equal(r, 1, r.Broker.QueueLen(parked), "its confirm is lost")
+		r.Broker.Host(0).LoseConfirms(false)
+		r.Wait(2 * time.Minute)
+		assert.Equal(r, uint64(1), r.Consumer.Stats().Parked)
+	})
+}
+
+// The driver ends a connection on which it reads headers that nest more than 32 levels deep, and it
+// reads those of a copy only if the broker returns that.
+func TestCopyThatIsReturnedAndCannotBeReadIsParkedAllTheSame(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.DeleteQueue(parked)
+		r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{Body: []byte("1"), RawHeaders: rig.NestedArrays(40)})
+		r.Wait(time.Minute)
+		assert.Equal(r, uint64(1), r.Consumer.Stats().Parked)
+		assert.Equal(r, 1, r.Broker.QueueLen(parked))
+	})
+}

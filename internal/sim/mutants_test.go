@@ -1100,7 +1100,11 @@ var mutants = []mutant{
 	inTest("TestConfirmThatIsLostCostsOneCopyMore", change("a confirm that is lost is waited for for ever", "publisher.go",
 		"\t\t\ton.lease.giveUp(errNoConfirm)\n", "")),
 	change("a queue beside that has gone is not declared again", "publisher.go",
-		"\t\tp.gone[t.to.Name] = true\n", ""),
+		"\t\tp.missing(t.to)\n", ""),
+	inTest("TestCopyThatIsReturnedAndCannotBeReadIsParkedAllTheSame", change("only a return that is read tells of a missing queue", "publisher.go",
+		"\tif err != nil && !errors.Is(err, errNacked) {\n", "\tif errors.As(err, new(*returnedError)) {\n")),
+	inTest("TestCopyThatHasFailedOftenWaitsForItsConfirmAsLongAsAnyOther", change("every failure lengthens the wait for a confirm", "publisher.go",
+		"p.from.config.setupTimeout, t.unanswered)", "p.from.config.setupTimeout, t.failures)")),
 	change("what waits is not refused when the path is away", "publisher.go",
 		"\twaiting := p.waiting\n\tp.waiting = nil\n\tp.mu.Unlock()\n\tfor", "\tvar waiting []*transfer\n\tp.mu.Unlock()\n\tfor"),
 	{name: "a stop does not wait for copies", edits: []edit{

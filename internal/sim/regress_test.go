@@ -44,9 +44,12 @@ func TestSeedsThatFoundFaults(t *testing.T) {
 		1078: "the stall detector's question holds up the stop",
 		1416: "a connection of a group tries a host twice that is away, because others have tried the other one",
 		1860: "a queue of a topology function is left behind on a connection that another queue holds",
+		1942: "a copy whose return cannot be read is sent again and again",
 		2551: "a consumer waits for a channel that the broker does not let go",
 		3157: "a set-up waits for the close of a channel that it has used up",
 		3971: "a consumer waits for a channel that the broker does not let go, after a restart",
+		4242: "a copy that has failed often waits a quarter of an hour for a confirm that is lost",
+		5019: "a copy whose return cannot be read is sent again and again, in a Group",
 	} {
 		t.Run(found, func(t *testing.T) {
 			t.Parallel()

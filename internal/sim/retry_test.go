@@ -119,13 +119,18 @@ var simRetryKinds = []simKind{
 	{
 		name: "confirms are late", longest: 90 * time.Second, harmless: true,
 		on: func(s *sim, f simFault, at faultsOf) {
-			at.LateConfirms(time.Duration(1+f.dice%90000) * time.Millisecond)
+			late := time.Duration(1+f.dice%90000) * time.Millisecond
+			s.confirmsBy(f.last + late)
+			at.LateConfirms(late)
 		},
 		off: func(s *sim, f simFault, at faultsOf) { at.LateConfirms(0) },
 	},
 	{
 		name: "confirms are lost", longest: time.Minute, harmless: true,
-		on:  func(s *sim, f simFault, at faultsOf) { at.LoseConfirms(true) },
+		on: func(s *sim, f simFault, at faultsOf) {
+			s.confirmsBy(f.last + confirmPatience)
+			at.LoseConfirms(true)
+		},
 		off: func(s *sim, f simFault, at faultsOf) { at.LoseConfirms(false) },
 	},
 	{
@@ -168,12 +173,26 @@ var simRetryKinds = []simKind{
 	{
 		// Confirms are on their way when it ends.
 		name: "publishers lose their connection", longest: 10 * time.Second, harmless: true,
-		on: func(s *sim, f simFault, at faultsOf) { at.LateConfirms(12 * time.Second) },
+		on: func(s *sim, f simFault, at faultsOf) {
+			s.confirmsBy(f.last + 12*time.Second)
+			at.LateConfirms(12 * time.Second)
+		},
 		off: func(s *sim, f simFault, at faultsOf) {
 			at.LateConfirms(0)
 			s.cutPublishers(simCutting(f.dice%uint64(numCuttings)), at)
 		},
 	},
+}
+
+// confirmPatience is how long a lost confirm is waited for the first time.
+const confirmPatience = time.Minute
+
+// confirmsBy records that confirms may be missing for that long: a stop meanwhile cannot be clean for
+// those who wait for them.
+func (s *sim) confirmsBy(last time.Duration) {
+	s.judge.mu.Lock()
+	defer s.judge.mu.Unlock()
+	s.confirmed = max(s.confirmed, s.now()+last)
 }
 
 // simCutting is how a connection is cut.

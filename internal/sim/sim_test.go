@@ -228,11 +228,12 @@ type sim struct {
 	rotation      atomic.Uint64
 
 	// The judge's mutex guards these.
-	lastMark time.Duration     // when the last fault began or ended
-	cut      map[string]simCut // hosts that are cut off
-	aims     map[int]string    // the queue that a fault has struck, by its number
-	minted   int               // messages so far
-	current  map[int]simFault  // faults that have begun and go on, by number
+	lastMark  time.Duration     // when the last fault began or ended
+	confirmed time.Duration     // until when confirms may be missing
+	cut       map[string]simCut // hosts that are cut off
+	aims      map[int]string    // the queue that a fault has struck, by its number
+	minted    int               // messages so far
+	current   map[int]simFault  // faults that have begun and go on, by number
 }
 
 // simCut is what a host knows that is cut off.
@@ -1396,6 +1397,7 @@ func (c *simConsumer) ask(run *simRun) {
 	run.asked, c.stopping = now, true
 	run.marks, run.troubles = c.s.disturbed.Load(), c.troubles
 	run.healthy = c.s.plan.hold == 0 && now >= c.resumeBy && now >= run.start+c.s.plan.fast(c.plan) && !c.lagging() && c.s.active.Load() == 0 && c.live > 0
+	run.healthy = run.healthy && (c.plan.retry == nil || now >= c.s.confirmed)
 	if run.healthy {
 		run.session = c.latest
 	}
