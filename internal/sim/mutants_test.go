@@ -1149,7 +1149,7 @@ var mutants = []mutant{
 	inTest("TestCopyOfASessionThatIsLostIsNotSent", change("copies of a lost session are sent", "publisher.go",
 		"\tif t.session.closed.Load() { // the broker delivers it again", "\tif false { // the broker delivers it again")),
 	inTest("TestErrorThatCannotBeReadLaterEndsNoProcess", mutant{name: "the error of a failed message is read when its copy is sent", edits: []edit{
-		{"transfer.go", "\tkind     string ", "\tcause    error\n\tkind     string "},
+		{"transfer.go", "\tkind       string ", "\tcause      error\n\tkind       string "},
 		{"transfer.go", "to: v.to, at: time.Now(),", "to: v.to, at: time.Now(), cause: cause,"},
 		{"transfer.go", "headers[errorHeader] = t.text", "headers[errorHeader] = t.cause.Error()"},
 	}}),

@@ -1477,6 +1477,9 @@ func (c *simConsumer) stopped(run *simRun, err error, took time.Duration, inFlig
 	if x == nil && c.latest != nil && c.latest.run == run { // also under faults nil says that all is well
 		x = c.latest
 	}
+	if x != nil && !x.record.Ended.IsZero() && x.record.Ended.Before(c.s.start.Add(run.asked)) {
+		return // it had moved before, and its connection may have been lost since then
+	}
 	if err == nil && x != nil && x.record.Cause == "cancelled by the client" && x.outstanding > 0 && c.s.judge.streamOf(c) == nil {
 		j.note("I5", "%s stopped cleanly, but %d of its deliveries were not settled", p.name, x.outstanding)
 	}
