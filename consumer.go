@@ -806,7 +806,10 @@ func (s *supervisor) draining() stateFunc {
 		s.addError(s.session.drainErr)
 		left -= s.session.closeTook
 	}
-	if !s.handlersDone(limit.C) && !errors.Is(s.err, ErrDrainTimeout) {
+	switch {
+	case s.handlersDone(limit.C):
+		s.awaitRetired(limit.C)
+	case !errors.Is(s.err, ErrDrainTimeout):
 		s.addError(s.scope.drainError())
 	}
 	left = max(left, time.Millisecond)
@@ -854,6 +857,22 @@ func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 		return true
 	case <-grace.C:
 		return false
+	}
+}
+
+// awaitRetired waits until the copies of failed messages of earlier sessions that may still settle are
+// confirmed, until the drain limit. Their handlers have returned.
+func (s *supervisor) awaitRetired(limit <-chan time.Time) {
+	for _, l := range s.closing {
+		if l.session == nil || l.session.closed.Load() {
+			continue
+		}
+		select {
+		case <-l.session.gate.done:
+		case <-l.done:
+		case <-limit:
+			return
+		}
 	}
 }
 

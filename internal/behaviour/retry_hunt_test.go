@@ -311,3 +311,19 @@ func TestCopyThatIsReturnedAndCannotBeReadIsParkedAllTheSame(t *testing.T) {
 		assert.Equal(r, 1, r.Broker.QueueLen(parked))
 	})
 }
+
+func TestStopWaitsForTheCopiesOfASessionThatTheBrokerHasCancelled(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking(), steadymq.WithCloseTimeout(time.Second))
+		r.Broker.Host(0).LateConfirms(10 * time.Second)
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(time.Second)
+		r.Broker.CancelConsumers(rig.Queue)
+		r.Wait(time.Second)
+		require.Equal(r, uint64(2), r.Consumer.Stats().Sessions)
+		require.NoError(r, r.Stop())
+		assert.Equal(r, uint64(1), r.Consumer.Stats().Parked)
+		assert.Zero(r, r.Consumer.Stats().Abandoned)
+		assert.Zero(r, r.OpenConnections())
+	})
+}

@@ -77,7 +77,7 @@ func (p *simPlan) drawMembership(r *rand.Rand) []simWindow {
 	last := p.group.runs[len(p.group.runs)-1]
 	at := time.Duration(0)
 	if oneIn(r, 3) {
-		at = between(r, 0, last.start+p.chaos()/4)
+		at = min(between(r, 0, last.start+p.chaos()/4), p.chaos()-10*time.Second)
 	}
 	var runs []simWindow
 	for oneIn(r, 3) {
@@ -582,12 +582,19 @@ func (j *simJudge) goneInGroup(x *simSession) {
 		c.resumeBy = max(c.resumeBy, now+j.s.plan.fast(c.plan))
 		return
 	}
+	if g != nil && g.endsConnections(now) {
+		c.troubles++                                   // also of a stop
+		if j.s.active.Load() > 0 || now <= c.looseBy { // and beside a fault that ends no session
+			c.resumeBy = max(c.resumeBy, now+j.s.plan.tail(c.plan))
+		}
+	}
 	if g == nil || !c.running || c.stopping || x.run != c.run || c.isBad(now) || now < c.resumeBy || now <= c.looseBy || j.s.active.Load() > 0 {
 		return
 	}
 	switch cause := x.record.Cause; {
 	case c.plan.stall > 0, j.s.plan.hold > 0:
-	case g.plan.how == badConnection && g.plan.bad >= 0 && g.plan.badSince <= now && now < g.plan.badUntil:
+		c.resumeBy = max(c.resumeBy, now+j.s.plan.tail(c.plan))
+	case g.endsConnections(now):
 		c.hits++
 		c.resumeBy = max(c.resumeBy, now+j.s.plan.tail(c.plan))
 		if c.healthy(now) {
@@ -599,6 +606,11 @@ func (j *simJudge) goneInGroup(x *simSession) {
 	default:
 		j.note("I11", "%s has lost its session without a fault, by %q", c.plan.name, cause)
 	}
+}
+
+// endsConnections tells whether the bad consumer may end a connection that others share.
+func (g *simGroup) endsConnections(now time.Duration) bool {
+	return g.plan.how == badConnection && g.plan.bad >= 0 && g.plan.badSince <= now && now < g.plan.badUntil
 }
 
 // connections is how many connections there may be at a time, besides those for a question.

@@ -493,7 +493,7 @@ func (j *simJudge) resumed(c *simConsumer, now time.Duration) {
 	// A connection that was replaced stays for the running handlers of a cancelled session.
 	most := 1
 	if c.plan.retry != nil {
-		most++ // its publisher's
+		most += 2 // its publisher's, and an earlier one that closes slowly
 	}
 	if c.plan.stall > 0 {
 		most++ // it asks another host

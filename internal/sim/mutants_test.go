@@ -1103,6 +1103,8 @@ var mutants = []mutant{
 		"\t\tp.missing(t.to)\n", ""),
 	inTest("TestCopyThatIsReturnedAndCannotBeReadIsParkedAllTheSame", change("only a return that is read tells of a missing queue", "publisher.go",
 		"\tif err != nil && !errors.Is(err, errNacked) {\n", "\tif errors.As(err, new(*returnedError)) {\n")),
+	inTest("TestStopWaitsForTheCopiesOfASessionThatTheBrokerHasCancelled", change("a stop does not wait for the copies of earlier sessions", "consumer.go",
+		"\t\ts.awaitRetired(limit.C)\n", "")),
 	inTest("TestCopyThatHasFailedOftenWaitsForItsConfirmAsLongAsAnyOther", change("every failure lengthens the wait for a confirm", "publisher.go",
 		"p.from.config.setupTimeout, t.unanswered)", "p.from.config.setupTimeout, t.failures)")),
 	change("what waits is not refused when the path is away", "publisher.go",

@@ -50,6 +50,7 @@ func TestSeedsThatFoundFaults(t *testing.T) {
 		3971: "a consumer waits for a channel that the broker does not let go, after a restart",
 		4242: "a copy that has failed often waits a quarter of an hour for a confirm that is lost",
 		5019: "a copy whose return cannot be read is sent again and again, in a Group",
+		9206: "a stop does not wait for the copies of sessions that the broker has cancelled",
 	} {
 		t.Run(found, func(t *testing.T) {
 			t.Parallel()
