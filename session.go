@@ -54,15 +54,16 @@ type session struct {
 	ctx    context.Context // parent of the handlers' contexts
 	cancel context.CancelCauseFunc
 
-	gate    gate          // handlers of this session that are running
-	holds   holds         // failed deliveries that wait to go back
-	backlog backlog       // whether handlers keep up with the prefetch
-	stall   *notifier     // set by the prober: why it wants another session; nil if there is none
-	end     *notifier     // why there are no more deliveries
-	closed  atomic.Bool   // no settlement is sent any more
-	settled atomic.Bool   // a settlement was sent, which makes the session healthy sooner
-	done    chan struct{} // made by finish; closed when nothing of it is left
-	since   time.Time     // when consume-ok came
+	gate      gate          // handlers of this session that are running
+	holds     holds         // failed deliveries that wait to go back
+	transfers transfers     // failed deliveries whose copies are under way
+	backlog   backlog       // whether handlers keep up with the prefetch
+	stall     *notifier     // set by the prober: why it wants another session; nil if there is none
+	end       *notifier     // why there are no more deliveries
+	closed    atomic.Bool   // no settlement is sent any more
+	settled   atomic.Bool   // a settlement was sent, which makes the session healthy sooner
+	done      chan struct{} // made by finish; closed when nothing of it is left
+	since     time.Time     // when consume-ok came
 
 	settler  settler       // the session itself, or a hookSettler around it
 	received atomic.Uint64 // deliveries given to handlers, for the stall detector
@@ -686,11 +687,15 @@ func (s hookSettler) settle(d *Delivery, o Outcome) error {
 	return err
 }
 
-// releaseHeld settles the deliveries that are held. Hooks.Settled is called elsewhere, because it
-// must not delay the session's own goroutine.
+// releaseHeld settles the deliveries that are held and, once the session is lost, those whose copies
+// are under way. Hooks.Settled is called elsewhere, because it must not delay the session's own
+// goroutine.
 func (s *session) releaseHeld() {
 	held := &collectingSettler{session: s}
 	s.holds.release(held)
+	if s.closed.Load() {
+		s.transfers.release(held)
+	}
 	s.reporter.released(held.deliveries)
 }
 

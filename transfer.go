@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/bits"
 	"strings"
+	"sync"
 	"time"
 	"unicode/utf8"
 
@@ -160,7 +161,11 @@ func (t *transfer) again() {
 }
 
 func (t *transfer) start() {
-	t.session.stats.held.Add(1)
+	if !t.session.transfers.add(t) {
+		_ = t.delivery.Requeue() // which is stale
+		t.session.gate.leave()
+		return
+	}
 	if err := t.session.publisher.send(t); err != nil {
 		t.failed(err)
 	}
@@ -213,8 +218,53 @@ func (t *transfer) tell(err error) {
 }
 
 func (t *transfer) over() {
-	t.session.stats.held.Add(-1)
+	t.session.transfers.remove(t)
 	t.session.gate.leave()
+}
+
+// transfers are those of a session that are under way. Workers and timers of the session's holds
+// add to them, who ends one takes it out, and the session's goroutine releases the rest.
+type transfers struct {
+	mu       sync.Mutex
+	all      map[*transfer]struct{}
+	released bool // none is under way any more
+}
+
+// add reports whether a transfer may begin.
+func (s *transfers) add(t *transfer) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.released {
+		return false
+	}
+	if s.all == nil {
+		s.all = make(map[*transfer]struct{})
+	}
+	s.all[t] = struct{}{}
+	t.session.stats.held.Add(1)
+	return true
+}
+
+func (s *transfers) remove(t *transfer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.all[t]; ok {
+		delete(s.all, t)
+		t.session.stats.held.Add(-1)
+	}
+}
+
+// release settles, as stale, what is under way when its session is lost: who learns later what
+// became of the copy cannot tell it any more, since Run may have returned.
+func (s *transfers) release(by *collectingSettler) {
+	s.mu.Lock()
+	all := s.all
+	s.all, s.released = nil, true
+	s.mu.Unlock()
+	by.stats.held.Add(-int64(len(all)))
+	for t := range all {
+		_ = t.delivery.fence.settle(by, t.outcome)
+	}
 }
 
 // longestTransferWait is the longest hold of a delivery whose copy does not arrive.

@@ -1111,7 +1111,8 @@ var mutants = []mutant{
 		"\twaiting := p.waiting\n\tp.waiting = nil\n\tp.mu.Unlock()\n\tfor", "\tvar waiting []*transfer\n\tp.mu.Unlock()\n\tfor"),
 	{name: "a stop does not wait for copies", edits: []edit{
 		{"transfer.go", "\ts.gate.stay()\n", ""},
-		{"transfer.go", "\tt.session.gate.leave()\n", ""},
+		{"transfer.go", "\tt.session.transfers.remove(t)\n\tt.session.gate.leave()\n", "\tt.session.transfers.remove(t)\n"},
+		{"transfer.go", "\t\tt.session.gate.leave()\n\t\treturn\n", "\t\treturn\n"},
 		{"transfer.go", "\t\t_ = t.delivery.Requeue()\n\t\treturn\n\t}\n\tt.start()\n", "\t\t_ = t.delivery.Requeue()\n\t\treturn\n\t}\n\tt.session.gate.leave()\n\tt.start()\n"},
 	}},
 	change("CC and BCC are kept", "transfer.go",
@@ -1171,6 +1172,8 @@ var mutants = []mutant{
 		"\tif err = p.asking.Declare(channel, d); err == nil {", "\tif err = p.asking.Declare(on.channel, d); err == nil {")),
 	inTest("TestQueueThatConfirmsNothingDelaysNoOther", change("a queue that confirms nothing takes all places in flight", "publisher.go",
 		"\tmostToOne = 32", "\tmostToOne = mostInFlight")),
+	inTest("TestOutcomeOfACopyThatAStopLeavesBehindIsTold", change("a copy that is under way as its session is lost is told by nobody", "session.go",
+		"\tif s.closed.Load() {\n\t\ts.transfers.release(held)\n\t}\n", "")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.

@@ -42,6 +42,7 @@ func TestSeedsThatFoundFaults(t *testing.T) {
 		225:  "a driver that closes waits under its lock for the grace of a failed write",
 		354:  "a frame that takes long to arrive is a silent peer",
 		1078: "the stall detector's question holds up the stop",
+		1100: "the outcome of a copy that is under way when its session is lost is told by nobody",
 		1416: "a connection of a group tries a host twice that is away, because others have tried the other one",
 		1860: "a queue of a topology function is left behind on a connection that another queue holds",
 		1942: "a copy whose return cannot be read is sent again and again",

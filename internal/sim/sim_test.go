@@ -1463,9 +1463,7 @@ func (c *simConsumer) stopped(run *simRun, err error, took time.Duration, inFlig
 	case inFlight > 0: // also when it says that the session was lost
 		j.note("I8", "%s returned %v with %d handlers running", p.name, err, inFlight)
 	}
-	// What becomes of a copy that the last session of a group's consumer has left on its way nobody
-	// is told.
-	c.unsure = c.unsure || drain != nil || c.group != nil && c.plan.retry != nil && err != nil
+	c.unsure = c.unsure || drain != nil
 	x := run.session
 	undisturbed := run.healthy && run.marks == c.s.disturbed.Load() && run.troubles == c.troubles
 	if undisturbed && err != nil && drain == nil {
