@@ -578,8 +578,10 @@ func (g *simGroup) ends(now time.Duration) {
 // bad consumer costs.
 func (j *simJudge) goneInGroup(x *simSession) {
 	c, g, now := x.consumer, j.s.group, j.s.now()
-	if g != nil && x.record.Cause == "cancelled by the client" && x == c.latest { // it moves to another connection
-		c.resumeBy = max(c.resumeBy, now+j.s.plan.fast(c.plan))
+	if g != nil && x.record.Cause == "cancelled by the client" { // it moves to another connection
+		if x == c.latest { // else its successor was faster
+			c.resumeBy = max(c.resumeBy, now+j.s.plan.fast(c.plan))
+		}
 		return
 	}
 	if g != nil && g.endsConnections(now) {
@@ -703,7 +705,7 @@ func (g *simGroup) connected(now time.Duration) {
 		began := c.latest.record.Started.Sub(g.s.start)
 		latest = max(latest, began)
 		proven = proven && now-began > 75*time.Second+c.plan.lag
-		if p.queues[c.plan.queue].own() {
+		if q := &p.queues[c.plan.queue]; q.own() || q.kind == "stream" { // that of a stream moves when no handler is at work
 			pinned++
 		}
 	}

@@ -529,6 +529,13 @@ func (j *simJudge) expectOf(c *simConsumer, b *simBurst, now time.Duration) {
 			loose, quiet = max(loose, f.noticed(c.plan)+p.tail(c.plan)), false
 		}
 	}
+	if p.hold > 0 { // which ends sessions beside a fault that only keeps new ones from beginning
+		for _, f := range b.faults {
+			if simKinds[f.kind].hinders {
+				loose, quiet = max(loose, f.noticed(c.plan)+p.tail(c.plan)), false
+			}
+		}
+	}
 	c.looseBy = max(c.looseBy, loose)
 	c.lone = quiet && len(b.faults) == 1 && b.faults[0].last == 0
 	switch {
