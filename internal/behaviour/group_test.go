@@ -8,7 +8,9 @@ import (
 	"net"
 	"regexp"
 	"strings"
+	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -832,5 +834,32 @@ func TestWantOfChannelsIsToldOnceAndIsNoFailure(t *testing.T) {
 		assert.Equal(t, 1, strings.Count(r.Log.String(), "no channel left"))
 		assert.NotContains(t, r.Log.String(), "backoff")
 		require.NoError(t, p.stop())
+	})
+}
+
+// One of them dials, and all of them say why they wait.
+func TestAllConsumersOfAGroupAreToldWhyADialHasFailed(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var mu sync.Mutex
+		causes := make(map[string][]error)
+		p := grouped(r, 3, steadymq.WithHooks(steadymq.Hooks{StateChanged: func(c steadymq.StateChange) {
+			mu.Lock()
+			defer mu.Unlock()
+			if c.To == steadymq.Backoff {
+				causes[c.Queue] = append(causes[c.Queue], c.Cause)
+			}
+		}}))
+		r.Broker.Refuse(true)
+		p.start()
+		r.Wait(10 * time.Second)
+		r.Broker.Refuse(false)
+		r.Wait(10 * time.Second)
+		require.NoError(r, p.stop())
+		for i := range 3 {
+			told := causes[p.name(i)]
+			require.NotEmpty(r, told, p.name(i))
+			assert.ErrorIs(r, told[0], syscall.ECONNREFUSED, p.name(i))
+			assert.Len(r, told, len(causes[p.name(0)]), "whoever has dialled")
+		}
 	})
 }
