@@ -38,6 +38,7 @@ type queue struct {
 	lastKey  uint64
 	unacked  int
 	expiry   *time.Timer
+	expires  time.Time // when that is due
 
 	consumers []*consumer // in the order they came
 	served    uint64
@@ -270,14 +271,22 @@ func (q *queue) expire() {
 			return
 		}
 		if wait := e.expires.Sub(q.b.now); wait > 0 {
-			if q.expiry != nil {
-				q.expiry.Stop()
-			}
-			q.expiry = q.b.after(wait, q.touch)
+			q.expireAt(e.expires, wait)
 			return
 		}
 		q.dropHead("expired")
 	}
+}
+
+// expireAt comes back at a time, unless that is due already: each message that is published looks.
+func (q *queue) expireAt(due time.Time, wait time.Duration) {
+	if due.Equal(q.expires) {
+		return
+	}
+	if q.expiry != nil {
+		q.expiry.Stop()
+	}
+	q.expires, q.expiry = due, q.b.after(wait, q.touch)
 }
 
 func (q *queue) dropHead(reason string) {
