@@ -85,8 +85,15 @@ type fence struct {
 // handler has left behind may read the delivery.
 type keptMessage struct {
 	original  amqp.Delivery
-	offset    int64 // in the stream
-	hasOffset bool  // offset is set
+	offset    int64       // in the stream
+	hasOffset bool        // offset is set
+	copied    atomic.Bool // it has a transfer, so it goes back as one that was never started
+}
+
+// isCopied reports whether the delivery has a transfer.
+func (f *fence) isCopied() bool {
+	k := f.kept.Load()
+	return k != nil && k.copied.Load()
 }
 
 var _ amqp.Acknowledger = (*fence)(nil)

@@ -657,7 +657,8 @@ func (s *session) source() (queue, host string) { return s.queue, s.conn.host }
 
 // settle implements settler: it puts one settlement on the wire of this session's channel, or none
 // if the session is over. A failed message is sent as a reject, which counts towards a quorum
-// queue's delivery limit.
+// queue's delivery limit; one whose copy could not be sent as a nack, which does not from RabbitMQ 4.3
+// on.
 func (s *session) settle(d *Delivery, o Outcome) error {
 	if s.closed.Load() {
 		s.stats.stale.Add(1)
@@ -715,6 +716,8 @@ func (s *session) send(d *Delivery, o Outcome) error {
 	switch {
 	case s.stream == nil && o.acks():
 		return s.wire.Ack(d.fence.tag)
+	case s.stream == nil && o == Requeued && d.fence.isCopied(): // no handler has failed anew
+		return s.wire.Requeue(d.fence.tag)
 	case s.stream == nil:
 		return s.wire.Reject(d.fence.tag, o == Requeued)
 	case o == Requeued: // a stream takes any settlement as an ack

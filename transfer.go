@@ -147,6 +147,9 @@ func (s *session) transfer(d *Delivery, v verdict, cause error) {
 		text: shorten(errtext.OneLine(fmt.Sprint(cause)), maxErrorText),
 		kind: fmt.Sprintf("%T", innermost(cause)),
 	}
+	if k := d.fence.kept.Load(); k != nil {
+		k.copied.Store(true)
+	}
 	s.gate.stay()
 	t.start()
 }

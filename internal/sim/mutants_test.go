@@ -1174,6 +1174,8 @@ var mutants = []mutant{
 		"\tmostToOne = 32", "\tmostToOne = mostInFlight")),
 	inTest("TestOutcomeOfACopyThatAStopLeavesBehindIsTold", change("a copy that is under way as its session is lost is told by nobody", "session.go",
 		"\tif s.closed.Load() {\n\t\ts.transfers.release(held)\n\t}\n", "")),
+	inTest("TestMessageWhoseCopyCannotBeSentGoesBackUncounted", change("what goes back because its copy cannot be sent is counted", "transfer.go",
+		"\t\tk.copied.Store(true)\n", "\t\t_ = k\n")),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.
