@@ -419,12 +419,12 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 // missing, an alarm, no connection) their messages are held, count in [Stats].Held, and are tried
 // again, after 1 s and up to 30 s; the consumer goes on within its prefetch. After half of the
 // consumer timeout (15 min by default) such a message goes back to its queue, and a handler gets it
-// once more. It goes back by basic.nack, which no delivery limit counts from RabbitMQ 4.3 on. Before
-// that every way back counts: where a quorum queue has a limit (20 by default since 4.0, that is 5 h
-// of a park queue that stays full; each restart counts, too), its messages are dropped or
-// dead-lettered then, and a line warns before. So give the queue none (x-delivery-limit -1, which
-// [WithQueue] asks for by itself), or Queue.DeadLetter. A stop waits for the confirms of copies under way, within its drain limit; what is not
-// confirmed by then goes back to the queue.
+// once more. It goes back by basic.nack, which no delivery limit counts from RabbitMQ 4.3 on.
+// Before that every way back counts: where a quorum queue has a limit (20 by default since 4.0,
+// that is 5 h of a park queue that stays full; each restart counts, too), its messages are dropped
+// or dead-lettered then, and a line warns before. So give the queue none (x-delivery-limit -1,
+// which [WithQueue] asks for by itself), or Queue.DeadLetter. A stop waits for the confirms of
+// copies under way, within its drain limit; what is not confirmed by then goes back to the queue.
 //
 // That connection is opened with the first failed message, to the same hosts with the same options,
 // and closed when no message has failed for a minute. A Consumer alone has its own and the
