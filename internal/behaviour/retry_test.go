@@ -184,7 +184,7 @@ func TestRetryQueueThatMayNotBeDeclaredIsTakenIfItIsThere(t *testing.T) {
 		err := <-r.Result
 		r.Result = nil
 		require.Error(r, err)
-		assert.Contains(r, err.Error(), `queue "orders.retry.1s" of WithRetry: it does not exist, and the user may not declare it: 403`)
+		assert.Contains(r, err.Error(), `queue "orders.retry.1s" of WithRetry: it does not exist, and the user lacks a permission that its declaration needs: 403`)
 	})
 }
 

@@ -148,7 +148,7 @@ func (a *Asking) Relax(e *Refused) bool {
 	case said.Code == amqp.AccessRefused && !passive && forms[last].passive:
 		a.next[name], a.refused[name] = last, e.Err
 	case said.Code == amqp.NotFound && passive && a.refused[name] != nil:
-		e.Err = fmt.Errorf("it does not exist, and the user may not declare it: %w", a.refused[name])
+		e.Err = fmt.Errorf("it does not exist, and the user lacks a permission that its declaration needs: %w", a.refused[name])
 		return false
 	case at == last:
 		return false
