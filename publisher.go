@@ -563,7 +563,8 @@ func (p *publisher) await(on *path, t *transfer, id string, confirmed *amqp.Defe
 		case <-confirmed.Done():
 			waiting = false
 		case <-limit.C:
-			if p.isBlocked() {
+			if away := p.isBlocked(); away != nil {
+				p.tellAway(t, away)
 				limit.Reset(patience)
 				continue
 			}
@@ -607,10 +608,14 @@ func confirmWait(setup time.Duration, unanswered int) time.Duration {
 	return 4 * setup << min(unanswered, 4)
 }
 
-func (p *publisher) isBlocked() bool {
+// isBlocked returns why the broker takes no messages now, nil while it does.
+func (p *publisher) isBlocked() *awayError {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.blocked != ""
+	if p.blocked == "" {
+		return nil
+	}
+	return p.blockedError()
 }
 
 // returnedError says that a copy could not be routed.

@@ -327,3 +327,19 @@ func TestStopWaitsForTheCopiesOfASessionThatTheBrokerHasCancelled(t *testing.T) 
 		assert.Zero(r, r.OpenConnections())
 	})
 }
+
+func TestAlarmThatOnlyCopiesUnderWayMeetIsTold(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(park, parking())
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(time.Second)
+		r.Broker.Blocked("low on disk")
+		r.Broker.Publish(rig.Queue, "2") // nobody knows of the alarm when its copy is sent
+		r.Wait(4 * time.Minute)
+		assert.Len(r, r.Warnings("low on disk"), 1)
+		assert.Zero(r, r.Consumer.Stats().GivenUp)
+		r.Broker.Unblocked()
+		r.Wait(time.Minute)
+		assert.Equal(r, uint64(2), r.Consumer.Stats().Parked)
+	})
+}

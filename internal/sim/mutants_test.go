@@ -1105,6 +1105,8 @@ var mutants = []mutant{
 		"\tif err != nil && !errors.Is(err, errNacked) {\n", "\tif errors.As(err, new(*returnedError)) {\n")),
 	inTest("TestStopWaitsForTheCopiesOfASessionThatTheBrokerHasCancelled", change("a stop does not wait for the copies of earlier sessions", "consumer.go",
 		"\t\ts.awaitRetired(limit.C)\n", "")),
+	inTest("TestAlarmThatOnlyCopiesUnderWayMeetIsTold", change("an alarm is not told while its copies are under way", "publisher.go",
+		"\t\t\t\tp.tellAway(t, away)\n\t\t\t\tlimit", "\t\t\t\tlimit")),
 	inTest("TestCopyThatHasFailedOftenWaitsForItsConfirmAsLongAsAnyOther", change("every failure lengthens the wait for a confirm", "publisher.go",
 		"p.from.config.setupTimeout, t.unanswered)", "p.from.config.setupTimeout, t.failures)")),
 	change("what waits is not refused when the path is away", "publisher.go",
