@@ -476,11 +476,12 @@ func (p *publisher) copy(ctx context.Context, on *path, t *transfer) {
 	p.number++
 	id := p.copies + strconv.FormatUint(p.number, 10)
 	frameMax := on.loan.amqp.Config.FrameSize
-	m := t.message(id, frameMax)
+	m, cut := t.message(id, frameMax)
 	if size := headerFrame(&m); frameMax > 0 && size > frameMax {
 		p.failed(t, &tooLargeError{size, frameMax})
 		return
 	}
+	t.tellCut(cut)
 	p.count(t, 1)
 	confirmed, err := on.channel.PublishWithDeferredConfirm("", t.to.Name, true, false, m)
 	if err != nil {

@@ -283,10 +283,11 @@ func transferWait(failures int) time.Duration {
 
 // message returns the copy: body and properties as they came, but for what would send further
 // copies, be refused or end it, and the headers that say what happened. What the library adds is
-// shortened so that the frame of the headers has no more than frameMax bytes, if it can be.
-func (t *transfer) message(id string, frameMax int) amqp.Publishing {
+// shortened so that the frame of the headers has no more than frameMax bytes, if it can be; cut is
+// which headers that concerns.
+func (t *transfer) message(id string, frameMax int) (p amqp.Publishing, cut []string) {
 	d := t.delivery.original()
-	p := amqp.Publishing{
+	p = amqp.Publishing{
 		Headers:         t.headers(id, d),
 		ContentType:     d.ContentType,
 		ContentEncoding: d.ContentEncoding,
@@ -300,8 +301,20 @@ func (t *transfer) message(id string, frameMax int) amqp.Publishing {
 		AppId:           d.AppId,
 		Body:            d.Body,
 	}
-	fit(&p, frameMax-brokerRoom)
-	return p
+	cut = fit(&p, frameMax-brokerRoom)
+	return p, cut
+}
+
+// tellCut warns of a copy that does not tell all, because the message's own headers fill the frame.
+func (t *transfer) tellCut(cut []string) {
+	if len(cut) == 0 {
+		return
+	}
+	if left, ok := t.session.notices.cut.allow(tellAgain); ok {
+		t.session.warn("the headers of a failed message leave no room in their frame (frame_max) for all that its copy is to tell, so that is shortened or left out",
+			slog.String("headers", strings.Join(cut, " ")), slog.String("to", t.to.Name),
+			messageID(t.delivery.original().MessageId), suppressed(left))
+	}
 }
 
 // brokerRoom is left free in the frame of the headers: a quorum queue counts deliveries in headers
@@ -345,16 +358,17 @@ func (t *transfer) headers(id string, d *amqp.Delivery) amqp.Table {
 const maxErrorText = 1024
 
 // fit shortens what the library has added until the frame of the headers has no more than most
-// bytes. What attempts are counted by stays.
-func fit(p *amqp.Publishing, most int) {
+// bytes, and returns which headers that concerns. What attempts are counted by stays.
+func fit(p *amqp.Publishing, most int) (cut []string) {
 	if most <= 0 { // no limit was agreed on
-		return
+		return nil
 	}
 	for _, name := range []string{errorHeader, errorTypeHeader, consumerHeader, hostHeader, timeHeader, exchangeHeader, routingKeyHeader} {
 		over := headerFrame(p) - most
 		if over <= 0 {
-			return
+			break
 		}
+		cut = append(cut, name)
 		text, _ := p.Headers[name].(string)
 		if left := len(text) - over; left > 0 && name == errorHeader {
 			p.Headers[name] = shorten(text, left)
@@ -362,6 +376,7 @@ func fit(p *amqp.Publishing, most int) {
 		}
 		delete(p.Headers, name)
 	}
+	return cut
 }
 
 // headerFrame returns the size of the frame of the headers (AMQP 0-9-1, 2.3.5.2 and 4.2.6.1).

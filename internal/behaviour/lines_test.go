@@ -537,6 +537,20 @@ var goldenRows = []goldenRow{
 		},
 	},
 	{
+		name:    "a failed message whose headers fill the frame",
+		message: "the headers of a failed message leave no room in their frame (frame_max) for all that its copy is to tell, so that is shortened or left out",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(park, l.option(), parking())
+			for range 2 {
+				r.Broker.PublishMessage(rig.Queue, steadymqtest.Message{ID: "m7", Headers: amqp.Table{"h": strings.Repeat("h", 130_700)}})
+			}
+			r.Wait(30 * time.Second)
+		},
+		want: []string{
+			"WARN steadymq: <message>; " + atFirst + "; String headers=steadymq-error steadymq-error-type steadymq-consumer steadymq-host; String to=orders.parked; String message_id=m7",
+		},
+	},
+	{
 		name:    "a message to be parked where there is no queue for that",
 		message: "a handler asks to park its message, and there is no queue for that, so the message is held and put back: name one by WithRetry",
 		provoke: func(r *rig.Rig, l *recorder) {

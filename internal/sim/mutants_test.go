@@ -1075,6 +1075,8 @@ var mutants = []mutant{
 		"exchangeHeader, routingKeyHeader} {", "exchangeHeader, routingKeyHeader, queueHeader} {")),
 	inTest("TestHeadersOfACopyLeaveRoomForThoseOfTheBroker", change("the headers of a copy fill the frame", "transfer.go",
 		"fit(&p, frameMax-brokerRoom)", "fit(&p, frameMax)")),
+	inTest("TestEveryLineOfTheLogIsAsItWas", change("nobody is told that a copy does not tell all", "publisher.go",
+		"\tt.tellCut(cut)\n", "_ = cut\n")),
 	inTest("TestHeadersWithoutRoomForThoseOfACopyHarmNoOtherMessage", change("a copy is sent in a frame that the broker does not take", "publisher.go",
 		"frameMax > 0 && size > frameMax {", "frameMax > 0 && size > 2*frameMax {")),
 	inTest("TestErrorThatAnswersDifferentlyEachTimeIsParkedLikeAnyOther", change("an error is asked twice what is inside", "transfer.go",
