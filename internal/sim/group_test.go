@@ -547,6 +547,9 @@ func (c *simConsumer) changedInGroup(x steadymq.StateChange) {
 	switch x.To {
 	case steadymq.Stopped:
 		c.run.ended, c.run.cause = now, x.Cause
+		if c.run.byItself {
+			g.ends(now) // the others are asked only now
+		}
 	case steadymq.Draining:
 		if c.run.asked >= 0 && g.run.culprit != nil {
 			return
@@ -556,7 +559,8 @@ func (c *simConsumer) changedInGroup(x steadymq.StateChange) {
 			c.gaveUp(c.run, x.Cause, now)
 		}
 		if c.run.asked < 0 {
-			g.ends(now)
+			c.run.byItself = true
+			c.asksItself(now)
 		}
 	}
 }
@@ -568,10 +572,15 @@ func (g *simGroup) ends(now time.Duration) {
 	}
 	for _, c := range g.s.consumers {
 		if c.running && c.run.asked < 0 {
-			c.run.asked, c.stopping = now, true
-			c.run.marks, c.run.troubles = g.s.disturbed.Load(), c.troubles
+			c.asksItself(now)
 		}
 	}
+}
+
+// asksItself notes that a consumer stops though nobody has asked it to.
+func (c *simConsumer) asksItself(now time.Duration) {
+	c.run.asked, c.stopping = now, true
+	c.run.marks, c.run.troubles = c.s.disturbed.Load(), c.troubles
 }
 
 // goneInGroup is I11: nobody loses a session without a fault, but for the two connections that the

@@ -891,6 +891,7 @@ func newSimPath(s *sim, p *simConsumerPlan) *simPath {
 // simRun is one Run.
 type simRun struct {
 	inFlight int
+	byItself bool // nobody has asked it to stop
 	sessions int  // that the Consumer says it had: of a consume-ok that is lost on the way it knows nothing
 	handled  bool // a handler was called, so there was one, whatever it says
 	start    time.Duration
@@ -1477,6 +1478,9 @@ func (c *simConsumer) stopped(run *simRun, err error, took time.Duration, inFlig
 	}
 	if x != nil && !x.record.Ended.IsZero() && x.record.Ended.Before(c.s.start.Add(run.asked)) {
 		return // it had moved before, and its connection may have been lost since then
+	}
+	if x != nil && !strings.HasSuffix(x.record.Tag, fmt.Sprint("-", run.sessions)) {
+		return // the stop came in the middle of its set-up
 	}
 	if err == nil && x != nil && x.record.Cause == "cancelled by the client" && x.outstanding > 0 && c.s.judge.streamOf(c) == nil {
 		j.note("I5", "%s stopped cleanly, but %d of its deliveries were not settled", p.name, x.outstanding)
