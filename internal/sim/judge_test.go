@@ -241,7 +241,7 @@ func (j *simJudge) settled(r steadymqtest.SettlementRecord) {
 		j.note("I3", "%v of a message that no handler had in that session: %+v", o, r)
 	case h.id != r.ID:
 		j.note("I3", "%v of message %s, its handler had %s: %+v", o, r.ID, h.id, r)
-	case r.Kind == steadymqtest.Nack:
+	case r.Kind == steadymqtest.Nack && h.move == nil:
 		j.note("I3", "handed back as never started, but a handler had it: %+v", r)
 	case h.move != nil && !j.movedWrongly(x, h.move, &r):
 	case h.allowed&(1<<o) == 0:

@@ -61,12 +61,12 @@ func (j *simJudge) follows(h *simHandling, act simAct, err error) (moves bool) {
 }
 
 // movedWrongly judges what came for a delivery whose copy had to be published first: an ack, or back to the
-// queue when its session has taken no more part. The copy itself is judged at the end.
+// queue, uncounted, when its session has taken no more part. The copy itself is judged at the end.
 func (j *simJudge) movedWrongly(x *simSession, m *simMove, r *steadymqtest.SettlementRecord) bool {
 	if r.Kind == steadymqtest.Ack {
 		return false
 	}
-	if !r.Requeue {
+	if !r.Requeue || r.Kind != steadymqtest.Nack { // a reject would count as one more failure of a handler
 		return true
 	}
 	if x.record.Ended.IsZero() && !x.consumer.stopping {
