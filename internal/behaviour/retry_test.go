@@ -306,6 +306,22 @@ func TestRetryThatCannotWorkIsRefused(t *testing.T) {
 	}
 }
 
+func TestBrokerDelaysWhatComesBackFromItsVersionOn(t *testing.T) {
+	for version, can := range map[[2]int]bool{{3, 13}: false, {4, 2}: false, {4, 3}: true, {4, 4}: true, {5, 0}: true} {
+		t.Run(fmt.Sprint(version), func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				r.Broker.DeleteQueue(rig.Queue)
+				q := steadymq.Queue{RetryMin: time.Second, RetryMax: time.Minute}
+				r.Consuming(func(context.Context, *steadymq.Delivery) error { return errPoison }, steadymq.WithQueue(q))
+				r.Broker.Publish(rig.Queue, "1")
+				r.Wait(100 * time.Millisecond)
+				assert.Equal(r, can, len(r.Warnings("cannot delay")) == 0)
+				assert.Equal(r, !can, r.Consumer.Stats().Held == 1)
+			}, steadymqtest.WithVersion(version[0], version[1]))
+		})
+	}
+}
+
 func delaysOf(n int) []time.Duration {
 	delays := make([]time.Duration, n)
 	for i := range delays {
