@@ -401,6 +401,9 @@ func (f simFault) healed(p *simPlan, c *simConsumerPlan) time.Duration {
 	}
 	if k.escape != nil && f.host >= 0 && p.hosts > 1 && !p.urlFunc && !c.balanced {
 		noticed, pace = f.at+f.detect(c)+k.escape(c), paceNow
+		if c.others > 0 && k.pace == paceHang { // it leaves a connection that others share after a second one
+			noticed += 2 * c.slowest()
+		}
 	}
 	if p.owns(c) && k.lingers { // the broker buries the old connection first
 		noticed = max(noticed, f.at+3*c.heartbeat+time.Second)
