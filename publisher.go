@@ -564,7 +564,7 @@ func (p *publisher) await(on *path, t *transfer, id string, confirmed *amqp.Defe
 		case <-confirmed.Done():
 			waiting = false
 		case <-limit.C:
-			if away := p.isBlocked(); away != nil {
+			if away := p.refusal(); away != nil {
 				p.tellAway(t, away)
 				limit.Reset(patience)
 				continue
@@ -579,10 +579,10 @@ func (p *publisher) await(on *path, t *transfer, id string, confirmed *amqp.Defe
 	err := on.outcome(id, confirmed)
 	p.count(t, -1)
 	p.look()
-	if err != nil && !errors.Is(err, errNacked) {
-		p.missing(t.to)
-	}
 	if err != nil {
+		if !errors.Is(err, errNacked) {
+			p.missing(t.to)
+		}
 		t.alone = closesChannel(err)
 		t.failed(err)
 		return
@@ -609,8 +609,8 @@ func confirmWait(setup time.Duration, unanswered int) time.Duration {
 	return 4 * setup << min(unanswered, 4)
 }
 
-// isBlocked returns why the broker takes no messages now, nil while it does.
-func (p *publisher) isBlocked() *awayError {
+// refusal returns why the broker takes no messages now, nil while it does.
+func (p *publisher) refusal() *awayError {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.blocked == "" {

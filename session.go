@@ -657,8 +657,8 @@ func (s *session) source() (queue, host string) { return s.queue, s.conn.host }
 
 // settle implements settler: it puts one settlement on the wire of this session's channel, or none
 // if the session is over. A failed message is sent as a reject, which counts towards a quorum
-// queue's delivery limit; one whose copy could not be sent as a nack, which does not from RabbitMQ 4.3
-// on.
+// queue's delivery limit; one whose copy could not be sent as a nack, which from RabbitMQ 4.3 on does
+// not.
 func (s *session) settle(d *Delivery, o Outcome) error {
 	if s.closed.Load() {
 		s.stats.stale.Add(1)
