@@ -437,6 +437,10 @@ func (s *supervisor) consuming() stateFunc {
 				from.proven = time.After(lookAgain)
 				continue
 			}
+		case signRetiring:
+			if s.staysBusy(&from) {
+				continue
+			}
 		case signStop:
 			s.recordHealth(s.session)
 			return s.draining
@@ -473,6 +477,22 @@ func (s *supervisor) comesBack() bool {
 	}
 	s.reporter.info("the consumer has been healthy on a connection of its own, so it shares one again",
 		slog.String("queue", s.session.queue), slog.String("host", s.host))
+	return true
+}
+
+// mostLooks is how often a busy session of a stream is looked at, lookAgain apart, before it has to
+// leave a connection that is to go.
+const mostLooks = 12
+
+// staysBusy lets the session of a stream stay on a connection that is to go while its handlers are
+// at work: to move, all its workers would have to wait for the slowest one. A stream that is busy
+// all the time moves in the end.
+func (s *supervisor) staysBusy(from *signals) bool {
+	if !s.session.movesLate() || from.looks == mostLooks {
+		return false
+	}
+	from.looks++
+	from.retiring, from.later = nil, time.After(lookAgain)
 	return true
 }
 

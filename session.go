@@ -332,7 +332,9 @@ const (
 // signals are those that concern a session and do not come from it.
 type signals struct {
 	stop, retiring <-chan struct{}
+	later          <-chan time.Time // in place of retiring, for a session that has stayed
 	proven         <-chan time.Time
+	looks          int // how often the session has stayed
 }
 
 // consume waits for the next sign. The driver promises no order among its signs.
@@ -352,6 +354,8 @@ func (s *session) consume(from signals) sign {
 	case <-from.stop:
 		return signStop
 	case <-from.retiring:
+		return signRetiring
+	case <-from.later:
 		return signRetiring
 	case <-from.proven:
 		return signProven

@@ -1083,6 +1083,10 @@ var mutants = []mutant{
 		"if all := joined.Unwrap(); len(all) > 0 {", "if all := joined.Unwrap(); len(joined.Unwrap()) > 0 {")),
 	inTest("TestCopiesThatMayNotBePublishedKeepTheirConnection", change("a refused copy costs the connection of copies", "publisher.go",
 		"\t\t\tp.rest(ctx)\n", "")),
+	inTest("TestBusyStreamStaysOnAConnectionThatIsToGo", change("a busy stream leaves at once a connection that is to go", "consumer.go",
+		"if !s.session.movesLate() || from.looks == mostLooks {", "if s.session.movesLate() || from.looks == mostLooks {")),
+	inTest("TestStreamMovesWithoutADuplicate", change("a busy stream never leaves a connection that is to go", "consumer.go",
+		"if !s.session.movesLate() || from.looks == mostLooks {", "if !s.session.movesLate() {")),
 	inTest("TestStreamMovesWithoutADuplicate", change("a stream moves under its handlers", "session.go",
 		"\tif s.stream == nil || !errors.Is(cause, errMoved) {\n", "\t{\n")),
 
