@@ -117,19 +117,29 @@ func (p *pool) work() {
 // handleAll handles the deliveries of s until there are no more.
 func (p *pool) handleAll(s *session) {
 	for {
-		d, ok := s.inbox.take()
+		d, ok := p.take(s)
 		if !ok {
 			return
 		}
-		// What was delivered before the session ended is still in the inbox.
-		if p.ctx.Err() != nil || !s.gate.enter() {
-			s.unstarted(d)
-			return
-		}
-		d.init(s.settler)
-		s.began(d)
 		p.handle(s, d)
 	}
+}
+
+// take waits for a delivery of s that a handler may start with. It returns false once there is none
+// any more.
+func (p *pool) take(s *session) (*Delivery, bool) {
+	d, ok := s.inbox.take()
+	if !ok {
+		return nil, false
+	}
+	// What was delivered before the session ended is still in the inbox.
+	if p.ctx.Err() != nil || !s.gate.enter() {
+		s.unstarted(d)
+		return nil, false
+	}
+	d.init(s.settler)
+	s.began(d)
+	return d, true
 }
 
 // handle runs the handler for d and settles d by its error.
