@@ -350,3 +350,36 @@ func TestQuestionOfALostSessionLeavesTheNextOneAlone(t *testing.T) {
 		assert.Equal(r, steadymq.Consuming, r.Consumer.State())
 	})
 }
+
+// The detectors of a group look at the same moments. A connection for each question would be a herd.
+func TestQuestionsToAnotherHostShareAConnection(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 10, steadymq.WithStallDetector(10*time.Second)).start()
+		own := len(r.Broker.Ledger().Dials)
+		r.Wait(15 * time.Second)
+		asked := len(r.Broker.Ledger().Dials) - own
+		assert.Positive(t, asked, "they have asked")
+		assert.LessOrEqual(t, asked, 2, "dials to the two other hosts")
+		assert.Equal(t, own, r.OpenConnections(), "nothing is left of the questions")
+		require.NoError(t, p.stop())
+	}, steadymqtest.WithHosts(3))
+}
+
+func TestQuestionThatAnotherHostDoesNotAnswerLeavesNothingBehind(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consuming(rig.Ack, steadymq.WithStallDetector(10*time.Second))
+		for i := range 3 {
+			if i != r.HostInUse() {
+				r.Broker.Host(i).HangAt(steadymqtest.StageDeclare, true)
+			}
+		}
+		r.Wait(12 * time.Second)
+		require.Equal(r, 2, r.OpenConnections(), "it asks")
+		for i := range 3 {
+			r.Broker.Host(i).HangAt(steadymqtest.StageDeclare, false)
+		}
+		r.Wait(15 * time.Second)
+		assert.Equal(r, 1, r.OpenConnections(), "open connections")
+		assert.Empty(r, r.Causes())
+	}, steadymqtest.WithHosts(3))
+}
