@@ -463,10 +463,15 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 // ones. New refuses it on streams, as far as the options say that the queue is one (on another it
 // would append failed messages to the stream), on exclusive and auto-delete queues and on those that
 // the broker names; [Retry] says the ranges. Default: none, a failed message is held and put back, see [WithRequeueDelay].
+// For one queue of a Group whose others have a policy, WithRetry(Retry{}) given to [Group.Handle] is
+// none, too.
 func WithRetry(r Retry) Option {
 	return func(c *config) {
 		r.Delays = slices.Clone(r.Delays)
 		c.retry = &r
+		if c.by == "Handle" && r.Attempts == 0 && r.Delays == nil && r.Park == "" {
+			c.retry = nil
+		}
 	}
 }
 

@@ -745,3 +745,19 @@ func TestCopiesThatMayNotBePublishedKeepTheirConnection(t *testing.T) {
 		assert.Equal(r, 1, r.OpenConnections(), "an idle publisher has none")
 	})
 }
+
+func TestPolicyOfAGroupIsSwitchedOffForOneQueue(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		fail := func(context.Context, *steadymq.Delivery) error { return errors.New("never") }
+		p := grouped(r, 0, parking())
+		p.add(fail)
+		off := p.add(fail, steadymq.WithRetry(steadymq.Retry{}))
+		p.start()
+		r.Broker.Publish(p.name(0), "x")
+		r.Broker.Publish(p.name(1), "x")
+		r.Wait(100 * time.Millisecond)
+		assert.EqualValues(t, 1, p.consumers[0].Stats().Parked)
+		assert.Equal(t, 1, off.Stats().Held, "it is held, as without a policy")
+		require.NoError(t, p.stop())
+	})
+}

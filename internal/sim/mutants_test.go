@@ -1087,6 +1087,8 @@ var mutants = []mutant{
 		"defer context.AfterFunc(ctx, func() { c.socket.Kill(causeOf(ctx)) })()", "context.AfterFunc(ctx, func() { c.socket.Kill(causeOf(ctx)) })()")),
 	inTest("TestQuestionsToAnotherHostShareAConnection", change("every question to another host dials", "connections.go",
 		"defer context.AfterFunc(ctx, func() { c.socket.Kill(causeOf(ctx)) })()", "context.AfterFunc(ctx, func() { c.socket.Kill(causeOf(ctx)) })")),
+	inTest("TestPolicyOfAGroupIsSwitchedOffForOneQueue", change("the policy of a group cannot be switched off for one queue", "options.go",
+		"\t\t\tc.retry = nil\n", "")),
 	inTest("TestBusyStreamStaysOnAConnectionThatIsToGo", change("a busy stream leaves at once a connection that is to go", "consumer.go",
 		"if !s.session.movesLate() || from.looks == mostLooks {", "if s.session.movesLate() || from.looks == mostLooks {")),
 	inTest("TestStreamMovesWithoutADuplicate", change("a busy stream never leaves a connection that is to go", "consumer.go",
