@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"math"
 	"strings"
+	"sync/atomic"
 )
 
 // Channel is one channel of the driver, as the wire sees it: it can be given up by itself, where a
@@ -49,6 +50,7 @@ func (s *Socket) ClaimChannel(ctx context.Context) (*Channel, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.channels.claim = c
+	o.channels.opening.Add(1)
 	return c, nil
 }
 
@@ -150,6 +152,8 @@ type channels struct {
 
 	fromWire []byte // frames to the broker that wait for the end of a frame of the driver
 	toDriver []byte // frames that the driver is to get from the wire
+
+	opening atomic.Int32 // how many are claimed, or not opened by the broker yet
 }
 
 // number is what is known of a number of a channel. Two things of a channel have to end, in any
@@ -160,6 +164,7 @@ type number struct {
 	closing bool     // the driver itself has written channel.close
 	left    int64    // of the body of a message that the driver is writing; headerToCome before it
 	closed  bool     // by the broker; the driver's channel.close-ok is to come
+	opening bool     // the broker's channel.open-ok is to come
 
 	givenUp  bool
 	muted    bool   // what the driver writes goes nowhere, up to its channel.close-ok
@@ -182,6 +187,7 @@ func (all *channels) init() {
 // claimed ends the claim.
 func (all *channels) claimed() {
 	all.claim = nil
+	all.opening.Add(-1)
 	<-all.turn // it is there: whoever claims has put it there
 }
 
@@ -217,7 +223,9 @@ func (all *channels) learn(p []byte) (pass bool) {
 func (all *channels) opens(channel uint16) (pass bool) {
 	n := &number{}
 	if before := all.numbers[channel]; before != nil {
-		before.end()
+		// A stray reply may have ended the driver's wait for the close-ok, which is to come.
+		before.awaited = before.awaited || before.closing && before.channel != nil
+		all.end(before)
 		n.awaited, n.answered, n.givenUp, n.late = before.awaited, before.answered, before.givenUp, before.late
 	}
 	c := all.claim
@@ -239,7 +247,8 @@ func (all *channels) opens(channel uint16) (pass bool) {
 			n.declares = &declares{of: c.queues}
 		}
 	}
-	n.held = n.awaited
+	n.held, n.opening = n.awaited, true
+	all.opening.Add(1)
 	all.numbers[channel] = n
 	all.forget(channel, n)
 	return !n.held
@@ -282,11 +291,41 @@ func (all *channels) forget(channel uint16, n *number) {
 }
 
 // end marks the channel that lives as ended.
-func (n *number) end() {
+func (all *channels) end(n *number) {
+	all.isOpen(n)
 	if n.channel != nil {
 		n.channel.state = channelOver
 		n.channel = nil
 	}
+}
+
+// isOpen notes that no channel.open-ok is to come.
+func (all *channels) isOpen(n *number) {
+	if n.opening {
+		n.opening = false
+		all.opening.Add(-1)
+	}
+}
+
+// opened takes a method of the broker that the driver is to get. It returns false if the channel is
+// not open, and one is being opened that may have its number: the driver forgets a channel whose open
+// is answered with something else, without closing it, and its reader would wait for ever for somebody
+// to take the next answer.
+func (o *outbound) opened(channel uint16, method uint32) bool {
+	if method == 0 || channel == 0 || o.channels.opening.Load() == 0 || endsChannel(method) {
+		return true
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := o.channels.numbers[channel]
+	switch {
+	case n == nil:
+		return o.channels.claim == nil
+	case n.opening:
+		o.channels.isOpen(n)
+		return method == channelOpenOk
+	}
+	return true
 }
 
 // follow counts what is still to come of a message that the driver writes.
@@ -312,7 +351,7 @@ func (o *outbound) giveUp(c *Channel, m closeMethod) bool {
 		return true
 	}
 	n := all.numbers[c.number]
-	n.end()
+	all.end(n)
 	n.muted = true
 	frame := m.frame(c.number)
 	all.toDriver = append(all.toDriver, frame...)
@@ -366,7 +405,7 @@ func (o *outbound) takeEnd(channel uint16, method uint32) (kept, written bool) {
 	case n.muted, n.closed && method == channelClose:
 		return true, false
 	}
-	n.end()
+	all.end(n)
 	n.closed = method == channelClose
 	if n.closed && n.closing {
 		// Both have closed it, and the broker answers the driver, too: nobody waits for that.

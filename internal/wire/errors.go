@@ -31,6 +31,7 @@ var (
 	errSize       = errors.New("a size is negative")
 	errEnd        = errors.New("no end of the frame where it should be")
 	errBodySize   = errors.New("a body longer than announced")
+	errNotOpen    = errors.New("an answer on a channel that is not open yet")
 	errHeaderSize = fmt.Errorf("its headers are larger than %d bytes", maxHeader)
 )
 

@@ -25,6 +25,7 @@ const (
 	connectionClose   = 10<<16 | 50
 	connectionCloseOk = 10<<16 | 51
 	channelOpen       = 20<<16 | 10
+	channelOpenOk     = 20<<16 | 11
 	channelClose      = 20<<16 | 40
 	channelCloseOk    = 20<<16 | 41
 	queueDeclare      = 50<<16 | 10

@@ -306,12 +306,19 @@ func readMethod(r io.Reader) (uint32, error) {
 // open opens the driver on s against broker.
 func open(t *testing.T, s *Socket, far net.Conn) *amqp.Connection {
 	t.Helper()
+	return openWith(t, s, far, 0)
+}
+
+// openWith lets the driver use so many channels at a time, 0 for as many as it likes.
+func openWith(t *testing.T, s *Socket, far net.Conn, channelMax uint16) *amqp.Connection {
+	t.Helper()
 	played := make(chan error, 1)
 	go func() { played <- broker(far) }()
 	conn, err := amqp.Open(s, amqp.Config{
-		SASL:      []amqp.Authentication{&amqp.PlainAuth{Username: "guest", Password: "guest"}},
-		Vhost:     "/",
-		Heartbeat: 10 * time.Second,
+		SASL:       []amqp.Authentication{&amqp.PlainAuth{Username: "guest", Password: "guest"}},
+		Vhost:      "/",
+		ChannelMax: channelMax,
+		Heartbeat:  10 * time.Second,
 	})
 	require.NoError(t, err)
 	require.NoError(t, <-played)

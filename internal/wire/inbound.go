@@ -320,6 +320,9 @@ func (in *inbound) leaveToDriver(b []byte, whole uint64) (complete bool, err err
 	if !in.answers(b, whole, false) {
 		return false, nil
 	}
+	if !in.socket.out.opened(binary.BigEndian.Uint16(b[1:]), methodID(b)) {
+		return false, garbled(errNotOpen)
+	}
 	if id := methodID(b); endsChannel(id) && whole <= FrameSize {
 		channel := binary.BigEndian.Uint16(b[1:])
 		if in.socket.out.ends(channel, id) { // it was given up this very moment

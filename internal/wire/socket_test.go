@@ -57,6 +57,70 @@ func TestParkedReaderIsNoticed(t *testing.T) {
 	})
 }
 
+// The driver forgets a channel whose open is answered with something else, without closing it, so
+// its reader could wait for ever for somebody to take the answer that comes next.
+func TestAnswerOnAChannelThatIsNotOpenEndsTheSocket(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		conn := open(t, s, far)
+		claim, err := s.ClaimChannel(t.Context())
+		require.NoError(t, err)
+		defer claim.Release()
+		began := time.Now()
+		go func() {
+			_, _ = far.Read(make([]byte, 64))                                                 // channel.open
+			_, _ = far.Write(append(methodOf(1, 60, 11), methodOf(1, 20, 11, 0, 0, 0, 0)...)) // qos-ok, open-ok
+			_, _ = io.Copy(io.Discard, far)
+		}()
+
+		_, err = conn.Channel()
+
+		require.Error(t, err)
+		assert.Less(t, time.Since(began), time.Second)
+		assert.ErrorContains(t, s.Cause(), "a channel that is not open yet")
+		s.Wait()
+	})
+}
+
+// After a stray reply to its close the driver uses the number again, before the broker has confirmed
+// the close. It would take that for the answer to its open.
+func TestNumberOfAChannelWaitsForTheCloseOkBehindAStrayReply(t *testing.T) { // seed 6808
+	inBubble(t, func(t *testing.T) {
+		s, _, far := pipe(t, socketLimits)
+		conn := openWith(t, s, far, 1)
+		openOk := methodOf(1, 20, 11, 0, 0, 0, 0)
+		go func() {
+			frame := make([]byte, 64)
+			_, _ = far.Read(frame) // channel.open
+			_, _ = far.Write(openOk)
+			_, _ = far.Read(frame)                // channel.close
+			_, _ = far.Write(methodOf(1, 60, 11)) // qos-ok
+			time.Sleep(time.Second)
+			_, _ = far.Write(methodOf(1, 20, 41)) // close-ok
+			_, _ = far.Read(frame)                // channel.open
+			_, _ = far.Write(openOk)
+			_, _ = io.Copy(io.Discard, far)
+		}()
+		began := time.Now()
+		claim, err := s.ClaimChannel(t.Context())
+		require.NoError(t, err)
+		channel, err := conn.Channel()
+		require.NoError(t, err)
+		claim.Release()
+		require.Error(t, channel.Close())
+		claim, err = s.ClaimChannel(t.Context())
+		require.NoError(t, err)
+		_, err = conn.Channel()
+		require.NoError(t, err)
+		claim.Release()
+
+		assert.Equal(t, time.Second, time.Since(began))
+		require.NoError(t, s.Cause())
+		s.Kill(io.EOF)
+		s.Wait()
+	})
+}
+
 func TestWatchdogIsFedByWhatTheDriverReads(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		s, _, far := pipe(t, socketLimits)
