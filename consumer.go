@@ -765,9 +765,9 @@ func (s *supervisor) blameless(kind class) bool {
 // dropConnection closes the connection, or leaves it to others without the consumer's queues. The close waits until the handlers of a session that the
 // broker has cancelled have settled on it, for the drain limit at most.
 func (s *supervisor) dropConnection() {
-	if names := s.left(); len(names) > 0 {
+	if names := s.left(); names.any() {
 		ctx, cancel := s.conn.socket.WithSilence(context.WithoutCancel(s.ctx), s.config.closeTimeout, errCloseTimeout)
-		s.closing = append(s.closing, closer{done: s.conn.deleteQueues(ctx, cancel, names, s.isMine)})
+		s.closing = append(s.closing, closer{done: s.conn.deleteQueues(ctx, cancel, names, s.config)})
 	}
 	s.closeConnection(closeRequest{grace: s.config.drainTimeout + s.config.closeTimeout, limit: s.config.closeTimeout})
 	s.forgetClosed()
@@ -965,11 +965,7 @@ func (s *supervisor) replacedForOrphan(err error) bool {
 // owns reports whether a queue would end with the connection that has been consumed from: WithQueue
 // has declared it, or, where others share the connection, a TopologyFunc.
 func (s *supervisor) owns() bool {
-	return s.conn != nil && s.conn.served && (s.declaresOwned() || s.consumer.grouped && s.conn.queues.Any())
-}
-
-func (s *supervisor) declaresOwned() bool {
-	return s.config.declare != nil && s.config.declare.Exclusive
+	return s.conn != nil && s.conn.served && (s.config.declaresOwned() || s.consumer.grouped && s.conn.queues.Any())
 }
 
 // usable reports whether the next session may be opened on the connection. One that is to go
@@ -990,22 +986,22 @@ func (s *supervisor) isolate() {
 // left returns the queues that the consumer has declared on its connection, if that lives on without
 // it. They would end with the connection, and stay bound and unread there, and locked for their own
 // consumer.
-func (s *supervisor) left() []string {
+func (s *supervisor) left() (queues leftQueues) {
 	if s.conn == nil || !s.consumer.grouped || !s.conn.stands() || !s.borrower.outlived(s.conn) {
-		return nil
+		return queues
 	}
-	return s.conn.queues.Names()
+	queues.certain = s.conn.queues.Names()
+	if s.conn.asked.Load() && !slices.Contains(queues.certain, s.config.queue) {
+		queues.doubtful = s.config.queue
+	}
+	return queues
 }
-
-// isMine reports whether a queue of the consumer's connection is known to be the consumer's alone: it
-// is that of WithQueue, or the broker has named it.
-func (s *supervisor) isMine(queue string) bool { return s.declaresOwned() || namedByBroker(queue) }
 
 // leaveQueuesAtLast deletes what the last session has left behind, within the limit of the stop. If
 // its own channel had no answer in time nothing is left of that limit, and nobody waits.
 func (s *supervisor) leaveQueuesAtLast(limit time.Duration) {
 	names := s.left()
-	if len(names) == 0 {
+	if !names.any() {
 		return
 	}
 	waits := s.session == nil || s.session.drainErr == nil
@@ -1013,7 +1009,7 @@ func (s *supervisor) leaveQueuesAtLast(limit time.Duration) {
 		limit = s.config.closeTimeout
 	}
 	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(s.ctx), limit, errCloseTimeout)
-	if done := s.conn.deleteQueues(ctx, cancel, names, s.isMine); waits {
+	if done := s.conn.deleteQueues(ctx, cancel, names, s.config); waits {
 		s.closing = append(s.closing, closer{done: done})
 	}
 }

@@ -25,6 +25,7 @@ type loan struct {
 	served           bool         // it has had a session; only the supervisor uses it
 	queue            atomic.Value // string: of its sessions, "" before it has a name; tries write, the supervisor reads
 	topologyFailures atomic.Int32 // failures of a TopologyFunc; as queue
+	asked            atomic.Bool  // WithQueue's queue was declared, whatever became of that; as queue
 
 	// queues live as long as the connection: this consumer has declared them there.
 	queues *wire.Queues
@@ -85,48 +86,114 @@ func (l *loan) tooManyTopologyFailures() bool {
 
 // keepNoOrphans lets a queue go that the broker has named too late for its try, while others live on
 // the connection: nobody would know of it.
-func (l *loan) keepNoOrphans(ctx context.Context) {
+func (l *loan) keepNoOrphans(ctx context.Context, of *config) {
 	ctx = context.WithoutCancel(ctx)
 	l.queues.OnOrphan(func(name string) {
 		go func() {
 			limited, cancel := l.socket.WithSilence(ctx, l.closeTimeout, errCloseTimeout)
-			<-l.deleteQueues(limited, cancel, []string{name}, namedByBroker)
+			<-l.deleteQueues(limited, cancel, leftQueues{certain: []string{name}}, of)
 		}()
 	})
 }
 
 // deleteQueues deletes queues of a loan that live as long as the connection, which lives on without
 // who has declared them: they would be bound and unread there, and locked. One that is not known to
-// be mine is deleted only if nobody consumes from it. Where that fails, or is not answered within
-// ctx, the connection is replaced. cancel ends ctx.
-func (l *loan) deleteQueues(ctx context.Context, cancel context.CancelFunc, names []string, mine func(string) bool) (done chan struct{}) {
-	c := l.connection
-	lease, done := c.lend(), make(chan struct{})
-	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
+// belong to the consumer alone is deleted only if nobody consumes from it. Where that fails, or is not answered within
+// ctx, the connection is replaced. A queue of another consumer may keep it for long even so, hence
+// the delete is tried again as long as it stands. cancel ends ctx; done is closed after the first
+// try.
+func (c *connection) deleteQueues(ctx context.Context, cancel context.CancelFunc, names leftQueues, of *config) (done chan struct{}) {
+	done = make(chan struct{})
+	lease := c.lend()
 	go func() {
 		defer close(done)
-		defer cancel()
-		for _, name := range names {
-			if err := deleteQueue(ctx, c, name, !mine(name), lease.use); err != nil {
-				c.replace(cmp.Or(causeOf(ctx), err))
-				break
-			}
+		left := c.tryDelete(ctx, lease, names, of)
+		cancel()
+		if left.any() {
+			go c.deleteLater(context.WithoutCancel(ctx), left, of)
 		}
-		unguard()
-		lease.giveBack()
 	}()
 	return done
 }
 
-func deleteQueue(ctx context.Context, c *connection, name string, unused bool, use func(*wire.Channel)) error {
+// mostDeletes is how often the delete of a queue is tried again: a refusal may be final, as that of
+// a queue that somebody consumes from.
+const mostDeletes = 10
+
+// deleteLater deletes queues on a connection that cannot be replaced yet.
+func (c *connection) deleteLater(ctx context.Context, names leftQueues, of *config) {
+	wait := time.Second
+	for range mostDeletes {
+		select {
+		case <-c.end.Done():
+			return
+		case <-time.After(wait):
+		}
+		limited, cancel := c.socket.WithSilence(ctx, c.closeTimeout, errCloseTimeout)
+		names = c.tryDelete(limited, c.lend(), names, of)
+		cancel()
+		if !names.any() {
+			return
+		}
+		wait = min(2*wait, operatorCap)
+	}
+}
+
+// tryDelete returns those that are left.
+func (c *connection) tryDelete(ctx context.Context, lease *lease, names leftQueues, of *config) (left leftQueues) {
+	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
+	defer lease.giveBack()
+	defer unguard()
+	for names.any() {
+		name, doubtful, rest := names.next()
+		if err := deleteQueue(ctx, c, name, doubtful, of, lease.use); err != nil {
+			c.replace(cmp.Or(causeOf(ctx), err))
+			break
+		}
+		names = rest
+	}
+	return names
+}
+
+// leftQueues are those that a consumer leaves on a connection.
+type leftQueues struct {
+	certain  []string
+	doubtful string // WithQueue's, if the answer to its declare is lost; else ""
+}
+
+func (l leftQueues) any() bool { return len(l.certain) > 0 || l.doubtful != "" }
+
+func (l leftQueues) next() (name string, doubtful bool, rest leftQueues) {
+	if len(l.certain) > 0 {
+		return l.certain[0], false, leftQueues{l.certain[1:], l.doubtful}
+	}
+	return l.doubtful, true, leftQueues{}
+}
+
+func deleteQueue(ctx context.Context, c *connection, name string, doubtful bool, of *config, use func(*wire.Channel)) error {
 	channel, err := c.openChannel(ctx, use, nil)
 	if err != nil {
 		return err
 	}
-	if _, err = channel.QueueDelete(name, unused, false, false); err == nil {
+	if doubtful { // only a declare tells that it is this connection's
+		_, err = of.declareExclusive(channel)
+		if isOthers(err) {
+			return nil
+		}
+	}
+	if err == nil {
+		_, err = channel.QueueDelete(name, !of.isAlone(name), false, false)
+	}
+	if err == nil {
 		_ = channel.Close() // the end of ctx ends that, too
 	}
 	return err
+}
+
+// isOthers reports whether the broker says that a queue is locked by another connection.
+func isOthers(err error) bool {
+	var said *amqp.Error
+	return errors.As(err, &said) && said.Server && said.Code == amqp.ResourceLocked
 }
 
 // turns let at most so many consumers be set up at the same time on a connection, because a slow

@@ -128,7 +128,7 @@ func openSession(ctx context.Context, c *loan, of *scope, id, try uint64, tag st
 	lease := c.lend()
 	unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })
 	if of.grouped {
-		c.keepNoOrphans(ctx)
+		c.keepNoOrphans(ctx, of.config)
 	}
 
 	t := declaration{limit: firstLimit(c.connection, of.config.declare), owned: c.owned(of.config)}

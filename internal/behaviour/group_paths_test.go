@@ -631,6 +631,50 @@ func TestQueueThatIsLeftOnABusyConnectionDisturbsNobody(t *testing.T) {
 	})
 }
 
+// The connection lives on for another exclusive queue, and the first try to delete fails.
+func TestQueueThatIsLeftBehindIsDeletedLater(t *testing.T) { // seed 3940
+	rig.Bubble(t, func(r *rig.Rig) {
+		p := grouped(r, 0)
+		pinned, err := p.group.Handle("pinned", rig.Ack, exclusive)
+		require.NoError(t, err)
+		p.start()
+		r.Broker.RefuseConsume(406, "not now")
+		c, err := p.group.Handle("mine", rig.Ack, exclusive, steadymq.WithFatal(func(error) bool { return false }))
+		require.NoError(t, err)
+		r.Wait(1500 * time.Millisecond) // it has been declared
+		require.Contains(t, r.Broker.Queues(), "mine")
+		r.Broker.SetPermissions("app", "^$", ".*", ".*")
+		r.Wait(10 * time.Second)
+		require.Equal(t, 1, p.group.Stats().Isolated)
+		r.Broker.Heal()
+		r.Broker.SetPermissions("app", ".*", ".*", ".*")
+		r.Wait(time.Minute)
+		assert.Equal(t, steadymq.Consuming, c.State())
+		assert.EqualValues(t, 1, pinned.Stats().Sessions, "it is not disturbed")
+		require.NoError(t, p.stop())
+	})
+}
+
+func TestQueueThatIsLockedElsewhereIsLeftAlone(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		owner := grouped(r, 0)
+		_, err := owner.group.Handle("mine", rig.Ack, exclusive)
+		require.NoError(t, err)
+		owner.start()
+		p := grouped(r, 2).start()
+		c, err := p.group.Handle("mine", rig.Ack, exclusive)
+		require.NoError(t, err)
+		r.Wait(5 * time.Second)
+		require.NoError(t, c.Stop(r.Context()))
+		r.Wait(time.Minute)
+		for _, other := range p.consumers {
+			assert.EqualValues(t, 1, other.Stats().Sessions, "it is not disturbed")
+		}
+		require.NoError(t, p.stop())
+		require.NoError(t, owner.stop())
+	})
+}
+
 // A broker that has just started says for a while that it cannot reach its queues.
 func TestQueuesThatCannotBeReachedKeepNoConsumerApart(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {

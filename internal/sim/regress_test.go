@@ -48,9 +48,12 @@ func TestSeedsThatFoundFaults(t *testing.T) {
 		1942: "a copy whose return cannot be read is sent again and again",
 		2551: "a consumer waits for a channel that the broker does not let go",
 		3157: "a set-up waits for the close of a channel that it has used up",
+		3940: "an exclusive queue stays behind, locked, where its delete has failed or its declare was not answered",
 		3971: "a consumer waits for a channel that the broker does not let go, after a restart",
 		4242: "a copy that has failed often waits a quarter of an hour for a confirm that is lost",
 		5019: "a copy whose return cannot be read is sent again and again, in a Group",
+		5175: "a stream leaves a connection that is to go under its busy handlers",
+		6808: "an answer to the close of a channel is taken for one to the open of the next, and a reader is left",
 		9206: "a stop does not wait for the copies of sessions that the broker has cancelled",
 	} {
 		t.Run(found, func(t *testing.T) {
