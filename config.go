@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -248,6 +249,21 @@ func (c *config) takeQueue(q *Queue) *Queue {
 		own.DeadLetter = &dead
 	}
 	return &own
+}
+
+func (q *Queue) args() amqp.Table {
+	args := maps.Clone(q.Args)
+	args["x-queue-type"] = q.Type
+	return args
+}
+
+// declaresOwned reports whether WithQueue declares a queue that ends with its connection.
+func (c *config) declaresOwned() bool { return c.declare != nil && c.declare.Exclusive }
+
+// declareExclusive declares WithQueue's exclusive queue.
+func (c *config) declareExclusive(channel *amqp.Channel) (amqp.Queue, error) {
+	q := c.declare
+	return channel.QueueDeclare(c.queue, !q.Transient, q.AutoDelete, true, false, q.args())
 }
 
 func (c *config) refuse(option, format string, args ...any) {

@@ -182,13 +182,17 @@ func deleteQueue(ctx context.Context, c *connection, name string, doubtful bool,
 		}
 	}
 	if err == nil {
-		_, err = channel.QueueDelete(name, !of.isAlone(name), false, false)
+		_, err = channel.QueueDelete(name, !isAlone(of, name), false, false)
 	}
 	if err == nil {
 		_ = channel.Close() // the end of ctx ends that, too
 	}
 	return err
 }
+
+// isAlone reports whether a queue of the consumer's connection is known to be the consumer's alone: it
+// is that of WithQueue, or the broker has named it.
+func isAlone(of *config, queue string) bool { return of.declaresOwned() || namedByBroker(queue) }
 
 // isOthers reports whether the broker says that a queue is locked by another connection.
 func isOthers(err error) bool {

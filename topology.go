@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -246,25 +245,6 @@ func (s *session) declareItself() (string, error) {
 	}
 	return declared.Name, err
 }
-
-func (q *Queue) args() amqp.Table {
-	args := maps.Clone(q.Args)
-	args["x-queue-type"] = q.Type
-	return args
-}
-
-// declaresOwned reports whether WithQueue declares a queue that ends with its connection.
-func (c *config) declaresOwned() bool { return c.declare != nil && c.declare.Exclusive }
-
-// declareExclusive declares WithQueue's exclusive queue.
-func (c *config) declareExclusive(channel *amqp.Channel) (amqp.Queue, error) {
-	q := c.declare
-	return channel.QueueDeclare(c.queue, !q.Transient, q.AutoDelete, true, false, q.args())
-}
-
-// isAlone reports whether a queue of the consumer's connection is known to be the consumer's alone: it
-// is that of WithQueue, or the broker has named it.
-func (c *config) isAlone(queue string) bool { return c.declaresOwned() || namedByBroker(queue) }
 
 // declareDestinations declares the queues of WithRetry, or finds them, once in a Run: what becomes
 // of them later the publisher finds out. It looks for the queue itself first, unless that was just

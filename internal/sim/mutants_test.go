@@ -1042,7 +1042,7 @@ var mutants = []mutant{
 	inTest("TestQueueThatATopologyFuncCouldNotDeclareIsNotDeleted", change("what could not be declared is deleted", "internal/wire/queues.go",
 		"\t\td.of.forget(name)\n", "\t\td.of.add(name, false)\n")),
 	inTest("TestQueueOfATopologyFuncStaysWhileAnotherConsumesFromIt", change("a queue that another consumes from is deleted", "loan.go",
-		"!of.isAlone(name), false, false", "false, false, false")),
+		"!isAlone(of, name), false, false", "false, false, false")),
 	inTest("TestQueueOfItsConnectionGoesWithAConsumerWhoseChannelHasEnded", change("who has lost its channel leaves its queue behind", "consumer.go",
 		"\tif !waits {\n\t\tlimit", "\tif !waits {\n\t\treturn\n\t}\n\tif !waits {\n\t\tlimit")),
 	inTest("TestQueueThatTheBrokerNamesTooLateIsNotLeftBehind", change("a name that comes too late is lost", "internal/wire/channel.go",
