@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -48,7 +49,8 @@ type config struct {
 	stallAfter     time.Duration
 	insecure       bool
 
-	retry *Retry // nil without WithRetry
+	retry   *Retry      // nil without WithRetry
+	offsets OffsetStore // nil without WithStreamOffsets
 
 	topology    TopologyFunc
 	declare     *Queue
@@ -542,6 +544,40 @@ func (c *config) checkTogether() {
 func (c *config) stream() bool {
 	_, offset := c.consumeArgs["x-stream-offset"]
 	return offset || c.declare != nil && c.declare.Type == "stream"
+}
+
+// OffsetStore keeps how far a stream was handled, over restarts of the process, see
+// [WithStreamOffsets]. The place that it keeps is the offset to go on at: all messages of the
+// stream before it are handled. A file or a row of a database will do, with the name of the stream
+// as its key; the program in examples/streamoffsets has both.
+//
+// The methods are called on goroutines of the library, Load and Save maybe at the same time, and one
+// of them twice at the same time only if the first call was left behind. ctx carries the values of
+// Run's context and ends with the limit of the call, that of Load also with Run's context. A method
+// that is still running 0.4 s later is left behind and counted in [Stats].Abandoned. A panic is a
+// failure of the call.
+type OffsetStore interface {
+	// Load returns the offset to go on at, as Save was last given it for that stream; found is
+	// false if it never was. next must be 0 or more.
+	Load(ctx context.Context, stream string) (next int64, found bool, err error)
+
+	// Save keeps next, the offset to go on at, for that stream. It must replace the old place as a
+	// whole or not at all. next may be lower than before: a stream that was deleted and made anew
+	// counts from 0.
+	Save(ctx context.Context, stream string, next int64) error
+}
+
+// checkOffsets checks the store with its queue.
+func (c *config) checkOffsets() {
+	if c.offsets != nil && !c.stream() {
+		c.refuse("WithStreamOffsets", `is for streams, and the options do not say that this queue is one: add x-stream-offset to WithConsumeArgs ("first" reads all of it), or WithQueue with the Type "stream"; in a Group, give it to Handle of the streams`)
+	}
+}
+
+// sharesPlace reports whether both keep the place of one stream in one store.
+func (c *config) sharesPlace(other *config) bool {
+	return c.offsets != nil && other.offsets != nil && c.queue != "" && c.queue == other.queue &&
+		reflect.ValueOf(c.offsets).Comparable() && reflect.ValueOf(other.offsets).Comparable() && c.offsets == other.offsets
 }
 
 // Credentials log in to the broker, see [WithCredentials]. They print without the password.

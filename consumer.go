@@ -219,6 +219,7 @@ func (c *Consumer) Stats() Stats {
 		Unreadable:    n.unreadable.Load(),
 		GivenUp:       n.givenUp.Load(),
 		Abandoned:     n.abandoned.Load(),
+		OffsetsFailed: n.offsetsFailed.Load(),
 		EventsDropped: n.eventsDropped.Load(),
 	}
 }
@@ -296,6 +297,7 @@ func newSupervisor(ctx context.Context, c *Consumer, h Handler, b *borrower, pub
 }
 
 func (s *supervisor) run() error {
+	s.scope.saver = newSaver(s.ctx, s.scope)
 	for state := s.connecting; state != nil; {
 		state = state()
 	}
@@ -756,10 +758,10 @@ func (s *supervisor) overflows() bool {
 func leavesNode(err error) bool { return errors.Is(err, errStalled) }
 
 // blameless reports whether a session would fail in the same way on another connection: because of
-// a lock, or because the queue is missing or cannot be reached, where no other host may know better.
+// a lock or of the store of WithStreamOffsets, or because the queue is missing or cannot be reached, where no other host may know better.
 func (s *supervisor) blameless(kind class) bool {
 	elsewhere := len(s.borrower.of.hosts.endpoints) > 1
-	return kind == classLocked || (kind == classAbsent || kind == classUnreachable) && !elsewhere
+	return kind == classLocked || kind == classStore || (kind == classAbsent || kind == classUnreachable) && !elsewhere
 }
 
 // dropConnection closes the connection, or leaves it to others without the consumer's queues. The close waits until the handlers of a session that the
@@ -833,9 +835,11 @@ func (s *supervisor) draining() stateFunc {
 		s.addError(s.scope.drainError())
 	}
 	left = max(left, time.Millisecond)
+	awaitSaver := s.scope.saver.end(max(left, teardownGrace))
 	s.leaveQueuesAtLast(left)
 	s.closeConnection(closeRequest{grace: left / 2, limit: left / 2})
 	s.awaitClosing()
+	awaitSaver()
 	return nil
 }
 

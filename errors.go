@@ -93,7 +93,8 @@ type SessionError struct {
 	// Host is the broker's address, "" if no host was involved.
 	Host string
 	// Op is the step: "dial" (TCP, DNS), "open" (TLS, login, virtual host), "channel", "qos",
-	// "topology" (the text says "declare" if it is [WithQueue] that failed), "consume", or "lost"
+	// "topology" (the text says "declare" if it is [WithQueue] that failed), "offsets" (the store of
+	// [WithStreamOffsets]), "consume", or "lost"
 	// for a session that was consuming.
 	Op string
 	// Session is the number of the session, counted from 1 in each Run. If the try failed before
@@ -247,7 +248,10 @@ func (e *unprovenError) Unwrap() error { return e.error }
 // Code and step decide, never the text, which repeats names of queues and users.
 func advice(op string, err error) string {
 	var brokerErr *amqp.Error
-	if !errors.As(err, &brokerErr) || !brokerErr.Server {
+	switch {
+	case errors.As(err, new(*storeError)):
+		return ""
+	case !errors.As(err, &brokerErr) || !brokerErr.Server:
 		return adviceTLS(err)
 	}
 	switch kind := classifyBroker(brokerErr); {
@@ -308,6 +312,19 @@ func (e *declareError) Error() string { return e.err.Error() }
 
 func (e *declareError) Unwrap() error { return e.err }
 
+// storeError is a failure of the store of WithStreamOffsets. What it wraps is not about the broker,
+// so an error of the driver is told and not shown.
+type storeError struct{ err error }
+
+func (e *storeError) Error() string { return e.err.Error() }
+
+func (e *storeError) Unwrap() error {
+	if errors.As(e.err, new(*amqp.Error)) || errors.Is(e.err, ErrLoginRefused) {
+		return nil
+	}
+	return e.err
+}
+
 // named returns err with the queue that it is about, which a SessionError tells by itself.
 func named(err error, queue string) error {
 	if queue == "" || errors.As(err, new(*SessionError)) {
@@ -354,6 +371,9 @@ const (
 	// speaks another protocol. Another host is tried first, and this one as slowly as what an
 	// operator has to change.
 	classPeer
+	// classStore: the store of WithStreamOffsets has failed, or its place is not in the stream. That
+	// says nothing about any host.
+	classStore
 )
 
 // phrase is a text of RabbitMQ: its reply code, how the text starts and how it ends. The names of

@@ -82,12 +82,25 @@ func (g *Group) Handle(queue string, h Handler, opts ...Option) (*Consumer, erro
 	if g.ended {
 		return nil, named(&OptionError{"Handle", "the group's Run has ended; make another group with NewGroup"}, queue)
 	}
+	if err := refuseSharedPlace(g.consumers, config); err != nil {
+		return nil, err
+	}
 	g.consumers = append(g.consumers, c)
 	g.handlers[c] = h
 	if g.run != nil {
 		g.start(c, g.run.connections.join())
 	}
 	return c, nil
+}
+
+// refuseSharedPlace refuses a second consumer of a Group that keeps the same place.
+func refuseSharedPlace(all []*Consumer, c *config) error {
+	for _, other := range all {
+		if c.sharesPlace(other.config) {
+			return named(&OptionError{"WithStreamOffsets", "another consumer of the group keeps the place of this stream in the same store; of two, the faster one would take the other's messages for handled: give each a store of its own, or one that adds a name to the key"}, c.queue)
+		}
+	}
+	return nil
 }
 
 // Run runs all consumers of the group until ctx ends. It blocks. When ctx ends all drain side by

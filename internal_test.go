@@ -237,7 +237,7 @@ func TestAnUntriedHostIsTriedAtOnceButNotWhenTheBrokerRefuses(t *testing.T) {
 func TestAnotherHostIsTriedAtOnceWhereItMayDoBetter(t *testing.T) {
 	another := map[class]bool{
 		classNetwork: true, classForced: true, classChannel: true, classRefused: true, classUnreachable: true, classPeer: true,
-		classAbsent: false, classLocked: false, classOperator: false,
+		classAbsent: false, classLocked: false, classOperator: false, classStore: false,
 	}
 	for kind, err := range oneOfEach {
 		t.Run(fmt.Sprint(kind), func(t *testing.T) {
@@ -418,11 +418,12 @@ var oneOfEach = map[class]error{
 	classLocked:      at("consume", said(405, "RESOURCE_LOCKED - locked")),
 	classOperator:    at("consume", said(403, "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u'")),
 	classPeer:        at("open", &wire.NotAMQPError{First: 'H'}),
+	classStore:       at("offsets", &storeError{said(404, "NOT_FOUND - no queue 'q' in vhost '/'")}),
 }
 
 func TestEveryClassHasAPace(t *testing.T) {
 	r := newTestRetry()
-	for kind := classNetwork; kind <= classPeer; kind++ {
+	for kind := classNetwork; kind <= classStore; kind++ {
 		assert.NotNil(t, r.rule(kind).pace, "class %d", kind)
 		assert.Equal(t, kind, classify(oneOfEach[kind]))
 	}
@@ -463,7 +464,7 @@ func TestNoWaitExceedsAGivenLimit(t *testing.T) {
 func TestLimitsOfOneClassStandWithoutWithBackoff(t *testing.T) {
 	for kind, limit := range map[class]time.Duration{
 		classNetwork: 10 * time.Second, classForced: 10 * time.Second, classChannel: 10 * time.Second,
-		classRefused: time.Second, classAbsent: 5 * time.Second, classUnreachable: 5 * time.Second, classOperator: 30 * time.Second, classPeer: 30 * time.Second,
+		classRefused: time.Second, classAbsent: 5 * time.Second, classUnreachable: 5 * time.Second, classOperator: 30 * time.Second, classPeer: 30 * time.Second, classStore: 10 * time.Second,
 	} {
 		_, most := longest(oneOfEach[kind], 40)
 		assert.LessOrEqual(t, most, limit, "class %d", kind)

@@ -475,6 +475,52 @@ func WithRetry(r Retry) Option {
 	}
 }
 
+// WithStreamOffsets keeps the place in the stream in a store of yours, so that a later Run goes on
+// exactly behind what was handled, also in another process. The offset that [WithConsumeArgs] gives
+// is then for the first time ever: it counts as long as the store has no place for the stream.
+//
+// The place is loaded before a Run subscribes, once for each stream, by the name of the stream. It
+// is saved at most once a second, if it has moved, and once more at the end of the Run, when the
+// handlers are done. It moves over messages that were acked or discarded, in the order of the
+// stream, after the ack was sent: one slow or failing message keeps it from moving, however much
+// behind that is done. So it is never ahead of what was handled: a process that ends without a last
+// save gets some messages again, and none is left out. Where a look has found the place for offsets
+// such as "next" and "last" (see WithConsumeArgs), that is saved before the first message comes.
+//
+// A store that fails costs duplicates after a restart, never a message. A Load that fails, or takes
+// longer than half of the limit of [WithSetupTimeout], is a failure of the set-up (a
+// [*SessionError] with Op "offsets"): nothing is consumed, it is tried again after up to 10 s
+// ([WithBackoff]), and Run never ends because of it, unless [WithFatal] says so. A Save may take as
+// long as [WithCloseTimeout] says; if it fails, the newest place is saved a second later. Nothing
+// waits for it but the end of Run, within that same limit for all saves together. No other Save is begun while one that was left behind has not
+// returned. Failed calls count in [Stats].OffsetsFailed, and a line in the log tells of saves, once
+// a minute, with how long they have failed.
+//
+// A stream that was deleted counts from 0 again, and so does the place. At the start the message
+// before the place is looked for: if three looks, some seconds apart, find none there or behind it,
+// the stream was made anew, and is read from its beginning. One that has grown beyond the place by
+// then looks like the old one: give it a new name. Where the stream has dropped what it held at the
+// place, it is read from the first message that is left.
+//
+// One consumer at a time may keep the place of a stream: of two, the faster one would take the
+// other's messages for handled. [Group.Handle] refuses a second consumer of the same stream with
+// the same store. For two readers of a stream, give each a store of its own, or one that adds a
+// name to the key. The same holds where an x-stream-filter changes: what the old one left out lies
+// before the place.
+//
+// New refuses nil, and a queue that is no stream as far as the options say; name it one by
+// "x-stream-offset" in WithConsumeArgs, or by [WithQueue]. Default: none, a Run begins where
+// WithConsumeArgs says.
+func WithStreamOffsets(s OffsetStore) Option {
+	return func(c *config) {
+		c.offsets = s
+		if isNil(s) {
+			c.refuse("WithStreamOffsets", "the store must not be nil; leave the option out for none")
+			c.offsets = nil
+		}
+	}
+}
+
 // WithBackoff sets the pace of retries: the n-th wait in a row for the same kind of failure is
 // drawn from 0 to initial*2^(n-1), at most limit. Default 250 ms and 10 s. Range: 1 ms to 24 h
 // each; New refuses a limit below initial. For a fleet choose a limit of at least (number of
@@ -662,6 +708,7 @@ func build(url, queue string, opts []Option) (*config, error) {
 	c.checkQueue()
 	c.checkTogether()
 	c.checkRetry()
+	c.checkOffsets()
 	return c, errors.Join(c.problems...)
 }
 
@@ -690,6 +737,7 @@ func buildMember(of *config, queue string, opts []Option) (*config, error) {
 	c.checkQueue()
 	c.checkTogether()
 	c.checkRetry()
+	c.checkOffsets()
 	for i, problem := range c.problems {
 		c.problems[i] = named(problem, queue)
 	}

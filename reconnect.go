@@ -64,6 +64,7 @@ func (r *retry) makeRules() []rule {
 	absent := r.pace(time.Second, time.Second, absentCap)
 	unreachable := r.pace(0, c.retryInitial, min(c.retryCap, absentCap))
 	locked := r.pace(time.Second/2, time.Second, time.Second)
+	store := r.pace(c.retryInitial, time.Second, c.retryCap)
 	operator := r.pace(time.Second, time.Second, operatorCap)
 	return []rule{
 		classNetwork:     {costly, true},
@@ -75,6 +76,7 @@ func (r *retry) makeRules() []rule {
 		classLocked:      {locked, false},
 		classOperator:    {operator, false},
 		classPeer:        {operator, true},
+		classStore:       {store, false},
 	}
 }
 
@@ -211,8 +213,11 @@ func (p *pace) draw() time.Duration {
 // first. The driver's own codes mean nothing: it has 501 for every failure of I/O, and 403 for a
 // socket lost in the handshake.
 func classify(err error) class {
-	if errors.As(err, new(*unprovenError)) {
+	switch {
+	case errors.As(err, new(*unprovenError)):
 		return classNetwork
+	case errors.As(err, new(*storeError)):
+		return classStore
 	}
 	var brokerErr *amqp.Error
 	if errors.As(err, &brokerErr) && brokerErr.Server {

@@ -85,6 +85,7 @@ type scope struct {
 	running   func() int64    // returns how many workers have not returned
 	hire      func() bool     // starts one more worker; true once there may be no more
 	stream    *position       // where to resume, nil unless the queue is a stream
+	saver     *saver          // keeps that over restarts, nil without WithStreamOffsets; made by supervisor.run
 	notices   *notices
 	grouped   bool          // others may share the connection
 	asked     atomic.Value  // string: the queue whose destinations have been declared
@@ -242,6 +243,10 @@ func (s *session) subscribe(ctx context.Context, step *step) (op string, err err
 	}
 	if op, err := s.declareDestinations(); err != nil {
 		return op, err
+	}
+	step.at("offsets")
+	if err := s.restore(ctx); err != nil {
+		return "offsets", err
 	}
 	step.at("consume")
 	if offset, unclear := s.streamPosition().needsLookup(s.queue, s.config.consumeArgs[offsetKey]); unclear && s.declaration.queue == "" {

@@ -168,6 +168,8 @@ type Stats struct {
 	// Abandoned counts what could not be ended in time: a user's function that ignored the end of
 	// its context, or a teardown that outlasted its limit.
 	Abandoned uint64
+	// OffsetsFailed counts the calls of the store of [WithStreamOffsets] that failed, Load and Save.
+	OffsetsFailed uint64
 	// EventsDropped counts the events (changes of state, log lines, calls of hooks) that were not
 	// told, because a hook or the logger was too slow.
 	EventsDropped uint64
@@ -182,5 +184,5 @@ type counters struct {
 	unreadable                   atomic.Uint64
 	outcomes                     [outcomes]atomic.Uint64 // indexed by Outcome; stale ones count in stale
 	abandoned, eventsDropped     atomic.Uint64
-	givenUp                      atomic.Uint64
+	givenUp, offsetsFailed       atomic.Uint64
 }

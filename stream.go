@@ -30,6 +30,13 @@ type position struct {
 	session   uint64    // the try of the session that settled and acked are about
 	settled   watermark // what handlers are done with
 	acked     watermark // of these, what the broker was told
+
+	restored string        // the stream whose place the store was asked for
+	looked   int           // how often the message before a place of the store was looked for
+	unproved bool          // next comes from the store, and nobody has looked whether the stream reaches it
+	sure     bool          // next comes from an ack, a lookup or the store
+	unsaved  bool          // it has moved since moved was called
+	moves    chan struct{} // gets a value when it moves; nil without WithStreamOffsets
 }
 
 const offsetKey = "x-stream-offset"
@@ -89,9 +96,9 @@ func (p *position) needsLookup(queue string, given any) (offset any, ok bool) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.queue != queue {
-		p.queue, p.from, p.known, p.begun, p.lookups = queue, nil, false, false, 0
-		p.silent, p.comparing = 0, 0 // of the stream before
+	p.turnTo(queue)
+	if p.unproved {
+		return restored(p.next - 1), true
 	}
 	if p.fresh() {
 		return given, shifts(given, time.Now())
@@ -101,6 +108,96 @@ func (p *position) needsLookup(queue string, given any) (offset any, ok bool) {
 		return "first", true
 	}
 	return p.from, given == "last" && !p.known && !p.begun && p.lookups < maxLookups
+}
+
+// turnTo forgets the position in another stream. It is called with mu held.
+func (p *position) turnTo(queue string) {
+	if p.queue == queue {
+		return
+	}
+	p.queue, p.from, p.known, p.begun, p.lookups = queue, nil, false, false, 0
+	p.silent, p.comparing = 0, 0 // of the stream before
+	p.restored, p.unproved, p.sure, p.unsaved = "", false, false, false
+}
+
+// place is how far a stream was handled.
+type place struct {
+	stream string
+	next   int64 // the offset to go on at
+}
+
+// restored is the offset of the message before the place that a store had.
+type restored int64
+
+// isRestored reports whether the store need not be asked for the place in that stream.
+func (p *position) isRestored(queue string) bool {
+	if p == nil {
+		return true
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.queue == queue && p.restored == queue
+}
+
+// restore sets the position to what the store had, if that had any.
+func (p *position) restore(queue string, next int64, found bool) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.turnTo(queue)
+	p.restored, p.looked = queue, 0
+	if found {
+		p.next, p.known, p.sure = next, true, true
+		p.unproved = next > 0
+	}
+}
+
+// lookedFor counts the looks for the message before the place of the store, and returns how many
+// there were.
+func (p *position) lookedFor() int {
+	if p == nil {
+		return 1
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.looked++
+	return p.looked
+}
+
+// verified records that the stream reaches the place of the store.
+func (p *position) verified() {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.unproved = false
+}
+
+// moved returns the place to save, and whether it has moved since the last call.
+func (p *position) moved() (at place, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	ok, p.unsaved = p.unsaved, false
+	return place{p.queue, p.next}, ok
+}
+
+// move asks for a save of the position, if that can be relied on. It is called with mu held.
+func (p *position) move() {
+	if p.moves != nil && p.sure {
+		p.unsaved = true
+		p.again()
+	}
+}
+
+// again asks for a save of what could not be saved.
+func (p *position) again() {
+	select {
+	case p.moves <- struct{}{}:
+	default: // it is asked for already
+	}
 }
 
 // fresh reports whether nothing is known about the position yet. It is called with mu held.
@@ -187,9 +284,11 @@ func (p *position) locate(offset int64) {
 	switch {
 	case offset == unknownOffset:
 	case p.comparing == 0:
-		p.next, p.known = offset, true
+		p.next, p.known, p.sure = offset, true, true
+		p.move()
 	case offset == 0 && int64(p.comparing) < p.next: // past the end, so this is another stream
-		p.next, p.session = 0, 0
+		p.next, p.session, p.sure = 0, 0, true
+		p.move()
 	}
 	p.comparing = 0
 }
@@ -216,8 +315,9 @@ func (p *position) startOver() {
 	if p.fresh() {
 		return
 	}
-	p.known, p.next = true, 0
+	p.known, p.next, p.sure, p.unproved = true, 0, true, false
 	p.session = 0 // late settlements of the old stream do not count any more
+	p.move()
 }
 
 // doubt records that the broker has cancelled the consumer, so the stream may be about to end.
@@ -308,11 +408,11 @@ func (p *position) acknowledged(session uint64, d settledAt) {
 	}
 	for _, d := range p.acked.add(d) {
 		p.guessed = false
-		if d.offset == unknownOffset {
-			p.next++
-			continue
+		p.next++
+		if d.offset != unknownOffset {
+			p.next, p.sure = d.offset+1, true
 		}
-		p.next = d.offset + 1
+		p.move()
 	}
 }
 

@@ -414,6 +414,9 @@ func (s *session) locate(ctx context.Context, offset any) error {
 	s.forget() // the consumers of a lookup are not the session's, and have tags of their own
 	s.tag += lookupSuffix
 	s.receive()
+	if before, saved := offset.(restored); saved {
+		return s.verify(ctx, int64(before))
+	}
 	if _, text := offset.(string); offset == "next" || !text && shifts(offset, time.Now()) {
 		return s.locateEnd(ctx, offset)
 	}

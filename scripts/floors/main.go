@@ -36,7 +36,7 @@ var rooms = []room{
 	{"connection.go", "loan.go", "connections.go"},
 	{"inbox.go"},
 	{"stream.go"},
-	{"session.go", "topology.go", "hold.go", "transfer.go", "publisher.go"},
+	{"session.go", "topology.go", "hold.go", "transfer.go", "publisher.go", "offsets.go"},
 	{"probe.go"},
 	{"worker.go"},
 	{"consumer.go"},
