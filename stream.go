@@ -112,12 +112,11 @@ func (p *position) needsLookup(queue string, given any) (offset any, ok bool) {
 
 // turnTo forgets the position in another stream. It is called with mu held.
 func (p *position) turnTo(queue string) {
-	if p.queue == queue {
-		return
+	if p.queue != queue {
+		p.queue, p.from, p.known, p.begun, p.lookups = queue, nil, false, false, 0
+		p.silent, p.comparing = 0, 0 // of the stream before
+		p.restored, p.unproved, p.sure, p.unsaved = "", false, false, false
 	}
-	p.queue, p.from, p.known, p.begun, p.lookups = queue, nil, false, false, 0
-	p.silent, p.comparing = 0, 0 // of the stream before
-	p.restored, p.unproved, p.sure, p.unsaved = "", false, false, false
 }
 
 // place is how far a stream was handled.
@@ -315,7 +314,8 @@ func (p *position) startOver() {
 	if p.fresh() {
 		return
 	}
-	p.known, p.next, p.sure, p.unproved = true, 0, true, false
+	p.known, p.next = true, 0
+	p.sure, p.unproved = true, false
 	p.session = 0 // late settlements of the old stream do not count any more
 	p.move()
 }
@@ -408,10 +408,13 @@ func (p *position) acknowledged(session uint64, d settledAt) {
 	}
 	for _, d := range p.acked.add(d) {
 		p.guessed = false
-		p.next++
-		if d.offset != unknownOffset {
-			p.next, p.sure = d.offset+1, true
+		if d.offset == unknownOffset {
+			p.next++
+			p.move()
+			continue
 		}
+		p.next = d.offset + 1
+		p.sure = true
 		p.move()
 	}
 }
