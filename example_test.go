@@ -1218,3 +1218,54 @@ func ExampleWithStallDetector() {
 	// tea in session 2
 	// stopped: <nil>
 }
+
+// placesInMemory is an OffsetStore for as long as the process lives. Real ones, with a file and with
+// a database, are in examples/streamoffsets.
+type placesInMemory struct {
+	mu   sync.Mutex
+	next map[string]int64 // by stream
+}
+
+func (p *placesInMemory) Load(_ context.Context, stream string) (next int64, found bool, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	next, found = p.next[stream]
+	return next, found, nil
+}
+
+func (p *placesInMemory) Save(_ context.Context, stream string, next int64) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.next[stream] = next
+	return nil
+}
+
+// A consumer that goes on where the last one has stopped. Its "first" is for the first time ever.
+func ExampleWithStreamOffsets() {
+	broker := emptyBroker()
+	defer broker.Close()
+	broker.DeclareQueue("log", steadymqtest.QueueOptions{Type: "stream"})
+	broker.Publish("log", "tea", "milk", "sugar", "salt")
+	store := &placesInMemory{next: make(map[string]int64)}
+	for _, last := range []string{"milk", "salt"} {
+		ctx, stop := context.WithCancel(context.Background())
+		_ = steadymq.Consume(ctx, broker.URL, "log", func(_ context.Context, d *steadymq.Delivery) error {
+			fmt.Println(string(d.Body))
+			if string(d.Body) == last {
+				stop()
+			}
+			return nil
+		},
+			steadymq.WithDialer(broker.Dialer()),
+			steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}),
+			steadymq.WithStreamOffsets(store))
+		fmt.Println("stopped, to go on at", store.next["log"])
+	}
+	// Output:
+	// tea
+	// milk
+	// stopped, to go on at 2
+	// sugar
+	// salt
+	// stopped, to go on at 4
+}

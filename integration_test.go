@@ -440,3 +440,96 @@ func memoryAlarm(s *scenario.Scenario) {
 	s.Verify()
 	assert.Zero(s, s.LostSessions())
 }
+
+// A consumer that stops in order and comes back as another process goes on at the very next message
+// of its stream, and begins at the first of a stream that was made anew meanwhile.
+func TestStreamGoesOnOverRestartsOnARealBroker(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a broker")
+	}
+	broker := rabbit.Start(t, rabbit.Config{})
+	if !broker.HasStreams() {
+		t.Skip("this broker has no streams")
+	}
+	const stream = "steadymq-restarts"
+	conn, err := amqp.Dial(broker.URL())
+	require.NoError(t, err)
+	defer scenario.CloseWithin(conn, time.Second)
+	ch, err := conn.Channel()
+	require.NoError(t, err)
+	require.NoError(t, ch.Confirm(false))
+	anew := func() {
+		_, _ = ch.QueueDelete(stream, false, false, false)
+		_, err := ch.QueueDeclare(stream, true, false, false, false, amqp.Table{"x-queue-type": "stream"})
+		require.NoError(t, err)
+	}
+	var published []string
+	publish := func(what string, n int) {
+		var last *amqp.DeferredConfirmation
+		for range n {
+			body := fmt.Sprint(what, len(published))
+			published = append(published, body)
+			last, err = ch.PublishWithDeferredConfirm("", stream, true, false, amqp.Publishing{Body: []byte(body)})
+			require.NoError(t, err)
+		}
+		_, err := last.WaitContext(t.Context())
+		require.NoError(t, err)
+	}
+
+	store := &placesInMemory{next: make(map[string]int64)}
+	var mu sync.Mutex
+	var handled []string
+	life := func(until func(handled int) bool) (consuming time.Duration) {
+		began := time.Now()
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		c, err := steadymq.New(broker.URL(), stream, steadymq.WithStreamOffsets(store),
+			steadymq.WithConsumeArgs(amqp.Table{"x-stream-offset": "first"}),
+			steadymq.WithHooks(steadymq.Hooks{StateChanged: func(s steadymq.StateChange) {
+				if s.To == steadymq.Consuming {
+					consuming = time.Since(began)
+				}
+			}}))
+		require.NoError(t, err)
+		result := make(chan error)
+		go func() {
+			result <- c.Run(ctx, func(_ context.Context, d *steadymq.Delivery) error {
+				mu.Lock()
+				defer mu.Unlock()
+				handled = append(handled, string(d.Body))
+				return nil
+			})
+		}()
+		require.Eventually(t, func() bool {
+			mu.Lock()
+			defer mu.Unlock()
+			return c.State() == steadymq.Consuming && until(len(handled))
+		}, 30*time.Second, time.Millisecond)
+		stop()
+		require.NoError(t, <-result)
+		assert.Equal(t, int64(len(handled)), store.next[stream])
+		return consuming
+	}
+
+	anew()
+	publish("old ", 2000)
+	for i := range 5 { // stopped anywhere in between
+		life(func(handled int) bool { return handled > 200*i })
+		publish("old ", 50)
+	}
+	life(func(handled int) bool { return handled == len(published) })
+	assert.Equal(t, published, handled, "each once, in order")
+	took := life(func(int) bool { return true }) // there is nothing more
+	t.Log("consuming after", took)
+	assert.Len(t, handled, len(published))
+
+	anew()
+	published, handled = nil, nil
+	publish("new ", 20)
+	took = life(func(handled int) bool { return handled == len(published) })
+	t.Log("a stream made anew is consumed after", took)
+	assert.Equal(t, published, handled)
+	publish("new ", 20)
+	life(func(handled int) bool { return handled == len(published) })
+	assert.Equal(t, published, handled)
+}
