@@ -242,7 +242,8 @@ func (s *session) verify(ctx context.Context, before int64) error {
 	case looks < mostPlaceLooks:
 		return &storeError{fmt.Errorf("WithStreamOffsets: the stream has no message at or behind offset %d, which was handled: it was made anew, or the broker's copy of it is behind; it is looked for again", before)}
 	}
-	s.warn("the stream ends before the place that was saved, so it was made anew, and is read from its beginning", slog.Int64("offset", before+1))
+	s.reporter.warn("the stream ends before the place that was saved, so it was made anew, and is read from its beginning",
+		slog.String("queue", s.queue), slog.String("host", s.conn.host), slog.Int64("offset", before+1))
 	s.streamPosition().startOver()
 	return nil
 }

@@ -524,6 +524,51 @@ var goldenRows = []goldenRow{
 		},
 	},
 	{
+		name:    "a place that cannot be saved",
+		message: "the place in the stream cannot be saved: after a restart, messages that were handled since come again",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.RemakeQueue("stream")
+			store := newShelf()
+			store.fail(nil, away)
+			r.Consuming(rig.Ack, keeping(store, l.option())...)
+			r.Broker.Publish(rig.Queue, "tea")
+			r.Wait(63 * time.Second)
+			store.fail(nil, nil)
+			r.Wait(2 * time.Second)
+		},
+		want: []string{
+			"WARN steadymq: <message>; String queue=orders; Int64 offset=1; String failing=0s; String error=WithStreamOffsets: Save: the shelf is away",
+			"WARN steadymq: <message>; String queue=orders; Int64 offset=1; String failing=1m0s; String error=WithStreamOffsets: Save: the shelf is away; Uint64 suppressed=59",
+		},
+	},
+	{
+		name:    "a place that is saved again",
+		message: "the place in the stream is saved again",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.RemakeQueue("stream")
+			store := newShelf()
+			store.fail(nil, away)
+			r.Consuming(rig.Ack, keeping(store, l.option())...)
+			r.Broker.Publish(rig.Queue, "tea")
+			r.Wait(63 * time.Second)
+			store.fail(nil, nil)
+			r.Wait(2 * time.Second)
+		},
+		want: []string{"INFO steadymq: <message>; String queue=orders; Int64 offset=1; String failed=1m3s"},
+	},
+	{
+		name:    "a place that the stream does not reach",
+		message: "the stream ends before the place that was saved, so it was made anew, and is read from its beginning",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.RemakeQueue("stream")
+			store := newShelf()
+			store.places[rig.Queue] = 7
+			r.Run(rig.Ack, keeping(store, l.option())...)
+			r.Wait(30 * time.Second)
+		},
+		want: []string{"WARN steadymq: <message>; String queue=orders; String host=mq1.test:5672; Int64 offset=7"},
+	},
+	{
 		name:    "a failed message whose copy the broker refuses",
 		message: "a failed message does not get into the queue that it is to go to, so it is held and tried again",
 		provoke: func(r *rig.Rig, l *recorder) {
