@@ -64,7 +64,7 @@ func (r *retry) makeRules() []rule {
 	absent := r.pace(time.Second, time.Second, absentCap)
 	unreachable := r.pace(0, c.retryInitial, min(c.retryCap, absentCap))
 	locked := r.pace(time.Second/2, time.Second, time.Second)
-	store := r.pace(c.retryInitial, time.Second, c.retryCap)
+	store := r.pace(min(c.retryInitial, time.Second), time.Second, c.retryCap)
 	operator := r.pace(time.Second, time.Second, operatorCap)
 	return []rule{
 		classNetwork:     {costly, true},
