@@ -142,9 +142,11 @@ func numbers(from, to int) (all []string) {
 
 func TestRestartGoesOnExactlyBehindWhatWasHandled(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
-		stored(r, 10)
+		stored(r, 5)
 		store, handled := newShelf(), []string{}
 		r.Consuming(noting(&handled), keeping(store)...)
+		require.Equal(r, int64(5), store.place())
+		more(r, 5, 10)
 		r.Wait(100 * time.Millisecond)
 		require.NoError(r, r.Stop())
 		assert.Equal(r, int64(10), store.place(), "saved at the end, less than a second after the first save")
