@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -32,6 +33,9 @@ type config struct {
 
 	concurrency int
 	prefetch    int
+	batches     bool // handlers take several deliveries at once
+	batchSize   int
+	batchWait   time.Duration
 
 	retryInitial, retryCap time.Duration
 	fatal                  func(error) bool
@@ -84,6 +88,8 @@ func defaults(url, queue string) *config {
 		connections:    1,
 		concurrency:    1,
 		prefetch:       32,
+		batchSize:      100,
+		batchWait:      100 * time.Millisecond,
 		retryInitial:   250 * time.Millisecond,
 		retryCap:       10 * time.Second,
 		heartbeat:      10 * time.Second,
@@ -223,7 +229,7 @@ type Binding struct {
 // clone returns a copy of what the consumers of a Group share, for the consumer of one queue.
 func (c *config) clone(queue string) *config {
 	own := *c
-	own.queue, own.by = queue, "Handle"
+	own.queue, own.by, own.batches = queue, "Handle", false
 	own.middleware = slices.Clip(c.middleware)
 	own.ofConnection, own.problems = nil, nil
 	if c.declare != nil {
@@ -287,10 +293,12 @@ func (c *config) duration(option string, d time.Duration) {
 }
 
 func (c *config) count(option string, n int) {
-	if n < 1 || n > 65535 {
+	if !inRange(n) {
 		c.refuse(option, "must be between 1 and 65535, got %d", n)
 	}
 }
+
+func inRange(n int) bool { return n >= 1 && n <= 65535 }
 
 func (c *config) checkURLs() {
 	if c.urlFunc != nil {
@@ -538,6 +546,40 @@ func (c *config) checkTogether() {
 	if c.tls != nil && c.tls.InsecureSkipVerify && c.tls.VerifyConnection == nil && c.tls.VerifyPeerCertificate == nil && !c.insecure {
 		c.refuse("WithTLSConfig", "InsecureSkipVerify lets anyone on the path read the password; set RootCAs instead, or add WithInsecureSkipVerify in tests")
 	}
+}
+
+// maxBatchWait is the longest that a batch may be collected, half of RabbitMQ's consumer timeout.
+const maxBatchWait = 15 * time.Minute
+
+// checkBatches checks what handlers of batches need, and completes the prefetch: while some batches
+// are handled the next ones are on their way.
+func (c *config) checkBatches() {
+	if !c.batches {
+		return
+	}
+	if len(c.middleware) > 0 {
+		c.refuse("WithMiddleware", "wraps a Handler, which takes one delivery, so batches would pass it by; leave it out, and call what it does from the BatchHandler")
+	}
+	if !inRange(c.batchSize) || !inRange(c.concurrency) {
+		return // which is told
+	}
+	switch most := int64(c.batchSize) * int64(c.concurrency); {
+	case most > 65535:
+		c.refuse("WithBatch", "size times concurrency (%d) must be at most 65535, as many messages as a broker sends ahead, got %d; lower one of them", c.concurrency, most)
+	case !c.set.prefetch:
+		c.prefetch = max(c.prefetch, int(min(2*most, 65535)))
+	case int64(c.prefetch) < most && c.prefetch > 0:
+		c.refuse("WithPrefetch", "must be at least size times concurrency (%d) of batches, got %d: no batch would fill before its wait is over; raise it, leave it out, or lower the size (WithBatch)", most, c.prefetch)
+	}
+}
+
+// inBatches returns the configuration for handlers of batches: all that is given for them must be
+// given for no other.
+func (c *config) inBatches() (*config, error) {
+	own := *c
+	own.batches, own.problems = true, nil
+	own.checkBatches()
+	return &own, errors.Join(own.problems...)
 }
 
 // stream reports whether the consumer reads a stream, as far as its options say so.

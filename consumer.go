@@ -96,33 +96,70 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 //     [WithSetupTimeout].
 //   - [ErrRunning] if the Consumer is running already.
 func (c *Consumer) Run(ctx context.Context, h Handler) error {
+	var err error
 	if h == nil {
-		return &OptionError{"Run", "the handler must not be nil"}
+		err = &OptionError{"Run", "the handler must not be nil"}
 	}
+	if c.config.batches {
+		err = errors.Join(err, &OptionError{"WithBatch", "has no effect on Run, whose handler takes one delivery; leave it out, or call RunBatch"})
+	}
+	if err != nil {
+		return err
+	}
+	return c.runAlone(ctx, "Run", work{handler: h, config: c.config})
+}
+
+// RunBatch is [Consumer.Run] with a handler that takes several deliveries at once, see
+// [BatchHandler]; [WithBatch] says how many. It refuses the options that WithBatch names, with an
+// [*OptionError] for each.
+func (c *Consumer) RunBatch(ctx context.Context, h BatchHandler) error {
+	config, err := c.config.inBatches()
+	if h == nil {
+		err = errors.Join(err, &OptionError{"RunBatch", "the handler must not be nil"})
+	}
+	if err != nil {
+		return err
+	}
+	return c.runAlone(ctx, "RunBatch", work{batch: h, config: config})
+}
+
+// runAlone is Run with what workers do; by is the method that was called.
+func (c *Consumer) runAlone(ctx context.Context, by string, w work) error {
 	if ctx == nil {
-		return &OptionError{"Run", "the context must not be nil"}
+		return &OptionError{by, "the context must not be nil"}
 	}
 	if c.grouped {
-		return &OptionError{"Run", "this Consumer belongs to a Group, whose Run runs it"}
+		return &OptionError{by, "this Consumer belongs to a Group, whose Run runs it"}
 	}
 	if fault := c.fault.Load(); fault != nil {
 		return fault
 	}
 	of := newConnections(c.config, c.stats)
-	return c.run(ctx, h, of.join(), newPublisher(of))
+	return c.run(ctx, w, of.join(), newPublisher(of))
+}
+
+// work is what the workers of a Run do with deliveries: handler takes them one by one, or batch in
+// its place takes several at once.
+type work struct {
+	handler Handler
+	batch   BatchHandler
+	config  *config
 }
 
 // run is Run as a borrower of connections that others may share.
-func (c *Consumer) run(ctx context.Context, h Handler, b *borrower, publisher *publisher) error {
+func (c *Consumer) run(ctx context.Context, w work, b *borrower, publisher *publisher) error {
 	defer b.leave()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	if !c.begin(stop) {
 		return ErrRunning
 	}
-	h, err := wrap(ctx, c.config, h, func() { c.stats.abandoned.Add(1) })
+	var err error
+	if w.handler != nil {
+		w.handler, err = wrap(ctx, w.config, w.handler, func() { c.stats.abandoned.Add(1) })
+	}
 	if err == nil {
-		s := newSupervisor(ctx, c, h, b, publisher)
+		s := newSupervisor(ctx, c, w, b, publisher)
 		s.reporter.faulted = stop
 		err = s.run()
 	}
@@ -259,40 +296,44 @@ type supervisor struct {
 
 type stateFunc func() stateFunc
 
-func newSupervisor(ctx context.Context, c *Consumer, h Handler, b *borrower, publisher *publisher) *supervisor {
+func newSupervisor(ctx context.Context, c *Consumer, w work, b *borrower, publisher *publisher) *supervisor {
 	random := make([]byte, 4)
 	_, _ = rand.Read(random) // never fails
-	reporter := newReporter(ctx, c.config, &c.stats.eventsDropped)
+	reporter := newReporter(ctx, w.config, &c.stats.eventsDropped)
 	workers := &pool{
-		handler:  h,
-		config:   c.config,
+		handler:  w.handler,
+		config:   w.config,
 		stats:    c.stats,
 		reporter: reporter,
 		ctx:      ctx,
 	}
+	workers.loop = workers.handleAll
+	if w.batch != nil {
+		workers.loop = newBatches(workers, w.batch).handleAll
+	}
 	return &supervisor{
 		consumer: c,
-		config:   c.config,
+		config:   w.config,
 		stats:    c.stats,
 		ctx:      ctx,
-		retry:    newRetry(c.config),
+		retry:    newRetry(w.config),
 		borrower: b,
 		reporter: reporter,
 		pool:     workers,
 		scope: &scope{
-			config:    c.config,
+			config:    w.config,
 			from:      b.of,
 			stats:     c.stats,
 			reporter:  reporter,
 			handlers:  context.WithoutCancel(ctx), // the values of ctx, without its end
 			running:   workers.alive.Load,
 			hire:      workers.hire,
-			stream:    newPosition(c.config),
+			stream:    newPosition(w.config),
 			notices:   new(notices),
 			grouped:   c.grouped,
 			publisher: publisher,
 		},
-		tag: c.config.tagPrefix + "-" + hex.EncodeToString(random),
+		tag: w.config.tagPrefix + "-" + hex.EncodeToString(random),
 	}
 }
 

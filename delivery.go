@@ -421,6 +421,20 @@ func (d *Delivery) fromHere() bool {
 	return ok && queue == d.Queue()
 }
 
+// showAsPublished gives a message that comes back from a delay the exchange and the routing key that
+// it was published with.
+func (d *Delivery) showAsPublished() {
+	if !d.fromHere() {
+		return
+	}
+	if exchange, ok := d.Headers[exchangeHeader].(string); ok {
+		d.Exchange = exchange
+	}
+	if key, ok := d.Headers[routingKeyHeader].(string); ok {
+		d.RoutingKey = key
+	}
+}
+
 // original returns the message as it came.
 func (d *Delivery) original() *amqp.Delivery {
 	if d.fence != nil {

@@ -104,6 +104,7 @@
 //
 //   - [WithConcurrency] sets how many handlers run at once (1)
 //   - [WithPrefetch] sets how many unsettled messages are sent ahead (32, or the concurrency)
+//   - [WithBatch] sets how many messages a [BatchHandler] gets, and how long they wait (100, 100 ms)
 //   - [WithMiddleware] wraps the handler, for policies and tracing (none)
 //   - [WithHandlerTimeout] ends the context of a handler that takes too long (off)
 //   - [WithWriteDelay] bounds how long acks wait to share a system call (1 ms)

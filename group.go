@@ -25,7 +25,7 @@ type Group struct {
 
 	mu        sync.Mutex
 	consumers []*Consumer
-	handlers  map[*Consumer]Handler
+	handlers  map[*Consumer]work
 	run       *groupRun // nil before Run
 	ended     bool      // Run takes no more consumers
 }
@@ -55,7 +55,7 @@ func NewGroup(url string, opts ...Option) (*Group, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Group{config: c, stats: new(counters), handlers: make(map[*Consumer]Handler)}, nil
+	return &Group{config: c, stats: new(counters), handlers: make(map[*Consumer]work)}, nil
 }
 
 // Handle adds a consumer of queue to the group and returns it. It dials nothing and does not block.
@@ -69,24 +69,37 @@ func NewGroup(url string, opts ...Option) (*Group, error) {
 //
 // [Consumer.Stop] of the consumer ends it alone. Its Run is refused: the group runs it.
 func (g *Group) Handle(queue string, h Handler, opts ...Option) (*Consumer, error) {
-	config, err := buildMember(g.config, queue, opts)
-	if h == nil {
-		err = errors.Join(err, named(&OptionError{"Handle", "the handler must not be nil"}, queue))
+	config, err := buildMember(g.config, queue, false, opts)
+	return g.add(queue, work{handler: h, config: config}, err)
+}
+
+// HandleBatch is [Group.Handle] with a handler that takes several deliveries at once, see
+// [BatchHandler]; [WithBatch], of the group or of the consumer, says how many.
+func (g *Group) HandleBatch(queue string, h BatchHandler, opts ...Option) (*Consumer, error) {
+	config, err := buildMember(g.config, queue, true, opts)
+	return g.add(queue, work{batch: h, config: config}, err)
+}
+
+// add adds a consumer whose configuration has the problems err.
+func (g *Group) add(queue string, w work, err error) (*Consumer, error) {
+	by := w.config.by
+	if w.handler == nil && w.batch == nil {
+		err = errors.Join(err, named(&OptionError{by, "the handler must not be nil"}, queue))
 	}
 	if err != nil {
 		return nil, err
 	}
-	c := &Consumer{config: config, stats: new(counters), grouped: true}
+	c := &Consumer{config: w.config, stats: new(counters), grouped: true}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.ended {
-		return nil, named(&OptionError{"Handle", "the group's Run has ended; make another group with NewGroup"}, queue)
+		return nil, named(&OptionError{by, "the group's Run has ended; make another group with NewGroup"}, queue)
 	}
 	if err := refuseSharedPlace(g.consumers, config); err != nil {
 		return nil, err
 	}
 	g.consumers = append(g.consumers, c)
-	g.handlers[c] = h
+	g.handlers[c] = w
 	if g.run != nil {
 		g.start(c, g.run.connections.join())
 	}
@@ -177,8 +190,8 @@ func (errRanBefore) Unwrap() error { return ErrRunning }
 
 // start runs c on a goroutine of its own. It is called with mu held.
 func (g *Group) start(c *Consumer, b *borrower) {
-	run, h := g.run, g.handlers[c]
-	run.running.Go(func() { g.left(c, c.run(run.ctx, h, b, run.publisher)) })
+	run, w := g.run, g.handlers[c]
+	run.running.Go(func() { g.left(c, c.run(run.ctx, w, b, run.publisher)) })
 }
 
 // left takes the result of a consumer's Run.

@@ -3,6 +3,7 @@ package steadymq
 import (
 	"sync"
 	"sync/atomic"
+	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
@@ -10,9 +11,10 @@ import (
 // inbox is what the broker has delivered and no worker has taken yet. The goroutine that reads from
 // the socket puts, workers take, and the session closes and clears it.
 type inbox struct {
-	first atomic.Pointer[stretch] // where workers take
-	most  int                     // the longest stretch
-	hire  func() (all bool)       // called for a delivery that no worker was waiting for
+	first atomic.Pointer[stretch]  // where workers take
+	front atomic.Pointer[Delivery] // what was taken and comes next all the same; only of batches
+	most  int                      // the longest stretch
+	hire  func() (all bool)        // called for a delivery that no worker was waiting for
 
 	staffed atomic.Bool // there are no more workers to be hired
 
@@ -81,11 +83,60 @@ func (i *inbox) take() (*Delivery, bool) {
 		if d, ok := <-s.waiting; ok {
 			return d, true
 		}
-		if s.next == nil {
+		if !i.advance(s) {
 			return nil, false
 		}
-		i.first.CompareAndSwap(s, s.next) // nobody takes from a later one before this one is empty
 	}
+}
+
+// advance goes on from a stretch that is closed and empty. It returns false if none follows.
+func (i *inbox) advance(s *stretch) bool {
+	if s.next == nil {
+		return false
+	}
+	i.first.CompareAndSwap(s, s.next) // nobody takes from a later one before this one is empty
+	return true
+}
+
+// takeBefore is take with a limit: once that has a value it returns nil. It is for one worker at a
+// time.
+func (i *inbox) takeBefore(limit <-chan time.Time) (d *Delivery, open bool) {
+	if d := i.front.Load(); d != nil && i.front.CompareAndSwap(d, nil) {
+		return d, true
+	}
+	for {
+		s := i.first.Load()
+		select {
+		case d, open = <-s.waiting: // the usual case, and faster without the limit
+		default:
+			select {
+			case d, open = <-s.waiting:
+			case <-limit:
+				return nil, true
+			}
+		}
+		if open {
+			return d, true
+		}
+		if !i.advance(s) {
+			return nil, false
+		}
+	}
+}
+
+// putFirst takes back what was taken last, to be taken next. It returns false if clear has been
+// called already.
+func (i *inbox) putFirst(d *Delivery) bool {
+	i.mu.Lock()
+	cleared := i.cleared
+	if !cleared {
+		i.front.Store(d)
+	}
+	i.mu.Unlock()
+	if !cleared && i.hire() { // for a worker that has nothing to do
+		i.staffed.Store(true)
+	}
+	return !cleared
 }
 
 // next returns the channel that the next delivery comes from. Only the try for a session uses it,
@@ -109,6 +160,9 @@ func (i *inbox) waiting() int {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	n := len(i.late)
+	if i.front.Load() != nil {
+		n++
+	}
 	for s := i.first.Load(); s != nil; s = s.next {
 		n += len(s.waiting)
 	}
@@ -130,6 +184,9 @@ func (i *inbox) clear() []*Delivery {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	var all []*Delivery
+	if d := i.front.Swap(nil); d != nil {
+		all = append(all, d)
+	}
 	for s := i.first.Load(); s != nil; s = s.next {
 		for d := range s.waiting {
 			all = append(all, d)

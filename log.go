@@ -559,7 +559,7 @@ func (j *journal) summarizeOne(f *failures, level slog.Level, message string) {
 type notices struct {
 	held, overdue, limit, unreadable rateLimited
 	transfer, noPark, cut            rateLimited
-	connecting                       rateLimited
+	connecting, miscounted           rateLimited
 	slow, limitKept, renamed         atomic.Bool
 	blind, consumed, delayedHere     atomic.Bool
 }

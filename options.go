@@ -314,6 +314,29 @@ func WithPrefetch(n int) Option {
 	return func(c *config) { c.prefetch = n; c.set.prefetch = true; c.count("WithPrefetch", n) }
 }
 
+// WithBatch sets how many deliveries [Consumer.RunBatch] and [Group.HandleBatch] give to a
+// [BatchHandler] at once: up to size, and fewer once wait has passed since the first of them was
+// taken. A further message does not start the wait again.
+//
+// Default: 100 and 100 ms. Range: size 1 to 65535, and at most that many times [WithConcurrency],
+// which is how many batches are handled at once; wait 1 ms to 15 min, half of RabbitMQ's consumer
+// timeout. The prefetch, unless [WithPrefetch] is given, is then twice size times the concurrency,
+// so that the next batches are on their way while some are handled, but at least 32 and at most
+// 65535. What is refused: a WithPrefetch below size times the concurrency, with which no batch
+// fills; [WithMiddleware], which wraps single deliveries; and WithBatch itself by [Consumer.Run] and
+// [Group.Handle]. Given to [NewGroup] it is for the consumers of HandleBatch.
+func WithBatch(size int, wait time.Duration) Option {
+	return func(c *config) {
+		c.batches, c.batchSize, c.batchWait = true, size, wait
+		if !inRange(size) {
+			c.refuse("WithBatch", "size must be between 1 and 65535, got %d", size)
+		}
+		if wait < minDuration || wait > maxBatchWait {
+			c.refuse("WithBatch", "wait must be between %v and %v, got %v (a bare number counts nanoseconds: write 100*time.Millisecond)", minDuration, maxBatchWait, wait)
+		}
+	}
+}
+
 // WithMiddleware wraps the handler. The first [Middleware] is the outermost. Given several times,
 // the options add up. The wrapping is done at the beginning of every Run and bounded by
 // [WithSetupTimeout]. Default: none. New refuses nil; [Consumer.Run] refuses a middleware that
@@ -707,6 +730,7 @@ func build(url, queue string, opts []Option) (*config, error) {
 	c.checkURLs()
 	c.checkQueue()
 	c.checkTogether()
+	c.checkBatches()
 	c.checkRetry()
 	c.checkOffsets()
 	return c, errors.Join(c.problems...)
@@ -728,14 +752,22 @@ func buildGroup(url string, opts []Option) (*config, error) {
 }
 
 // buildMember applies the options of one consumer of a Group, after those of the group.
-func buildMember(of *config, queue string, opts []Option) (*config, error) {
+func buildMember(of *config, queue string, batches bool, opts []Option) (*config, error) {
 	c := of.clone(queue)
+	if batches {
+		c.by = "HandleBatch"
+	}
 	apply(c, opts)
+	if c.batches && !batches {
+		c.refuse("WithBatch", "has no effect on Handle, whose handler takes one delivery; leave it out, or call HandleBatch")
+	}
+	c.batches = batches
 	for _, name := range c.ofConnection {
 		c.refuse(name, "belongs to the connection, which all consumers of a Group share: give it to NewGroup")
 	}
 	c.checkQueue()
 	c.checkTogether()
+	c.checkBatches()
 	c.checkRetry()
 	c.checkOffsets()
 	for i, problem := range c.problems {

@@ -610,6 +610,13 @@ func (s *session) unstarted(d *Delivery) {
 	}
 }
 
+// postpone lets what a worker took last be taken next.
+func (s *session) postpone(d *Delivery) {
+	if !s.inbox.putFirst(d) {
+		s.handBack(d.DeliveryTag)
+	}
+}
+
 // handBack returns a delivery that no handler has seen. If the session is over, the broker has
 // taken back everything by itself. A stream has nothing to return to.
 func (s *session) handBack(tag uint64) {

@@ -132,7 +132,8 @@ type Stats struct {
 	// Dials the tries to open one; that of [WithRetry] counts. Of a Consumer of a [Group] the last
 	// two are 0: see [GroupStats].
 	Sessions, Connections, Dials uint64
-	// Handling is the number of handlers running now.
+	// Handling is the number of handlers running now; of a [BatchHandler] that of the messages that
+	// they are given.
 	Handling int
 	// Held is the number of messages that failed, or that cannot be read, and wait unsettled until
 	// they go back to the queue, until their copy is parked or delayed ([WithRetry]) or, on a
@@ -155,9 +156,10 @@ type Stats struct {
 	// Stale counts settlements that came after the end of their session and were not sent; the
 	// broker delivers those messages again.
 	Stale uint64
-	// Failed counts failed handlers, as [Hooks].HandlerFailed is told of them: errors and panics.
-	// An error after the end of the handler's session, or after the drain limit, is not counted: it
-	// cost nothing, since the broker has the message back.
+	// Failed counts failed handlers, of a [BatchHandler] the messages that failed, as
+	// [Hooks].HandlerFailed is told of them: errors and panics. An error after the end of the
+	// handler's session, or after the drain limit, is not counted: it cost nothing, since the
+	// broker has the message back.
 	Failed uint64
 	// Unreadable counts deliveries that no handler could be given, see [MessageError]. Of the
 	// numbers above only Held counts them, for as long as they are held.

@@ -106,14 +106,7 @@ func asPublished(c *config, next Handler) Handler {
 				d.fence.kept.Store(&keptMessage{original: kept})
 			}
 		}()
-		if d.fromHere() {
-			if exchange, ok := d.Headers[exchangeHeader].(string); ok {
-				d.Exchange = exchange
-			}
-			if key, ok := d.Headers[routingKeyHeader].(string); ok {
-				d.RoutingKey = key
-			}
-		}
+		d.showAsPublished()
 		err = next(ctx, d)
 		failed = err != nil || d.overlooked() != nil
 		return err

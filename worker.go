@@ -20,6 +20,7 @@ type pool struct {
 	stats    *counters
 	reporter *reporter
 	ctx      context.Context // of Run, as the user gave it: no handler starts once it has ended
+	loop     func(*session)  // handles the deliveries of a session until there are no more
 
 	mu      sync.Mutex
 	session *session      // the newest session, nil while there is none
@@ -102,7 +103,7 @@ func (p *pool) work() {
 	for {
 		s, changed := p.newest()
 		if s != nil {
-			p.handleAll(s)
+			p.loop(s)
 		}
 		select {
 		case <-changed:
@@ -129,17 +130,20 @@ func (p *pool) handleAll(s *session) {
 // any more.
 func (p *pool) take(s *session) (*Delivery, bool) {
 	d, ok := s.inbox.take()
-	if !ok {
-		return nil, false
-	}
+	return d, ok && p.admit(s, d)
+}
+
+// admit lets a handler start with d, which was taken from the inbox, or takes it back for s and
+// returns false: then there is none any more. It is called for every delivery, also of a batch.
+func (p *pool) admit(s *session, d *Delivery) bool {
 	// What was delivered before the session ended is still in the inbox.
 	if p.ctx.Err() != nil || !s.gate.enter() {
 		s.unstarted(d)
-		return nil, false
+		return false
 	}
 	d.init(s.settler)
 	s.began(d)
-	return d, true
+	return true
 }
 
 // handle runs the handler for d and settles d by its error.
@@ -166,9 +170,15 @@ func (p *pool) handle(s *session, d *Delivery) {
 	err = p.invoke(s, d, &err)
 }
 
-// invoke calls the handler and turns a panic into an error. It sets goexit for a handler that ends
-// its goroutine, because then deferred functions run but nothing is returned.
-func (p *pool) invoke(s *session, d *Delivery, goexit *error) (err error) {
+// invoke calls the handler.
+func (p *pool) invoke(s *session, d *Delivery, goexit *error) error {
+	return guarded(p, s, d, p.handler, d, goexit)
+}
+
+// guarded calls h with what it handles, of which d is the first, and turns a panic into an error. It
+// sets goexit for a handler that ends its goroutine, because then deferred functions run but nothing
+// is returned.
+func guarded[T any](p *pool, s *session, d *Delivery, h func(context.Context, T) error, handled T, goexit *error) (err error) {
 	ctx := s.ctx
 	if p.config.handlerTimeout > 0 {
 		var cancel context.CancelFunc
@@ -184,7 +194,7 @@ func (p *pool) invoke(s *session, d *Delivery, goexit *error) (err error) {
 		err = panicked(recover())
 		*goexit = err
 	}()
-	err = safeError(p.handler(ctx, d))
+	err = safeError(h(ctx, handled))
 	returned = true
 	return err
 }

@@ -488,7 +488,7 @@ var mutants = []mutant{
 	inTest("TestInboxGrowsWithWhatWaitsInIt", change("an inbox grows for ever", "inbox.go",
 		"min(2*cap(full.waiting), i.most)", "2*cap(full.waiting)+0*i.most")),
 	inTest("TestMoreThanThePrefetchIsKept", change("workers stop at the end of the first stretch", "inbox.go",
-		"\t\tif s.next == nil {\n", "\t\tif true {\n")),
+		"\tif s.next == nil {\n", "\tif true {\n")),
 	inTest("TestMessageThatIsDoneWithIsNotKeptInMemory", mutant{name: "the last message is kept", edits: []edit{
 		{"inbox.go", "\tconfig *config\n}\n", "\tconfig *config\n\tlast   *Delivery\n}\n"},
 		{"inbox.go", "\td := newDelivery()\n", "\td := newDelivery()\n\tr.last = d\n"},
@@ -796,7 +796,7 @@ var mutants = []mutant{
 		"Headers:         d.Headers,")),
 	// Values and functions of the user.
 	inTest("TestErrorOfAHandlerThatCannotBeReadIsAFailure", change("a handler's error is read unseen", "worker.go",
-		"err = safeError(p.handler(ctx, d))", "err = p.handler(ctx, d)")),
+		"err = safeError(h(ctx, handled))", "err = h(ctx, handled)")),
 	inTest("TestErrorOfAHandlerThatCannotBeReadIsAFailure", change("what a handler panics with is read unseen", "guard.go",
 		"if new(reading).all(e) != nil {", "if false {")),
 	inTest("TestErrorOfAHandlerThatCannotBeReadIsAFailure", change("Invoke reads an error unseen", "worker.go",
@@ -1232,8 +1232,8 @@ var mutants = []mutant{
 		"t.session.notices.transfer.allow(tellAgain)", "t.session.notices.transfer.allow(0)"),
 	inTest("TestNothingIsAckedBeforeItsCopyIsConfirmed", change("an alarm is not heard", "publisher.go",
 		"\t\tif p.conn == c {\n", "\t\tif false {\n")),
-	inTest("TestFailedMessageComesBackAfterItsDelays", change("a message comes back as from the default exchange", "transfer.go",
-		"\t\t\t\td.Exchange = exchange\n", "\t\t\t\t_ = exchange\n")),
+	inTest("TestFailedMessageComesBackAfterItsDelays", change("a message comes back as from the default exchange", "delivery.go",
+		"\t\td.Exchange = exchange\n", "\t\t_ = exchange\n")),
 	inTest("TestNoMoreCopiesAreInFlightThanTheirAnswersHaveRoomFor", change("any number of copies is in flight", "publisher.go",
 		"p.inFlight >= mostInFlight, p.inFlight > 0", "p.inFlight > 0")),
 	inTest("TestParkQueueThatSomebodyElseDeclaresMeanwhileIsUsed", change("a park queue that somebody else declares meanwhile is refused", "internal/retryqueue/retryqueue.go",

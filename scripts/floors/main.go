@@ -39,6 +39,7 @@ var rooms = []room{
 	{"session.go", "topology.go", "hold.go", "transfer.go", "publisher.go", "offsets.go"},
 	{"probe.go"},
 	{"worker.go"},
+	{"batch.go"},
 	{"consumer.go"},
 	{"group.go"},
 }
