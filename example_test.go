@@ -1268,4 +1268,103 @@ func ExampleWithStreamOffsets() {
 	// sugar
 	// salt
 	// stopped, to go on at 4
+// One insert for up to a hundred messages. A message that fails is put back alone: a BatchError has an
+// entry for each.
+func ExampleConsumer_RunBatch() {
+	broker := exampleBroker("tea", "milk", "?", "bread")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	consumer, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	err = consumer.RunBatch(ctx, func(_ context.Context, batch []*steadymq.Delivery) error {
+		defer stop()
+		errs := make([]error, len(batch)) // nil acks
+		var rows []string
+		for i, d := range batch {
+			if string(d.Body) == "?" {
+				errs[i] = steadymq.Discard(errors.New("not an order"))
+				continue
+			}
+			rows = append(rows, string(d.Body))
+		}
+		fmt.Println("insert", rows) // an error of this would be that of all: return it
+		return &steadymq.BatchError{Errs: errs}
+	})
+	fmt.Println("stopped:", err)
+	fmt.Println("acked:", consumer.Stats().Acked, "discarded:", consumer.Stats().Discarded)
+	// Output:
+	// insert [tea milk bread]
+	// stopped: <nil>
+	// acked: 3 discarded: 1
+}
+
+// A message that has failed before comes in a batch of its own, so one that always fails takes the
+// others along only once.
+func ExampleWithBatch() {
+	broker := exampleBroker("tea", "poison", "milk")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	consumer, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()),
+		steadymq.WithBatch(3, time.Second),
+		steadymq.WithRequeueDelay(10*time.Millisecond, time.Second))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	handled := 0
+	err = consumer.RunBatch(ctx, func(_ context.Context, batch []*steadymq.Delivery) error {
+		fmt.Println(len(batch), "of", batch[0].Attempt())
+		for _, d := range batch {
+			if string(d.Body) == "poison" && d.Attempt() == 1 {
+				return errors.New("one of them cannot be stored")
+			}
+		}
+		if handled += len(batch); handled == 3 {
+			stop()
+		}
+		return nil
+	})
+	fmt.Println("stopped:", err)
+	// Output:
+	// 3 of 1
+	// 1 of 2
+	// 1 of 2
+	// 1 of 2
+	// stopped: <nil>
+}
+
+// In a group some consumers take batches and others do not.
+func ExampleGroup_HandleBatch() {
+	broker := exampleBroker("tea", "milk")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	group, err := steadymq.NewGroup(broker.URL, steadymq.WithDialer(broker.Dialer()), steadymq.WithBatch(2, time.Second))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	_, err = group.HandleBatch("orders", func(_ context.Context, batch []*steadymq.Delivery) error {
+		fmt.Println(len(batch), "orders")
+		stop()
+		return nil
+	})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	_, err = group.Handle("orders.dead", func(context.Context, *steadymq.Delivery) error { return nil })
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println("stopped:", group.Run(ctx))
+	// Output:
+	// 2 orders
+	// stopped: <nil>
 }

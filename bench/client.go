@@ -79,7 +79,7 @@ func clientMain(arg string) error {
 	if err := json.Unmarshal([]byte(arg), &c); err != nil {
 		return err
 	}
-	v, ok := findVariant(slices.Concat(throughputVariants, groupVariants, retryVariants), c.Variant)
+	v, ok := findVariant(slices.Concat(throughputVariants, groupVariants, retryVariants, batchVariants), c.Variant)
 	if !ok {
 		return fmt.Errorf("no variant %q", c.Variant)
 	}

@@ -67,6 +67,7 @@ type options struct {
 	faults     []string
 	consumers  []int // on one connection, of the group benchmark
 	retries    bool
+	batches    bool
 
 	rounds         int
 	warmup, window time.Duration
@@ -83,7 +84,7 @@ type options struct {
 
 func parseOptions(args []string) (o options, err error) {
 	f := flag.NewFlagSet("bench", flag.ExitOnError)
-	only := f.String("only", "throughput,recovery,idle,groups,retry", "which benchmarks: throughput, recovery, idle, groups, retry")
+	only := f.String("only", "throughput,recovery,idle,groups,retry,batch", "which benchmarks: throughput, recovery, idle, groups, retry, batch")
 	variants := f.String("variants", "driver,steadymq,multiple,auto", "throughput variants; the first is the base of the ratios")
 	healers := f.String("healers", "steadymq,recovery,loop", "recovery variants")
 	faults := f.String("faults", strings.Join(replay.Faults, ","), "faults of the recovery benchmark")
@@ -132,6 +133,7 @@ func parseOptions(args []string) (o options, err error) {
 		}
 	}
 	o.retries = strings.Contains(*only, "retry")
+	o.batches = strings.Contains(*only, "batch")
 	o.faults = strings.Split(*faults, ",")
 	o.workloads, err = workloads(*prefetch, *bodies, *workers, *transport, *full, *short)
 	return o, err
@@ -226,6 +228,9 @@ func benchmark(ctx context.Context, o options) (err error) {
 		return err
 	}
 	if rep.groups, err = benchGroups(ctx, o, server); err != nil {
+		return err
+	}
+	if rep.batches, err = benchBatches(ctx, o, server); err != nil {
 		return err
 	}
 	if rep.retries, err = benchRetries(ctx, o); err != nil {

@@ -110,6 +110,19 @@ func BenchmarkPolicy(b *testing.B) {
 	}
 }
 
+// BenchmarkBatch is BenchmarkDispatch with handlers of batches.
+func BenchmarkBatch(b *testing.B) {
+	for _, workers := range []int{1, 16} {
+		b.Run(fmt.Sprintf("workers=%d/handler=single", workers), func(b *testing.B) { dispatch(b, steadymqOver, workers) })
+		b.Run(fmt.Sprintf("workers=%d/handler=batch", workers), func(b *testing.B) {
+			dispatch(b, func(ctx context.Context, dial dialFunc, t target, each func([]byte)) error {
+				t.URL = "amqp://guest:guest@memory"
+				return steadyBatchWith(ctx, t, each, steadymq.WithDialer(dial))
+			}, workers)
+		})
+	}
+}
+
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
 
 // dispatch measures until the handler has seen b.N messages.

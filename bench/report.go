@@ -20,6 +20,7 @@ type report struct {
 	idle       []idling
 	groups     groups
 	retries    []comparison
+	batches    []comparison
 }
 
 // folder is where the results live, from the root of the repository.
@@ -64,6 +65,12 @@ func (r report) print(w io.Writer) {
 		fmt.Fprintln(tw, strings.Join(i.cells(), "\t"))
 	}
 	r.groups.print(tw)
+	for _, c := range r.batches {
+		fmt.Fprintf(tw, "\nbatches, %s\n", c.workload)
+		for _, row := range append([][]string{throughputHead}, rowsOf(c.outcomes, outcome.cells)...) {
+			fmt.Fprintln(tw, strings.Join(row, "\t"))
+		}
+	}
 	for _, c := range r.retries {
 		fmt.Fprintf(tw, "\nretries, %s\n", c.workload)
 		for _, row := range append([][]string{retryHead}, rowsOf(c.outcomes, outcome.retryCells)...) {
@@ -124,6 +131,9 @@ func (r report) markdown(w io.Writer) {
 		r.idleMarkdown(w)
 	}
 	r.groups.markdown(w)
+	if len(r.batches) > 0 {
+		r.batchesMarkdown(w)
+	}
 	if len(r.retries) > 0 {
 		r.retriesMarkdown(w)
 	}

@@ -450,6 +450,21 @@ func TestMessageThatFailedBeforeEndsTheBatchBeforeIt(t *testing.T) {
 	}
 }
 
+// The worker that collects meets it, and no other one has started yet.
+func TestWorkerStartsForAMessageThatComesAloneInABatch(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		c := inBatches(r, func(context.Context, []*steadymq.Delivery) error {
+			time.Sleep(5 * time.Second)
+			return nil
+		}, steadymq.WithBatch(10, time.Minute), steadymq.WithConcurrency(2))
+		r.Broker.Publish(rig.Queue, "1")
+		r.Wait(time.Second)
+		r.Broker.PublishMessage(rig.Queue, deadLettered("again"))
+		r.Wait(time.Second)
+		assert.Equal(r, []string{"1", "again"}, c.bodies())
+	})
+}
+
 // deadLettered is a message that was rejected from the queue before.
 func deadLettered(body string) steadymqtest.Message {
 	return steadymqtest.Message{Body: []byte(body), Headers: map[string]any{"x-death": []any{
@@ -839,6 +854,24 @@ func TestBatchErrorTellsWhatFailed(t *testing.T) {
 	require.ErrorIs(t, err, amqp.ErrClosed)
 	assert.Equal(t, []error{errAway, amqp.ErrClosed}, err.Unwrap())
 	require.EqualError(t, steadymq.BatchError{Errs: make([]error, 3)}, "steadymq: none of 3 messages failed")
+}
+
+func TestDoneBatchIsNotKeptInMemory(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		acked := 0
+		r.Consumer = r.New()
+		startBatch(r, func(_ context.Context, batch []*steadymq.Delivery) error {
+			acked += len(batch)
+			return nil
+		})
+		r.Broker.Publish(rig.Queue, "tea")
+		r.Wait(time.Second)
+		before := heap()
+		r.Broker.Publish(rig.Queue, strings.Repeat("x", 16*mebi))
+		r.Wait(time.Minute)
+		require.Equal(r, 2, acked)
+		assert.Less(r, heap()-before, 4*mebi, "bytes kept of a message that was acked")
+	}, steadymqtest.WithoutLedger())
 }
 
 // A stop at every moment of a batch's life: whatever was started is acked, whatever was not is back.
