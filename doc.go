@@ -45,7 +45,8 @@
 // [RequeueAfter] put it back; [Park] keeps it in another queue, with its cause; any other error,
 // and a panic, put it back after a hold that grows with every failure ([WithRequeueDelay]), or are
 // for the policy of [WithRetry]. On a stream a message is tried again in place instead. What no
-// handler can be given goes to [Hooks].Unreadable, see [MessageError].
+// handler can be given goes to [Hooks].Unreadable, see [MessageError]. [Consumer.RunBatch] gives a
+// [BatchHandler] several deliveries at once, each with an outcome of its own.
 //
 // # How a failure heals
 //

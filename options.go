@@ -296,7 +296,7 @@ func WithConcurrency(n int) Option {
 
 // WithPrefetch sets how many unsettled messages the broker may send ahead (basic.qos
 // prefetch_count, per consumer, https://www.rabbitmq.com/docs/consumer-prefetch). Default 32, or
-// the concurrency where that is higher. Range: the concurrency to 65535; New refuses 0, which would
+// the concurrency where that is higher; for batches what [WithBatch] says. Range: the concurrency to 65535; New refuses 0, which would
 // mean "no limit" to the broker and the whole queue in memory here.
 //
 // It is also the most messages that can be delivered twice when a session is lost. Up to RabbitMQ
@@ -320,7 +320,7 @@ func WithPrefetch(n int) Option {
 //
 // Default: 100 and 100 ms. Range: size 1 to 65535, and at most that many times [WithConcurrency],
 // which is how many batches are handled at once; wait 1 ms to 15 min, half of RabbitMQ's consumer
-// timeout. The prefetch, unless [WithPrefetch] is given, is then twice size times the concurrency,
+// timeout, or half of an x-consumer-timeout that is given. The prefetch, unless [WithPrefetch] is given, is then twice size times the concurrency,
 // so that the next batches are on their way while some are handled, but at least 32 and at most
 // 65535. What is refused: a WithPrefetch below size times the concurrency, with which no batch
 // fills; [WithMiddleware], which wraps single deliveries; and WithBatch itself by [Consumer.Run] and

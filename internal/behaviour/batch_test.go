@@ -109,7 +109,13 @@ func TestBatchIsFullOrHasWaited(t *testing.T) {
 func TestTrickleDoesNotStartTheWaitAgain(t *testing.T) {
 	const wait = time.Second
 	rig.Bubble(t, func(r *rig.Rig) {
-		c := inBatches(r, nil, steadymq.WithBatch(100, wait), steadymq.WithConcurrency(3))
+		c := inBatches(r, func(context.Context, []*steadymq.Delivery) error {
+			time.Sleep(10 * time.Millisecond)
+			return nil
+		}, steadymq.WithBatch(100, wait), steadymq.WithConcurrency(3))
+		r.PublishMany(300, "x")
+		r.Wait(2 * wait)
+		require.Len(r, c.seen(), 3, "all workers have started")
 		var published []time.Time
 		for range 100 {
 			published = append(published, time.Now())
@@ -118,13 +124,13 @@ func TestTrickleDoesNotStartTheWaitAgain(t *testing.T) {
 		}
 		r.Wait(2 * wait)
 		handled := 0
-		for _, b := range c.seen() {
+		for _, b := range c.seen()[3:] {
 			waited := b.at.Sub(published[handled])
 			assert.InDelta(r, wait, waited, float64(wait)/10, "from the first of a batch to its handler")
 			handled += len(b.bodies)
 		}
 		assert.Equal(r, 100, handled)
-		assert.Len(r, c.seen(), 7, "one worker collects, so the others do not share the trickle")
+		assert.Len(r, c.seen(), 3+7, "one worker collects, so the others do not share the trickle")
 	})
 }
 
@@ -789,14 +795,15 @@ func TestWhatBatchesCannotBeIsRefused(t *testing.T) {
 		err  error
 		want []string
 	}{
-		"size 0":                  {made(steadymq.WithBatch(0, time.Second)), []string{"WithBatch: size must be between 1 and 65535, got 0"}},
-		"size and wait":           {made(steadymq.WithBatch(65536, 0)), []string{"got 65536", "WithBatch: wait must be between 1ms and 15m0s, got 0s"}},
-		"wait too long":           {made(steadymq.WithBatch(1, time.Hour)), []string{"got 1h0m0s"}},
-		"prefetch":                {made(batch, steadymq.WithConcurrency(3), steadymq.WithPrefetch(29)), []string{"WithPrefetch: must be at least size times concurrency (30)", "got 29"}},
-		"prefetch of the default": {run(steadymq.WithPrefetch(99)), []string{"WithPrefetch", "(100)"}},
-		"too many":                {made(steadymq.WithBatch(1000, time.Second), steadymq.WithConcurrency(66)), []string{"WithBatch: size times concurrency (66) must be at most 65535", "got 66000"}},
-		"middleware":              {made(batch, steadymq.WithMiddleware(policy)), []string{"WithMiddleware: wraps a Handler"}},
-		"middleware and RunBatch": {run(steadymq.WithMiddleware(policy), steadymq.WithPrefetch(1)), []string{"WithMiddleware", "WithPrefetch"}},
+		"size 0":                   {made(steadymq.WithBatch(0, time.Second)), []string{"WithBatch: size must be between 1 and 65535, got 0"}},
+		"size and wait":            {made(steadymq.WithBatch(65536, 0)), []string{"got 65536", "WithBatch: wait must be between 1ms and 15m0s, got 0s"}},
+		"wait too long":            {made(steadymq.WithBatch(1, time.Hour)), []string{"got 1h0m0s"}},
+		"prefetch":                 {made(batch, steadymq.WithConcurrency(3), steadymq.WithPrefetch(29)), []string{"WithPrefetch: must be at least size times concurrency (30)", "got 29"}},
+		"prefetch of the default":  {run(steadymq.WithPrefetch(99)), []string{"WithPrefetch", "(100)"}},
+		"too many":                 {made(steadymq.WithBatch(1000, time.Second), steadymq.WithConcurrency(66)), []string{"WithBatch: size times concurrency (66) must be at most 65535", "got 66000"}},
+		"wait beyond the broker's": {made(steadymq.WithBatch(1, time.Minute), steadymq.WithConsumeArgs(amqp.Table{"x-consumer-timeout": 60_000})), []string{"WithBatch: wait must be at most half of x-consumer-timeout, here 30s, got 1m0s"}},
+		"middleware":               {made(batch, steadymq.WithMiddleware(policy)), []string{"WithMiddleware: wraps a Handler"}},
+		"middleware and RunBatch":  {run(steadymq.WithMiddleware(policy), steadymq.WithPrefetch(1)), []string{"WithMiddleware", "WithPrefetch"}},
 		"Run": {func() error {
 			c, err := steadymq.New("amqp://h/", "orders", batch)
 			require.NoError(t, err)
@@ -895,6 +902,35 @@ func TestStopAtEveryMomentOfABatch(t *testing.T) {
 			assert.Equal(r, 11-handled, r.Broker.QueueLen(rig.Queue), "at %v", at)
 			assert.Zero(r, r.Broker.Unsettled(rig.Queue))
 			assert.EqualValues(r, handled, c.outcomes().Delivered)
+		})
+	}
+}
+
+// However the messages come: what does not fill waits as long as it may from its first message on,
+// and no longer.
+func TestRandomTricklesKeepTheWait(t *testing.T) {
+	for seed := range uint64(40) {
+		dice := rand.New(rand.NewPCG(seed, 17))
+		size, wait := 1+dice.IntN(20), time.Duration(50+dice.IntN(500))*time.Millisecond
+		rig.Bubble(t, func(r *rig.Rig) {
+			c := inBatches(r, nil, steadymq.WithBatch(size, wait), steadymq.WithConcurrency(1+dice.IntN(4)))
+			var published []time.Time
+			for range 120 {
+				published = append(published, time.Now())
+				r.Broker.Publish(rig.Queue, "x")
+				time.Sleep(time.Duration(dice.IntN(60)) * time.Millisecond)
+			}
+			r.Wait(time.Second)
+			handled := 0
+			for _, b := range c.seen() {
+				waited := b.at.Sub(published[handled])
+				handled += len(b.bodies)
+				assert.LessOrEqual(r, waited, wait+wait/10, "seed %d", seed)
+				if len(b.bodies) < size {
+					assert.GreaterOrEqual(r, waited, wait, "seed %d", seed)
+				}
+			}
+			assert.Equal(r, 120, handled)
 		})
 	}
 }
