@@ -210,13 +210,13 @@ func (c *batchCall) call(ctx context.Context, batch []*Delivery) error {
 		}
 	}
 	if len(given) != len(batch) {
-		c.warn(len(given))
+		c.tellCount(len(given))
 	}
 	c.errs = errs // only now: if one of them ends the goroutine all have failed
 	return nil
 }
 
-func (c *batchCall) warn(entries int) {
+func (c *batchCall) tellCount(entries int) {
 	if left, ok := c.session.notices.miscounted.allow(time.Minute); ok {
 		c.session.warn("a handler of batches returned a BatchError that has not one entry for each message: those without one have failed, entries beyond the batch mean nothing",
 			slog.Int("entries", entries), slog.Int("messages", len(c.batch)), suppressed(left))

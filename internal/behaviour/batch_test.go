@@ -197,6 +197,7 @@ func TestErrorOfABatchIsThatOfAllOrOfEach(t *testing.T) {
 		"empty":              {&steadymq.BatchError{}, 0, 0, 0, 5},
 		"nil pointer":        {(*steadymq.BatchError)(nil), 0, 0, 0, 5},
 		"one that is broken": {&steadymq.BatchError{Errs: []error{nil, (*nilError)(nil), nil, nil, nil}}, 4, 0, 0, 1},
+		"one that panics":    {&steadymq.BatchError{Errs: []error{nil, panickyError{}, nil, nil, nil}}, 4, 0, 0, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			rig.Bubble(t, func(r *rig.Rig) {
@@ -222,6 +223,12 @@ func TestErrorOfABatchIsThatOfAllOrOfEach(t *testing.T) {
 		})
 	}
 }
+
+// panickyError panics when it is looked into.
+type panickyError struct{}
+
+func (panickyError) Error() string { return "panics" }
+func (panickyError) Unwrap() error { panic("boom") }
 
 func TestHookIsToldOfEachMessageOfABatchThatFailed(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {

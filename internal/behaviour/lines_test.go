@@ -606,6 +606,18 @@ var goldenRows = []goldenRow{
 		want: []string{"WARN steadymq: <message>; " + atFirst},
 	},
 	{
+		name:    "a BatchError that is too short",
+		message: "a handler of batches returned a BatchError that has not one entry for each message: those without one have failed, entries beyond the batch mean nothing",
+		provoke: func(r *rig.Rig, l *recorder) {
+			inBatches(r, func(context.Context, []*steadymq.Delivery) error {
+				return &steadymq.BatchError{Errs: []error{nil}}
+			}, l.option(), steadymq.WithBatch(2, time.Second))
+			r.Broker.Publish(rig.Queue, "1", "2")
+			r.Wait(500 * time.Millisecond)
+		},
+		want: []string{"WARN steadymq: <message>; " + atFirst + "; Int64 entries=1; Int64 messages=2"},
+	},
+	{
 		name:    "failed messages during an alarm",
 		message: "failed messages cannot be parked or delayed now, so they are held and tried again",
 		provoke: func(r *rig.Rig, l *recorder) {
