@@ -1268,6 +1268,8 @@ func ExampleWithStreamOffsets() {
 	// sugar
 	// salt
 	// stopped, to go on at 4
+}
+
 // One insert for up to a hundred messages. A message that fails is put back alone: a BatchError has an
 // entry for each.
 func ExampleConsumer_RunBatch() {

@@ -95,7 +95,7 @@ func (g *Group) add(queue string, w work, err error) (*Consumer, error) {
 	if g.ended {
 		return nil, named(&OptionError{by, "the group's Run has ended; make another group with NewGroup"}, queue)
 	}
-	if err := refuseSharedPlace(g.consumers, config); err != nil {
+	if err := refuseSharedPlace(g.consumers, w.config); err != nil {
 		return nil, err
 	}
 	g.consumers = append(g.consumers, c)
