@@ -41,6 +41,8 @@ const (
 	Delayed
 
 	outcomes // how many there are
+
+	keptLater // what Unsettled is once its handler has returned Later; nobody outside sees it
 )
 
 // String returns the outcome in lower case.
@@ -103,6 +105,8 @@ type settler interface {
 	settle(d *Delivery, o Outcome) error
 	number() uint64
 	source() (queue, host string)
+	context() context.Context
+	settledLater(d *Delivery) // called once settle has been, for a delivery that was kept for later
 }
 
 // Ack settles the delivery as done (basic.ack). It returns nil when the frame was handed to the
@@ -136,11 +140,24 @@ func (d *Delivery) settle(o Outcome) error {
 // same moment one frame reaches the wire.
 func (f *fence) settle(by settler, o Outcome) error {
 	if !f.outcome.CompareAndSwap(uint32(Unsettled), uint32(o)) {
-		if f.origin.Outcome() == Stale {
-			return ErrStale
-		}
-		return ErrSettled
+		return f.settleKept(by, o)
 	}
+	return f.send(by, o)
+}
+
+// settleKept is settle for a delivery that is not unsettled, unless it was kept for later.
+func (f *fence) settleKept(by settler, o Outcome) error {
+	switch {
+	case f.outcome.CompareAndSwap(uint32(keptLater), uint32(o)):
+		defer by.settledLater(&f.origin) // even if the hook that is told ends the goroutine
+		return f.send(by, o)
+	case f.origin.Outcome() == Stale:
+		return ErrStale
+	}
+	return ErrSettled
+}
+
+func (f *fence) send(by settler, o Outcome) error {
 	err := by.settle(&f.origin, o)
 	if errors.Is(err, ErrStale) {
 		f.outcome.Store(uint32(Stale))
@@ -210,6 +227,10 @@ func (a detached) number() uint64 { return 0 }
 
 func (a detached) source() (queue, host string) { return "", "" }
 
+func (a detached) context() context.Context { return noContext{} }
+
+func (a detached) settledLater(*Delivery) {}
+
 func (a detached) settle(d *Delivery, o Outcome) error {
 	if a.to == nil {
 		return nil
@@ -271,24 +292,59 @@ func Discard(err error) error { return &outcomeError{outcome: Discarded, err: er
 // messages back to their queue.
 func Park(err error) error { return &outcomeError{outcome: Parked, err: err} }
 
+// Later is what a [Handler] returns, wrapped or not, to leave its delivery unsettled: somebody else
+// settles it, by [Delivery.Ack], [Delivery.Requeue] or [Delivery.Discard] on any goroutine, before
+// or after the handler has returned. The worker is free for the next delivery. It is no failure:
+// neither hook nor log tells of it, and [WithRetry] has no part in what follows.
+//
+// Until then the delivery takes up one place of the prefetch, and [Stats].Later counts it. As many
+// as the prefetch stop everything behind them, as one does on a stream, where no ack overtakes it;
+// a line in the log says so after a minute or two. A stop waits for it within the limit of
+// [WithDrainTimeout], as for a running handler, and a [*DrainError] tells how many were left. When
+// its session is lost, or that limit has passed, it is [Stale]: settling it returns [ErrStale], and
+// the broker delivers the message again. If the broker cancels the consumer it can be settled for
+// as long as that limit. [Delivery.Context] ends then; the context that the handler was given does
+// so too, but with [WithHandlerTimeout] that ends when the handler returns.
+//
+// Settle it well before the broker's consumer timeout (30 min by default), which ends the session
+// with all of its deliveries. One that nobody settles, such as that of a panic elsewhere, stays
+// unsettled until then. A handler that panics with Later has failed like any other.
+var Later error = &outcomeError{outcome: Unsettled, err: errors.New("steadymq: the delivery is settled later")}
+
 // OutcomeOf returns the outcome that a handler's error asks for, and whether it does so explicitly:
-// true for nil, which acks, and for what [Discard], [Park], [Requeue] and [RequeueAfter] return,
-// wrapped or not; false for any other error, which puts the message back after a hold, or is for
-// the policy of [WithRetry]. A [Middleware] that has a policy for failures leaves the explicit ones
-// alone.
+// true for nil, which acks, for [Later], which leaves the delivery [Unsettled], and for what
+// [Discard], [Park], [Requeue] and [RequeueAfter] return, wrapped or not; false for any other
+// error, which puts the message back after a hold, or is for the policy of [WithRetry]. A
+// [Middleware] that has a policy for failures leaves the explicit ones alone.
 func OutcomeOf(err error) (o Outcome, explicit bool) {
 	if err == nil {
 		return Acked, true
 	}
-	if v := (*outcomeError)(nil); errors.As(err, &v) {
+	if v := askedBy(err); v != nil {
 		return v.outcome, true
 	}
 	return Requeued, false
 }
 
+// askedBy returns the outcome that a handler's error asks for, nil if it is a plain one. Nobody
+// settles later what a panic has ended.
+func askedBy(err error) *outcomeError {
+	var v *outcomeError
+	if !errors.As(err, &v) || v.outcome == Unsettled && errors.As(err, new(*PanicError)) {
+		return nil
+	}
+	return v
+}
+
+// isLater reports whether a handler's error is Later, which is no failure.
+func isLater(err error) bool {
+	o, explicit := OutcomeOf(err)
+	return explicit && o == Unsettled
+}
+
 // Handler handles one delivery. Its error decides the outcome: nil acks the message; [Discard]
 // drops or dead-letters it; [Requeue] and [RequeueAfter] put it back; [Park] keeps it in a queue
-// for those that are given up; any other error, and a panic, puts it back after the hold of
+// for those that are given up; [Later] leaves it to be settled by hand; any other error, and a panic, puts it back after the hold of
 // [WithRequeueDelay], which grows with every failure. With [WithRetry] such a message waits in a
 // queue of its delay instead, outside of the prefetch, and is given up after the last attempt. The
 // library drops nothing unless the handler says so, or a [Retry] without a Park queue.

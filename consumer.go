@@ -80,8 +80,9 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 //
 // Any other end is an error. It may join several; use [errors.Is] and [errors.As]:
 //
-//   - [ErrDrainTimeout] if handlers were still running at the drain limit ([*DrainError] tells how
-//     many); the broker delivers their messages again.
+//   - [ErrDrainTimeout] if handlers were still running at the drain limit, or deliveries that they
+//     kept by [Later] not settled ([*DrainError] tells how many); the broker delivers their messages
+//     again.
 //   - [*SessionError] with Op "lost" if the connection was lost while draining: the last acks may
 //     not have arrived, and their messages come again.
 //   - [*SessionError] before the first session, if the broker says plainly that the configuration
@@ -244,6 +245,7 @@ func (c *Consumer) Stats() Stats {
 		Dials:         n.dials.Load(),
 		Handling:      int(n.handling.Load()),
 		Held:          int(n.held.Load()),
+		Later:         int(n.later.Load()),
 		Overdue:       max(int(n.overdue.Load()), 0), // a handler may return while it is counted
 		Delivered:     n.delivered.Load(),
 		Acked:         n.outcomes[Acked].Load(),

@@ -1,6 +1,7 @@
 package steadymq
 
 import (
+	"context"
 	"encoding/json"
 	"log/slog"
 	"math"
@@ -75,13 +76,43 @@ func NewDelivery(m amqp.Delivery) *Delivery {
 }
 
 // Outcome returns what became of the delivery so far. A message that is held (see
-// [WithRequeueDelay]) is [Unsettled].
+// [WithRequeueDelay]), or kept by [Later], is [Unsettled].
 func (d *Delivery) Outcome() Outcome {
 	if d.fence == nil {
 		return Unsettled
 	}
-	return Outcome(d.fence.outcome.Load())
+	o := Outcome(d.fence.outcome.Load())
+	if o == keptLater {
+		return Unsettled
+	}
+	return o
 }
+
+// Context returns a context that ends with the session that delivered the message, because nothing
+// can be settled after that: for who settles by hand, see [Later] and [Consumer.Deliveries]. It
+// carries the values of Run's context. [context.Cause] says why it has ended: a [*SessionError] if
+// the session was lost, a [*DrainError] if the drain limit has passed; any other error is that of a
+// session that has ended in order, after all of its deliveries were settled. It knows nothing of
+// [WithHandlerTimeout], nor of the values that a [Middleware] adds. That of a delivery of
+// [NewDelivery] never ends.
+func (d *Delivery) Context() context.Context {
+	if d.fence == nil {
+		return noContext{}
+	}
+	return d.fence.settler.context()
+}
+
+// noContext is the context of a delivery that no session has delivered. It never ends and has no
+// values.
+type noContext struct{}
+
+func (noContext) Deadline() (deadline time.Time, ok bool) { return time.Time{}, false }
+
+func (noContext) Done() <-chan struct{} { return nil }
+
+func (noContext) Err() error { return nil }
+
+func (noContext) Value(any) any { return nil }
 
 // Session returns the number of the session that delivered the message, counted from 1 in each Run;
 // 0 for [NewDelivery]. Session and DeliveryTag together are the only identity that AMQP 0-9-1 gives

@@ -40,8 +40,8 @@ var (
 	// called before.
 	ErrRunning = errors.New("steadymq: this Consumer is already running; make another Consumer with New for a second subscription")
 
-	// ErrDrainTimeout is returned by [Consumer.Run] if handlers were still running when the limit
-	// of [WithDrainTimeout] had passed. [errors.As] with [*DrainError] tells how many.
+	// ErrDrainTimeout is returned by [Consumer.Run] if handlers were still running, or deliveries
+	// that they kept by [Later] unsettled, when the limit of [WithDrainTimeout] had passed. [errors.As] with [*DrainError] tells how many.
 	ErrDrainTimeout = errors.New("steadymq: drain limit passed")
 
 	// ErrLoginRefused is inside a [*SessionError] with Op "open" when the broker did not let the
@@ -212,23 +212,37 @@ func (e *PanicError) Unwrap() error {
 	return err
 }
 
-// DrainError tells how many handlers were still running when the limit of [WithDrainTimeout] had
-// passed. It is an [ErrDrainTimeout], by [errors.Is].
+// DrainError tells what was not done when the limit of [WithDrainTimeout] had passed. It is an
+// [ErrDrainTimeout], by [errors.Is].
 type DrainError struct {
 	// Handlers is the number of handlers left. Their contexts are cancelled and their deliveries
 	// unsettled: the broker delivers them again.
 	Handlers int
+	// Unsettled is the number of deliveries left that handlers kept by [Later]: the broker delivers
+	// them again.
+	Unsettled int
 	// Limit is the drain limit that has passed.
 	Limit time.Duration
 }
 
-// Error tells the number, the limit and what to do.
+// Error tells the numbers, the limit and what to do.
 func (e *DrainError) Error() string {
-	running := "1 handler still running"
-	if e.Handlers != 1 {
-		running = fmt.Sprintf("%d handlers still running", e.Handlers)
+	left, advice := number(e.Handlers, "handler", "handlers")+" still running", "let handlers end when their context does"
+	kept := number(e.Unsettled, "delivery", "deliveries") + " kept for later and not settled"
+	switch {
+	case e.Unsettled > 0 && e.Handlers > 0:
+		left += " and " + kept
+	case e.Unsettled > 0:
+		left, advice = kept, "settle what is kept before you stop"
 	}
-	return fmt.Sprintf("%v: %s after %v; what is unsettled goes back to the queue (let handlers end when their context does, or raise WithDrainTimeout)", ErrDrainTimeout, running, e.Limit)
+	return fmt.Sprintf("%v: %s after %v; what is unsettled goes back to the queue (%s, or raise WithDrainTimeout)", ErrDrainTimeout, left, e.Limit, advice)
+}
+
+func number(n int, one, more string) string {
+	if n == 1 {
+		more = one
+	}
+	return fmt.Sprintf("%d %s", n, more)
 }
 
 // Unwrap returns [ErrDrainTimeout].

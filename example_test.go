@@ -1342,6 +1342,8 @@ func ExampleWithBatch() {
 
 // In a group some consumers take batches and others do not.
 func ExampleGroup_HandleBatch() {
+// A handler that leaves its delivery to somebody else, who settles it when the answer has come.
+func ExampleLater() {
 	broker := exampleBroker("tea", "milk")
 	defer broker.Close()
 	ctx, stop := context.WithCancel(context.Background())
@@ -1369,4 +1371,23 @@ func ExampleGroup_HandleBatch() {
 	// Output:
 	// 2 orders
 	// stopped: <nil>
+	var waiting []*steadymq.Delivery // by one handler at a time
+	err := steadymq.Consume(ctx, broker.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
+		waiting = append(waiting, d)
+		if len(waiting) < 2 {
+			return steadymq.Later
+		}
+		for _, d := range waiting { // all together, this one too
+			fmt.Printf("%s: %v\n", d.Body, d.Ack())
+		}
+		stop()
+		return nil
+	}, steadymq.WithDialer(broker.Dialer()))
+	fmt.Println("stopped:", err)
+	fmt.Println("left:", broker.QueueLen("orders"))
+	// Output:
+	// tea: <nil>
+	// milk: <nil>
+	// stopped: <nil>
+	// left: 0
 }

@@ -558,7 +558,7 @@ func (j *journal) summarizeOne(f *failures, level slog.Level, message string) {
 // the same time.
 type notices struct {
 	held, overdue, limit, unreadable rateLimited
-	transfer, noPark, cut            rateLimited
+	transfer, noPark, cut, later     rateLimited
 	connecting, miscounted           rateLimited
 	slow, limitKept, renamed         atomic.Bool
 	blind, consumed, delayedHere     atomic.Bool

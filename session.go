@@ -56,6 +56,7 @@ type session struct {
 
 	gate      gate          // handlers of this session that are running
 	holds     holds         // failed deliveries that wait to go back
+	laters    laters        // deliveries that were kept by Later
 	transfers transfers     // failed deliveries whose copies are under way
 	backlog   backlog       // whether handlers keep up with the prefetch
 	stall     *notifier     // set by the prober: why it wants another session; nil if there is none
@@ -110,13 +111,13 @@ func (s *session) streamPosition() *position {
 func (s *scope) abandoned() { s.stats.abandoned.Add(1) }
 
 func (s *scope) drainError() error {
-	return &DrainError{Handlers: int(s.running()), Limit: s.config.drainTimeout}
+	return &DrainError{Handlers: int(s.running()), Unsettled: int(s.stats.later.Load()), Limit: s.config.drainTimeout}
 }
 
-// notDone is the error of a drain whose limit has passed: handlers are still running, or only
-// copies of failed messages are not confirmed.
+// notDone is the error of a drain whose limit has passed: handlers are still running, or what they
+// kept for later is not settled, or only copies of failed messages are not confirmed.
 func (s *session) notDone() error {
-	if s.running() > 0 {
+	if s.running() > 0 || s.stats.later.Load() > 0 {
 		return s.drainError()
 	}
 	return s.lost(errUnconfirmed)
@@ -175,7 +176,7 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 		cancels:     channel.NotifyCancel(make(chan string, 2)), // a lookup has two consumers
 		end:         newNotifier(),
 	}
-	s.holds.session = s
+	s.holds.session, s.laters.session = s, s
 	s.settler = s
 	if of.config.stallAfter > 0 {
 		s.stall = newNotifier()
@@ -671,6 +672,12 @@ func (s *session) number() uint64 { return s.id }
 // source implements settler.
 func (s *session) source() (queue, host string) { return s.queue, s.conn.host }
 
+// context implements settler.
+func (s *session) context() context.Context { return s.ctx }
+
+// settledLater implements settler.
+func (s *session) settledLater(d *Delivery) { s.laters.remove(d) }
+
 // settle implements settler: it puts one settlement on the wire of this session's channel, or none
 // if the session is over. A failed message is sent as a reject, which counts towards a quorum
 // queue's delivery limit; one whose copy could not be sent as a nack, which from RabbitMQ 4.3 on does
@@ -705,13 +712,14 @@ func (s hookSettler) settle(d *Delivery, o Outcome) error {
 }
 
 // releaseHeld settles the deliveries that are held and, once the session is lost, those whose copies
-// are under way. Hooks.Settled is called elsewhere, because it must not delay the session's own
+// are under way and those that were kept for later. Hooks.Settled is called elsewhere, because it must not delay the session's own
 // goroutine.
 func (s *session) releaseHeld() {
 	held := &collectingSettler{session: s}
 	s.holds.release(held)
 	if s.closed.Load() {
 		s.transfers.release(held)
+		s.laters.release(held)
 	}
 	s.reporter.released(held.deliveries)
 }
@@ -768,6 +776,8 @@ func (s *session) conclude(d *Delivery, err error) conclusion {
 	v := s.verdictOn(d, err)
 	became := conclusion{held: v.delay, last: v.last}
 	switch {
+	case v.outcome == Unsettled:
+		s.laters.keep(d)
 	case v.to != nil:
 		became.pending = v.outcome
 		s.transfer(d, v, err)
@@ -786,9 +796,10 @@ func (s *session) healthy(now time.Time) bool {
 	return up >= healthyAfter || up >= 10*time.Second && s.settled.Load()
 }
 
-// gate counts the handlers at work, and the failed deliveries whose copies are on their way. Once
-// it is closed none enters any more, and done is closed when the last one has left. Workers and
-// transfers enter and leave; the session's goroutine closes it.
+// gate counts the handlers at work, the deliveries that they have kept for later, and the failed
+// ones whose copies are on their way. Once
+// it is closed none enters any more, and done is closed when the last one has left. Workers,
+// transfers and those who settle later enter and leave; the session's goroutine closes it.
 type gate struct {
 	count atomic.Int64  // twice the number of handlers inside, plus one once it is closed
 	done  chan struct{} // made by close

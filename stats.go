@@ -79,7 +79,8 @@ type Hooks struct {
 	// decided: [Acked], [Requeued] or [Discarded] when it is sent, by the handler's error or by
 	// hand; [Parked] or [Delayed] when its copy was confirmed and its ack is sent; [Stale] when it
 	// came too late and was not sent. A held message ([WithRequeueDelay], [RequeueAfter]) is told
-	// when it goes back, or as Stale if its session has ended first. d is the delivery that the
+	// when it goes back, one that was kept by [Later] when it is settled, and either as Stale if its
+	// session has ended first. d is the delivery that the
 	// handler got, also if a copy of it was settled.
 	//
 	// On a stream Acked and Discarded tell that the handler is done with the message, not yet that
@@ -89,7 +90,7 @@ type Hooks struct {
 	// that message.
 	//
 	// It is called on the goroutine that settles, which it delays, concurrently with others; for
-	// messages that were held when their session ended, on that of StateChanged and with its limit.
+	// messages that were held or kept when their session ended, on that of StateChanged and with its limit.
 	// A delivery whose handler is still running when Run returns is not told.
 	Settled func(d *Delivery, o Outcome)
 }
@@ -140,6 +141,10 @@ type Stats struct {
 	// stream, until they are tried again. They take up the prefetch: once all of it is held nothing
 	// else is delivered.
 	Held int
+	// Later is the number of deliveries that handlers have kept by [Later], or that a loop over
+	// [Consumer.Deliveries] has gone on from, and that nobody has settled yet. They take up the
+	// prefetch as those in Held do.
+	Later int
 	// Overdue is the number of handlers that are still running a second or more after the limit of
 	// [WithHandlerTimeout].
 	Overdue int
@@ -182,6 +187,7 @@ type Stats struct {
 type counters struct {
 	sessions, connections, dials atomic.Uint64
 	handling, held, overdue      atomic.Int64
+	later                        atomic.Int64
 	delivered, failed, stale     atomic.Uint64
 	unreadable                   atomic.Uint64
 	outcomes                     [outcomes]atomic.Uint64 // indexed by Outcome; stale ones count in stale

@@ -34,8 +34,8 @@ func (s *session) verdictOn(d *Delivery, err error) verdict {
 	if err == nil {
 		return verdict{outcome: Acked}
 	}
-	var asked *outcomeError // on the heap: errors.As takes its address
-	switch explicit := errors.As(err, &asked); {
+	asked := askedBy(err)
+	switch explicit := asked != nil; {
 	case s.ctx.Err() != nil && (!explicit || asked.outcome == Parked): // it is stale
 		return verdict{outcome: Requeued}
 	case s.config.retry == nil:

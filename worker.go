@@ -164,7 +164,7 @@ func (p *pool) handle(s *session, d *Delivery) {
 		if err == nil {
 			err = d.overlooked()
 		}
-		failed = err != nil && !s.cutOff(err)
+		failed = err != nil && !isLater(err) && !s.cutOff(err)
 		became = s.conclude(d, err)
 	}()
 	err = p.invoke(s, d, &err)
@@ -241,7 +241,7 @@ func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, erro
 
 // Invoke runs h on d as a [Consumer] does, but without its holds, so that a test of a handler can
 // assert what becomes of the message: a panic is an error ([*PanicError]), and the error settles d
-// unless h has settled it by itself. It returns the outcome and the error. h gets ctx as it is. It
+// unless h has settled it by itself, or it is [Later]. It returns the outcome and the error. h gets ctx as it is. It
 // knows no [WithRetry]: what that would delay or park is [Requeued] here.
 //
 // Make d with [NewDelivery]: any other is refused, without a call of h. [Middleware] wraps h
@@ -263,7 +263,9 @@ func Invoke(ctx context.Context, h Handler, d *Delivery) (o Outcome, err error) 
 			if _, ofNone := d.fence.settler.(detached); wanted == Parked && !ofNone {
 				wanted = Requeued // only a Consumer has a park queue
 			}
-			_ = d.settle(wanted)
+			if wanted != Unsettled {
+				_ = d.settle(wanted)
+			}
 		}
 		o = d.Outcome()
 	}()

@@ -51,6 +51,16 @@ func explicit(err error) (yes bool) {
 	return yes
 }
 
+// isLater reports whether the handler has left its delivery to be settled by hand, which is no
+// failure.
+func isLater(err error) bool {
+	if !explicit(err) {
+		return false
+	}
+	o, _ := steadymq.OutcomeOf(err)
+	return o == steadymq.Unsettled
+}
+
 // cutOff reports whether err came after the session was lost or the drain limit had passed, which
 // is no failure. A panic is a failure whenever it comes.
 func cutOff(ctx context.Context, err error) bool {

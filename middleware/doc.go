@@ -18,7 +18,7 @@
 //
 // A policy rewrites a plain error, which would put the message back, into one that asks for another
 // outcome. What the handler asks for itself by [steadymq.Discard], [steadymq.Park],
-// [steadymq.Requeue] or [steadymq.RequeueAfter] stays, wrapped or not, and so does what it has
+// [steadymq.Requeue], [steadymq.RequeueAfter] or [steadymq.Later] stays, wrapped or not, and so does what it has
 // settled by hand. A panic of the handler counts as a plain error; whatever stands outside sees it
 // as a [*steadymq.PanicError]. An error that the handler returned because its session was lost or
 // the drain limit has passed stays as it is: it is no failure, and the broker has the message back.

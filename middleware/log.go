@@ -22,7 +22,8 @@ import (
 //
 // The outcome is what the error asks for, or what the handler has settled by hand. Put Log before
 // the policies, so that it sees what they have decided. An error that the handler returned because
-// its session was lost or the drain limit has passed is no failure, and not written.
+// its session was lost or the drain limit has passed is no failure, and not written; nor is
+// [steadymq.Later].
 //
 // The library logs failures as well, at most one in a second; Log writes all of them, by the worker
 // and before the message is settled. A logger that blocks delays both. One that panics does not
@@ -35,7 +36,7 @@ func Log(logger *slog.Logger) steadymq.Middleware {
 		return func(ctx context.Context, d *steadymq.Delivery) error {
 			began := time.Now()
 			err := call(ctx, next, d)
-			if err == nil || cutOff(ctx, err) {
+			if err == nil || isLater(err) || cutOff(ctx, err) {
 				return err
 			}
 			took := time.Since(began)

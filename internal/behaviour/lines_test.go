@@ -447,6 +447,19 @@ var goldenRows = []goldenRow{
 		},
 	},
 	{
+		name:    "kept deliveries take up the prefetch",
+		message: "deliveries that are kept to be settled later take up the prefetch, and none was settled for a while: nothing else is delivered; settle them, or raise WithPrefetch",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(func(context.Context, *steadymq.Delivery) error { return steadymq.Later }, l.option(), steadymq.WithPrefetch(2), steadymq.WithDrainTimeout(time.Second))
+			r.PublishMany(2, "x")
+			r.Wait(8 * time.Minute)
+		},
+		want: []string{
+			"WARN steadymq: <message>; " + atFirst + "; Int64 kept=2; Int64 prefetch=2",
+			"WARN steadymq: <message>; " + atFirst + "; Int64 kept=2; Int64 prefetch=2; Uint64 suppressed=4",
+		},
+	},
+	{
 		name:    "a queue that was declared before",
 		message: "the queue was declared before with a delivery limit, which stays: a message that comes back more often is dropped. Switch it off by a policy with delivery-limit -1, or delete the queue so that it is declared anew; or say what is meant by Queue.DeadLetter or x-delivery-limit in Queue.Args",
 		provoke: func(r *rig.Rig, l *recorder) {

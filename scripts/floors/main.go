@@ -36,7 +36,7 @@ var rooms = []room{
 	{"connection.go", "loan.go", "connections.go"},
 	{"inbox.go"},
 	{"stream.go"},
-	{"session.go", "topology.go", "hold.go", "transfer.go", "publisher.go", "offsets.go"},
+	{"session.go", "topology.go", "hold.go", "later.go", "transfer.go", "publisher.go", "offsets.go"},
 	{"probe.go"},
 	{"worker.go"},
 	{"batch.go"},
