@@ -77,8 +77,8 @@ type config struct {
 	problems []error
 }
 
-// given says which options were given.
-type given struct{ heartbeat, dialTimeout, prefetch, backoff bool }
+// given says which options were given whose values do not show it.
+type given struct{ heartbeat, dialTimeout, prefetch, backoff, concurrency, requeueDelay bool }
 
 func defaults(url, queue string) *config {
 	return &config{

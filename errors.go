@@ -35,8 +35,8 @@ var (
 // Errors of [Consumer.Run], of its sessions and of the contexts of handlers. Match them by
 // [errors.Is].
 var (
-	// ErrRunning is returned by [Consumer.Run] of a [Consumer] that is running already. Make
-	// another Consumer for a second subscription. It is inside the error of [Group.Run] if that was
+	// ErrRunning is returned by [Consumer.Run], and yielded by [Consumer.Deliveries], of a
+	// [Consumer] that is running already. Make another Consumer for a second subscription. It is inside the error of [Group.Run] if that was
 	// called before.
 	ErrRunning = errors.New("steadymq: this Consumer is already running; make another Consumer with New for a second subscription")
 
@@ -171,8 +171,9 @@ func (e *MessageError) Error() string {
 // Unwrap returns the reason.
 func (e *MessageError) Unwrap() error { return e.Err }
 
-// OptionError is one refused argument of [New], of an option or of [Consumer.Run]. New joins all of
-// them ([errors.Join]), so that one call shows every problem; [errors.As] finds the first.
+// OptionError is one refused argument of [New], of an option, of [Consumer.Run] or of
+// [Consumer.Deliveries]. New joins all of them ([errors.Join]), so that one call shows every
+// problem; [errors.As] finds the first.
 type OptionError struct {
 	// Option is the name of the option, or that of the function, such as "New", "Handle" or "Run",
 	// for one of its own arguments.

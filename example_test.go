@@ -1342,8 +1342,6 @@ func ExampleWithBatch() {
 
 // In a group some consumers take batches and others do not.
 func ExampleGroup_HandleBatch() {
-// A handler that leaves its delivery to somebody else, who settles it when the answer has come.
-func ExampleLater() {
 	broker := exampleBroker("tea", "milk")
 	defer broker.Close()
 	ctx, stop := context.WithCancel(context.Background())
@@ -1371,6 +1369,14 @@ func ExampleLater() {
 	// Output:
 	// 2 orders
 	// stopped: <nil>
+}
+
+// A handler that leaves its delivery to somebody else, who settles it when the answer has come.
+func ExampleLater() {
+	broker := exampleBroker("tea", "milk")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
 	var waiting []*steadymq.Delivery // by one handler at a time
 	err := steadymq.Consume(ctx, broker.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
 		waiting = append(waiting, d)
@@ -1389,5 +1395,109 @@ func ExampleLater() {
 	// tea: <nil>
 	// milk: <nil>
 	// stopped: <nil>
+	// left: 0
+}
+
+// Deliveries in a loop, where a handler would be in the way.
+func ExampleConsumer_Deliveries() {
+	broker := exampleBroker("tea", "milk", "poison")
+	defer broker.Close()
+	consumer, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	for d, err := range consumer.Deliveries(ctx) {
+		if err != nil { // the last turn: the consumer has given up
+			fmt.Println(err)
+			continue
+		}
+		settle := d.Ack
+		if string(d.Body) == "poison" {
+			settle = d.Discard
+			stop() // the loop ends, once it has drained
+		}
+		if err := settle(); err != nil {
+			fmt.Println("it comes again:", err)
+		}
+		fmt.Printf("%s: %v\n", d.Body, d.Outcome())
+	}
+	fmt.Println("left:", broker.QueueLen("orders"))
+	// Output:
+	// tea: acked
+	// milk: acked
+	// poison: discarded
+	// left: 0
+}
+
+// Take one message and leave: the others stay in the queue.
+func ExampleConsumer_Deliveries_one() {
+	broker := exampleBroker("tea", "milk")
+	defer broker.Close()
+	// No more is sent ahead than is taken: up to RabbitMQ 4.2 a quorum queue counts what goes back.
+	consumer, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()), steadymq.WithPrefetch(1))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	takeOne := func(ctx context.Context) (string, error) {
+		for d, err := range consumer.Deliveries(ctx) {
+			if err != nil {
+				return "", err
+			}
+			return string(d.Body), d.Ack() // settled before the loop is left
+		}
+		return "", ctx.Err() // none has come in time
+	}
+	for range 3 {
+		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+		fmt.Println(takeOne(ctx))
+		cancel()
+	}
+	// Output:
+	// tea <nil>
+	// milk <nil>
+	//  context deadline exceeded
+}
+
+// Empty the queue and leave. AMQP has no sign that a queue is empty. That nothing has happened for a
+// while, though the consumer was there all the time, is the next best.
+func ExampleConsumer_Deliveries_empty() {
+	broker := exampleBroker("tea", "milk", "sugar")
+	defer broker.Close()
+	consumer, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	go func() {
+		ticks := time.Tick(200 * time.Millisecond) // a good value is some seconds
+		for before := consumer.Stats(); ctx.Err() == nil; before = consumer.Stats() {
+			<-ticks
+			now := consumer.Stats()
+			if now == before && now.State == steadymq.Consuming && now.Handling == 0 {
+				stop()
+			}
+		}
+	}()
+	for d, err := range consumer.Deliveries(ctx) {
+		if err != nil {
+			fmt.Println(err)
+			continue
+		}
+		fmt.Printf("%s\n", d.Body)
+		if err := d.Ack(); err != nil {
+			fmt.Println("it comes again:", err)
+		}
+	}
+	fmt.Println("left:", broker.QueueLen("orders"))
+	// Output:
+	// tea
+	// milk
+	// sugar
 	// left: 0
 }

@@ -291,7 +291,7 @@ func WithConsumerTag(prefix string) Option {
 // behind it. A goroutine of a handler starts with the first delivery that finds none waiting. Range
 // 1 to 65535.
 func WithConcurrency(n int) Option {
-	return func(c *config) { c.concurrency = n; c.count("WithConcurrency", n) }
+	return func(c *config) { c.concurrency, c.set.concurrency = n, true; c.count("WithConcurrency", n) }
 }
 
 // WithPrefetch sets how many unsettled messages the broker may send ahead (basic.qos
@@ -421,7 +421,7 @@ func WithMaxMessageSize(bytes int64) Option {
 // has no Park queue.
 func WithRequeueDelay(first, longest time.Duration) Option {
 	return func(c *config) {
-		c.requeueFirst, c.requeueLongest = first, longest
+		c.requeueFirst, c.requeueLongest, c.set.requeueDelay = first, longest, true
 		c.duration("WithRequeueDelay", first)
 		c.duration("WithRequeueDelay", longest)
 		if longest < first {

@@ -40,7 +40,7 @@ var rooms = []room{
 	{"probe.go"},
 	{"worker.go"},
 	{"batch.go"},
-	{"consumer.go"},
+	{"consumer.go", "pull.go"},
 	{"group.go"},
 }
 
