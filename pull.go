@@ -162,6 +162,7 @@ func (l *loop) drain() error {
 func handlersOptions(c *config) []handlersOption {
 	return []handlersOption{
 		{"WithConcurrency", c.set.concurrency, "the body is given one delivery at a time; start goroutines in it that settle"},
+		{"WithBatch", c.batches, "collect in the body, or use RunBatch"},
 		{"WithMiddleware", len(c.middleware) > 0, "there is no handler to wrap; do it in the body"},
 		{"WithHandlerTimeout", c.handlerTimeout > 0, "give what the body calls a context with a limit, made from d.Context()"},
 		{"WithRequeueDelay", c.set.requeueDelay, "there are no errors of handlers; call d.Requeue when the message is to go back"},

@@ -21,13 +21,13 @@ import (
 	"github.com/steadymq/steadymq/steadymqtest"
 )
 
-// shelf keeps deliveries for later.
-type shelf struct {
+// keptOnes keeps deliveries for later.
+type keptOnes struct {
 	mu  sync.Mutex
 	all []*steadymq.Delivery
 }
 
-func (s *shelf) keep(_ context.Context, d *steadymq.Delivery) error {
+func (s *keptOnes) keep(_ context.Context, d *steadymq.Delivery) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.all = append(s.all, d)
@@ -35,7 +35,7 @@ func (s *shelf) keep(_ context.Context, d *steadymq.Delivery) error {
 }
 
 // kept are the deliveries so far.
-func (s *shelf) kept(r *rig.Rig, want int) []*steadymq.Delivery {
+func (s *keptOnes) kept(r *rig.Rig, want int) []*steadymq.Delivery {
 	r.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -45,9 +45,9 @@ func (s *shelf) kept(r *rig.Rig, want int) []*steadymq.Delivery {
 
 func TestDeliveryThatIsKeptForLaterIsSettledByAnybody(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
-		var shelf shelf
+		var keptOnes keptOnes
 		told := make(map[string]steadymq.Outcome)
-		r.Consuming(shelf.keep, steadymq.WithHooks(steadymq.Hooks{
+		r.Consuming(keptOnes.keep, steadymq.WithHooks(steadymq.Hooks{
 			HandlerFailed: func(*steadymq.Delivery, error) { assert.Fail(r, "it is no failure") },
 			Settled:       func(d *steadymq.Delivery, o steadymq.Outcome) { told[string(d.Body)] = o },
 		}))
@@ -55,7 +55,7 @@ func TestDeliveryThatIsKeptForLaterIsSettledByAnybody(t *testing.T) {
 			r.Broker.Publish(rig.Queue, body)
 		}
 		r.Wait(time.Minute)
-		all := shelf.kept(r, 3)
+		all := keptOnes.kept(r, 3)
 		for _, d := range all {
 			assert.Equal(r, steadymq.Unsettled, d.Outcome())
 			assert.NoError(r, d.Context().Err())
@@ -95,10 +95,10 @@ func TestDeliveryThatIsKeptForLaterOfEachKindOfQueue(t *testing.T) {
 		t.Run(kind, func(t *testing.T) {
 			rig.Bubble(t, func(r *rig.Rig) {
 				r.RemakeQueue(kind)
-				var shelf shelf
+				var keptOnes keptOnes
 				r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 					if string(d.Body) == "first" && d.Attempt() == 1 {
-						return shelf.keep(ctx, d)
+						return keptOnes.keep(ctx, d)
 					}
 					return nil
 				}, rig.OfType(kind)...)
@@ -110,7 +110,7 @@ func TestDeliveryThatIsKeptForLaterOfEachKindOfQueue(t *testing.T) {
 					acks = 0
 				}
 				assert.Len(r, r.Broker.Ledger().Settlements, acks)
-				require.NoError(r, shelf.kept(r, 1)[0].Requeue())
+				require.NoError(r, keptOnes.kept(r, 1)[0].Requeue())
 				r.Wait(time.Second)
 				assert.Zero(r, r.Consumer.Stats().Later)
 				assert.EqualValues(r, 1, r.Consumer.Stats().Requeued)
@@ -223,13 +223,13 @@ func TestDeliveryThatIsKeptForLaterIsStaleOnceItsSessionIsLost(t *testing.T) {
 	for name, lose := range losses {
 		t.Run(name, func(t *testing.T) {
 			rig.Bubble(t, func(r *rig.Rig) {
-				var shelf shelf
+				var keptOnes keptOnes
 				var stale atomic.Int64
 				r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 					if d.Redelivered {
 						return nil
 					}
-					return shelf.keep(ctx, d)
+					return keptOnes.keep(ctx, d)
 				}, steadymq.WithHooks(steadymq.Hooks{Settled: func(_ *steadymq.Delivery, o steadymq.Outcome) {
 					if o == steadymq.Stale {
 						stale.Add(1)
@@ -237,7 +237,7 @@ func TestDeliveryThatIsKeptForLaterIsStaleOnceItsSessionIsLost(t *testing.T) {
 				}}))
 				r.Broker.Publish(rig.Queue, "x")
 				r.Wait(time.Second)
-				d := shelf.kept(r, 1)[0]
+				d := keptOnes.kept(r, 1)[0]
 				lose(r)
 				r.Wait(time.Second)
 				var session *steadymq.SessionError
@@ -283,18 +283,18 @@ func TestDeliveryThatIsKeptForLaterCanBeSettledAfterABrokerCancel(t *testing.T) 
 	for _, late := range []bool{false, true} {
 		t.Run(fmt.Sprint("late ", late), func(t *testing.T) {
 			rig.Bubble(t, func(r *rig.Rig) {
-				var shelf shelf
+				var keptOnes keptOnes
 				r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 					if d.Redelivered {
 						return nil
 					}
-					return shelf.keep(ctx, d)
+					return keptOnes.keep(ctx, d)
 				}, steadymq.WithDrainTimeout(10*time.Second))
 				r.Broker.Publish(rig.Queue, "x")
 				r.Wait(time.Second)
 				r.Broker.CancelConsumers(rig.Queue)
 				r.Wait(5 * time.Second)
-				d := shelf.kept(r, 1)[0]
+				d := keptOnes.kept(r, 1)[0]
 				require.Equal(r, steadymq.Consuming, r.Consumer.State(), "in the next session")
 				assert.NoError(r, d.Context().Err())
 				if late {
@@ -318,11 +318,11 @@ func TestStopWaitsForWhatIsKeptForLater(t *testing.T) {
 	for _, grouped := range []bool{false, true} {
 		t.Run(fmt.Sprint("grouped ", grouped), func(t *testing.T) {
 			rig.Bubble(t, func(r *rig.Rig) {
-				var shelf shelf
-				stop := aloneOrGrouped(r, grouped, shelf.keep)
+				var keptOnes keptOnes
+				stop := aloneOrGrouped(r, grouped, keptOnes.keep)
 				r.PublishMany(2, "x")
 				r.Wait(time.Second)
-				all := shelf.kept(r, 2)
+				all := keptOnes.kept(r, 2)
 				for i, after := range []time.Duration{3 * time.Second, 5 * time.Second} {
 					time.AfterFunc(after, func() { assert.NoError(r, all[i].Ack()) })
 				}
@@ -357,11 +357,11 @@ func TestStopTellsWhatWasKeptForLaterAndNotSettled(t *testing.T) {
 	for _, inGroup := range []bool{false, true} {
 		t.Run(fmt.Sprint("grouped ", inGroup), func(t *testing.T) {
 			rig.Bubble(t, func(r *rig.Rig) {
-				var shelf shelf
-				stop := aloneOrGrouped(r, inGroup, shelf.keep, steadymq.WithDrainTimeout(2*time.Second))
+				var keptOnes keptOnes
+				stop := aloneOrGrouped(r, inGroup, keptOnes.keep, steadymq.WithDrainTimeout(2*time.Second))
 				r.PublishMany(3, "x")
 				r.Wait(time.Second)
-				all := shelf.kept(r, 3)
+				all := keptOnes.kept(r, 3)
 				require.NoError(r, all[1].Ack())
 				began := time.Now()
 				err := stop()
@@ -382,13 +382,13 @@ func TestStopTellsWhatWasKeptForLaterAndNotSettled(t *testing.T) {
 
 func TestStopTellsOfHandlersAndOfWhatTheyKept(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
-		var shelf shelf
+		var keptOnes keptOnes
 		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 			if string(d.Body) == "long" {
 				<-ctx.Done()
 				return steadymq.Later
 			}
-			return shelf.keep(ctx, d)
+			return keptOnes.keep(ctx, d)
 		}, steadymq.WithDrainTimeout(time.Second))
 		r.Broker.Publish(rig.Queue, "short")
 		r.Broker.Publish(rig.Queue, "long")
@@ -405,13 +405,13 @@ func TestStopTellsOfHandlersAndOfWhatTheyKept(t *testing.T) {
 // A stop during the backoff waits for what a session keeps that the broker has cancelled.
 func TestStopWaitsForWhatACancelledSessionKeeps(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
-		var shelf shelf
-		r.Consuming(shelf.keep)
+		var keptOnes keptOnes
+		r.Consuming(keptOnes.keep)
 		r.Broker.Publish(rig.Queue, "x")
 		r.Wait(time.Second)
 		r.Broker.CancelConsumers(rig.Queue)
 		r.Wait(time.Second)
-		time.AfterFunc(4*time.Second, func() { assert.NoError(r, shelf.kept(r, 1)[0].Ack()) })
+		time.AfterFunc(4*time.Second, func() { assert.NoError(r, keptOnes.kept(r, 1)[0].Ack()) })
 		began := time.Now()
 		assert.NoError(r, r.Stop())
 		assert.InDelta(r, 4*time.Second, time.Since(began), float64(100*time.Millisecond))
@@ -467,8 +467,8 @@ func TestPanicWithLaterIsAFailure(t *testing.T) {
 
 func TestMiddlewareLooksThroughLater(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
-		var shelf shelf
-		r.Consuming(shelf.keep, steadymq.WithMiddleware(
+		var keptOnes keptOnes
+		r.Consuming(keptOnes.keep, steadymq.WithMiddleware(
 			middleware.Correlation, middleware.Log(slog.New(slog.NewTextHandler(r.Log, nil))),
 			middleware.ParkAfter(1), middleware.DiscardAfter(1), middleware.Permanent(steadymq.Later),
 			middleware.PermanentFunc(func(error) bool { return true })))
@@ -477,22 +477,22 @@ func TestMiddlewareLooksThroughLater(t *testing.T) {
 		assert.Equal(r, 1, r.Consumer.Stats().Later)
 		assert.NotContains(r, r.Log.String(), "handler failed")
 		assert.NotContains(r, r.Log.String(), "WARN")
-		assert.NoError(r, shelf.kept(r, 1)[0].Ack())
+		assert.NoError(r, keptOnes.kept(r, 1)[0].Ack())
 	})
 }
 
 // What is settled by hand is settled: no copy of it is sent.
 func TestPolicyHasNoPartInWhatIsKeptForLater(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
-		var shelf shelf
-		r.Consuming(shelf.keep, steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second}, Park: "parked"}))
+		var keptOnes keptOnes
+		r.Consuming(keptOnes.keep, steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second}, Park: "parked"}))
 		r.PublishMany(2, "x")
 		r.Wait(time.Second)
-		all := shelf.kept(r, 2)
+		all := keptOnes.kept(r, 2)
 		require.NoError(r, all[0].Discard())
 		require.NoError(r, all[1].Requeue())
 		r.Wait(time.Minute)
-		require.NoError(r, shelf.kept(r, 3)[2].Ack())
+		require.NoError(r, keptOnes.kept(r, 3)[2].Ack())
 		r.Wait(time.Second)
 		stats := r.Consumer.Stats()
 		assert.Zero(r, stats.Delayed+stats.Parked)
@@ -506,7 +506,7 @@ type valueKey struct{}
 
 func TestContextOfADeliveryEndsWithItsSessionAndNotWithTheHandler(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
-		var shelf shelf
+		var keptOnes keptOnes
 		var given context.Context
 		r.Consumer = r.New(steadymq.WithHandlerTimeout(time.Minute))
 		ctx, stop := context.WithCancel(context.WithValue(r.Context(), valueKey{}, "value"))
@@ -514,12 +514,12 @@ func TestContextOfADeliveryEndsWithItsSessionAndNotWithTheHandler(t *testing.T) 
 		go func() {
 			result <- r.Consumer.Run(ctx, func(ctx context.Context, d *steadymq.Delivery) error {
 				given = ctx
-				return shelf.keep(ctx, d)
+				return keptOnes.keep(ctx, d)
 			})
 		}()
 		r.Broker.Publish(rig.Queue, "x")
 		r.Wait(2 * time.Minute)
-		d := shelf.kept(r, 1)[0]
+		d := keptOnes.kept(r, 1)[0]
 		assert.Error(r, given.Err(), "that with the limit ends when the handler returns")
 		assert.NoError(r, d.Context().Err())
 		assert.Equal(r, "value", d.Context().Value(valueKey{}))
@@ -537,14 +537,14 @@ func TestDeliveriesThatAreKeptForLaterTakeUpThePrefetchAndThatIsTold(t *testing.
 		t.Run(kind, func(t *testing.T) {
 			rig.Bubble(t, func(r *rig.Rig) {
 				r.RemakeQueue(kind)
-				var shelf shelf
+				var keptOnes keptOnes
 				kept := 4
 				if kind == "stream" {
 					kept = 1 // which holds up all others
 				}
 				r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
 					if d.DeliveryTag <= uint64(kept) {
-						return shelf.keep(ctx, d)
+						return keptOnes.keep(ctx, d)
 					}
 					return nil
 				}, append(rig.OfType(kind), steadymq.WithPrefetch(4), steadymq.WithStallDetector(10*time.Second))...)
@@ -557,7 +557,7 @@ func TestDeliveriesThatAreKeptForLaterTakeUpThePrefetchAndThatIsTold(t *testing.
 				r.Wait(time.Hour)
 				assert.LessOrEqual(r, len(r.Warnings("kept to be settled later take up the prefetch")), 13)
 				assert.EqualValues(r, 1, r.Consumer.Stats().Sessions, "it is no stall")
-				for _, d := range shelf.kept(r, kept) {
+				for _, d := range keptOnes.kept(r, kept) {
 					assert.NoError(r, d.Ack())
 				}
 				r.Wait(time.Second)
