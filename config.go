@@ -56,6 +56,9 @@ type config struct {
 	retry   *Retry      // nil without WithRetry
 	offsets OffsetStore // nil without WithStreamOffsets
 
+	breaker *Breaker // nil without WithBreaker
+	rate    *rate    // nil without WithRate
+
 	topology    TopologyFunc
 	declare     *Queue
 	consumeArgs amqp.Table

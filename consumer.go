@@ -23,6 +23,7 @@ type Consumer struct {
 	config *config
 	state  atomic.Int32
 	stats  *counters
+	valve  *valve
 	fault  atomic.Pointer[faultError]
 
 	grouped bool // a Group runs it
@@ -57,7 +58,7 @@ func New(url, queue string, opts ...Option) (*Consumer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Consumer{config: c, stats: new(counters)}, nil
+	return &Consumer{config: c, stats: new(counters), valve: newValve(c)}, nil
 }
 
 // Consume is [New] and [Consumer.Run] in one call. Its error is that of either.
@@ -233,7 +234,7 @@ func (c *Consumer) Stop(ctx context.Context) error {
 func (c *Consumer) Queue() string { return c.config.queue }
 
 // State returns what the Consumer is doing. A Consumer whose Run has returned is [Stopped].
-func (c *Consumer) State() State { return State(c.state.Load()) }
+func (c *Consumer) State() State { return c.orPaused(State(c.state.Load())) }
 
 // Stats returns the counters, over all Runs. They are read one after the other, not at one instant.
 func (c *Consumer) Stats() Stats {
@@ -260,6 +261,9 @@ func (c *Consumer) Stats() Stats {
 		Abandoned:     n.abandoned.Load(),
 		OffsetsFailed: n.offsetsFailed.Load(),
 		EventsDropped: n.eventsDropped.Load(),
+		Throttled:     c.valve.throttled(),
+		BreakerOpen:   c.valve.broken(),
+		BreakerOpened: c.valve.opened.Load(),
 	}
 }
 
@@ -286,6 +290,7 @@ type supervisor struct {
 	tag     string          // prefix of all consumer tags
 	host    string          // address of the current or last connection, for reports
 
+	shownBy *BreakerError // why the state is Paused, as far as it was told; nil for Pause
 	away    away          // what has failed since the last session
 	hung    int           // set-ups in a row that hung
 	strikes int           // connections that the broker closed during this consumer's set-up
@@ -308,11 +313,13 @@ func newSupervisor(ctx context.Context, c *Consumer, w work, b *borrower, publis
 		stats:    c.stats,
 		reporter: reporter,
 		ctx:      ctx,
+		valve:    c.valve,
 	}
 	workers.loop = workers.handleAll
 	if w.batch != nil {
 		workers.loop = newBatches(workers, w.batch).handleAll
 	}
+	c.valve.begin()
 	return &supervisor{
 		consumer: c,
 		config:   w.config,
@@ -332,6 +339,7 @@ func newSupervisor(ctx context.Context, c *Consumer, w work, b *borrower, publis
 			hire:      workers.hire,
 			stream:    newPosition(w.config),
 			notices:   new(notices),
+			valve:     c.valve,
 			grouped:   c.grouped,
 			publisher: publisher,
 		},
@@ -424,6 +432,9 @@ func (s *supervisor) settingUp() stateFunc {
 		}
 		return s.failed(a.err)
 	}
+	if a.session == nil {
+		return s.paused
+	}
 	s.number, s.session, s.probed = number, a.session, probe(a.session)
 	s.strikes, s.hung = 0, 0
 	return s.consuming
@@ -451,6 +462,9 @@ func (s *supervisor) open(ctx context.Context, conn *loan, dial *dial, suspect b
 		defer turn.giveBack()
 		giveBack = func() { s.borrower.giveBack(conn, closeRequest{limit: s.config.closeTimeout}) }
 	}
+	if is, _ := s.consumer.valve.look(); !is.wants(time.Now()) {
+		return attempt{conn: conn, giveBack: giveBack}
+	}
 	// A tag is never used again, not even by the next try for the same session.
 	tag := fmt.Sprintf("%s.%d-%d", s.tag, try, number)
 	session, err := openSession(ctx, conn, s.scope, number, try, tag, step)
@@ -466,17 +480,24 @@ func (s *supervisor) consuming() stateFunc {
 	}
 	s.retry.consuming()
 	s.borrower.praise(s.host)
-	s.enter(Consuming, nil) // first: a handler may ask for the state
+	shut := s.watchValve() // first: a handler may ask for the state
 	s.away = away{}
 	s.pool.serve(s.session)
 	from := s.reasonsToMove()
-	from.stop = s.ctx.Done()
+	from.stop, from.shut = s.ctx.Done(), shut
 	for {
 		first := s.session.consume(from)
 		switch first {
 		case signUnreadable:
 			s.session.setAside()
 			continue
+		case signTurned:
+			s.turned(shut)
+			continue
+		case signHeld:
+			if s.holdsOn(shut) {
+				continue
+			}
 		case signProven:
 			if !s.comesBack() {
 				from.proven = time.After(lookAgain)
@@ -507,6 +528,9 @@ func (s *supervisor) ending() stateFunc {
 	}
 	s.release()
 	s.recordHealth(session)
+	if errors.Is(session.end.Cause(), errPaused) {
+		return s.paused
+	}
 	if errors.Is(session.end.Cause(), errMoved) {
 		s.dropConnection()
 		return s.connecting

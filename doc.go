@@ -109,12 +109,14 @@
 //   - [WithMiddleware] wraps the handler, for policies and tracing (none)
 //   - [WithHandlerTimeout] ends the context of a handler that takes too long (off)
 //   - [WithWriteDelay] bounds how long acks wait to share a system call (1 ms)
+//   - [WithRate] bounds how many handlers start in a time (no limit)
 //   - [WithMaxMessageSize] keeps larger messages from the handlers (no limit)
 //
 // Failure: what follows when a handler fails, a session is lost or the queue goes silent.
 //
 //   - [WithRequeueDelay] sets how long a failed message is held (1 s, doubled up to 15 min)
 //   - [WithRetry] lets it wait at the broker instead, and parks it in the end (off)
+//   - [WithBreaker] lets no handler start while all fail (off)
 //   - [WithBackoff] sets the pace of retries (250 ms, doubled up to 10 s)
 //   - [WithFatal] decides which failures end Run (what cannot work, before the first session)
 //   - [WithStallDetector] replaces sessions that are alive on paper only (off)

@@ -73,6 +73,7 @@ var (
 	errStopped      = errors.New("the consumer was stopped")
 	errStalled      = errors.New("stalled") // by WithStallDetector
 	errMoved        = errors.New("the consumer goes on on another connection")
+	errPaused       = errors.New("the consumer is paused, so what it was sent goes back to the queue")
 	errUnconfirmed  = errors.New("drain limit passed before the broker had confirmed the copies of all messages that were to be parked or delayed: those messages go back to the queue, and a copy may exist (WithDrainTimeout)")
 
 	// errSilentRefusal is what the end of the socket after 3 s of silence most probably means.

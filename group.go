@@ -89,7 +89,7 @@ func (g *Group) add(queue string, w work, err error) (*Consumer, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Consumer{config: w.config, stats: new(counters), grouped: true}
+	c := &Consumer{config: w.config, stats: new(counters), valve: newValve(w.config), grouped: true}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.ended {

@@ -144,7 +144,7 @@ func (h *holds) release(by settler) {
 // be enough, because what is done after it cannot be acked before it. It is called with mu held.
 func (h *holds) isCrowded() bool {
 	taken := int64(len(h.timers))
-	if taken > 0 && h.session.stream != nil {
+	if taken > 0 && h.session.stream != nil && !h.session.valve.shut() {
 		taken = h.session.wire.Unsettled()
 	}
 	return taken > 0 && 2*taken >= int64(h.session.config.prefetch)

@@ -32,6 +32,7 @@ type journal struct {
 	consumingSince time.Time         // since when the consumer is consuming; zero if it is not
 	awaySince      time.Time         // since when it has not been consuming
 	flapping       bool              // the last session ended within stableAfter
+	lossTold       bool              // a failure was logged since the last change to Consuming or Paused
 	pending        *slog.Record      // a "consuming" to write once the session is stable
 	stableTimer    alarm             // runs while pending is set
 	gaveUp         bool              // Run ends by a failure and not because its context has ended
@@ -196,6 +197,9 @@ func (j *journal) changed(c StateChange) {
 		}
 	case Backoff:
 		level, attrs = j.failing(c, attrs)
+		j.lossTold = j.lossTold || level == slog.LevelWarn
+	case Paused:
+		level, attrs = j.paused(c, attrs)
 	case Draining:
 		j.gaveUp = c.Cause != nil
 		if c.Session == 0 { // there has been no session, so nothing to drain
@@ -332,6 +336,25 @@ func (j *journal) cause(key string, now time.Time) *cause {
 	return j.causes[key]
 }
 
+// paused returns the level of the line for a pause, which counts with earlier ones as failures do:
+// an open breaker is one. A connection that is back during a pause is told if its loss was.
+func (j *journal) paused(c StateChange, attrs []slog.Attr) (slog.Level, []slog.Attr) {
+	healed := c.From == Connecting || c.From == Backoff
+	told := j.lossTold || j.awaySince.IsZero()
+	j.lossTold = false
+	switch {
+	case healed && told:
+		return slog.LevelInfo, attrs
+	case healed:
+		return slog.LevelDebug, attrs
+	}
+	level, attrs := j.failing(c, attrs)
+	if c.Cause == nil {
+		level = min(level, slog.LevelInfo)
+	}
+	return level, attrs
+}
+
 // variablePart matches what differs between failures of the same cause: IP addresses, and long
 // numbers, such as ports and the numbers of requests. A short number, such as a status, makes
 // another cause.
@@ -340,6 +363,9 @@ var variablePart = regexp.MustCompile(`\d+\.\d+\.\d+\.\d+|\[[[:xdigit:]:.]+(%\w+
 // causeKey returns what the failures of one cause have in common: step and reason, whatever the
 // host.
 func causeKey(c StateChange) string {
+	if c.To == Paused { // the texts of an open breaker differ by the message that has failed
+		return fmt.Sprint(c.To, c.Cause != nil)
+	}
 	key := reasonOf(c.Cause)
 	if host, _, err := net.SplitHostPort(c.Host); err == nil && host != "" {
 		key = strings.ReplaceAll(key, host, "")
@@ -370,7 +396,7 @@ func (a *allowance) spend(now time.Time, lines int) bool {
 // consuming logs that the consumer is consuming, at once or when it is stable, if a failure was
 // logged before or the consumer was away for long.
 func (j *journal) consuming(c StateChange) {
-	j.consumingSince = c.Time
+	j.consumingSince, j.lossTold = c.Time, false
 	attrs := attrsOf(c)
 	down := c.Time.Sub(j.awaySince)
 	if c.Attempt > 0 {

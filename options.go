@@ -544,6 +544,57 @@ func WithStreamOffsets(s OffsetStore) Option {
 	}
 }
 
+// WithBreaker lets no handler start while handlers only fail, because what they depend on is down.
+// After b.Failures handlers in a row have failed (returned an error or panicked) the breaker opens:
+// running handlers finish, no other starts, and what was prefetched waits, unsettled, so that no
+// delivery limit counts it. After b.Wait one message is let through, one in all, whatever
+// [WithConcurrency] says and whatever becomes of the session. If its handler succeeds the breaker
+// closes; if it fails the breaker waits twice as long, up to the longer of b.Wait and a minute. What
+// handlers return that began before the breaker opened changes nothing then, and an error that does
+// not count lets another message through at once.
+//
+// Failures are what handlers return, see [Breaker]; errors of a handler whose session was lost do
+// not count. While the breaker is open the state is [Paused], and its StateChange has a
+// [*BreakerError] as its Cause; [Stats] has BreakerOpen and BreakerOpened. [Consumer.Pause] comes
+// first, and [Consumer.Resume] leaves the breaker as it is. It survives sessions and Runs. A handler
+// that never returns, of the one message let through, keeps it open: set [WithHandlerTimeout], and
+// heed the context.
+//
+// What waits goes back to the queue when the breaker has been open for half of the consumer timeout
+// during one session (15 min by default), since the broker would take it back with the session
+// later. With a b.Wait of more than a minute it goes back after a minute, as in a pause, and the
+// consumer subscribes again for the next message. Each time it goes back RabbitMQ up to 4.2 counts
+// it, see [Consumer.Pause]: prefer a Wait of up to a minute.
+//
+// In a [Group] each consumer has a breaker of its own. Default: none.
+func WithBreaker(b Breaker) Option {
+	return func(c *config) {
+		c.breaker = &b
+		c.checkBreaker(&b)
+	}
+}
+
+// WithRate lets no more than n handlers start in each per: a token bucket that holds n/10 tokens, at
+// least one, and gets them one by one, n in each per. So in any time of k times per no more than
+// k*n + n/10 handlers start (k*n + 1 if n is below 10). Messages wait for it before they are given to
+// a handler: that costs no [WithHandlerTimeout], and a stop puts them back at once. Stats.Throttled
+// tells how many wait.
+//
+// The rate is that of one Consumer, with all its workers and over all its sessions and Runs; in a
+// [Group] each consumer has its own. Other processes do not know of it. Tries in place, on a stream,
+// count.
+//
+// Unless [WithPrefetch] is given, the prefetch is no more than what starts within a quarter of the
+// consumer timeout (7.5 min by default), and at least the concurrency. Default: no limit. Range: n 1
+// to 1,000,000, per 1 ms to 24 h; New refuses a rate at which one message takes longer than half of
+// the consumer timeout.
+func WithRate(n int, per time.Duration) Option {
+	return func(c *config) {
+		c.rate = &rate{n, per}
+		c.checkRateItself(c.rate)
+	}
+}
+
 // WithBackoff sets the pace of retries: the n-th wait in a row for the same kind of failure is
 // drawn from 0 to initial*2^(n-1), at most limit. Default 250 ms and 10 s. Range: 1 ms to 24 h
 // each; New refuses a limit below initial. For a fleet choose a limit of at least (number of
@@ -731,6 +782,7 @@ func build(url, queue string, opts []Option) (*config, error) {
 	c.checkQueue()
 	c.checkTogether()
 	c.checkBatches()
+	c.checkRate()
 	c.checkRetry()
 	c.checkOffsets()
 	return c, errors.Join(c.problems...)
@@ -744,6 +796,7 @@ func buildGroup(url string, opts []Option) (*config, error) {
 	apply(c, opts)
 	c.checkURLs()
 	c.checkTogether()
+	c.checkRate()
 	c.checkRetry()
 	if c.declare != nil {
 		c.declare = c.takeQueue(c.declare)
@@ -768,6 +821,7 @@ func buildMember(of *config, queue string, batches bool, opts []Option) (*config
 	c.checkQueue()
 	c.checkTogether()
 	c.checkBatches()
+	c.checkRate()
 	c.checkRetry()
 	c.checkOffsets()
 	for i, problem := range c.problems {

@@ -125,7 +125,8 @@ func (r *retry) givesUp(err error) bool {
 	} else {
 		r.refusals = 0
 	}
-	if r.hadSession {
+	var at *SessionError
+	if r.hadSession || errors.As(err, &at) && at.Op == "lost" { // as the connection of a Run that began paused
 		return false
 	}
 	if refused && (errors.Is(err, errSilentRefusal) || r.config.asksForLogin()) {

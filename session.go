@@ -88,6 +88,7 @@ type scope struct {
 	stream    *position       // where to resume, nil unless the queue is a stream
 	saver     *saver          // keeps that over restarts, nil without WithStreamOffsets; made by supervisor.run
 	notices   *notices
+	valve     *valve
 	grouped   bool          // others may share the connection
 	asked     atomic.Value  // string: the queue whose destinations have been declared
 	publisher *publisher    // of the copies of failed messages
@@ -333,6 +334,8 @@ const (
 	signStop                   // a drain is asked for
 	signRetiring               // the connection is to go
 	signProven                 // the consumer was healthy for a while
+	signTurned                 // the valve stands otherwise
+	signHeld                   // the valve is shut for so long that what is held has to go back
 )
 
 // signals are those that concern a session and do not come from it.
@@ -340,7 +343,8 @@ type signals struct {
 	stop, retiring <-chan struct{}
 	later          <-chan time.Time // in place of retiring, for a session that has stayed
 	proven         <-chan time.Time
-	looks          int // how often the session has stayed
+	shut           *shutTime // of the session
+	looks          int       // how often the session has stayed
 }
 
 // consume waits for the next sign. The driver promises no order among its signs.
@@ -365,6 +369,10 @@ func (s *session) consume(from signals) sign {
 		return signRetiring
 	case <-from.proven:
 		return signProven
+	case <-from.shut.changed:
+		return signTurned
+	case <-from.shut.over:
+		return signHeld
 	}
 	return signLost
 }
@@ -396,7 +404,7 @@ func (s *session) run(first sign) {
 	case errors.Is(cause, errCancelled):
 		s.stream.doubt()
 		s.retire(cause)
-	case errors.Is(cause, errMoved):
+	case errors.Is(cause, errMoved), errors.Is(cause, errPaused):
 		s.retire(cause)
 	default:
 		s.lose(cause)
@@ -420,6 +428,8 @@ func (s *session) causeAt(first sign) error {
 		return s.lost(s.stall.Cause())
 	case signRetiring, signProven:
 		return s.lost(errMoved)
+	case signHeld:
+		return s.lost(errPaused)
 	}
 	return s.lost(s.diagnose())
 }
@@ -903,7 +913,7 @@ func (p *backlog) every() time.Duration { return max(p.timeout/looksPerTimeout, 
 func (p *backlog) look() {
 	s := p.session
 	taken := s.stats.delivered.Load() - p.base // read first, so that nothing counts twice
-	late := taken < p.arrived[0]
+	late := taken < p.arrived[0] && !s.valve.shutWithin(p.timeout/2)
 	copy(p.arrived[:], p.arrived[1:])
 	p.arrived[len(p.arrived)-1] = taken + uint64(s.inbox.waiting())
 	if late && s.notices.slow.CompareAndSwap(false, true) {

@@ -24,6 +24,8 @@ const (
 	Draining
 	// Stopped: Run has returned, or is about to.
 	Stopped
+	// Paused: no handler starts, because of [Consumer.Pause] or of [WithBreaker].
+	Paused
 )
 
 // String returns the state in lower case.
@@ -41,6 +43,8 @@ func (s State) String() string {
 		return "draining"
 	case Stopped:
 		return "stopped"
+	case Paused:
+		return "paused"
 	}
 	return "unknown"
 }
@@ -117,7 +121,8 @@ type StateChange struct {
 	// RetryIn is the wait before the next try, in [Backoff] only.
 	RetryIn time.Duration
 	// Cause is why: a [*SessionError] in [Backoff]; in [Draining] why Run gives up, nil if its
-	// context has ended; in [Stopped] Run's error.
+	// context has ended; in [Stopped] Run's error; in [Paused] a [*BreakerError] if the breaker of
+	// [WithBreaker] has opened, nil for [Consumer.Pause].
 	Cause error
 
 	consumers  int  // whose connection it is about, in the log of a Group; 0 in that of a consumer
@@ -180,6 +185,13 @@ type Stats struct {
 	// EventsDropped counts the events (changes of state, log lines, calls of hooks) that were not
 	// told, because a hook or the logger was too slow.
 	EventsDropped uint64
+	// Throttled is the number of messages that workers have taken and that wait for the rate of
+	// [WithRate]; during a pause they wait for its end, too.
+	Throttled int
+	// BreakerOpen tells whether the breaker of [WithBreaker] is open now, BreakerOpened counts how
+	// often it has opened.
+	BreakerOpen   bool
+	BreakerOpened uint64
 }
 
 // counters are what Stats shows, over all Runs of a Consumer. Every goroutine of a Run counts in

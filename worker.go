@@ -21,6 +21,7 @@ type pool struct {
 	reporter *reporter
 	ctx      context.Context // of Run, as the user gave it: no handler starts once it has ended
 	loop     func(*session)  // handles the deliveries of a session until there are no more
+	valve    *valve
 
 	mu      sync.Mutex
 	session *session      // the newest session, nil while there is none
@@ -137,7 +138,7 @@ func (p *pool) take(s *session) (*Delivery, bool) {
 // returns false: then there is none any more. It is called for every delivery, also of a batch.
 func (p *pool) admit(s *session, d *Delivery) bool {
 	// What was delivered before the session ended is still in the inbox.
-	if p.ctx.Err() != nil || !s.gate.enter() {
+	if p.ctx.Err() != nil || !p.valve.pass(p.ctx.Done(), s.end.Done(), d) || !p.valve.entered(d, s.gate.enter()) {
 		s.unstarted(d)
 		return false
 	}
@@ -158,6 +159,7 @@ func (p *pool) handle(s *session, d *Delivery) {
 			p.failed(s, d, became, err)
 		}
 	}()
+	defer func() { p.valve.returned(p.ctx, d, err, s) }()
 	defer s.gate.leave() // even if the hook that conclude calls ends the goroutine
 	defer func() {
 		p.stats.handling.Add(-1)

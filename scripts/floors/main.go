@@ -28,7 +28,7 @@ var rooms = []room{
 	{"ack.go", "delivery.go", "guard.go"},
 	{"endpoint.go"},
 	{"stats.go"},
-	{"config.go", "retry.go"},
+	{"config.go", "retry.go", "valve.go"},
 	{"options.go"},
 	{"reconnect.go"},
 	{"notify.go", "log.go"},
@@ -40,7 +40,7 @@ var rooms = []room{
 	{"probe.go"},
 	{"worker.go"},
 	{"batch.go"},
-	{"consumer.go", "pull.go"},
+	{"consumer.go", "pull.go", "pause.go"},
 	{"group.go"},
 }
 
