@@ -305,6 +305,41 @@ var goldenRows = []goldenRow{
 		want: []string{"INFO steadymq: draining; " + atFirst},
 	},
 	{
+		name: "a pause", message: "paused",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(rig.Ack, l.option())
+			r.Wait(20 * time.Second)
+			r.Consumer.Pause()
+			r.Wait(2 * time.Minute)
+			r.Consumer.Resume()
+			r.Wait(time.Second)
+			l.golden(r, "consuming", []string{
+				"INFO steadymq: consuming; " + atFirst,
+				"INFO steadymq: consuming; String queue=orders; String consumer=<tag 2-2>; Uint64 session=2; String host=mq1.test:5672",
+			})
+		},
+		want: []string{"INFO steadymq: paused; " + atFirst + "; String up=<20s..21s>"},
+	},
+	{
+		name: "a breaker that opens", message: "paused",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(failWith, l.option(), steadymq.WithBreaker(steadymq.Breaker{Failures: 2, Wait: time.Minute}))
+			r.Broker.Publish(rig.Queue, "plain:no", "plain:no way")
+			r.Wait(time.Second)
+		},
+		want: []string{"WARN steadymq: paused; " + atFirst + "; String up=<0s..1s>; String cause=steadymq: breaker open for <30s..1m0s>, handlers in a row that failed: 2, the last: no way"},
+	},
+	{
+		name:    "a function that says what counts panics",
+		message: "the function of WithBreaker that says which errors count has failed, so this one counts, as will all for which it fails",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(failWith, l.option(), steadymq.WithBreaker(steadymq.Breaker{Failures: 2, Wait: time.Minute, Counts: func(error) bool { panic("boom") }}))
+			r.Broker.Publish(rig.Queue, "plain:no", "plain:no")
+			r.Wait(time.Second)
+		},
+		want: []string{"WARN steadymq: <message>; " + atFirst + "; String error=WithBreaker: panic: boom"},
+	},
+	{
 		name: "a group", message: "connected",
 		provoke: func(r *rig.Rig, l *recorder) {
 			p := grouped(r, 2, l.option()).start()
@@ -1021,7 +1056,7 @@ func TestEveryMessageOfTheLogHasAGoldenLine(t *testing.T) {
 	for _, d := range functions {
 		m.function(d)
 	}
-	states := []steadymq.State{steadymq.Connecting, steadymq.Consuming, steadymq.Backoff, steadymq.Draining, steadymq.Stopped}
+	states := []steadymq.State{steadymq.Connecting, steadymq.Consuming, steadymq.Backoff, steadymq.Draining, steadymq.Stopped, steadymq.Paused}
 	for _, s := range states {
 		m.texts[s.String()] = true
 	}

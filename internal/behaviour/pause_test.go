@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"testing"
@@ -591,4 +592,113 @@ func TestLogOfPausesIsBounded(t *testing.T) {
 		}
 		assert.Less(r, len(r.Log.Lines("steadymq:"))-before, 80)
 	})
+}
+
+// trial is a consumer that a random plan pauses, resumes, strikes and stops.
+type trial struct {
+	*rig.Rig
+	random *rand.Rand
+	seed   uint64
+	diary  diary
+	paused bool
+	since  time.Time // of the last Pause or Resume
+	before int       // handlers that had started then
+}
+
+func (t *trial) handle(ctx context.Context, d *steadymq.Delivery) error {
+	t.diary.note(d)
+	time.Sleep(time.Duration(len(d.Body)) * 7 * time.Millisecond)
+	if d.DeliveryTag%5 == 0 && d.Attempt() == 1 {
+		return steadymq.RequeueAfter(errDown, time.Second)
+	}
+	return nil
+}
+
+// strike is a fault, or none.
+func (t *trial) strike() {
+	switch t.random.IntN(12) {
+	case 0, 1:
+		t.Broker.Reset()
+	case 2:
+		t.Broker.CancelConsumers(rig.Queue)
+	case 3:
+		t.Broker.CloseChannels(406, "delivery acknowledgement on channel 1 timed out")
+	case 4:
+		t.Broker.Refuse(true)
+		t.Broker.FIN()
+	case 5:
+		t.Broker.HangAt(steadymqtest.StageConsume, true)
+		t.Broker.FIN()
+	case 6:
+		t.Broker.BlackHole(true, true)
+	case 7:
+		if err := t.Stop(); err != nil {
+			t.Log.Write([]byte(err.Error()))
+		}
+		t.Start(t.handle)
+	}
+}
+
+// turn pauses or resumes, and judges what was before.
+func (t *trial) turn() {
+	t.judge()
+	if t.paused = !t.paused; t.paused {
+		t.Consumer.Pause()
+	} else {
+		t.Consumer.Resume()
+	}
+	t.since, t.before = time.Now(), t.diary.started()
+}
+
+// judge looks for a start between Pause and Resume, but for those in the instant of the Pause.
+func (t *trial) judge() {
+	if !t.paused {
+		return
+	}
+	for _, at := range t.diary.times()[t.before:] {
+		assert.False(t, at.After(t.since), "seed %d: a handler has started %v after Pause", t.seed, at.Sub(t.since))
+	}
+}
+
+func TestRandomPausesUnderFaults(t *testing.T) {
+	for seed := range uint64(150) {
+		rig.Bubble(t, func(r *rig.Rig) {
+			l := &trial{Rig: r, random: rand.New(rand.NewPCG(seed, 16)), seed: seed}
+			kind := rig.QueueTypes[seed%3]
+			r.RemakeQueue(kind)
+			options := append(rig.OfType(kind), steadymq.WithConcurrency(1+l.random.IntN(4)), steadymq.WithPrefetch(8),
+				steadymq.WithBackoff(100*time.Millisecond, time.Second), steadymq.WithStallDetector(time.Minute))
+			if seed%2 == 0 {
+				options = append(options, steadymq.WithRate(50, time.Second), breaker(3, time.Second))
+			}
+			r.Consumer = r.New(options...)
+			r.Start(l.handle)
+			for range 30 {
+				r.PublishMany(l.random.IntN(6), "tea")
+				if l.random.IntN(2) == 0 {
+					l.turn()
+				}
+				l.strike()
+				r.Wait(time.Duration(l.random.Int64N(int64(40 * time.Second))))
+				r.Broker.Heal()
+			}
+			if !l.paused {
+				l.turn()
+			}
+			r.Wait(2 * time.Minute)
+			require.Equal(r, steadymq.Paused, r.Consumer.State(), "seed %d", seed)
+			l.turn()
+			r.Wait(100 * time.Millisecond) // a set-up takes 12 ms
+			if seed%2 == 1 {
+				assert.Equal(r, steadymq.Consuming, r.Consumer.State(), "seed %d: not consuming after Resume", seed)
+			}
+			r.Wait(10 * time.Minute)
+			assert.Equal(r, steadymq.Consuming, r.Consumer.State(), "seed %d", seed)
+			assert.Zero(r, r.Broker.Unsettled(rig.Queue), "seed %d: everything is settled", seed)
+			if kind != "stream" {
+				assert.Zero(r, r.Broker.QueueLen(rig.Queue), "seed %d", seed)
+			}
+			require.NoError(r, r.Stop())
+		})
+	}
 }

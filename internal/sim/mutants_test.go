@@ -174,7 +174,7 @@ var mutants = []mutant{
 		"c.concurrency, c.set.concurrency = n, true", "c.concurrency, c.set.concurrency = n, n > 1")),
 
 	{name: "handlers start for sessions that are over", edits: []edit{
-		{"worker.go", "p.ctx.Err() != nil || !s.gate.enter() {", "s.gate.count.Add(2) < 0 {"},
+		{"worker.go", "p.ctx.Err() != nil || !p.valve.pass(p.ctx.Done(), s.end.Done(), d) || !p.valve.entered(d, s.gate.enter()) {", "s.gate.count.Add(2) < 0 {"},
 	}},
 
 	// Workers and contexts.
@@ -215,7 +215,7 @@ var mutants = []mutant{
 	change("the setup limit does not close the socket", "session.go",
 		"unguard := context.AfterFunc(ctx, func() { lease.giveUp(causeOf(ctx)) })", "unguard := context.AfterFunc(ctx, func() {})"),
 	change("gives up on a refusal after the first session", "reconnect.go",
-		"if r.hadSession {", "if r.hadSession && false {"),
+		"if r.hadSession || ", "if r.hadSession && false || "),
 	inTest("TestBrokerAndQueueAbsentAtStartAreWaitedFor", change("gives up on 404", "reconnect.go",
 		"return refused || permanent(err)", "return refused || permanent(err) || classify(err) == classAbsent")),
 	change("retries in a hot loop", "reconnect.go",
@@ -511,7 +511,7 @@ var mutants = []mutant{
 	inTest("TestHeldMessagesAreCountedAndToldFromHalfOfThePrefetchOn", change("held messages are told every two minutes", "hold.go",
 		"max(lasts, warnAgainAfter)", "warnAgainAfter")),
 	inTest("TestHeldMessagesAreCountedAndToldFromHalfOfThePrefetchOn", change("one held message of a stream is not told", "hold.go",
-		"if taken > 0 && h.session.stream != nil {", "if false {")),
+		"if taken > 0 && h.session.stream != nil && ", "if false && ")),
 	inTest("TestHeldMessagesOfManySessionsAreToldOnceAMinute", change("each session tells of held messages", "hold.go",
 		"s.notices.held.allow(time.Minute); !ok {", "s.notices.held.allow(time.Minute); !ok && false {")),
 	inTest("TestHandlerPastItsTimeoutIsToldAndCounted", change("a handler past its timeout is not told", "worker.go",
