@@ -357,3 +357,46 @@ func TestBreakerWithRateAndInAGroup(t *testing.T) {
 		require.NoError(r, p.stop())
 	})
 }
+
+func TestHandlersThatBeganBeforeABreakerOpenedChangeNothing(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Broker.Publish(rig.Queue, "slow", "bad", "bad", "tea")
+		r.Run(func(_ context.Context, d *steadymq.Delivery) error {
+			if string(d.Body) == "bad" {
+				return errDown
+			}
+			time.Sleep(5 * time.Second)
+			return nil
+		}, breaker(2, time.Hour), steadymq.WithConcurrency(2))
+		r.Wait(10 * time.Second)
+		assert.True(r, r.Consumer.Stats().BreakerOpen)
+		assert.EqualValues(r, 3, r.Consumer.Stats().Delivered)
+		assert.EqualValues(r, 1, r.Consumer.Stats().Acked, "it settles as ever")
+	})
+}
+
+func TestHandlerLeftBehindByARunDoesNotShutTheNextOne(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.PublishMany(5, "tea")
+		var n atomic.Int64
+		h := func(context.Context, *steadymq.Delivery) error {
+			switch n.Add(1) {
+			case 1:
+				return errDown
+			case 2:
+				time.Sleep(time.Hour)
+			}
+			return nil
+		}
+		r.Run(h, breaker(1, time.Second), steadymq.WithDrainTimeout(time.Second))
+		r.Wait(10 * time.Second)
+		require.EqualValues(r, 2, n.Load())
+		require.ErrorIs(r, r.Stop(), steadymq.ErrDrainTimeout)
+		r.Start(h)
+		r.Wait(10 * time.Second)
+		assert.False(r, r.Consumer.Stats().BreakerOpen)
+		assert.EqualValues(r, 5, r.Consumer.Stats().Acked)
+		require.NoError(r, r.Stop())
+		r.Wait(time.Hour)
+	})
+}

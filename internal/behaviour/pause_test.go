@@ -449,6 +449,7 @@ func TestPausedConsumersLeaveAConnectionThatIsToGo(t *testing.T) {
 		r.Wait(time.Second)
 		p.retireConnection()
 		r.Wait(10 * time.Second)
+		assert.Equal(r, 1, r.OpenConnections())
 		for i, c := range p.consumers {
 			c.Resume()
 			r.Wait(time.Second)
@@ -661,7 +662,7 @@ func (t *trial) judge() {
 }
 
 func TestRandomPausesUnderFaults(t *testing.T) {
-	for seed := range uint64(150) {
+	for seed := range uint64(90) {
 		rig.Bubble(t, func(r *rig.Rig) {
 			l := &trial{Rig: r, random: rand.New(rand.NewPCG(seed, 16)), seed: seed}
 			kind := rig.QueueTypes[seed%3]
@@ -689,6 +690,9 @@ func TestRandomPausesUnderFaults(t *testing.T) {
 			require.Equal(r, steadymq.Paused, r.Consumer.State(), "seed %d", seed)
 			l.turn()
 			r.Wait(100 * time.Millisecond) // a set-up takes 12 ms
+			if kind == "stream" {
+				r.Wait(3 * time.Second) // it may have to be looked at again
+			}
 			if seed%2 == 1 {
 				assert.Equal(r, steadymq.Consuming, r.Consumer.State(), "seed %d: not consuming after Resume", seed)
 			}
