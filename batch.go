@@ -102,6 +102,7 @@ func (b *batches) handleAll(s *session) {
 		case len(batch) == 0:
 		case s.closed.Load(): // the broker has it already
 			leave(s, batch)
+			b.pool.valve.entered(batch[0], false)
 		default:
 			b.handle(s, batch)
 		}
@@ -119,9 +120,22 @@ func (b *batches) collect(s *session, batch []*Delivery) (_ []*Delivery, more bo
 	case <-s.end.Done():
 		return batch, false
 	}
+	batch, more = b.gather(s, batch)
+	if len(batch) > 0 && b.pool.valve.withholds(batch[0]) { // it was shut meanwhile
+		b.putBack(s, batch)
+		batch = batch[:0]
+	}
+	return batch, more
+}
+
+// gather is collect for who has the baton.
+func (b *batches) gather(s *session, batch []*Delivery) (_ []*Delivery, more bool) {
 	defer b.timer.Stop()
 	var limit <-chan time.Time // starts with the first delivery
 	for len(batch) < b.pool.config.batchSize {
+		if len(batch) > 0 && b.pool.valve.shut() { // a try of a breaker is one message
+			return batch, true
+		}
 		d, open := s.inbox.takeBefore(limit)
 		if d == nil {
 			return batch, open
@@ -132,7 +146,7 @@ func (b *batches) collect(s *session, batch []*Delivery) (_ []*Delivery, more bo
 			s.postpone(d)
 			return batch, true
 		}
-		if !b.pool.admit(s, d) {
+		if admit := b.admission(batch); !admit(s, d) {
 			return batch, false
 		}
 		if batch = append(batch, d); alone {
@@ -146,11 +160,30 @@ func (b *batches) collect(s *session, batch []*Delivery) (_ []*Delivery, more bo
 	return batch, true
 }
 
+// admission returns what lets a delivery into the batch: the first one waits for the valve, which
+// counts a batch as one, and the others go along.
+func (b *batches) admission(batch []*Delivery) func(*session, *Delivery) bool {
+	if len(batch) == 0 {
+		return b.pool.admit
+	}
+	return b.pool.enter
+}
+
+// putBack lets a batch be collected anew, because its handler may not start now.
+func (b *batches) putBack(s *session, batch []*Delivery) {
+	b.pool.valve.entered(batch[0], false)
+	for _, d := range slices.Backward(batch) {
+		s.gate.leave()
+		s.postpone(d)
+	}
+}
+
 // handle runs the handler for a batch and settles each delivery by its error.
 func (b *batches) handle(s *session, batch []*Delivery) {
 	c := &batchCall{pool: b.pool, session: s, handler: b.handler, batch: batch}
 	c.begin()
 	defer c.tell()
+	defer func() { b.pool.valve.returned(b.pool.ctx, batch[0], c.failure(), s) }()
 	defer leave(s, batch) // even if the hook that conclude calls ends the goroutine
 	defer c.conclude()
 	c.err = guarded(b.pool, s, batch[0], c.call, batch, &c.err)
@@ -257,6 +290,14 @@ func (c *batchCall) concludeOne(i int) {
 	if failed && (c.err == nil || !became.byHandler) {
 		c.failed = append(c.failed, failedInBatch{d, became, err})
 	}
+}
+
+// failure is what a breaker has to know: the error of all, or else the first one of a message.
+func (c *batchCall) failure() error {
+	if c.err == nil && len(c.failed) > 0 {
+		return c.failed[0].err
+	}
+	return c.err
 }
 
 // tell reports what has failed. An error of all is told at least once.

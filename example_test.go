@@ -1501,3 +1501,102 @@ func ExampleConsumer_Deliveries_empty() {
 	// sugar
 	// left: 0
 }
+
+// Pause before a job that must have the database for itself, and go on after it. What was prefetched
+// waits here for a minute, and at the broker after that.
+func ExampleConsumer_Pause() {
+	broker := exampleBroker("tea", "coffee")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	c, err := steadymq.New(broker.URL, "orders", steadymq.WithDialer(broker.Dialer()))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	err = c.Run(ctx, func(_ context.Context, d *steadymq.Delivery) error {
+		fmt.Printf("%s\n", d.Body)
+		if string(d.Body) == "coffee" {
+			stop()
+			return nil
+		}
+		c.Pause()
+		fmt.Println(c.State())
+		time.AfterFunc(100*time.Millisecond, func() {
+			fmt.Println("the job is done")
+			c.Resume()
+		})
+		return nil
+	})
+	fmt.Println("stopped:", err)
+	// Output:
+	// tea
+	// paused
+	// the job is done
+	// coffee
+	// stopped: <nil>
+}
+
+// While the shop is down no message is tried but one from time to time.
+func ExampleWithBreaker() {
+	broker := exampleBroker("a", "b", "c")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	handled := 0
+	err := steadymq.Consume(ctx, broker.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
+		handled++
+		switch handled {
+		case 1, 2:
+			return errors.New("the shop is down")
+		case 5:
+			stop()
+		}
+		return nil
+	},
+		steadymq.WithDialer(broker.Dialer()),
+		steadymq.WithBreaker(steadymq.Breaker{
+			Failures: 2,
+			Wait:     50 * time.Millisecond, // a good value is some seconds
+			Counts:   func(err error) bool { return !errors.Is(err, context.DeadlineExceeded) },
+		}),
+		steadymq.WithRequeueDelay(10*time.Millisecond, 10*time.Millisecond),
+		steadymq.WithHooks(steadymq.Hooks{StateChanged: func(c steadymq.StateChange) {
+			var open *steadymq.BreakerError
+			if errors.As(c.Cause, &open) {
+				fmt.Printf("%v: %d in a row failed: %v\n", c.To, open.Failures, open.Err)
+			}
+			if c.From == steadymq.Paused {
+				fmt.Println(c.To)
+			}
+		}}))
+	fmt.Println("stopped:", err)
+	// Output:
+	// paused: 2 in a row failed: the shop is down
+	// consuming
+	// stopped: <nil>
+}
+
+// A service that allows 20 calls in a second is called no more often than that.
+func ExampleWithRate() {
+	broker := exampleBroker("a", "b", "c", "d", "e")
+	defer broker.Close()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	var first time.Time
+	handled := 0
+	err := steadymq.Consume(ctx, broker.URL, "orders", func(context.Context, *steadymq.Delivery) error {
+		if handled++; handled == 1 {
+			first = time.Now()
+		}
+		if handled == 5 {
+			fmt.Println("two at once, three that waited 50 ms each:", time.Since(first) > 140*time.Millisecond)
+			stop()
+		}
+		return nil
+	}, steadymq.WithDialer(broker.Dialer()), steadymq.WithRate(20, time.Second))
+	fmt.Println("stopped:", err)
+	// Output:
+	// two at once, three that waited 50 ms each: true
+	// stopped: <nil>
+}

@@ -11,10 +11,10 @@ import (
 // inbox is what the broker has delivered and no worker has taken yet. The goroutine that reads from
 // the socket puts, workers take, and the session closes and clears it.
 type inbox struct {
-	first atomic.Pointer[stretch]  // where workers take
-	front atomic.Pointer[Delivery] // what was taken and comes next all the same; only of batches
-	most  int                      // the longest stretch
-	hire  func() (all bool)        // called for a delivery that no worker was waiting for
+	first atomic.Pointer[stretch] // where workers take
+	front atomic.Pointer[putBack] // what was taken and comes next all the same; only of batches
+	most  int                     // the longest stretch
+	hire  func() (all bool)       // called for a delivery that no worker was waiting for
 
 	staffed atomic.Bool // there are no more workers to be hired
 
@@ -101,8 +101,8 @@ func (i *inbox) advance(s *stretch) bool {
 // takeBefore is take with a limit: once that has a value it returns nil. It is for one worker at a
 // time.
 func (i *inbox) takeBefore(limit <-chan time.Time) (d *Delivery, open bool) {
-	if d := i.front.Load(); d != nil && i.front.CompareAndSwap(d, nil) {
-		return d, true
+	if first := i.front.Load(); first != nil && i.front.CompareAndSwap(first, first.next) {
+		return first.delivery, true
 	}
 	for {
 		s := i.first.Load()
@@ -124,13 +124,19 @@ func (i *inbox) takeBefore(limit <-chan time.Time) (d *Delivery, open bool) {
 	}
 }
 
+// putBack is a delivery that was taken, and what comes behind it.
+type putBack struct {
+	delivery *Delivery
+	next     *putBack
+}
+
 // putFirst takes back what was taken last, to be taken next. It returns false if clear has been
-// called already.
+// called already. Only who would take calls it, so nobody takes meanwhile.
 func (i *inbox) putFirst(d *Delivery) bool {
 	i.mu.Lock()
 	cleared := i.cleared
 	if !cleared {
-		i.front.Store(d)
+		i.front.Store(&putBack{d, i.front.Load()})
 	}
 	i.mu.Unlock()
 	if !cleared && i.hire() { // for a worker that has nothing to do
@@ -160,7 +166,7 @@ func (i *inbox) waiting() int {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	n := len(i.late)
-	if i.front.Load() != nil {
+	for back := i.front.Load(); back != nil; back = back.next {
 		n++
 	}
 	for s := i.first.Load(); s != nil; s = s.next {
@@ -184,8 +190,8 @@ func (i *inbox) clear() []*Delivery {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	var all []*Delivery
-	if d := i.front.Swap(nil); d != nil {
-		all = append(all, d)
+	for back := i.front.Swap(nil); back != nil; back = back.next {
+		all = append(all, back.delivery)
 	}
 	for s := i.first.Load(); s != nil; s = s.next {
 		for d := range s.waiting {

@@ -553,6 +553,9 @@ func WithStreamOffsets(s OffsetStore) Option {
 // handlers return that began before the breaker opened changes nothing then, and an error that does
 // not count lets another message through at once.
 //
+// A batch ([Consumer.RunBatch]) counts as one, by the error of its handler or, in a [BatchError], by the
+// first one of a message. The one that is let through has a single message.
+//
 // Failures are what handlers return, see [Breaker]; errors of a handler whose session was lost do
 // not count. While the breaker is open the state is [Paused], and its StateChange has a
 // [*BreakerError] as its Cause; [Stats] has BreakerOpen and BreakerOpened. [Consumer.Pause] comes
@@ -565,6 +568,10 @@ func WithStreamOffsets(s OffsetStore) Option {
 // later. With a b.Wait of more than a minute it goes back after a minute, as in a pause, and the
 // consumer subscribes again for the next message. Each time it goes back RabbitMQ up to 4.2 counts
 // it, see [Consumer.Pause]: prefer a Wait of up to a minute.
+//
+// Each try is a failure of its message, which a delivery limit counts: on a queue of others with 20
+// tries (RabbitMQ's default since 4.0) an outage of five to ten hours takes what was prefetched there.
+// Give that queue no limit, see [WithQueue].
 //
 // In a [Group] each consumer has a breaker of its own. Default: none.
 func WithBreaker(b Breaker) Option {
@@ -579,6 +586,8 @@ func WithBreaker(b Breaker) Option {
 // k*n + n/10 handlers start (k*n + 1 if n is below 10). Messages wait for it before they are given to
 // a handler: that costs no [WithHandlerTimeout], and a stop puts them back at once. Stats.Throttled
 // tells how many wait.
+//
+// Of batches ([Consumer.RunBatch]) it counts each as one.
 //
 // The rate is that of one Consumer, with all its workers and over all its sessions and Runs; in a
 // [Group] each consumer has its own. Other processes do not know of it. Tries in place, on a stream,

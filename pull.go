@@ -165,6 +165,7 @@ func handlersOptions(c *config) []handlersOption {
 		{"WithBatch", c.batches, "collect in the body, or use RunBatch"},
 		{"WithMiddleware", len(c.middleware) > 0, "there is no handler to wrap; do it in the body"},
 		{"WithHandlerTimeout", c.handlerTimeout > 0, "give what the body calls a context with a limit, made from d.Context()"},
+		{"WithBreaker", c.breaker != nil, "there are no errors of handlers; call Pause and Resume"},
 		{"WithRequeueDelay", c.set.requeueDelay, "there are no errors of handlers; call d.Requeue when the message is to go back"},
 		{"WithRetry", c.retry != nil, "there are no errors of handlers; give the queue a dead-letter exchange and call d.Discard, or use Run"},
 	}

@@ -100,7 +100,7 @@ func (c *config) checkRate() {
 		c.refuse("WithRate", "one message in %v is slower than half of the broker's consumer timeout (%v), after which it takes back what waits: raise the rate, or the timeout of the queue (x-consumer-timeout)", each, 2*half)
 		return
 	}
-	if !c.set.prefetch {
+	if !c.set.prefetch && !c.batches {
 		inTime := int(min(float64(c.prefetch), float64(half/2)/float64(r.per)*float64(r.n)))
 		c.prefetch = max(inTime, c.concurrency, 1)
 	}
@@ -266,6 +266,16 @@ func (v *valve) pause(on bool) {
 
 // shut reports whether the valve is shut, but for the message that an open breaker lets through.
 func (v *valve) shut() bool { return v.flags.Load()&shutFlags != 0 }
+
+// withholds reports whether no handler may start with d any more, which was let through.
+func (v *valve) withholds(d *Delivery) bool {
+	if !v.shut() {
+		return false
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.paused || v.breaker != nil && v.breaker.open != nil && v.breaker.trial != d
+}
 
 // shutWithin reports whether the valve is shut, or was within that time.
 func (v *valve) shutWithin(d time.Duration) bool {

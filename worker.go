@@ -134,11 +134,21 @@ func (p *pool) take(s *session) (*Delivery, bool) {
 	return d, ok && p.admit(s, d)
 }
 
-// admit lets a handler start with d, which was taken from the inbox, or takes it back for s and
-// returns false: then there is none any more. It is called for every delivery, also of a batch.
+// admit waits until a handler may start with d, which was taken from the inbox. If there is none any
+// more it takes d back for s and returns false.
 func (p *pool) admit(s *session, d *Delivery) bool {
+	if !p.valve.pass(p.ctx.Done(), s.end.Done(), d) {
+		s.unstarted(d)
+		return false
+	}
+	return p.valve.entered(d, p.enter(s, d))
+}
+
+// enter lets d pass the gate of s, or takes it back and returns false. It is called for every
+// delivery, also of a batch.
+func (p *pool) enter(s *session, d *Delivery) bool {
 	// What was delivered before the session ended is still in the inbox.
-	if p.ctx.Err() != nil || !p.valve.pass(p.ctx.Done(), s.end.Done(), d) || !p.valve.entered(d, s.gate.enter()) {
+	if p.ctx.Err() != nil || !s.gate.enter() {
 		s.unstarted(d)
 		return false
 	}

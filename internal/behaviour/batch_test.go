@@ -1052,3 +1052,57 @@ func (c *collected) judge(size int) {
 		}
 	}
 }
+
+func TestPauseHoldsABatchThatIsBeingCollected(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		c := inBatches(r, nil, steadymq.WithBatch(3, time.Second))
+		r.Broker.Publish(rig.Queue, "1", "2")
+		r.Wait(500 * time.Millisecond)
+		c.Consumer.Pause()
+		r.Wait(10 * time.Second)
+		assert.Empty(r, c.bodies(), "it has not started")
+		c.Consumer.Resume()
+		r.Wait(2 * time.Second)
+		assert.Equal(r, []string{"1 2"}, c.bodies())
+		c.Consumer.Pause()
+		r.Broker.Publish(rig.Queue, "3", "4", "5")
+		r.Wait(5 * time.Second)
+		require.NoError(r, r.Stop())
+		assert.Len(r, c.seen(), 1, "a stop starts nothing during a pause")
+		assert.Equal(r, 3, r.Broker.QueueLen(rig.Queue))
+	})
+}
+
+func TestTryOfABreakerIsABatchOfOne(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		down := true
+		c := inBatches(r, func(context.Context, []*steadymq.Delivery) error {
+			if down {
+				return steadymq.Discard(errors.New("down"))
+			}
+			return nil
+		}, steadymq.WithBatch(3, 10*time.Millisecond), steadymq.WithBreaker(steadymq.Breaker{
+			Failures: 1, Wait: 10 * time.Second, Counts: func(error) bool { return true },
+		}))
+		r.Broker.Publish(rig.Queue, "1", "2", "3")
+		r.Wait(time.Second)
+		require.True(r, c.outcomes().BreakerOpen)
+		require.Len(r, c.seen(), 1, "one failure of a batch is one failure")
+		down = false
+		r.Broker.Publish(rig.Queue, "4", "5", "6", "7")
+		r.Wait(20 * time.Second)
+		assert.False(r, c.outcomes().BreakerOpen)
+		assert.Len(r, c.seen()[1].bodies, 1, "the try")
+		assert.EqualValues(r, 4, c.outcomes().Acked)
+	})
+}
+
+func TestRateCountsBatches(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		c := inBatches(r, nil, steadymq.WithBatch(10, 100*time.Millisecond), steadymq.WithRate(1, time.Second))
+		r.PublishMany(100, "x")
+		r.Wait(12 * time.Second)
+		assert.Len(r, c.seen(), 10)
+		assert.EqualValues(r, 100, c.outcomes().Acked)
+	})
+}

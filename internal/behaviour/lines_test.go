@@ -337,7 +337,7 @@ var goldenRows = []goldenRow{
 			r.Broker.Publish(rig.Queue, "plain:no", "plain:no")
 			r.Wait(time.Second)
 		},
-		want: []string{"WARN steadymq: <message>; " + atFirst + "; String error=WithBreaker: panic: boom"},
+		want: []string{"WARN steadymq: <message>; " + atFirst + "; String error=WithBreaker: steadymq: panic: boom"},
 	},
 	{
 		name: "a group", message: "connected",

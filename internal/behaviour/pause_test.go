@@ -595,8 +595,8 @@ func TestLogOfPausesIsBounded(t *testing.T) {
 	})
 }
 
-// trial is a consumer that a random plan pauses, resumes, strikes and stops.
-type trial struct {
+// pauseTrial is a consumer that a random plan pauses, resumes, strikes and stops.
+type pauseTrial struct {
 	*rig.Rig
 	random *rand.Rand
 	seed   uint64
@@ -606,7 +606,7 @@ type trial struct {
 	before int       // handlers that had started then
 }
 
-func (t *trial) handle(ctx context.Context, d *steadymq.Delivery) error {
+func (t *pauseTrial) handle(ctx context.Context, d *steadymq.Delivery) error {
 	t.diary.note(d)
 	time.Sleep(time.Duration(len(d.Body)) * 7 * time.Millisecond)
 	if d.DeliveryTag%5 == 0 && d.Attempt() == 1 {
@@ -616,7 +616,7 @@ func (t *trial) handle(ctx context.Context, d *steadymq.Delivery) error {
 }
 
 // strike is a fault, or none.
-func (t *trial) strike() {
+func (t *pauseTrial) strike() {
 	switch t.random.IntN(12) {
 	case 0, 1:
 		t.Broker.Reset()
@@ -641,7 +641,7 @@ func (t *trial) strike() {
 }
 
 // turn pauses or resumes, and judges what was before.
-func (t *trial) turn() {
+func (t *pauseTrial) turn() {
 	t.judge()
 	if t.paused = !t.paused; t.paused {
 		t.Consumer.Pause()
@@ -652,7 +652,7 @@ func (t *trial) turn() {
 }
 
 // judge looks for a start between Pause and Resume, but for those in the instant of the Pause.
-func (t *trial) judge() {
+func (t *pauseTrial) judge() {
 	if !t.paused {
 		return
 	}
@@ -664,7 +664,7 @@ func (t *trial) judge() {
 func TestRandomPausesUnderFaults(t *testing.T) {
 	for seed := range uint64(90) {
 		rig.Bubble(t, func(r *rig.Rig) {
-			l := &trial{Rig: r, random: rand.New(rand.NewPCG(seed, 16)), seed: seed}
+			l := &pauseTrial{Rig: r, random: rand.New(rand.NewPCG(seed, 16)), seed: seed}
 			kind := rig.QueueTypes[seed%3]
 			r.RemakeQueue(kind)
 			options := append(rig.OfType(kind), steadymq.WithConcurrency(1+l.random.IntN(4)), steadymq.WithPrefetch(8),

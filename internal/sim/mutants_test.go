@@ -174,7 +174,7 @@ var mutants = []mutant{
 		"c.concurrency, c.set.concurrency = n, true", "c.concurrency, c.set.concurrency = n, n > 1")),
 
 	{name: "handlers start for sessions that are over", edits: []edit{
-		{"worker.go", "p.ctx.Err() != nil || !p.valve.pass(p.ctx.Done(), s.end.Done(), d) || !p.valve.entered(d, s.gate.enter()) {", "s.gate.count.Add(2) < 0 {"},
+		{"worker.go", "p.ctx.Err() != nil || !s.gate.enter() {", "s.gate.count.Add(2) < 0 {"},
 	}},
 
 	// Workers and contexts.
@@ -1426,6 +1426,12 @@ var mutants = []mutant{
 		"if v.paused || v.breaker != nil && !v.breaker.lets(now) {", "if v.breaker != nil && !v.breaker.lets(now) {")),
 	inTest("TestStopDuringAPauseIsPrompt", change("a worker that waits for the end of a pause delays the stop", "worker.go",
 		"!p.valve.pass(p.ctx.Done(), s.end.Done(), d)", "!p.valve.pass(nil, nil, d)")),
+	inTest("TestPauseHoldsABatchThatIsBeingCollected", change("a batch that is being collected starts during a pause", "batch.go",
+		"b.pool.valve.withholds(batch[0]) {", "false {")),
+	inTest("TestTryOfABreakerIsABatchOfOne", change("a breaker tries a whole batch", "batch.go",
+		"if len(batch) > 0 && b.pool.valve.shut() {", "if false {")),
+	inTest("TestRateCountsBatches", change("a rate counts the messages of batches", "batch.go",
+		"	if len(batch) == 0 {\n\t\treturn b.pool.admit", "	if true {\n\t\treturn b.pool.admit")),
 	inTest("TestPauseGivesBackAfterAMinuteAndResumeSubscribesAnew", change("a pause keeps what was prefetched", "valve.go",
 		"left = min(left, briefHold)", "left = max(left, briefHold)")),
 	inTest("TestPauseLetsRunningHandlersFinishAndSettle", change("a pause ends handlers that take long", "pause.go",
@@ -1467,7 +1473,7 @@ var mutants = []mutant{
 	inTest("TestBreakerOpensLetsOneThroughAndCloses", change("the waits of a breaker grow without end", "valve.go",
 		"longest, d := max(b.Wait, steadyWait), b.Wait", "longest, d := maxDuration, b.Wait")),
 	inTest("TestWhatCountsAsAFailure", change("bodies that do not decode open a breaker", "valve.go",
-		"return !errors.As(err, new(*DecodeError))", "return true")),
+		"return !errors.As(err, new(*DecodeError))", "return true || errors.As(err, new(*DecodeError))")),
 	inTest("TestWhatCountsAsAFailure", change("what goes back at its handler's wish opens no breaker", "valve.go",
 		"explicit && o != Requeued", "explicit && o != Acked")),
 	inTest("TestCountsThatPanicsExitsOrHangsCountsTrue", change("a fault of Counts keeps a breaker closed", "valve.go",
