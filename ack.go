@@ -78,7 +78,11 @@ type fence struct {
 	tries   uint32 // tries in place before this one
 	settler settler
 	refused atomic.Pointer[error]       // why a settlement by hand was refused, which left it unsettled
-	kept    atomic.Pointer[keptMessage] // of a stream, or of a try that failed under WithRetry; else nil
+	kept    atomic.Pointer[keptMessage] // of a stream, or of a try that failed under WithRetry or with a key; else nil
+
+	line    *line         // of its key, under the mutex of its order; nil if it has none
+	number  uint64        // its place among the deliveries of its session, from 1; 0 without an order
+	arrived time.Duration // when it did, as its order counts
 }
 
 // keptMessage is a message as the broker delivered it, because its handler may change the exported

@@ -59,6 +59,8 @@ type config struct {
 	breaker *Breaker // nil without WithBreaker
 	rate    *rate    // nil without WithRate
 
+	orderingKey func(*Delivery) string // nil without WithOrderingKey
+
 	topology    TopologyFunc
 	declare     *Queue
 	consumeArgs amqp.Table
@@ -536,7 +538,7 @@ func (c *config) checkDeadLetter(q *Queue) {
 
 func (c *config) checkTogether() {
 	if !c.set.prefetch {
-		c.prefetch = max(c.prefetch, c.concurrency)
+		c.prefetch = max(c.prefetch, c.concurrency, c.prefetchForKeys())
 	} else if c.prefetch < c.concurrency && c.prefetch > 0 {
 		c.refuse("WithPrefetch", "must be at least the concurrency (%d), got %d: workers would wait for nothing", c.concurrency, c.prefetch)
 	}

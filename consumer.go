@@ -338,6 +338,7 @@ func newSupervisor(ctx context.Context, c *Consumer, w work, b *borrower, publis
 			running:   workers.alive.Load,
 			hire:      workers.hire,
 			stream:    newPosition(w.config),
+			order:     newOrder(w.config),
 			notices:   new(notices),
 			valve:     c.valve,
 			grouped:   c.grouped,

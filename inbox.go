@@ -242,9 +242,11 @@ func (a *aside) take() []unreadable {
 // message that is being read: a consumer may be idle for hours, and would keep its last message as
 // long.
 type receiver struct {
-	inbox  *inbox
-	aside  *aside
-	config *config
+	inbox   *inbox
+	aside   *aside
+	config  *config
+	order   *order
+	arrived uint64 // deliveries that were put, where there is an order
 }
 
 // Refuse implements wire.Refuser.
@@ -261,7 +263,10 @@ func (r *receiver) New() *amqp.Delivery {
 func wholeOf(message *amqp.Delivery) *Delivery { return &message.Acknowledger.(*fence).origin }
 
 // Put implements wire.Receiver.
-func (r *receiver) Put(d *amqp.Delivery) { r.inbox.put(wholeOf(d)) }
+func (r *receiver) Put(d *amqp.Delivery) {
+	r.order.arrive(wholeOf(d), &r.arrived)
+	r.inbox.put(wholeOf(d))
+}
 
 // PutAside implements wire.Receiver.
 func (r *receiver) PutAside(d *amqp.Delivery, size uint64, reason error) {

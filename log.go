@@ -585,7 +585,7 @@ func (j *journal) summarizeOne(f *failures, level slog.Level, message string) {
 type notices struct {
 	held, overdue, limit, unreadable rateLimited
 	transfer, noPark, cut, later     rateLimited
-	connecting, miscounted           rateLimited
+	connecting, miscounted, slowKey  rateLimited
 	slow, limitKept, renamed         atomic.Bool
 	blind, consumed, delayedHere     atomic.Bool
 }

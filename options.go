@@ -337,6 +337,59 @@ func WithBatch(size int, wait time.Duration) Option {
 	}
 }
 
+// WithOrderingKey handles messages that have the same key one at a time, in the order of the queue,
+// and those of other keys side by side, by up to [WithConcurrency] handlers. "" means no order for
+// this message. A message that waits for an earlier one of its key occupies one place of the
+// prefetch, and no worker.
+//
+// The next message of a key starts once the one before it is settled and its handler has returned:
+// that of a lost session, too, which may still be at work. What becomes of a message decides about
+// those behind it:
+//
+//   - A plain error, and a panic, hold the key. The message is tried again in place, after the hold
+//     of [WithRequeueDelay], with [Delivery.Attempt] one higher, as another [Delivery]; the broker
+//     does not count that. Other keys go on.
+//   - An ack, [Discard] and [Park] let the key go on; Park once the broker has confirmed the copy.
+//   - [Requeue], [RequeueAfter] and a message that has been here for half of the consumer timeout
+//     (15 min by default) put it back into the queue, and behind it all later ones of its key that
+//     are here or on their way, so that they come again in order. Up to RabbitMQ 4.2 each way back
+//     counts towards a delivery limit. A quorum queue without a delivery limit puts back at its
+//     end up to RabbitMQ 3.13; the order of the key survives that for 5 minutes. Messages of one key
+//     with the same id and body may change places then.
+//
+// After a lost session the broker delivers again what was not acked, in order: a key may step back,
+// never jump. Where the broker cancels the consumer, or the connection is to go, the next session
+// begins when the handlers have finished, after the drain limit at the latest. What a stop finds
+// unstarted goes back when they have finished, too.
+//
+// The order is that within this consumer, and two things can break it. Other consumers of the
+// queue, in this process or another, get messages of the same keys; and a broker that has not
+// noticed the end of a connection yet keeps what that was given, and delivers what comes after it.
+// Declare the queue with x-single-active-consumer against both: one consumer gets all, the others
+// stand by. To share the work, use several such queues behind an exchange that hashes the key
+// (x-consistent-hash), and consume from all of them. Priorities, and a message that comes back from
+// a dead-letter queue, are no order of a queue either.
+//
+// key is called once for each delivery, by several goroutines at once, before the handler, and must
+// not settle the delivery. A message whose key it does not find, because it panics, fails in no
+// order, as if its handler had ([*PanicError]), and is put back after its hold. It should return at
+// once, and [WithHandlerTimeout] does not count for it: later messages wait for its answer, for a
+// second at most; then they go on without that message, which keeps its worker until the function
+// returns, and fails.
+//
+// With it the default of [WithPrefetch] is 10 times the concurrency, 32 at least. On a stream acks
+// go in the order of the stream, as ever. New refuses nil, the Delays of [WithRetry] and
+// Queue.RetryMin, by which messages would be overtaken. Default: none, messages are handled side by
+// side in no order.
+func WithOrderingKey(key func(*Delivery) string) Option {
+	return func(c *config) {
+		c.orderingKey = key
+		if key == nil {
+			c.refuse("WithOrderingKey", "must not be nil; leave it out for no order")
+		}
+	}
+}
+
 // WithMiddleware wraps the handler. The first [Middleware] is the outermost. Given several times,
 // the options add up. The wrapping is done at the beginning of every Run and bounded by
 // [WithSetupTimeout]. Default: none. New refuses nil; [Consumer.Run] refuses a middleware that
@@ -794,6 +847,7 @@ func build(url, queue string, opts []Option) (*config, error) {
 	c.checkRate()
 	c.checkRetry()
 	c.checkOffsets()
+	c.checkOrder()
 	return c, errors.Join(c.problems...)
 }
 
@@ -807,6 +861,7 @@ func buildGroup(url string, opts []Option) (*config, error) {
 	c.checkTogether()
 	c.checkRate()
 	c.checkRetry()
+	c.checkOrder()
 	if c.declare != nil {
 		c.declare = c.takeQueue(c.declare)
 	}
@@ -833,6 +888,7 @@ func buildMember(of *config, queue string, batches bool, opts []Option) (*config
 	c.checkRate()
 	c.checkRetry()
 	c.checkOffsets()
+	c.checkOrder()
 	for i, problem := range c.problems {
 		c.problems[i] = named(problem, queue)
 	}

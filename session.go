@@ -58,6 +58,7 @@ type session struct {
 	holds     holds         // failed deliveries that wait to go back
 	laters    laters        // deliveries that were kept by Later
 	transfers transfers     // failed deliveries whose copies are under way
+	places    places        // of its deliveries, under the mutex of order
 	backlog   backlog       // whether handlers keep up with the prefetch
 	stall     *notifier     // set by the prober: why it wants another session; nil if there is none
 	end       *notifier     // why there are no more deliveries
@@ -87,6 +88,7 @@ type scope struct {
 	hire      func() bool     // starts one more worker; true once there may be no more
 	stream    *position       // where to resume, nil unless the queue is a stream
 	saver     *saver          // keeps that over restarts, nil without WithStreamOffsets; made by supervisor.run
+	order     *order          // of keys, nil without WithOrderingKey
 	notices   *notices
 	valve     *valve
 	grouped   bool          // others may share the connection
@@ -178,6 +180,7 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 		end:         newNotifier(),
 	}
 	s.holds.session, s.laters.session = s, s
+	s.places.wake = newDelivery()
 	s.settler = s
 	if of.config.stallAfter > 0 {
 		s.stall = newNotifier()
@@ -217,7 +220,7 @@ func (s *session) closeFailed() {
 // receive registers where the deliveries of the consumer with the session's tag go.
 func (s *session) receive() {
 	s.inbox, s.aside = newInbox(s.config.prefetch, s.hire), newAside()
-	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, &receiver{inbox: s.inbox, aside: s.aside, config: s.config})
+	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, &receiver{inbox: s.inbox, aside: s.aside, config: s.config, order: s.order})
 }
 
 // forget unregisters a consumer that does not exist, or not any more.
@@ -482,6 +485,7 @@ func (s *session) takeNoMore() {
 	s.gate.close()
 	s.backlog.stop()
 	s.inbox.close()
+	s.order.end(s)
 }
 
 // lose ends a session whose channel is gone: the contexts of running handlers end, and nothing that
@@ -495,8 +499,8 @@ func (s *session) lose(cause error) {
 }
 
 // movesLate reports whether the successor would have to wait until handlers have finished: that of
-// a stream resumes behind what they work on.
-func (s *session) movesLate() bool { return s.stream != nil && s.gate.busy() }
+// a stream resumes behind what they work on, and with keys it would overtake that.
+func (s *session) movesLate() bool { return (s.stream != nil || s.order != nil) && s.gate.busy() }
 
 // retire ends a session that the broker has cancelled, or that moves. Its channel still works, so
 // running handlers may settle, which saves needless duplicates; the successor consumes meanwhile.
@@ -504,7 +508,7 @@ func (s *session) movesLate() bool { return s.stream != nil && s.gate.busy() }
 // no handler has started goes back at once.
 func (s *session) retire(cause error) {
 	s.takeNoMore()
-	if s.stream == nil || !errors.Is(cause, errMoved) {
+	if s.order == nil && (s.stream == nil || !errors.Is(cause, errMoved)) {
 		s.end.notify(cause)
 	}
 	// RabbitMQ 4.3 serves the cancelled consumer again once its overdue deliveries are settled. The
@@ -517,7 +521,9 @@ func (s *session) retire(cause error) {
 	defer limit.Stop()
 	select {
 	case <-s.gate.done: // closeChannel proves their settlements
-		s.end.notify(cause)
+		if s.order == nil {
+			s.end.notify(cause)
+		}
 		return
 	case said := <-s.channelEnd.closes:
 		s.channelEnd.record(said)
@@ -616,6 +622,7 @@ func (s *session) handBackRest() {
 // unstarted takes back what a worker took and may not start. It goes to the queue with the others,
 // after the basic.cancel: before that the broker would deliver it to this consumer once more.
 func (s *session) unstarted(d *Delivery) {
+	s.order.left(s, d)
 	if !s.inbox.takeBack(d) {
 		s.handBack(d.DeliveryTag)
 	}
@@ -629,9 +636,10 @@ func (s *session) postpone(d *Delivery) {
 }
 
 // handBack returns a delivery that no handler has seen. If the session is over, the broker has
-// taken back everything by itself. A stream has nothing to return to.
+// taken back everything by itself. A stream has nothing to return to. With keys the end of the
+// channel returns all that is unsettled, in order.
 func (s *session) handBack(tag uint64) {
-	if s.closed.Load() || s.stream != nil {
+	if s.closed.Load() || s.stream != nil || s.order != nil {
 		return
 	}
 	_ = s.wire.Requeue(tag)
@@ -693,6 +701,7 @@ func (s *session) settledLater(d *Delivery) { s.laters.remove(d) }
 // queue's delivery limit; one whose copy could not be sent as a nack, which from RabbitMQ 4.3 on does
 // not.
 func (s *session) settle(d *Delivery, o Outcome) error {
+	defer s.order.settled(s, d, o)
 	if s.closed.Load() {
 		s.stats.stale.Add(1)
 		return ErrStale
@@ -748,6 +757,8 @@ func (c *collectingSettler) settle(d *Delivery, o Outcome) error {
 
 func (s *session) send(d *Delivery, o Outcome) error {
 	switch {
+	case o == Requeued && s.order.leaves(s): // the end of the channel puts it back
+		return nil
 	case s.stream == nil && o.acks():
 		return s.wire.Ack(d.fence.tag)
 	case s.stream == nil && o == Requeued && d.fence.isCopied(): // no handler has failed anew
@@ -775,7 +786,7 @@ const againAfter = 10 * time.Millisecond
 // settle it. Once the session has ended no worker takes it any more.
 func (s *session) tryAgain(d *Delivery) {
 	again := d.again()
-	time.AfterFunc(againAfter, func() { s.inbox.put(again) })
+	time.AfterFunc(againAfter, func() { s.order.again(s, d, again) })
 }
 
 // conclude settles a delivery by its handler's error, unless the handler has settled it by itself.
@@ -783,7 +794,7 @@ func (s *session) conclude(d *Delivery, err error) conclusion {
 	if d.Outcome() != Unsettled {
 		return conclusion{byHandler: true}
 	}
-	v := s.verdictOn(d, err)
+	v := s.order.decide(d, err, s.verdictOn(d, err))
 	became := conclusion{held: v.delay, last: v.last}
 	switch {
 	case v.outcome == Unsettled:
@@ -793,6 +804,7 @@ func (s *session) conclude(d *Delivery, err error) conclusion {
 		s.transfer(d, v, err)
 	case v.delay == 0:
 		_ = d.settle(v.outcome)
+	case v.inPlace && s.holds.add(d, v.delay, func() { s.retryInPlace(d) }):
 	case !s.holds.add(d, v.delay, func() { _ = d.Requeue() }):
 		became.held = 0
 	}

@@ -26,6 +26,7 @@ type verdict struct {
 	delay   time.Duration     // how long it is held before that; of Delayed how long its copy waits
 	to      *retryqueue.Queue // where its copy goes, nil if there is none
 	last    bool              // the policy gives it up
+	inPlace bool              // it is tried again in place after the delay
 }
 
 // verdictOn returns what becomes of d, whose handler has returned err. What the handler asks for

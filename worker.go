@@ -130,7 +130,7 @@ func (p *pool) handleAll(s *session) {
 // take waits for a delivery of s that a handler may start with. It returns false once there is none
 // any more.
 func (p *pool) take(s *session) (*Delivery, bool) {
-	d, ok := s.inbox.take()
+	d, ok := s.order.take(s)
 	return d, ok && p.admit(s, d)
 }
 
@@ -159,6 +159,7 @@ func (p *pool) enter(s *session, d *Delivery) bool {
 
 // handle runs the handler for d and settles d by its error.
 func (p *pool) handle(s *session, d *Delivery) {
+	defer s.order.left(s, d)
 	p.stats.delivered.Add(1)
 	p.stats.handling.Add(1)
 	var err error
@@ -225,7 +226,7 @@ func (p *pool) failed(s *session, d *Delivery, became conclusion, err error) {
 // wrap returns the handler of a Run: the user's, with the middleware around it.
 func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, error) {
 	if len(c.middleware) == 0 {
-		return asPublished(c, h), nil
+		return asPublished(c, withKey(c, h)), nil
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, c.setupTimeout, errNoAnswer)
 	defer cancel()
@@ -248,7 +249,7 @@ func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, erro
 		}
 		h = made
 	}
-	return asPublished(c, h), errors.Join(refused...)
+	return asPublished(c, withKey(c, h)), errors.Join(refused...)
 }
 
 // Invoke runs h on d as a [Consumer] does, but without its holds, so that a test of a handler can
