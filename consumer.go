@@ -28,6 +28,8 @@ type Consumer struct {
 
 	grouped bool // a Group runs it
 
+	order *order // of keys, made by the first Run; nil without WithOrderingKey
+
 	mu      sync.Mutex
 	stop    context.CancelFunc // ends the Run under way; nil if there is none
 	done    chan struct{}      // closed when that Run has returned; nil if nobody waits for that
@@ -307,6 +309,10 @@ func newSupervisor(ctx context.Context, c *Consumer, w work, b *borrower, publis
 	random := make([]byte, 4)
 	_, _ = rand.Read(random) // never fails
 	reporter := newReporter(ctx, w.config, &c.stats.eventsDropped)
+	reporter := newReporter(ctx, c.config, &c.stats.eventsDropped)
+	if c.order == nil {
+		c.order = newOrder(c.config)
+	}
 	workers := &pool{
 		handler:  w.handler,
 		config:   w.config,
@@ -339,6 +345,8 @@ func newSupervisor(ctx context.Context, c *Consumer, w work, b *borrower, publis
 			hire:      workers.hire,
 			stream:    newPosition(w.config),
 			order:     newOrder(w.config),
+			stream:    newPosition(c.config),
+			order:     c.order,
 			notices:   new(notices),
 			valve:     c.valve,
 			grouped:   c.grouped,

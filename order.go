@@ -11,7 +11,7 @@ import (
 
 // Order by key: which delivery may start, and which waits for an earlier one of its key.
 
-// order is the keys of a Run. It outlives sessions, because a handler of a dead one that is still at
+// order is the keys of a Consumer. It outlives sessions and Runs, because a handler that is still at
 // work holds its key. It is nil without WithOrderingKey. Workers find out the keys, side by side;
 // each delivery then gets its place after those that the broker delivered before it. mu guards all
 // of it, and the places of the sessions.
@@ -46,20 +46,27 @@ type line struct {
 	of      *session  // of the holder
 	working bool      // a worker has the holder
 	settled bool      // the holder is
-	goes    bool      // the holder went back to the queue
 	body    []byte    // of the holder as it came, since its handler may change it
 	id      string    // likewise
 
 	waiting fifo     // later ones
 	session *session // theirs
 
-	expected []uint64    // what went back, in the order of the queue; nothing else comes before it
+	expected []expected  // what went back, in the order of the queue; nothing else comes before it
 	since    time.Time   // when the first of it did
 	outgoing []goingBack // behind what is expected already
 	sending  bool        // somebody sends outgoing
+	blocked  bool        // nobody may: the holder goes back first
 	listed   bool        // in order.returned
 
 	fault error // why the key is not known; such a line is in no map
+}
+
+// expected is a message that went back to its queue.
+type expected struct {
+	sum    uint64 // its fingerprint
+	behind bool   // it went back after all before it
+	times  int    // that it went back since its place is known
 }
 
 // goingBack is a delivery that goes back to its queue and was never started.
@@ -68,7 +75,7 @@ type goingBack struct {
 	tag     uint64
 }
 
-// places are the part of a session in the order of its Run.
+// places are the part of a session in the order of its Consumer.
 type places struct {
 	wake *Delivery // no delivery; in the inbox it tells a worker that one is ready
 
@@ -264,8 +271,8 @@ func (o *order) claim(s *session, k keyed, e *effects) bool {
 	l := o.lineOf(k.key)
 	d.fence.line = l
 	switch {
-	case !l.accepts(o, d):
-		l.giveBack(o, s, d, e)
+	case !l.accepts(o, s, d):
+		l.send(e)
 		return false
 	case l.holder != nil:
 		l.waiting.push(d)
@@ -293,14 +300,14 @@ func (o *order) lineOf(key string) *line {
 }
 
 func (l *line) hold(d *Delivery, s *session) {
-	l.holder, l.of, l.working, l.goes = d, s, false, false
+	l.holder, l.of, l.working = d, s, false
 	l.settled = d.Outcome() != Unsettled
 	l.body, l.id = d.Body, d.MessageId
 }
 
 // pass gives the turn to the next of the key. It is called when the holder is done with.
 func (o *order) pass(l *line, e *effects) {
-	l.holder, l.of, l.working, l.body, l.id = nil, nil, false, nil, ""
+	l.holder, l.of, l.working, l.blocked, l.body, l.id = nil, nil, false, false, nil, ""
 	if d := l.waiting.pop(); d != nil {
 		l.hold(d, l.session)
 		l.session.places.enqueue(d, e, l.session)
@@ -311,7 +318,7 @@ func (o *order) pass(l *line, e *effects) {
 
 // tidy forgets a line that nothing depends on.
 func (o *order) tidy(l *line) {
-	if l.holder != nil || l.sending || len(l.expected) > 0 || o.lines[l.key] != l {
+	if l.holder != nil || l.sending || len(l.outgoing) > 0 || len(l.expected) > 0 || o.lines[l.key] != l {
 		return
 	}
 	delete(o.lines, l.key)
@@ -345,16 +352,34 @@ func (o *order) do(e effects) {
 	}
 }
 
-// settled is called when a settlement of d was sent, or came too late.
+// settling is called before a settlement of d is sent. If d goes back to the queue, so do those that
+// wait for it, behind it.
+func (o *order) settling(s *session, d *Delivery, outcome Outcome) {
+	if o == nil || outcome != Requeued || s.stream != nil {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if l := d.fence.line; l != nil && l.holder == d && !s.places.ended {
+		o.goBack(l)
+	}
+}
+
+// settled is called when a settlement of d was sent. One that was not changes nothing: the end of
+// the session follows.
 func (o *order) settled(s *session, d *Delivery, outcome Outcome) {
 	if o == nil {
 		return
 	}
 	var e effects
 	o.mu.Lock()
-	l, over := d.fence.line, s.closed.Load()
-	if l != nil && l.holder == d && (s.stream == nil || outcome != Requeued || over) { // else it is tried again in place
-		l.settled, l.goes = true, outcome == Requeued && !over
+	l := d.fence.line
+	if l != nil && l.holder == d && (s.stream == nil || outcome != Requeued) { // else it is tried again in place
+		l.settled, l.blocked = true, false
+		if outcome != Requeued && s.places.ended && !s.closed.Load() {
+			l.unexpect(o)
+		}
+		l.send(&e)
 		o.release(l, &e)
 	}
 	o.mu.Unlock()
@@ -383,11 +408,7 @@ func (o *order) left(s *session, d *Delivery) {
 // release lets the line go on once its holder is done with: no worker has it, and it is settled or
 // cannot be any more.
 func (o *order) release(l *line, e *effects) {
-	switch {
-	case l.working, !l.settled && !l.of.places.ended:
-	case l.goes && !l.of.places.ended:
-		o.goBack(l, e)
-	default:
+	if !l.working && (l.settled || l.of.closed.Load()) {
 		o.pass(l, e)
 	}
 }
@@ -404,27 +425,37 @@ func (o *order) leaves(s *session) bool {
 	return s.places.ended
 }
 
-// end ends the places of a session that lets no more handlers start. What it has delivered goes back
-// with its channel, in order, or is at work.
+// end ends the places of a session that lets no more handlers start. What it has delivered and no
+// handler has goes back with its channel, in order. Once the session is closed nothing of it holds a
+// key but a handler that is still at work.
 func (o *order) end(s *session) {
 	if o == nil {
 		return
 	}
-	var e effects
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	t := &s.places
-	if t.ended {
+	if t := &s.places; !t.ended {
+		t.ended, t.ready, t.early = true, nil, nil
+		for _, l := range o.lines {
+			l.endWait(o, s)
+		}
+	}
+	if !s.closed.Load() {
 		return
 	}
-	t.ended, t.ready, t.early = true, nil, nil
+	var none effects // nobody waits but in a session that follows this one
 	for _, l := range o.lines {
-		if l.session == s {
-			l.waiting, l.session = fifo{}, nil
-		}
 		if l.of == s && !l.working {
-			o.pass(l, &e)
+			o.pass(l, &none)
 		}
+	}
+}
+
+// endWait ends the wait of deliveries of s.
+func (l *line) endWait(o *order, s *session) {
+	l.expectUnsettled(o, s)
+	if l.session == s {
+		l.waiting, l.session = fifo{}, nil
 	}
 }
 
@@ -440,10 +471,10 @@ func (o *order) again(s *session, d, next *Delivery) {
 	switch {
 	case l == nil || l.fault != nil: // of no order
 		defer s.inbox.put(next)
-	case l.holder == d:
+	case l.holder == d && !s.places.ended:
 		next.fence.line, next.fence.number, next.fence.arrived = l, d.fence.number, d.fence.arrived
 		l.waiting.pushFront(next)
-		l.session, l.settled, l.goes = s, true, false
+		l.session, l.settled = s, true
 		o.release(l, &e)
 	}
 	o.mu.Unlock()
@@ -482,19 +513,30 @@ func (o *order) arrive(d *Delivery, count *uint64) {
 // expectFor is how long what went back is expected: another consumer may have got it.
 const expectFor = 5 * time.Minute
 
-// goBack lets those that wait follow their predecessor back into the queue.
-func (o *order) goBack(l *line, e *effects) {
-	l.expected = append(l.expected[:0], o.fingerprint(l.body, l.id))
-	l.since = time.Now()
-	l.holder, l.of, l.body, l.id, l.goes = nil, nil, nil, "", false
+// goBack lets those that wait follow the holder back into the queue, once that is sent.
+func (o *order) goBack(l *line) {
+	earlier := l.expected
+	l.expected = []expected{{sum: o.fingerprint(l.body, l.id), behind: true}}
 	for d := l.waiting.pop(); d != nil; d = l.waiting.pop() {
-		l.giveBack(o, l.session, d, e)
+		l.expected = append(l.expected, expected{sum: o.fingerprint(d.Body, d.MessageId), behind: true})
+		l.outgoing = append(l.outgoing, goingBack{l.session, d.fence.tag})
 	}
+	l.expectAnew(earlier)
+	l.blocked = true
+	l.since = time.Now()
 	if !l.listed {
 		l.listed = true
 		o.returned = append(o.returned, l)
 	}
 	o.forgetReturned()
+}
+
+// expectAnew expects what went back earlier, now behind what else is expected. The broker may still
+// deliver it before that.
+func (l *line) expectAnew(earlier []expected) {
+	for _, e := range earlier {
+		l.expected = append(l.expected, expected{sum: e.sum})
+	}
 }
 
 // forgetReturned gives up on what has not come back for long.
@@ -507,30 +549,66 @@ func (o *order) forgetReturned() {
 	}
 }
 
-// accepts reports whether d may come next, as far as is expected what went back. If a later one of
-// that comes first, those before it have gone elsewhere: to another consumer, or out of the queue.
-func (l *line) accepts(o *order, d *Delivery) bool {
+// accepts reports whether d may come next, as far as is expected what went back. If it may not it
+// goes back too, behind that. What comes again although others went back before it shows that those
+// have gone elsewhere: to another consumer, or out of the queue.
+func (l *line) accepts(o *order, s *session, d *Delivery) bool {
 	if len(l.expected) == 0 {
 		return true
 	}
-	i := slices.Index(l.expected, o.fingerprint(d.Body, d.MessageId))
+	sum := o.fingerprint(d.Body, d.MessageId)
+	i := slices.IndexFunc(l.expected, func(e expected) bool { return e.sum == sum })
 	switch {
-	case i >= 0:
+	case i == 0, i > 0 && (l.expected[i].behind || l.expected[i].times == mostReturns):
 		l.expected = slices.Delete(l.expected, 0, i+1)
+		return true
 	case time.Since(l.since) > expectFor:
 		l.expected = nil
-	default:
-		return false
+		return true
+	case i < 0:
+		i = len(l.expected)
+		l.expected = append(l.expected, expected{sum: sum})
 	}
-	return true
+	e := &l.expected[i]
+	e.times++
+	e.behind = !slices.ContainsFunc(l.expected[:i], func(e expected) bool { return !e.behind })
+	l.outgoing = append(l.outgoing, goingBack{s, d.fence.tag})
+	return false
 }
 
-// giveBack puts d, which was not started, behind what has gone back already. So a message goes back
-// once for each that is put back before it.
-func (l *line) giveBack(o *order, s *session, d *Delivery, e *effects) {
-	l.expected = append(l.expected, o.fingerprint(d.Body, d.MessageId))
-	l.outgoing = append(l.outgoing, goingBack{s, d.fence.tag})
-	if !l.sending {
+// mostReturns is how often a message goes back because of those before it, which may have gone
+// elsewhere: the broker may count that.
+const mostReturns = 3
+
+// expectUnsettled expects what its session leaves unsettled at its end, before what went back
+// earlier: a quorum queue may deliver that first.
+func (l *line) expectUnsettled(o *order, s *session) {
+	earlier := l.expected
+	if len(earlier) == 0 {
+		return
+	}
+	l.expected = nil
+	if l.of == s && !l.settled {
+		l.expected = append(l.expected, expected{sum: o.fingerprint(l.body, l.id)})
+	}
+	if l.session == s {
+		for _, d := range l.waiting.all[l.waiting.head:] {
+			l.expected = append(l.expected, expected{sum: o.fingerprint(d.Body, d.MessageId)})
+		}
+	}
+	l.expectAnew(earlier)
+}
+
+// unexpect no longer expects the holder, which its ending session has settled.
+func (l *line) unexpect(o *order) {
+	if len(l.expected) > 0 && l.expected[0].sum == o.fingerprint(l.body, l.id) {
+		l.expected = l.expected[1:]
+	}
+}
+
+// send lets what is to go back be sent, unless somebody does that already.
+func (l *line) send(e *effects) {
+	if len(l.outgoing) > 0 && !l.sending && !l.blocked {
 		l.sending = true
 		e.send = append(e.send, l)
 	}
@@ -540,8 +618,10 @@ func (l *line) giveBack(o *order, s *session, d *Delivery, e *effects) {
 func (o *order) sendBack(l *line) {
 	for {
 		o.mu.Lock()
-		all := l.outgoing
-		l.outgoing = nil
+		var all []goingBack
+		if !l.blocked {
+			all, l.outgoing = l.outgoing, nil
+		}
 		if l.sending = len(all) > 0; !l.sending {
 			o.tidy(l)
 		}

@@ -89,6 +89,7 @@ type scope struct {
 	stream    *position       // where to resume, nil unless the queue is a stream
 	saver     *saver          // keeps that over restarts, nil without WithStreamOffsets; made by supervisor.run
 	order     *order          // of keys, nil without WithOrderingKey
+	order     *order          // of keys, that of the Consumer; nil without WithOrderingKey
 	notices   *notices
 	valve     *valve
 	grouped   bool          // others may share the connection
@@ -701,7 +702,7 @@ func (s *session) settledLater(d *Delivery) { s.laters.remove(d) }
 // queue's delivery limit; one whose copy could not be sent as a nack, which from RabbitMQ 4.3 on does
 // not.
 func (s *session) settle(d *Delivery, o Outcome) error {
-	defer s.order.settled(s, d, o)
+	s.order.settling(s, d, o)
 	if s.closed.Load() {
 		s.stats.stale.Add(1)
 		return ErrStale
@@ -714,6 +715,7 @@ func (s *session) settle(d *Delivery, o Outcome) error {
 	if !s.settled.Load() {
 		s.settled.Store(true)
 	}
+	s.order.settled(s, d, o)
 	return nil
 }
 
