@@ -80,7 +80,7 @@ type fence struct {
 	refused atomic.Pointer[error]       // why a settlement by hand was refused, which left it unsettled
 	kept    atomic.Pointer[keptMessage] // of a stream, or of a try that failed under WithRetry or with a key; else nil
 
-	line    *line         // of its key, under the mutex of its order; nil if it has none
+	turn    keyTurn       // among those of its key, under the mutex of its order; nil if it has no key
 	number  uint64        // its place among the deliveries of its session, from 1; 0 without an order
 	arrived time.Duration // when it did, as its order counts
 }
@@ -100,6 +100,11 @@ type keptMessage struct {
 func (f *fence) isCopied() bool {
 	k := f.kept.Load()
 	return k != nil && k.copied.Load()
+}
+
+// keyTurn is the turn of a delivery among those of its key.
+type keyTurn interface {
+	unknown() error // why its key is not known; nil if it is
 }
 
 var _ amqp.Acknowledger = (*fence)(nil)

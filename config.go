@@ -718,3 +718,25 @@ func (c *config) shortString(option, what, text string) {
 		c.refuse(option, "%s %s", what, problem)
 	}
 }
+
+// prefetchForKeys is the default prefetch where deliveries wait for others.
+func (c *config) prefetchForKeys() int {
+	if c.orderingKey == nil {
+		return 0
+	}
+	return min(10*c.concurrency, 65535)
+}
+
+// checkOrder checks what WithOrderingKey cannot be combined with.
+func (c *config) checkOrder() {
+	if c.orderingKey == nil {
+		return
+	}
+	refuse := func(format string, args ...any) { c.refuse("WithOrderingKey", format, args...) }
+	if c.retry != nil && len(c.retry.Delays) > 0 {
+		refuse("cannot be combined with the Delays of WithRetry, since a message that comes back later has been overtaken; leave Delays out (Attempts 0 or 1 with a Park queue): a failed message is tried again in place")
+	}
+	if q := c.declare; q != nil && (q.RetryMin > 0 || q.RetryMax > 0) {
+		refuse("cannot be combined with Queue.RetryMin, since a message that the broker delays has been overtaken; leave it out: a failed message is tried again in place")
+	}
+}

@@ -238,6 +238,11 @@ func (a *aside) take() []unreadable {
 	return all
 }
 
+// arrivals note when a delivery arrives, and count it.
+type arrivals interface {
+	arrive(d *Delivery, count *uint64)
+}
+
 // receiver is where the wire gives the messages of one subscription. It does not remember the
 // message that is being read: a consumer may be idle for hours, and would keep its last message as
 // long.
@@ -245,7 +250,7 @@ type receiver struct {
 	inbox   *inbox
 	aside   *aside
 	config  *config
-	order   *order
+	order   arrivals
 	arrived uint64 // deliveries that were put, where there is an order
 }
 

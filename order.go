@@ -6,6 +6,7 @@ import (
 	"hash/maphash"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -69,6 +70,14 @@ type expected struct {
 	times  int    // that it went back since its place is known
 }
 
+// lineOf returns the line that d is in, nil if it has no key.
+func lineOf(d *Delivery) *line {
+	l, _ := d.fence.turn.(*line)
+	return l
+}
+
+func (l *line) unknown() error { return l.fault }
+
 // goingBack is a delivery that goes back to its queue and was never started.
 type goingBack struct {
 	session *session
@@ -83,6 +92,7 @@ type places struct {
 	placed uint64           // deliveries up to this one have their place
 	early  map[uint64]keyed // later ones whose key was found sooner
 	ready  []*Delivery      // those that may start, in the order of the queue
+	any    atomic.Bool      // ready has some; read without mu
 	timer  *time.Timer      // looks for a key function that hangs; nil if nobody waits for one
 	seen   uint64           // placed at its last look
 }
@@ -128,15 +138,19 @@ func (o *order) take(s *session) (*Delivery, bool) {
 }
 
 func (o *order) takeReady(s *session) *Delivery {
+	t := &s.places
+	if !t.any.Load() {
+		return nil
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	t := &s.places
 	if len(t.ready) == 0 {
 		return nil
 	}
 	d := t.ready[0]
 	t.ready = slices.Delete(t.ready, 0, 1)
-	if l := d.fence.line; l != nil {
+	t.any.Store(len(t.ready) > 0)
+	if l := lineOf(d); l != nil {
 		l.working = true
 	}
 	return d
@@ -195,7 +209,7 @@ func (o *order) admit(s *session, k keyed) (mine bool) {
 		k.fault = errSlowKey
 	}
 	mine = o.claim(s, k, &e)
-	if l := k.delivery.fence.line; mine && l != nil {
+	if l := lineOf(k.delivery); mine && l != nil {
 		l.working = true
 	}
 	o.admitEarly(s, &e)
@@ -263,13 +277,13 @@ func (o *order) claim(s *session, k keyed, e *effects) bool {
 	d := k.delivery
 	switch {
 	case k.fault != nil:
-		d.fence.line = &line{fault: k.fault}
+		d.fence.turn = &line{fault: k.fault}
 		return true
 	case k.key == "":
 		return true
 	}
-	l := o.lineOf(k.key)
-	d.fence.line = l
+	l := o.lineFor(k.key)
+	d.fence.turn = l
 	switch {
 	case !l.accepts(o, s, d):
 		l.send(e)
@@ -283,7 +297,7 @@ func (o *order) claim(s *session, k keyed, e *effects) bool {
 	return true
 }
 
-func (o *order) lineOf(key string) *line {
+func (o *order) lineFor(key string) *line {
 	l := o.lines[key]
 	switch n := len(o.spare); {
 	case l != nil:
@@ -338,6 +352,7 @@ func (t *places) enqueue(d *Delivery, e *effects, s *session) {
 		i--
 	}
 	t.ready = slices.Insert(t.ready, i, d)
+	t.any.Store(true)
 	e.wake = s
 	e.ready++
 }
@@ -360,7 +375,7 @@ func (o *order) settling(s *session, d *Delivery, outcome Outcome) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if l := d.fence.line; l != nil && l.holder == d && !s.places.ended {
+	if l := lineOf(d); l != nil && l.holder == d && !s.places.ended {
 		o.goBack(l)
 	}
 }
@@ -373,7 +388,7 @@ func (o *order) settled(s *session, d *Delivery, outcome Outcome) {
 	}
 	var e effects
 	o.mu.Lock()
-	l := d.fence.line
+	l := lineOf(d)
 	if l != nil && l.holder == d && (s.stream == nil || outcome != Requeued) { // else it is tried again in place
 		l.settled, l.blocked = true, false
 		if outcome != Requeued && s.places.ended && !s.closed.Load() {
@@ -394,7 +409,7 @@ func (o *order) left(s *session, d *Delivery) {
 	}
 	var e effects
 	o.mu.Lock()
-	if l := d.fence.line; l != nil && l.holder == d {
+	if l := lineOf(d); l != nil && l.holder == d {
 		l.working = false
 		o.release(l, &e)
 	}
@@ -467,12 +482,12 @@ func (o *order) again(s *session, d, next *Delivery) {
 	}
 	var e effects
 	o.mu.Lock()
-	l := d.fence.line
+	l := lineOf(d)
 	switch {
 	case l == nil || l.fault != nil: // of no order
 		defer s.inbox.put(next)
 	case l.holder == d && !s.places.ended:
-		next.fence.line, next.fence.number, next.fence.arrived = l, d.fence.number, d.fence.arrived
+		next.fence.turn, next.fence.number, next.fence.arrived = l, d.fence.number, d.fence.arrived
 		l.waiting.pushFront(next)
 		l.session, l.settled = s, true
 		o.release(l, &e)
@@ -487,7 +502,7 @@ func (o *order) decide(d *Delivery, err error, v verdict) verdict {
 	if o == nil || err == nil || v.outcome != Requeued || v.delay == 0 {
 		return v
 	}
-	l := d.fence.line
+	l := lineOf(d)
 	if asked, explicit := OutcomeOf(err); l == nil || l.fault != nil || explicit && asked == Requeued {
 		return v
 	}
@@ -690,7 +705,7 @@ func withKey(c *config, next Handler) Handler {
 		return next
 	}
 	return func(ctx context.Context, d *Delivery) (err error) {
-		if l := d.fence.line; l != nil && l.fault != nil {
+		if l := lineOf(d); l != nil && l.fault != nil {
 			return l.fault
 		}
 		original := d.Delivery
@@ -704,44 +719,5 @@ func withKey(c *config, next Handler) Handler {
 		err = next(ctx, d)
 		failed = err != nil || d.overlooked() != nil
 		return err
-	}
-}
-
-// retryInPlace gives the message of a held delivery to a worker once more. To the broker nothing has
-// happened.
-func (s *session) retryInPlace(d *Delivery) {
-	switch {
-	case s.closed.Load():
-		_ = d.Requeue() // which is stale
-		return
-	case !d.fence.outcome.CompareAndSwap(uint32(Unsettled), uint32(Requeued)):
-		return
-	}
-	s.stats.outcomes[Requeued].Add(1)
-	s.tryAgain(d)
-	if s.config.hooks.Settled != nil {
-		s.reporter.settled(d, Requeued)
-	}
-}
-
-// prefetchForKeys is the default prefetch where deliveries wait for others.
-func (c *config) prefetchForKeys() int {
-	if c.orderingKey == nil {
-		return 0
-	}
-	return min(10*c.concurrency, 65535)
-}
-
-// checkOrder checks what WithOrderingKey cannot be combined with.
-func (c *config) checkOrder() {
-	if c.orderingKey == nil {
-		return
-	}
-	refuse := func(format string, args ...any) { c.refuse("WithOrderingKey", format, args...) }
-	if c.retry != nil && len(c.retry.Delays) > 0 {
-		refuse("cannot be combined with the Delays of WithRetry, since a message that comes back later has been overtaken; leave Delays out (Attempts 0 or 1 with a Park queue): a failed message is tried again in place")
-	}
-	if q := c.declare; q != nil && (q.RetryMin > 0 || q.RetryMax > 0) {
-		refuse("cannot be combined with Queue.RetryMin, since a message that the broker delays has been overtaken; leave it out: a failed message is tried again in place")
 	}
 }

@@ -791,6 +791,23 @@ func (s *session) tryAgain(d *Delivery) {
 	time.AfterFunc(againAfter, func() { s.order.again(s, d, again) })
 }
 
+// retryInPlace gives the message of a held delivery to a worker once more. To the broker nothing has
+// happened.
+func (s *session) retryInPlace(d *Delivery) {
+	switch {
+	case s.closed.Load():
+		_ = d.Requeue() // which is stale
+		return
+	case !d.fence.outcome.CompareAndSwap(uint32(Unsettled), uint32(Requeued)):
+		return
+	}
+	s.stats.outcomes[Requeued].Add(1)
+	s.tryAgain(d)
+	if s.config.hooks.Settled != nil {
+		s.reporter.settled(d, Requeued)
+	}
+}
+
 // conclude settles a delivery by its handler's error, unless the handler has settled it by itself.
 func (s *session) conclude(d *Delivery, err error) conclusion {
 	if d.Outcome() != Unsettled {

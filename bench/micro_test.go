@@ -125,6 +125,29 @@ func BenchmarkBatch(b *testing.B) {
 
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
 
+// BenchmarkKeys is BenchmarkDispatch under WithOrderingKey, with keys that come equally often. The
+// ratio of the two lines is what order costs.
+func BenchmarkKeys(b *testing.B) {
+	keys := make([]string, 1009)
+	for i := range keys {
+		keys[i] = fmt.Sprint("customer ", i)
+	}
+	orders := map[string][]steadymq.Option{
+		"without": nil,
+		"with": {steadymq.WithOrderingKey(func(d *steadymq.Delivery) string {
+			return keys[d.DeliveryTag%uint64(len(keys))]
+		})},
+	}
+	for name, opts := range orders {
+		b.Run(fmt.Sprintf("workers=64/order=%s", name), func(b *testing.B) {
+			dispatch(b, func(ctx context.Context, dial dialFunc, t target, each func([]byte)) error {
+				t.URL = "amqp://guest:guest@memory"
+				return steadyWith(ctx, t, each, append(slices.Clone(opts), steadymq.WithDialer(dial))...)
+			}, 64)
+		})
+	}
+}
+
 // dispatch measures until the handler has seen b.N messages.
 func dispatch(b *testing.B, consume func(context.Context, dialFunc, target, func([]byte)) error, workers int) {
 	client, server := memoryPipe()

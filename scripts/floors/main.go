@@ -37,6 +37,7 @@ var rooms = []room{
 	{"inbox.go"},
 	{"stream.go"},
 	{"session.go", "topology.go", "hold.go", "later.go", "transfer.go", "publisher.go", "offsets.go"},
+	{"session.go", "topology.go", "hold.go", "order.go", "transfer.go", "publisher.go"},
 	{"probe.go"},
 	{"worker.go"},
 	{"batch.go"},
