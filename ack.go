@@ -109,9 +109,11 @@ type keyTurn interface {
 
 var _ amqp.Acknowledger = (*fence)(nil)
 
-// settler puts one settlement on the wire. settle is called once per delivery.
+// settler puts one settlement on the wire. settle is called once per delivery, and sent after it if
+// it has returned nil.
 type settler interface {
 	settle(d *Delivery, o Outcome) error
+	sent(d *Delivery, o Outcome)
 	number() uint64
 	source() (queue, host string)
 	context() context.Context
@@ -168,7 +170,10 @@ func (f *fence) settleKept(by settler, o Outcome) error {
 
 func (f *fence) send(by settler, o Outcome) error {
 	err := by.settle(&f.origin, o)
-	if errors.Is(err, ErrStale) {
+	switch {
+	case err == nil:
+		by.sent(&f.origin, o)
+	case errors.Is(err, ErrStale):
 		f.outcome.Store(uint32(Stale))
 	}
 	return err
@@ -233,6 +238,8 @@ func rejected(requeue bool) Outcome {
 type detached struct{ to amqp.Acknowledger }
 
 func (a detached) number() uint64 { return 0 }
+
+func (a detached) sent(*Delivery, Outcome) {}
 
 func (a detached) source() (queue, host string) { return "", "" }
 

@@ -91,7 +91,7 @@ type places struct {
 	ended  bool
 	placed uint64           // deliveries up to this one have their place
 	early  map[uint64]keyed // later ones whose key was found sooner
-	ready  []*Delivery      // those that may start, in the order of the queue
+	ready  fifo             // those that may start, in the order of the queue
 	any    atomic.Bool      // ready has some; read without mu
 	timer  *time.Timer      // looks for a key function that hangs; nil if nobody waits for one
 	seen   uint64           // placed at its last look
@@ -144,12 +144,11 @@ func (o *order) takeReady(s *session) *Delivery {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if len(t.ready) == 0 {
+	d := t.ready.pop()
+	t.any.Store(t.ready.head < len(t.ready.all))
+	if d == nil {
 		return nil
 	}
-	d := t.ready[0]
-	t.ready = slices.Delete(t.ready, 0, 1)
-	t.any.Store(len(t.ready) > 0)
 	if l := lineOf(d); l != nil {
 		l.working = true
 	}
@@ -347,11 +346,11 @@ const mostSpare = 1024
 
 // enqueue makes d ready. Most often it is the youngest.
 func (t *places) enqueue(d *Delivery, e *effects, s *session) {
-	i := len(t.ready)
-	for i > 0 && t.ready[i-1].fence.number > d.fence.number {
-		i--
+	t.ready.push(d)
+	all := t.ready.all
+	for i := len(all) - 1; i > t.ready.head && all[i-1].fence.number > d.fence.number; i-- {
+		all[i], all[i-1] = all[i-1], all[i]
 	}
-	t.ready = slices.Insert(t.ready, i, d)
 	t.any.Store(true)
 	e.wake = s
 	e.ready++
@@ -450,7 +449,7 @@ func (o *order) end(s *session) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if t := &s.places; !t.ended {
-		t.ended, t.ready, t.early = true, nil, nil
+		t.ended, t.ready, t.early = true, fifo{}, nil
 		for _, l := range o.lines {
 			l.endWait(o, s)
 		}

@@ -688,6 +688,9 @@ func (s *session) began(d *Delivery) {
 // number implements settler.
 func (s *session) number() uint64 { return s.id }
 
+// sent implements settler.
+func (s *session) sent(d *Delivery, o Outcome) { s.order.settled(s, d, o) }
+
 // source implements settler.
 func (s *session) source() (queue, host string) { return s.queue, s.conn.host }
 
@@ -715,7 +718,6 @@ func (s *session) settle(d *Delivery, o Outcome) error {
 	if !s.settled.Load() {
 		s.settled.Store(true)
 	}
-	s.order.settled(s, d, o)
 	return nil
 }
 

@@ -177,6 +177,28 @@ var mutants = []mutant{
 		{"worker.go", "p.ctx.Err() != nil || !s.gate.enter() {", "s.gate.count.Add(2) < 0 {"},
 	}},
 
+	// Order by key.
+	inTest("TestSameKeyIsHandledOneAtATimeAndOthersSideBySide", change("keys do not hold each other up", "order.go",
+		"\tcase l.holder != nil:\n", "\tcase l.holder != nil && s == nil:\n")),
+	inTest("TestFailureOfAKeyIsTriedAgainInPlaceAndHoldsItsKeyOnly", change("a failure of a key is put back", "order.go",
+		"l == nil || l.fault != nil || explicit && asked == Requeued", "l != nil || explicit && asked == Requeued")),
+	inTest("TestRetryInPlaceEndsBeforeTheConsumerTimeout", change("a key is tried again in place for ever", "order.go",
+		"d.fence.arrived+v.delay < o.limit", "d.fence.arrived+v.delay > 0")),
+	inTest("TestRequeueHandsBackAllLaterOnesOfItsKey", change("later ones of a key stay when one goes back", "order.go",
+		"\tfor d := l.waiting.pop(); d != nil; d = l.waiting.pop() {\n", "\tfor d := (*Delivery)(nil); d != nil; d = l.waiting.pop() {\n")),
+	inTest("TestKeyGoesOnThoughWhatWentBackDoesNotCome", change("a key waits for what went back, whatever comes again", "order.go",
+		"i > 0 && (l.expected[i].behind || l.expected[i].times == mostReturns):", "i > 0 && o == nil:")),
+	inTest("TestHandlerOfALostSessionHoldsItsKey", change("a lost session lets its keys go", "order.go",
+		"if l.of == s && !l.working {", "if l.of == s {")),
+	inTest("TestKeyWaitsForASettlementByHand", change("a settlement lets the key go though its handler is at work", "order.go",
+		"\tif !l.working && (l.settled", "\tif (l.settled")),
+	inTest("TestOrderSurvivesAStopWhoseHandlerFails", change("a stop hands back what no handler has before what fails", "session.go",
+		"if s.closed.Load() || s.stream != nil || s.order != nil {", "if s.closed.Load() || s.stream != nil {")),
+	inTest("TestKeyFunctionThatHangsKeepsOneWorker", change("a key function that hangs holds up all", "order.go",
+		"hangs := len(t.early) > 0 && t.placed == t.seen", "hangs := len(t.early) > 0 && t.placed == t.seen && s == nil")),
+	inTest("TestKeyFunctionThatPanicsFailsItsMessage", change("a message without a key is handled", "order.go",
+		"\t\td.fence.turn = &line{fault: k.fault}\n", "")),
+
 	// Workers and contexts.
 	change("a worker is lost after Goexit", "worker.go",
 		"\t\t\tgo p.work()\n\t\t\treturn\n", "\t\t\treturn\n"),
