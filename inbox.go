@@ -269,7 +269,9 @@ func wholeOf(message *amqp.Delivery) *Delivery { return &message.Acknowledger.(*
 
 // Put implements wire.Receiver.
 func (r *receiver) Put(d *amqp.Delivery) {
-	r.order.arrive(wholeOf(d), &r.arrived)
+	if r.order != nil {
+		r.order.arrive(wholeOf(d), &r.arrived)
+	}
 	r.inbox.put(wholeOf(d))
 }
 

@@ -592,7 +592,7 @@ var mutants = []mutant{
 	inTest("TestMoreThanThePrefetchIsKept", change("workers stop at the end of the first stretch", "inbox.go",
 		"\tif s.next == nil {\n", "\tif true {\n")),
 	inTest("TestMessageThatIsDoneWithIsNotKeptInMemory", mutant{name: "the last message is kept", edits: []edit{
-		{"inbox.go", "\tconfig *config\n}\n", "\tconfig *config\n\tlast   *Delivery\n}\n"},
+		{"inbox.go", "\torder   arrivals\n", "\torder   arrivals\n\tlast    *Delivery\n"},
 		{"inbox.go", "\td := newDelivery()\n", "\td := newDelivery()\n\tr.last = d\n"},
 	}}),
 	inTest("TestHandlerThatHangsKeepsNoLaterSessionsInMemory", change("all connections are kept", "consumer.go",
@@ -1271,7 +1271,7 @@ var mutants = []mutant{
 	inTest("TestWithStreamOffsetsRefuses", change("a queue keeps a place", "config.go",
 		"if c.offsets != nil && !c.stream() {", "if false {")),
 	inTest("TestStreamMovesWithoutADuplicate", change("a stream moves under its handlers", "session.go",
-		"\tif s.stream == nil || !errors.Is(cause, errMoved) {\n", "\t{\n")),
+		"\tif s.order == nil && (s.stream == nil || !errors.Is(cause, errMoved)) {\n", "\t{\n")),
 
 	// Retry and park.
 	change("a failed message is acked before its copy is confirmed", "publisher.go",
