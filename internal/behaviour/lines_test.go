@@ -826,6 +826,21 @@ var goldenRows = []goldenRow{
 		},
 	},
 	{
+		name:    "a key that is not found",
+		message: "the function of WithOrderingKey has not returned for a second: later messages no longer wait for its message, which keeps a worker and then fails",
+		provoke: func(r *rig.Rig, l *recorder) {
+			r.Consuming(rig.Ack, l.option(), steadymq.WithConcurrency(2), steadymq.WithOrderingKey(func(d *steadymq.Delivery) string {
+				if d.DeliveryTag == 1 {
+					time.Sleep(3 * time.Second)
+				}
+				return ""
+			}))
+			r.PublishMany(2, "x")
+			r.Wait(2 * time.Second)
+		},
+		want: []string{"WARN steadymq: <message>; " + atFirst},
+	},
+	{
 		name:    "handlers too slow for the prefetch",
 		message: "handlers are so slow that deliveries wait for them longer than half of the consumer timeout, after which the broker takes them back: lower WithPrefetch, or raise WithConcurrency",
 		provoke: func(r *rig.Rig, l *recorder) {
