@@ -309,7 +309,6 @@ func newSupervisor(ctx context.Context, c *Consumer, w work, b *borrower, publis
 	random := make([]byte, 4)
 	_, _ = rand.Read(random) // never fails
 	reporter := newReporter(ctx, w.config, &c.stats.eventsDropped)
-	reporter := newReporter(ctx, c.config, &c.stats.eventsDropped)
 	if c.order == nil {
 		c.order = newOrder(c.config)
 	}
@@ -344,8 +343,6 @@ func newSupervisor(ctx context.Context, c *Consumer, w work, b *borrower, publis
 			running:   workers.alive.Load,
 			hire:      workers.hire,
 			stream:    newPosition(w.config),
-			order:     newOrder(w.config),
-			stream:    newPosition(c.config),
 			order:     c.order,
 			notices:   new(notices),
 			valve:     c.valve,

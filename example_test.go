@@ -1600,3 +1600,39 @@ func ExampleWithRate() {
 	// two at once, three that waited 50 ms each: true
 	// stopped: <nil>
 }
+
+// What concerns one customer is handled in the order of the queue, and customers side by side. A
+// message that fails is tried again before the next of its customer.
+func ExampleWithOrderingKey() {
+	broker := emptyBroker()
+	defer broker.Close()
+	broker.DeclareQueue("orders", steadymqtest.QueueOptions{})
+	broker.Publish("orders", "ada opens", "ada pays", "ada leaves")
+	customer := func(d *steadymq.Delivery) string {
+		name, _, _ := strings.Cut(string(d.Body), " ")
+		return name
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	err := steadymq.Consume(ctx, broker.URL, "orders", func(_ context.Context, d *steadymq.Delivery) error {
+		fmt.Printf("%s, attempt %d\n", d.Body, d.Attempt())
+		switch {
+		case string(d.Body) == "ada pays" && d.Attempt() == 1:
+			return errors.New("the bank does not answer")
+		case string(d.Body) == "ada leaves":
+			stop()
+		}
+		return nil
+	},
+		steadymq.WithDialer(broker.Dialer()),
+		steadymq.WithOrderingKey(customer),
+		steadymq.WithConcurrency(8),
+		steadymq.WithRequeueDelay(10*time.Millisecond, time.Minute))
+	fmt.Println("stopped:", err)
+	// Output:
+	// ada opens, attempt 1
+	// ada pays, attempt 1
+	// ada pays, attempt 2
+	// ada leaves, attempt 1
+	// stopped: <nil>
+}

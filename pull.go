@@ -163,6 +163,7 @@ func handlersOptions(c *config) []handlersOption {
 	return []handlersOption{
 		{"WithConcurrency", c.set.concurrency, "the body is given one delivery at a time; start goroutines in it that settle"},
 		{"WithBatch", c.batches, "collect in the body, or use RunBatch"},
+		{"WithOrderingKey", c.orderingKey != nil, "the body is given the messages in the order of the queue"},
 		{"WithMiddleware", len(c.middleware) > 0, "there is no handler to wrap; do it in the body"},
 		{"WithHandlerTimeout", c.handlerTimeout > 0, "give what the body calls a context with a limit, made from d.Context()"},
 		{"WithBreaker", c.breaker != nil, "there are no errors of handlers; call Pause and Resume"},

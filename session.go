@@ -88,7 +88,6 @@ type scope struct {
 	hire      func() bool     // starts one more worker; true once there may be no more
 	stream    *position       // where to resume, nil unless the queue is a stream
 	saver     *saver          // keeps that over restarts, nil without WithStreamOffsets; made by supervisor.run
-	order     *order          // of keys, nil without WithOrderingKey
 	order     *order          // of keys, that of the Consumer; nil without WithOrderingKey
 	notices   *notices
 	valve     *valve

@@ -1388,7 +1388,7 @@ var mutants = []mutant{
 	inTest("TestWorkerStartsForAMessageThatComesAloneInABatch", change("no worker is hired for a message that comes alone in a batch", "inbox.go",
 		"if !cleared && i.hire() {", "if false {")),
 	inTest("TestStopPutsBackWhatWasToComeAlone", change("what waits to come alone in a batch stays behind at a stop", "inbox.go",
-		"\t\tall = append(all, d)\n\t}\n\tfor s := i.first", "\t\t_ = d\n\t}\n\tfor s := i.first")),
+		"\t\tall = append(all, back.delivery)\n", "")),
 	inTest("TestStopHandlesWhatWasCollected", change("a stop drops what was collected for a batch", "batch.go",
 		"case s.closed.Load(): // the broker has it already", "case s.end.Cause() != nil:")),
 	inTest("TestCancelledConsumerHandlesWhatWasCollected", change("a basic.cancel drops what was collected for a batch", "batch.go",
