@@ -19,7 +19,7 @@ import (
 	"github.com/steadymq/steadymq/internal/retryqueue"
 )
 
-// Who publishes the copies of failed messages, see retry.go. A Consumer alone has a publisher, and
+// Who publishes the copies of failed messages, see WithRetry in config.go. A Consumer alone has a publisher, and
 // all consumers of a Group have one together. It has a connection of its own, because a broker that
 // is short of memory or disk stops reading from connections that have published, acks included.
 

@@ -15,7 +15,7 @@ import (
 
 // What keeps workers from starting handlers: Pause, WithBreaker and WithRate. A delivery passes the
 // valve when a worker has taken it; until then it stays unsettled and takes up the prefetch. What
-// the session and the connection do meanwhile is in pause.go.
+// the session and the connection do meanwhile is in consumer.go.
 
 // Breaker stops handing out messages while handlers only fail, see [WithBreaker].
 type Breaker struct {

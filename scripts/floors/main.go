@@ -28,7 +28,7 @@ var rooms = []room{
 	{"ack.go", "delivery.go", "guard.go"},
 	{"endpoint.go"},
 	{"stats.go"},
-	{"config.go", "retry.go", "valve.go"},
+	{"config.go", "valve.go"},
 	{"options.go"},
 	{"reconnect.go"},
 	{"notify.go", "log.go"},
@@ -36,11 +36,11 @@ var rooms = []room{
 	{"connection.go", "loan.go", "connections.go"},
 	{"inbox.go"},
 	{"stream.go"},
-	{"session.go", "topology.go", "hold.go", "later.go", "order.go", "transfer.go", "publisher.go", "offsets.go"},
+	{"session.go", "topology.go", "hold.go", "order.go", "transfer.go", "publisher.go", "offsets.go"},
 	{"probe.go"},
 	{"worker.go"},
 	{"batch.go"},
-	{"consumer.go", "pull.go", "pause.go"},
+	{"consumer.go", "pull.go"},
 	{"group.go"},
 }
 
