@@ -241,7 +241,7 @@ func TestConnectionLostDuringAPauseIsHealedWithoutASession(t *testing.T) {
 				assert.Equal(r, 3, r.Broker.QueueLen(rig.Queue), "nothing is prefetched")
 				r.Broker.Reset()
 				r.Broker.Refuse(true)
-				r.Wait(4 * time.Hour)
+				r.Wait(30 * time.Minute)
 				assert.NotEqual(r, steadymq.Consuming, r.Consumer.State())
 				r.Broker.Heal()
 				r.Wait(10 * time.Second)
