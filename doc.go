@@ -65,6 +65,13 @@
 // broker cancels the consumer (basic.cancel), running handlers may still settle on the old channel
 // while the next session consumes already.
 //
+// # Ways to take work
+//
+// [Consumer.Run] gives deliveries to a [Handler] one by one. [Consumer.RunBatch] gives several at once,
+// [WithOrderingKey] keeps the order of those that belong together, [Consumer.Deliveries] is a loop in
+// place of a handler, and [Later] leaves a delivery to be settled by somebody else.
+// [Consumer.Pause], [WithBreaker] and [WithRate] let fewer handlers start, or none.
+//
 // # Many queues
 //
 // A [Group] runs the consumers of many queues on one connection, or on a few ([WithConnections]).
@@ -99,6 +106,7 @@
 //   - [WithTopology] declares by a function of your own (none)
 //   - [WithConsumeArgs] sets arguments such as x-priority and x-stream-offset (none)
 //   - [WithExclusive] asks to be the only consumer (off)
+//   - [WithStreamOffsets] keeps the place in a stream over restarts (off)
 //   - [WithConsumerTag] sets the prefix of the consumer tags (steadymq)
 //
 // Work: how many handlers run, what is sent ahead to them, and how acks leave.
@@ -106,6 +114,7 @@
 //   - [WithConcurrency] sets how many handlers run at once (1)
 //   - [WithPrefetch] sets how many unsettled messages are sent ahead (32, or the concurrency)
 //   - [WithBatch] sets how many messages a [BatchHandler] gets, and how long they wait (100, 100 ms)
+//   - [WithOrderingKey] handles messages of one key in the order of the queue (off)
 //   - [WithMiddleware] wraps the handler, for policies and tracing (none)
 //   - [WithHandlerTimeout] ends the context of a handler that takes too long (off)
 //   - [WithWriteDelay] bounds how long acks wait to share a system call (1 ms)
