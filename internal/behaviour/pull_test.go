@@ -446,7 +446,8 @@ func TestLoopRefusesWhatIsAboutHandlers(t *testing.T) {
 			all = append(all, option)
 		}
 		c := r.New(all...)
-		err := <-loop(nil, c, nil) //nolint:staticcheck // that is what is refused
+		var none context.Context
+		err := <-loop(none, c, nil)
 		for name := range options {
 			assert.ErrorContains(r, err, name)
 		}
