@@ -17,7 +17,7 @@ import (
 // BatchHandler handles several deliveries at once, at least one and at most the size of [WithBatch].
 // Its error decides their outcomes: nil acks all of them; a [*BatchError] holds the error of each;
 // any other error, and a panic, is that of all. What an error makes of a message is what it does
-// under a [Handler], for each on its own: [Discard], [Requeue], [RequeueAfter] and [Park] are
+// under a [Handler], for each on its own: [Discard], [Requeue], [RequeueAfter], [Park] and [Later] are
 // followed, a plain error holds it ([WithRequeueDelay]) or is for the policy of [WithRetry]. What
 // the handler has settled by hand stays so. Each message has an ack of its own (multiple=false).
 //
@@ -285,7 +285,7 @@ func (c *batchCall) concludeOne(i int) {
 	if err != nil && c.originals != nil {
 		d.fence.kept.Store(&keptMessage{original: c.originals[i]})
 	}
-	failed := err != nil && !s.cutOff(err)
+	failed := err != nil && !isLater(err) && !s.cutOff(err)
 	became := s.conclude(d, err)
 	if failed && (c.err == nil || !became.byHandler) {
 		c.failed = append(c.failed, failedInBatch{d, became, err})
@@ -302,7 +302,7 @@ func (c *batchCall) failure() error {
 
 // tell reports what has failed. An error of all is told at least once.
 func (c *batchCall) tell() {
-	if c.err != nil && len(c.failed) == 0 && !c.session.cutOff(c.err) {
+	if c.err != nil && len(c.failed) == 0 && !isLater(c.err) && !c.session.cutOff(c.err) {
 		c.failed = append(c.failed, failedInBatch{c.batch[0], conclusion{byHandler: true}, c.err})
 	}
 	for _, f := range c.failed {

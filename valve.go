@@ -26,10 +26,10 @@ type Breaker struct {
 	// fails, up to the longer of Wait and a minute.
 	Wait time.Duration
 	// Counts chooses the errors that count as failures of what handlers depend on; one for which it
-	// returns false counts neither as a failure nor as a success. It is called for every error that
-	// a handler, with its middleware, has returned, and for panics ([*PanicError]), on a goroutine of
-	// its own, by several workers at once, and delays that worker. One that panics, or does not
-	// return within the limit of [WithSetupTimeout], counts as true.
+	// returns false counts neither as a failure nor as a success. It is called for every error but
+	// [Later] that a handler, with its middleware, has returned, and for panics ([*PanicError]), on a
+	// goroutine of its own, by several workers at once, and delays that worker. One that panics, or
+	// does not return within the limit of [WithSetupTimeout], counts as true.
 	//
 	// nil: all errors but those that ask for [Discard] or [Park] and a [*DecodeError], for these are
 	// about their message.
@@ -410,7 +410,7 @@ func (v *valve) returned(ctx context.Context, d *Delivery, err error, by witness
 	if v.breaker == nil {
 		return
 	}
-	counts := err != nil && !by.cutOff(err) && v.counts(ctx, err, by)
+	counts := err != nil && !isLater(err) && !by.cutOff(err) && v.counts(ctx, err, by)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	b := v.breaker

@@ -1107,3 +1107,30 @@ func TestRateCountsBatches(t *testing.T) {
 		assert.EqualValues(r, 100, c.outcomes().Acked)
 	})
 }
+
+func TestLaterOfABatchIsNoFailure(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var kept []*steadymq.Delivery
+		then := func(_ context.Context, batch []*steadymq.Delivery) error {
+			kept = append(kept, batch...)
+			if string(batch[0].Body) == "all" {
+				return fmt.Errorf("kept: %w", steadymq.Later)
+			}
+			return steadymq.BatchError{Errs: []error{steadymq.Later, nil}}
+		}
+		c := inBatches(r, then, steadymq.WithBatch(2, time.Second), steadymq.WithHooks(steadymq.Hooks{
+			HandlerFailed: func(*steadymq.Delivery, error) { assert.Fail(r, "it is no failure") },
+		}))
+		r.Broker.Publish(rig.Queue, "all", "of", "each", "one")
+		r.Wait(time.Minute)
+		n := c.outcomes()
+		assert.Zero(r, n.Failed)
+		assert.Equal(r, 3, n.Later)
+		assert.NotContains(r, r.Log.String(), "WARN")
+		require.Len(r, kept, 4)
+		for _, d := range kept[:3] {
+			require.NoError(r, d.Ack())
+		}
+		assert.NoError(r, r.Stop())
+	})
+}

@@ -405,3 +405,19 @@ func TestHandlerLeftBehindByARunDoesNotShutTheNextOne(t *testing.T) {
 		r.Wait(time.Hour)
 	})
 }
+
+func TestLaterSaysNothingToABreaker(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var kept keptOnes
+		asked := 0
+		r.Consuming(kept.keep, steadymq.WithBreaker(steadymq.Breaker{Failures: 2, Wait: time.Second, Counts: func(error) bool { asked++; return true }}))
+		r.PublishMany(5, "tea")
+		r.Wait(time.Minute)
+		assert.Zero(r, r.Consumer.Stats().BreakerOpened)
+		assert.Zero(r, asked)
+		for _, d := range kept.kept(r, 5) {
+			require.NoError(r, d.Ack())
+		}
+		assert.NoError(r, r.Stop())
+	})
+}
