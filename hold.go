@@ -291,7 +291,7 @@ type laters struct {
 	all      map[*Delivery]struct{}
 	released bool        // none is kept any more
 	settled  uint64      // how many were taken out
-	before   uint64      // settled at the last look
+	before   uint64      // progress at the last look
 	timer    *time.Timer // for the next look; nil while none is due
 }
 
@@ -317,7 +317,7 @@ func (l *laters) add(d *Delivery) bool {
 	l.all[d] = struct{}{}
 	l.session.stats.later.Add(1)
 	if l.timer == nil {
-		l.before = l.settled
+		l.before = l.progress()
 		l.timer = time.AfterFunc(lookAtLaters, l.look)
 	}
 	return true
@@ -360,8 +360,9 @@ const lookAtLaters = time.Minute
 func (l *laters) look() {
 	s := l.session
 	l.mu.Lock()
-	kept, stuck := len(l.all), l.settled == l.before && l.fill()
-	l.before = l.settled
+	now := l.progress()
+	kept, stuck := len(l.all), now == l.before && l.fill()
+	l.before = now
 	switch {
 	case l.released:
 	case kept == 0:
@@ -379,11 +380,21 @@ func (l *laters) look() {
 	}
 }
 
+// progress returns a number that changes with whatever shows that not all is stuck: what is settled
+// and, with keys, what handlers are given of other ones. It is called with mu held.
+func (l *laters) progress() uint64 {
+	if l.session.order == nil {
+		return l.settled
+	}
+	return l.settled + l.session.stats.delivered.Load()
+}
+
 // fill reports whether what is kept takes up the whole prefetch. On a stream one may be enough,
-// because what is done after it cannot be acked before it. It is called with mu held.
+// because what is done after it cannot be acked before it, and so it is with keys, where others wait
+// for it. It is called with mu held.
 func (l *laters) fill() bool {
 	taken := int64(len(l.all))
-	if taken > 0 && l.session.stream != nil {
+	if taken > 0 && (l.session.stream != nil || l.session.order != nil) {
 		taken = l.session.wire.Unsettled()
 	}
 	return taken >= int64(l.session.config.prefetch)

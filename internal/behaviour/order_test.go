@@ -712,3 +712,41 @@ func orderTrial(r *rig.Rig, kind string, seed uint64) {
 	r.Wait(3 * time.Minute)
 	assert.Equal(r, messages, q.finished())
 }
+
+func TestOneOfAKeyThatIsKeptForLaterMayTakeUpThePrefetchAndThatIsTold(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var kept keptOnes
+		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			if d.DeliveryTag == 1 {
+				return kept.keep(ctx, d)
+			}
+			return nil
+		}, steadymq.WithOrderingKey(byKey), steadymq.WithPrefetch(4))
+		r.PublishMany(10, "a:1")
+		r.Wait(10 * time.Minute)
+		assert.NotEmpty(r, r.Warnings("kept to be settled later take up the prefetch"))
+		require.NoError(r, kept.kept(r, 1)[0].Ack())
+		assert.NoError(r, r.Stop())
+	})
+}
+
+func TestKeyThatIsKeptForLaterIsNotToldOfWhileOthersGoOn(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		var kept keptOnes
+		r.Consuming(func(ctx context.Context, d *steadymq.Delivery) error {
+			if byKey(d) == "a" {
+				return kept.keep(ctx, d)
+			}
+			time.Sleep(10 * time.Second)
+			return nil
+		}, steadymq.WithOrderingKey(byKey), steadymq.WithPrefetch(4))
+		r.Broker.Publish(rig.Queue, "a:1", "a:2")
+		r.PublishMany(60, "b:1")
+		r.Wait(5 * time.Minute)
+		assert.Empty(r, r.Warnings("kept to be settled later"))
+		require.NoError(r, kept.kept(r, 1)[0].Ack())
+		r.Wait(10 * time.Minute)
+		require.NoError(r, kept.kept(r, 2)[1].Ack())
+		assert.NoError(r, r.Stop())
+	})
+}
