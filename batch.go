@@ -131,6 +131,7 @@ func (b *batches) collect(s *session, batch []*Delivery) (_ []*Delivery, more bo
 // gather is collect for who has the baton.
 func (b *batches) gather(s *session, batch []*Delivery) (_ []*Delivery, more bool) {
 	defer b.timer.Stop()
+	defer s.collected.Store(0)
 	var limit <-chan time.Time // starts with the first delivery
 	for len(batch) < b.pool.config.batchSize {
 		if len(batch) > 0 && b.pool.valve.shut() { // a try of a breaker is one message
@@ -149,7 +150,9 @@ func (b *batches) gather(s *session, batch []*Delivery) (_ []*Delivery, more boo
 		if admit := b.admission(batch); !admit(s, d) {
 			return batch, false
 		}
-		if batch = append(batch, d); alone {
+		batch = append(batch, d)
+		s.collected.Store(int64(len(batch)))
+		if alone {
 			return batch, true
 		}
 		if limit == nil {

@@ -1173,7 +1173,7 @@ func (s *supervisor) holdsOn(t *shutTime) bool {
 		t.over = nil
 		return true
 	}
-	if s.session.gate.busy() && !t.usedUp(s.consumer.valve, time.Now()) {
+	if s.session.gate.holds(s.session.collected.Load()) && !t.usedUp(s.consumer.valve, time.Now()) {
 		t.over = time.After(lookAgain)
 		return true
 	}

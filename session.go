@@ -60,6 +60,7 @@ type session struct {
 	transfers transfers     // failed deliveries whose copies are under way
 	places    places        // of its deliveries, under the mutex of order
 	backlog   backlog       // whether handlers keep up with the prefetch
+	collected atomic.Int64  // deliveries of the batch that is being collected, which are in the gate
 	stall     *notifier     // set by the prober: why it wants another session; nil if there is none
 	end       *notifier     // why there are no more deliveries
 	closed    atomic.Bool   // no settlement is sent any more
@@ -867,6 +868,9 @@ func (g *gate) leave() {
 
 // busy reports whether a handler is inside.
 func (g *gate) busy() bool { return g.count.Load() > 1 }
+
+// holds reports whether more than n are inside.
+func (g *gate) holds(n int64) bool { return g.count.Load()>>1 > n }
 
 // close may be called more than once, but only by the session's own goroutine.
 func (g *gate) close() {

@@ -1134,3 +1134,16 @@ func TestLaterOfABatchIsNoFailure(t *testing.T) {
 		assert.NoError(r, r.Stop())
 	})
 }
+
+// A batch that is collected for long does not keep the others of a paused consumer.
+func TestPauseGivesBackABatchThatIsCollectedForLong(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		c := inBatches(r, nil, steadymq.WithBatch(3, 10*time.Minute))
+		r.Broker.Publish(rig.Queue, "1", "2")
+		r.Wait(time.Second)
+		c.Consumer.Pause()
+		r.Wait(2 * time.Minute)
+		assert.Equal(r, 2, r.Broker.QueueLen(rig.Queue))
+		assert.NoError(r, r.Stop())
+	})
+}

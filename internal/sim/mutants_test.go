@@ -1456,6 +1456,8 @@ var mutants = []mutant{
 		"(l.session.stream != nil || l.session.order != nil)", "l.session.stream != nil")),
 	inTest("TestKeyThatIsKeptForLaterIsNotToldOfWhileOthersGoOn", change("a kept one is told of although other keys go on", "hold.go",
 		"return l.settled + l.session.stats.delivered.Load()", "return l.settled")),
+	inTest("TestPauseGivesBackABatchThatIsCollectedForLong", change("a pause waits for a batch that is being collected", "consumer.go",
+		"s.session.gate.holds(s.session.collected.Load())", "s.session.gate.busy()")),
 	inTest("TestLaterSaysNothingToABreaker", change("Later opens a breaker", "valve.go",
 		"err != nil && !isLater(err) && ", "err != nil && ")),
 	inTest("TestPauseHoldsABatchThatIsBeingCollected", change("a batch that is being collected starts during a pause", "batch.go",
