@@ -1493,7 +1493,7 @@ var mutants = []mutant{
 	inTest("TestFailuresOfLostSessionsAndOnesWithSuccessesBetweenDoNotOpen", change("a breaker counts failures over successes", "valve.go",
 		"\t\tb.row = 0\n", "")),
 	inTest("TestFailuresOfLostSessionsAndOnesWithSuccessesBetweenDoNotOpen", change("lost sessions open a breaker", "valve.go",
-		"err != nil && !by.cutOff(err) && v.counts", "err != nil && v.counts")),
+		"err != nil && !isLater(err) && !by.cutOff(err) && v.counts", "err != nil && v.counts")),
 	inTest("TestBreakerLetsExactlyOneThroughWhateverHappens", change("an open breaker lets all workers try", "valve.go",
 		"b.trial == nil && !now.Before(b.next)", "!now.Before(b.next)")),
 	inTest("TestHandlersThatBeganBeforeABreakerOpenedChangeNothing", change("a handler that began before a breaker opened closes it", "valve.go",
