@@ -67,7 +67,7 @@ type line struct {
 type expected struct {
 	sum    uint64 // its fingerprint
 	behind bool   // it went back after all before it
-	times  int    // that it went back since its place is known
+	times  int    // that it went back since one before it came
 }
 
 // lineOf returns the line that d is in, nil if it has no key.
@@ -420,9 +420,10 @@ func (o *order) left(s *session, d *Delivery) {
 }
 
 // release lets the line go on once its holder is done with: no worker has it, and it is settled or
-// cannot be any more.
+// cannot be any more. A session that is closed and has its places still is about to end them, and
+// has to find there what it leaves unsettled.
 func (o *order) release(l *line, e *effects) {
-	if !l.working && (l.settled || l.of.closed.Load()) {
+	if !l.working && (l.settled || l.of.places.ended && l.of.closed.Load()) {
 		o.pass(l, e)
 	}
 }
@@ -572,6 +573,11 @@ func (l *line) accepts(o *order, s *session, d *Delivery) bool {
 	}
 	sum := o.fingerprint(d.Body, d.MessageId)
 	i := slices.IndexFunc(l.expected, func(e expected) bool { return e.sum == sum })
+	if i >= 0 { // what is behind it waits for good reason, and goes back as often as it takes
+		for j := range l.expected[i+1:] {
+			l.expected[i+1+j].times = 0
+		}
+	}
 	switch {
 	case i == 0, i > 0 && (l.expected[i].behind || l.expected[i].times == mostReturns):
 		l.expected = slices.Delete(l.expected, 0, i+1)
@@ -590,8 +596,8 @@ func (l *line) accepts(o *order, s *session, d *Delivery) bool {
 	return false
 }
 
-// mostReturns is how often a message goes back because of those before it, which may have gone
-// elsewhere: the broker may count that.
+// mostReturns is how often a message goes back because of those before it while none of them comes:
+// they may have gone elsewhere, and the broker may count that.
 const mostReturns = 3
 
 // expectUnsettled expects what its session leaves unsettled at its end, before what went back
