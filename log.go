@@ -32,7 +32,7 @@ type journal struct {
 	consumingSince time.Time         // since when the consumer is consuming; zero if it is not
 	awaySince      time.Time         // since when it has not been consuming
 	flapping       bool              // the last session ended within stableAfter
-	lossTold       bool              // a failure was logged since the last change to Consuming or Paused
+	lossTold       bool              // a failure, or the begin of a Run, was logged since the last change to Consuming or Paused
 	pending        *slog.Record      // a "consuming" to write once the session is stable
 	stableTimer    alarm             // runs while pending is set
 	gaveUp         bool              // Run ends by a failure and not because its context has ended
@@ -177,6 +177,9 @@ func (j *journal) write(record slog.Record) {
 
 // changed writes one line for a change of state. Tries, and what is left out, have the level Debug.
 func (j *journal) changed(c StateChange) {
+	if c.From == Idle || c.From == Stopped { // a Run that begins paused says so
+		j.lossTold = true
+	}
 	if c.shared && (c.To != Consuming || !j.outageOpen) { // an outage that was told ends in the same log
 		j.sharedChange(c)
 		return

@@ -566,6 +566,19 @@ func TestManyShortPausesAreOneLongForTheConsumerTimeout(t *testing.T) {
 	}, steadymqtest.WithConsumerTimeout(30*time.Minute, steadymqtest.Form406))
 }
 
+func TestRunThatBeginsPausedSaysSoInTheLog(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		r.Consumer = r.New()
+		r.Consumer.Pause()
+		for run := range 2 {
+			r.Start(rig.Ack)
+			r.Wait(time.Second)
+			assert.Len(r, r.Log.Lines("steadymq: paused"), run+1)
+			require.NoError(r, r.Stop())
+		}
+	})
+}
+
 func TestLogOfPausesIsBounded(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		r.Consuming(rig.Ack)
