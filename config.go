@@ -567,7 +567,7 @@ func (c *config) checkBatches() {
 		c.refuse("WithMiddleware", "wraps a Handler, which takes one delivery, so batches would pass it by; leave it out, and call what it does from the BatchHandler")
 	}
 	if c.orderingKey != nil {
-		c.refuse("WithOrderingKey", "orders single deliveries, so batches would pass it by; leave it out, and group the batch by key in the BatchHandler, or use Run")
+		c.refuse("WithOrderingKey", "orders single deliveries, so batches would pass it by; leave it out, and group the batch by key in the BatchHandler, or use Run, in a Group Handle")
 	}
 	if limit := c.consumerTimeout() / 2; c.batchWait > limit && c.batchWait <= maxBatchWait {
 		c.refuse("WithBatch", "wait must be at most half of x-consumer-timeout, here %v, got %v: the broker would take back what is collected", limit, c.batchWait)

@@ -133,7 +133,7 @@ func (c *Consumer) runAlone(ctx context.Context, by string, w work) error {
 		return &OptionError{by, "the context must not be nil"}
 	}
 	if c.grouped {
-		return &OptionError{by, "this Consumer belongs to a Group, whose Run runs it"}
+		return &OptionError{by, "this Consumer belongs to a Group, whose Run runs it; make one with New"}
 	}
 	if fault := c.fault.Load(); fault != nil {
 		return fault

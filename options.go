@@ -323,8 +323,9 @@ func WithPrefetch(n int) Option {
 // timeout, or half of an x-consumer-timeout that is given. The prefetch, unless [WithPrefetch] is given, is then twice size times the concurrency,
 // so that the next batches are on their way while some are handled, but at least 32 and at most
 // 65535. What is refused: a WithPrefetch below size times the concurrency, with which no batch
-// fills; [WithMiddleware], which wraps single deliveries; and WithBatch itself by [Consumer.Run] and
-// [Group.Handle]. Given to [NewGroup] it is for the consumers of HandleBatch.
+// fills; [WithMiddleware], which wraps single deliveries, and [WithOrderingKey], which orders them; and
+// WithBatch itself by [Consumer.Run], [Consumer.Deliveries] and [Group.Handle]. Given to [NewGroup] it is
+// for the consumers of HandleBatch.
 func WithBatch(size int, wait time.Duration) Option {
 	return func(c *config) {
 		c.batches, c.batchSize, c.batchWait = true, size, wait

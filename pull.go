@@ -50,8 +50,9 @@ import (
 // The iterator may be used again, and each loop is a Run of its own; one that begins while the
 // Consumer is running gets [ErrRunning]. Of a Consumer of a [Group] the error is an [*OptionError],
 // and so it is, one for each, if ctx is nil or if an option was given that is about handlers:
-// [WithConcurrency], [WithMiddleware], [WithHandlerTimeout], [WithRequeueDelay] and [WithRetry], for
-// there are no errors of handlers to follow. [Hooks].HandlerFailed is never called.
+// [WithConcurrency], [WithBatch], [WithOrderingKey], [WithMiddleware], [WithHandlerTimeout],
+// [WithBreaker], [WithRequeueDelay] and [WithRetry], for there are no errors of handlers to follow.
+// [Hooks].HandlerFailed is never called.
 func (c *Consumer) Deliveries(ctx context.Context) iter.Seq2[*Delivery, error] {
 	return func(yield func(*Delivery, error) bool) {
 		goesOn := true

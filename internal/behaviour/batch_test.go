@@ -810,6 +810,7 @@ func TestWhatBatchesCannotBeIsRefused(t *testing.T) {
 		"too many":                 {made(steadymq.WithBatch(1000, time.Second), steadymq.WithConcurrency(66)), []string{"WithBatch: size times concurrency (66) must be at most 65535", "got 66000"}},
 		"wait beyond the broker's": {made(steadymq.WithBatch(1, time.Minute), steadymq.WithConsumeArgs(amqp.Table{"x-consumer-timeout": 60_000})), []string{"WithBatch: wait must be at most half of x-consumer-timeout, here 30s, got 1m0s"}},
 		"middleware":               {made(batch, steadymq.WithMiddleware(policy)), []string{"WithMiddleware: wraps a Handler"}},
+		"key":                      {run(steadymq.WithOrderingKey(func(*steadymq.Delivery) string { return "" })), []string{"WithOrderingKey: orders single deliveries", "or use Run, in a Group Handle"}},
 		"middleware and RunBatch":  {run(steadymq.WithMiddleware(policy), steadymq.WithPrefetch(1)), []string{"WithMiddleware", "WithPrefetch"}},
 		"Run": {func() error {
 			c, err := steadymq.New("amqp://h/", "orders", batch)
