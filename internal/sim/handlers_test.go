@@ -93,6 +93,7 @@ type simHandling struct {
 	dice uint64
 
 	failed int // how often the message has, as its copy says
+	began  time.Duration
 }
 
 // span draws a duration from the handling's dice.
@@ -106,7 +107,8 @@ func (c *simConsumer) handle(run *simRun) steadymq.Handler {
 		h := &simHandling{s: c.s, c: c, run: run, d: d, key: simKey{d.ConsumerTag, d.DeliveryTag}}
 		try := c.s.judge.started(h, ctx)
 		h.dice = c.s.dice(d.MessageId, try)
-		act := c.s.act(h.dice, try)
+		c.paced()
+		act := c.sicken(c.s.act(h.dice, try))
 		if c.plan.retry != nil && c.s.poisonous(d.MessageId) {
 			act = pick(rand.New(rand.NewPCG(h.dice, 2)), actFail, actFail, actPanic)
 		}

@@ -198,6 +198,7 @@ func (j *simJudge) delivered(r steadymqtest.DeliveryRecord) {
 	j.deliveries[r.Session][r.Tag] = r.ID
 	j.delivering++
 	x.orders[r.Tag], x.moved = j.delivering, r.Time
+	j.restored(x, r.ID)
 	j.resumes(x, r.ID)
 	if x.outstanding++; x.outstanding > x.consumer.plan.prefetch {
 		j.note("I6", "%d unsettled deliveries of session %s, the prefetch is %d", x.outstanding, r.ConsumerTag, x.consumer.plan.prefetch)
@@ -286,6 +287,7 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 		j.note("I3", "a handler got a message that cannot be read: %v", h.key)
 	}
 	j.notLate(h, ctx)
+	j.lets(h)
 	j.arrives(h)
 	j.attempt(h)
 	j.used[h.key.consumer] = true
@@ -396,6 +398,7 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	h.run.inFlight--
+	j.tells(h, act, err)
 	x := j.handled[h.key]
 	switch {
 	case x.allowed != 0: // it has settled by hand
@@ -473,7 +476,7 @@ func (j *simJudge) tick() {
 	defer j.mu.Unlock()
 	now := j.s.now()
 	for _, c := range j.s.consumers {
-		if !c.running || c.stopping || now < c.resumeBy {
+		if !c.running || c.stopping || c.withheld(now) || now < c.resumeBy {
 			continue
 		}
 		j.resumed(c, now)
@@ -609,7 +612,7 @@ func (j *simJudge) orphans(now time.Duration) {
 	}
 	for _, c := range j.s.consumers {
 		p := c.plan
-		if !c.running || c.stopping || now < c.resumeBy+3*p.heartbeat+p.drain+p.shut+2*time.Second {
+		if !c.running || c.stopping || c.withheld(now) || now < c.resumeBy+3*p.heartbeat+p.drain+p.shut+2*time.Second {
 			return
 		}
 	}

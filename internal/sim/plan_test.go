@@ -53,6 +53,7 @@ type simConsumerPlan struct {
 	declare, topology, alone bool // WithQueue, WithTopology, WithExclusive
 	runs                     []simWindow
 	simConsumerOptions
+	pauses simPausesPlan
 }
 
 // simWindow is one Run: when it is called and when its context ends, since the start.
@@ -117,6 +118,9 @@ func (p *simPlan) String() string {
 		if c.retry != nil {
 			fmt.Fprintf(&b, "    retry %+v\n", *c.retry)
 		}
+		if c.pauses.breaker != nil {
+			fmt.Fprintf(&b, "    breaker %+v\n", *c.pauses.breaker)
+		}
 	}
 	for _, burst := range p.bursts {
 		for _, f := range burst.faults {
@@ -154,6 +158,7 @@ func newSimPlan(seed uint64, virtual time.Duration) *simPlan {
 	p.drawStart(r)
 	p.drawOptions(rand.New(rand.NewPCG(seed, 0x0b710)))
 	p.drawRetry(rand.New(rand.NewPCG(seed, simRetryStream)))
+	p.drawPauses()
 	return p
 }
 

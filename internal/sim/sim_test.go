@@ -445,6 +445,7 @@ func (s *sim) events() []simEvent {
 	if g := s.plan.group; g != nil {
 		add(g.badUntil, s.mend)
 	}
+	s.pauseEvents(add)
 	sortEvents(events)
 	return events
 }
@@ -625,7 +626,7 @@ func (s *sim) finale() {
 	}
 	limit := s.now() + 2*time.Minute
 	for _, c := range s.consumers {
-		limit = max(limit, c.looseBy+2*time.Minute+c.plan.longest+4*c.plan.lag+s.plan.backlog(c.plan))
+		limit = max(limit, c.looseBy+2*time.Minute+c.plan.longest+4*c.plan.lag+s.plan.backlog(c.plan)+c.plan.pauses.slack())
 	}
 	for i, q := range s.plan.queues {
 		s.declare(q)
@@ -674,7 +675,7 @@ func (s *sim) idler(queue int) string {
 	s.judge.mu.Lock()
 	defer s.judge.mu.Unlock()
 	for _, c := range s.consumers {
-		if c.plan.queue == queue && (c.live == 0 || c.state != steadymq.Consuming) {
+		if c.plan.queue == queue && (c.live == 0 || c.state != steadymq.Consuming && c.state != steadymq.Paused) {
 			return c.plan.name
 		}
 	}
@@ -752,6 +753,7 @@ func (s *sim) settled(queue string, limit time.Duration) {
 // stop stops all consumers and checks that nothing is left.
 func (s *sim) stop() {
 	failed := s.failed.Load()
+	s.pauseAtStop()
 	close(s.over)
 	s.runs.Wait()
 	if failed {
@@ -869,6 +871,7 @@ type simConsumer struct {
 	unsure            bool    // a Run has left handlers behind, who tell nothing
 	hits              int     // sessions that the bad consumer of the group has cost it, in this Run
 	lines             simRate // about copies
+	valve             simValve
 }
 
 // simPath is how a consumer alone, or all of a group, get connections.
@@ -909,12 +912,15 @@ type simRun struct {
 	alone    bool          // Consumer.Stop ends it, not the Run of the group
 	cause    error         // that it had then
 	ended    time.Duration // when a consumer of a group said that it had stopped, 0 before
+	tag      string        // of the last session that it was told of
+	left     bool          // the body has left its loop
+	loaded   int           // the place that the store had for it, -1 for none
 }
 
 type simRunKey struct{}
 
 func newSimRun() *simRun {
-	run := &simRun{asked: -1}
+	run := &simRun{asked: -1, loaded: -1}
 	run.reading.done, run.reading.acked = make(map[int]bool), make(map[int]bool)
 	return run
 }
@@ -934,7 +940,10 @@ func newSimConsumer(s *sim, p *simConsumerPlan) *simConsumer {
 }
 
 // reset is for a new Consumer.
-func (c *simConsumer) reset() { c.clean, c.state = true, steadymq.Idle }
+func (c *simConsumer) reset() {
+	c.clean, c.state = true, steadymq.Idle
+	c.resetPauses()
+}
 
 // access returns the first URL, and the options of the connection.
 func (c *simPath) access() (first string, o []steadymq.Option) {
@@ -972,16 +981,14 @@ func (c *simConsumer) options() []steadymq.Option {
 	p := c.plan
 	o := []steadymq.Option{
 		steadymq.WithConsumerTag(p.name),
-		steadymq.WithConcurrency(p.concurrency),
 		steadymq.WithPrefetch(p.prefetch),
 		steadymq.WithSetupTimeout(p.setup),
 		steadymq.WithCloseTimeout(p.shut),
 		steadymq.WithDrainTimeout(p.drain),
-		steadymq.WithRequeueDelay(p.hold, p.longest),
 		steadymq.WithLogger(slog.New(&simLog{c: c})),
 		steadymq.WithHooks(steadymq.Hooks{StateChanged: c.changed, HandlerFailed: c.handlerFailed, Settled: c.settled}),
 	}
-	return append(o, c.moreOptions()...)
+	return append(append(o, c.handlersOptions()...), c.moreOptions()...)
 }
 
 func (c *simConsumer) moreOptions() []steadymq.Option {
@@ -1266,14 +1273,14 @@ func (c *simConsumer) changed(x steadymq.StateChange) {
 		j.violate("I9", "a change from %v after one to %v", x.From, c.state)
 	case x.To == steadymq.Backoff && (!errors.As(x.Cause, &at) || at.Err == nil):
 		j.violate("I9", "backoff with the cause %v", x.Cause)
-	case x.To == steadymq.Consuming && x.From != steadymq.Connecting:
+	case x.To == steadymq.Consuming && x.From != steadymq.Connecting && x.From != steadymq.Paused:
 		j.violate("I9", "from %v to consuming", x.From)
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	c.state = x.To
 	c.changedInGroup(x)
-	if x.To == steadymq.Consuming {
+	if c.entered(x) {
 		c.run.sessions++
 		if session := j.byTag[x.ConsumerTag]; session != nil {
 			j.begins(c.run, session)
@@ -1338,7 +1345,7 @@ func (c *simConsumer) once(w *simWindow, last bool) (again bool) {
 		}
 		run.stop()
 	})
-	err := c.consumer.Run(ctx, c.handle(run))
+	err := c.take(ctx, run)
 	c.returned(run, err)
 	close(done)
 	return ctx.Err() == nil
@@ -1371,6 +1378,7 @@ func (c *simConsumer) begin(run *simRun) {
 	if c.s.plan.owns(c.plan) && !c.clean {
 		c.resumeBy += 3*c.plan.heartbeat + 2*time.Second
 	}
+	c.valve.trying = nil
 	c.beginInGroup(run)
 }
 
@@ -1394,6 +1402,9 @@ func (c *simConsumer) ask(run *simRun) {
 	j := c.s.judge
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if run.left {
+		return
+	}
 	now := c.s.now()
 	run.asked, c.stopping = now, true
 	run.marks, run.troubles = c.s.disturbed.Load(), c.troubles

@@ -66,6 +66,7 @@ func (j *simJudge) begins(run *simRun, x *simSession) {
 			r.from++
 		}
 	}
+	run.restore()
 	r.next, r.told = r.from, r.from
 }
 
