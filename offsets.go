@@ -1,6 +1,7 @@
 package steadymq
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -232,7 +233,8 @@ func (s *session) verify(ctx context.Context, before int64) error {
 	}
 	looks := s.streamPosition().lookedFor()
 	patience := time.Duration(looks-1) * min(lookLonger, s.config.setupTimeout/64)
-	first, err := s.awaitSample(ctx, time.Since(since)+patience)
+	trip := time.Since(since) + patience
+	first, err := s.awaitSample(ctx, trip, s.config.setupTimeout/4)
 	switch {
 	case err != nil:
 		return err
@@ -242,10 +244,30 @@ func (s *session) verify(ctx context.Context, before int64) error {
 	case looks < mostPlaceLooks:
 		return &storeError{fmt.Errorf("WithStreamOffsets: the stream has no message at or behind offset %d, which was handled: it was made anew, or the broker's copy of it is behind; it is looked for again", before)}
 	}
+	if silent, err := s.silent(ctx, trip); silent || err != nil {
+		return cmp.Or[error](err, &storeError{errors.New("WithStreamOffsets: the stream has messages, and the broker gives none of them; it is looked for again")})
+	}
 	s.reporter.warn("the stream ends before the place that was saved, so it was made anew, and is read from its beginning",
 		slog.String("queue", s.queue), slog.String("host", s.conn.host), slog.Int64("offset", before+1))
 	s.streamPosition().startOver()
 	return nil
+}
+
+// silent reports whether the stream has messages and yet not even the first one comes, as on a broker
+// that is stuck or slow: that says nothing about the place.
+func (s *session) silent(ctx context.Context, trip time.Duration) (bool, error) {
+	is, err := s.channel.QueueDeclarePassive(s.queue, true, false, false, false, nil)
+	if err != nil || is.Messages == 0 { // it is empty, or that may not be asked
+		return false, nil
+	}
+	if err := s.channel.Cancel(s.tag, false); err != nil {
+		return false, err
+	}
+	if err := s.sample("first"); err != nil {
+		return false, err
+	}
+	first, err := s.awaitSample(ctx, trip, s.config.setupTimeout/4)
+	return err == nil && first == nil && len(s.aside.take()) == 0, err
 }
 
 const (

@@ -428,7 +428,7 @@ func (s *session) locate(ctx context.Context, offset any) error {
 	if err := answered(s.sample(offset)); err != nil {
 		return err
 	}
-	first, err := s.awaitSample(ctx, time.Since(since))
+	first, err := s.awaitSample(ctx, time.Since(since), 0)
 	if first != nil {
 		s.streamPosition().locate(offsetOf(first))
 	}
@@ -460,7 +460,7 @@ func (s *session) locateEnd(ctx context.Context, offset any) error {
 	if err := s.sample("last"); err != nil {
 		return err
 	}
-	first, err := s.awaitSample(ctx, time.Since(since))
+	first, err := s.awaitSample(ctx, time.Since(since), 0)
 	if err != nil {
 		return err
 	}
@@ -498,15 +498,17 @@ func (s *session) sample(offset any) error {
 	return err
 }
 
-// awaitSample returns the first message of the sample, nil if none comes.
-func (s *session) awaitSample(ctx context.Context, trip time.Duration) (*Delivery, error) {
-	limit := time.NewTimer(locateWait + locateTrips*trip)
-	defer limit.Stop()
+// awaitSample returns the first message of the sample, nil if none comes. One that is on its way, on a
+// slow path, is waited for, for longest at most.
+func (s *session) awaitSample(ctx context.Context, trip, longest time.Duration) (*Delivery, error) {
+	silent := make(chan struct{})
+	wait := locateWait + locateTrips*trip
+	defer s.conn.socket.AfterSilence(wait, max(wait, longest), func() { close(silent) })()
 	select {
 	case d := <-s.inbox.next():
 		return d, nil
 	case <-s.aside.more: // a message that cannot be read
-	case <-limit.C:
+	case <-silent:
 	case <-s.cancels:
 		s.streamPosition().doubt()
 		return nil, errCancelled

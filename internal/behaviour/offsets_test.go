@@ -573,6 +573,26 @@ func TestStreamThatReachesItsPlaceALittleLaterIsNotReadAgain(t *testing.T) {
 	})
 }
 
+// A stream that is stuck is not one that was made anew, and must not come again as a whole.
+func TestStreamThatGivesNothingForAWhileIsNotReadAgain(t *testing.T) {
+	rig.Bubble(t, func(r *rig.Rig) {
+		stored(r, 10)
+		store, handled := newShelf(), []string{}
+		store.places[rig.Queue] = 10
+		r.Broker.QuorumStall(rig.Queue, true)
+		r.Run(noting(&handled), keeping(store)...)
+		r.Wait(time.Minute)
+		assert.Empty(r, r.Warnings("is read from its beginning"))
+		require.NotEmpty(r, r.Causes())
+		assert.ErrorContains(r, r.Causes()[len(r.Causes())-1], "the broker gives none of them")
+		assert.Equal(r, int64(10), store.place())
+		r.Broker.QuorumStall(rig.Queue, false)
+		more(r, 10, 12)
+		r.Wait(12 * time.Second)
+		assert.Equal(r, numbers(10, 12), handled)
+	})
+}
+
 func TestMessageBeforeThePlaceThatCannotBeReadIsThere(t *testing.T) {
 	rig.Bubble(t, func(r *rig.Rig) {
 		stored(r, 9)

@@ -1526,6 +1526,25 @@ var mutants = []mutant{
 		"\t\tv.rate.waiting.Add(1)\n", "")),
 	inTest("TestRateBoundsThePrefetchThatWasNotGiven", change("a slow rate prefetches as ever", "valve.go",
 		"c.prefetch = max(inTime, c.concurrency, 1)", "_ = inTime")),
+	inTest("TestStreamThatGivesNothingForAWhileIsNotReadAgain", change("a stream that gives nothing was made anew", "offsets.go",
+		"if err != nil || is.Messages == 0 {", "if err != nil || is.Messages >= 0 {")),
+	// What the simulation has to find by itself.
+	change("a worker passes a shut valve", "valve.go",
+		"return v.flags.Load() == 0 ||", "return v.flags.Load() == 0 || v.flags.Load()&flagPaused != 0 ||"),
+	change("Resume is forgotten where there is no session", "consumer.go",
+		"\t\tcase <-changed:\n\t\tcase <-s.ctx.Done():\n\t\t\treturn s.draining\n\t\tcase <-retiring:", "\t\tcase <-s.ctx.Done():\n\t\t\t_ = changed\n\t\t\treturn s.draining\n\t\tcase <-retiring:"),
+	change("an open breaker lets another one through after a failure", "valve.go",
+		"b.trial == nil && !now.Before(b.next)", "(b.trial == nil || b.tries > 0) && !now.Before(b.next)"),
+	change("a success does not close a breaker", "valve.go",
+		"\tb.open, b.trial, b.tries = nil, nil, 0\n", "\tb.trial, b.tries = nil, 0\n"),
+	change("the bucket of a rate fills twice as fast", "valve.go",
+		"per: per, turn:", "per: per / 2, turn:"),
+	change("a loop yields its error twice", "pull.go",
+		"\t\tif goesOn && err != nil {\n\t\t\tyield(nil, err)\n", "\t\tif goesOn && err != nil && yield(nil, err) {\n\t\t\tyield(nil, err)\n"),
+	change("what a loop leaves unsettled is forgotten", "pull.go",
+		"\t\ts.conclude(d, Later)\n", "\t\t_ = s\n"),
+	change("a place is saved when its handler begins", "stream.go",
+		"\tif !p.known || p.guessed && at < p.next {\n", "\tif !p.guessed && p.next <= offset {\n\t\tp.next, p.sure = offset+1, true\n\t\tp.move()\n\t}\n\tif !p.known || p.guessed && at < p.next {\n"),
 }
 
 // TestMutantsMatchTheSource keeps the table from rotting.

@@ -149,13 +149,14 @@ type simValve struct {
 	paused bool
 	since  time.Duration // when it was last paused or resumed
 
-	open   *steadymq.BreakerError // as the hook has told it
-	closed *steadymq.BreakerError // that was open before
-	opened time.Duration          // when it was told that
-	unsure bool                   // the one let through may have begun before that was told
-	trying *simHandling           // the one let through
-	failed int                    // handlers since it was last open
-	freed  time.Duration          // when it was last neither paused nor open
+	open      *steadymq.BreakerError // as the hook has told it
+	closed    *steadymq.BreakerError // that was open before
+	opened    time.Duration          // when it was told that
+	unsure    bool                   // one has succeeded that may have begun before it opened
+	trying    *simHandling           // the one let through
+	failed    int                    // handlers since it was last open
+	succeeded time.Duration          // when one last has
+	freed     time.Duration          // when it was last neither paused nor open
 
 	starts []time.Duration // of late, where there is a rate
 }
@@ -217,10 +218,10 @@ func (s *sim) pauseAtStop() {
 // mu held.
 func (c *simConsumer) withheld(now time.Duration) bool {
 	v := &c.valve
-	if v.paused || v.open != nil {
+	if v.paused || v.open != nil || v.unsure {
 		return true
 	}
-	if c.state == steadymq.Paused && c.running && !c.stopping && !v.unsure && now > v.freed {
+	if c.state == steadymq.Paused && c.running && !c.stopping && now > v.freed {
 		c.s.judge.note("I23", "%s is still paused, and was to go on at %v", c.plan.name, v.freed)
 	}
 	return false
@@ -256,8 +257,17 @@ func (c *simConsumer) turned(x steadymq.StateChange) {
 	case x.To == steadymq.Stopped && c.group == nil:
 		c.run.cause = x.Cause
 	case x.To == steadymq.Consuming && v.open != nil:
-		c.s.judge.note("I24", "the breaker of %s has closed without a success", c.plan.name)
+		// One that opened during a pause is told at the moment at which it lets one through.
+		if v.succeeded != v.opened {
+			c.s.judge.note("I24", "the breaker of %s has closed without a success", c.plan.name)
+		}
 		v.open = nil
+		c.free()
+	case x.To == steadymq.Consuming && v.unsure:
+		v.unsure = false
+		c.free()
+	case x.To == steadymq.Paused && v.unsure && errors.As(x.Cause, &open) && open == v.closed:
+		v.open, v.unsure = open, false
 	case x.To == steadymq.Paused && errors.As(x.Cause, &open) && open != v.open && open != v.closed:
 		v.open, v.opened, v.unsure = open, c.s.now(), false
 		b := c.plan.pauses.breaker
@@ -289,6 +299,8 @@ func (j *simJudge) tells(h *simHandling, act simAct, err error) {
 	v := &h.c.valve
 	if err != nil || act == actMultiple { // which is refused
 		v.failed++
+	} else {
+		v.succeeded = j.s.now()
 	}
 	if v.trying == h {
 		v.trying = nil
