@@ -244,8 +244,8 @@ func (s *session) verify(ctx context.Context, before int64) error {
 	case looks < mostPlaceLooks:
 		return &storeError{fmt.Errorf("WithStreamOffsets: the stream has no message at or behind offset %d, which was handled: it was made anew, or the broker's copy of it is behind; it is looked for again", before)}
 	}
-	if silent, err := s.silent(ctx, trip); silent || err != nil {
-		return cmp.Or[error](err, &storeError{errors.New("WithStreamOffsets: the stream has messages, and the broker gives none of them; it is looked for again")})
+	if silent, err := s.silent(ctx, before, trip); silent || err != nil {
+		return cmp.Or[error](err, &storeError{errors.New("WithStreamOffsets: the stream has messages, and the broker gives none of them in time; it is looked for again")})
 	}
 	s.reporter.warn("the stream ends before the place that was saved, so it was made anew, and is read from its beginning",
 		slog.String("queue", s.queue), slog.String("host", s.conn.host), slog.Int64("offset", before+1))
@@ -255,7 +255,7 @@ func (s *session) verify(ctx context.Context, before int64) error {
 
 // silent reports whether the stream has messages and yet not even the first one comes, as on a broker
 // that is stuck or slow: that says nothing about the place.
-func (s *session) silent(ctx context.Context, trip time.Duration) (bool, error) {
+func (s *session) silent(ctx context.Context, before int64, trip time.Duration) (bool, error) {
 	is, err := s.channel.QueueDeclarePassive(s.queue, true, false, false, false, nil)
 	if err != nil || is.Messages == 0 { // it is empty, or that may not be asked
 		return false, nil
@@ -267,7 +267,18 @@ func (s *session) silent(ctx context.Context, trip time.Duration) (bool, error) 
 		return false, err
 	}
 	first, err := s.awaitSample(ctx, trip, s.config.setupTimeout/4)
-	return err == nil && first == nil && len(s.aside.take()) == 0, err
+	if err != nil || first == nil && len(s.aside.take()) == 0 {
+		return err == nil, err
+	}
+	// It may have been stuck until now.
+	if err := s.channel.Cancel(s.tag, false); err != nil {
+		return false, err
+	}
+	if err := s.sample(before); err != nil {
+		return false, err
+	}
+	first, err = s.awaitSample(ctx, trip, s.config.setupTimeout/4)
+	return err == nil && (len(s.aside.take()) > 0 || first != nil), err
 }
 
 const (

@@ -584,7 +584,7 @@ func TestStreamThatGivesNothingForAWhileIsNotReadAgain(t *testing.T) {
 		r.Wait(time.Minute)
 		assert.Empty(r, r.Warnings("is read from its beginning"))
 		require.NotEmpty(r, r.Causes())
-		assert.ErrorContains(r, r.Causes()[len(r.Causes())-1], "the broker gives none of them")
+		assert.ErrorContains(r, r.Causes()[len(r.Causes())-1], "the broker gives none of them in time")
 		assert.Equal(r, int64(10), store.place())
 		r.Broker.QuorumStall(rig.Queue, false)
 		more(r, 10, 12)

@@ -258,7 +258,7 @@ func (c *simConsumer) turned(x steadymq.StateChange) {
 		c.run.cause = x.Cause
 	case x.To == steadymq.Consuming && v.open != nil:
 		// One that opened during a pause is told at the moment at which it lets one through.
-		if v.succeeded != v.opened {
+		if v.succeeded != v.opened && c.s.now() > v.opened {
 			c.s.judge.note("I24", "the breaker of %s has closed without a success", c.plan.name)
 		}
 		v.open = nil
