@@ -316,7 +316,7 @@ func (g *simGroup) join(c *simConsumer, of *simGroupRun) {
 	run.start, run.key = g.s.now(), of
 	c.reset()
 	c.begin(run)
-	consumer, err := g.group.Handle(g.s.plan.queues[c.plan.queue].queueName(), c.handle(run), c.options()...)
+	consumer, err := g.handle(c, run)
 	j := g.s.judge
 	j.mu.Lock()
 	defer j.mu.Unlock()

@@ -109,6 +109,7 @@ func (c *simConsumer) handle(run *simRun) steadymq.Handler {
 		h.dice = c.s.dice(d.MessageId, try)
 		c.paced()
 		act := c.sicken(c.s.act(h.dice, try))
+		act := h.way(c.s.act(h.dice, try))
 		if c.plan.retry != nil && c.s.poisonous(d.MessageId) {
 			act = pick(rand.New(rand.NewPCG(h.dice, 2)), actFail, actFail, actPanic)
 		}
@@ -152,6 +153,8 @@ func (h *simHandling) behave(ctx context.Context, act simAct) error {
 		return steadymq.RequeueAfter(errSimHandler, h.span(5*time.Second))
 	case actDiscard:
 		return steadymq.Discard(nil)
+	case actKeep:
+		return h.keep()
 	case actPark:
 		return fmt.Errorf("wrapped: %w", steadymq.Park(errSimHandler))
 	case actHang:

@@ -45,6 +45,7 @@ type simJudge struct {
 	moved      map[string]bool              // messages that a copy was to be made of
 	seen       map[string][]simSeen         // what handlers saw of copies, by message
 	emptied    map[string]bool              // queues beside others that a fault has deleted
+	simWayJudge
 }
 
 // simAttempt is what a delivery called itself.
@@ -85,6 +86,7 @@ type simHandled struct {
 	done    bool     // of a stream: handled for good
 	again   bool     // of a stream: to be tried again
 	move    *simMove // its copy is to be published
+	working bool     // with order by key
 }
 
 func newSimJudge(s *sim) *simJudge {
@@ -110,6 +112,8 @@ func newSimJudge(s *sim) *simJudge {
 		moved:      make(map[string]bool),
 		seen:       make(map[string][]simSeen),
 		emptied:    make(map[string]bool),
+
+		simWayJudge: newSimWayJudge(),
 	}
 }
 
@@ -199,6 +203,7 @@ func (j *simJudge) delivered(r steadymqtest.DeliveryRecord) {
 	j.delivering++
 	x.orders[r.Tag], x.moved = j.delivering, r.Time
 	j.restored(x, r.ID)
+	j.sentTo(x, &r)
 	j.resumes(x, r.ID)
 	if x.outstanding++; x.outstanding > x.consumer.plan.prefetch {
 		j.note("I6", "%d unsettled deliveries of session %s, the prefetch is %d", x.outstanding, r.ConsumerTag, x.consumer.plan.prefetch)
@@ -247,7 +252,7 @@ func (j *simJudge) settled(r steadymqtest.SettlementRecord) {
 	case h.move != nil && !j.movedWrongly(x, h.move, &r):
 	case h.allowed&(1<<o) == 0:
 		j.note("I3", "%v of a message whose handler has not decided so (%b): %+v", o, h.allowed, r)
-	case r.Time.Before(h.held) && x.record.Ended.IsZero() && !x.consumer.stopping:
+	case x.consumer.tooEarly(h, &r) && x.record.Ended.IsZero() && !x.consumer.stopping:
 		j.note("hold", "a failed message went back %v too early: %+v", h.held.Sub(r.Time), r)
 	}
 	if h != nil {
@@ -266,8 +271,8 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 	if h.run.asked >= 0 && j.s.now() > h.run.asked {
 		j.note("I8", "a handler of %s started %v after the stop", c.plan.name, j.s.now()-h.run.asked)
 	}
-	if h.run.inFlight++; h.run.inFlight > c.plan.concurrency {
-		j.note("I6", "%d handlers of %s at once, %d are allowed", h.run.inFlight, c.plan.name, c.plan.concurrency)
+	if h.run.inFlight++; h.run.inFlight > c.plan.atOnce() {
+		j.note("I6", "%d handlers of %s at once, %d are allowed", h.run.inFlight, c.plan.name, c.plan.atOnce())
 	}
 	if ctx.Value(simRunKey{}) != h.run.key {
 		j.note("ctx", "a handler's context has not the values of Run's")
@@ -278,7 +283,7 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 	stream := j.streamOf(c) != nil
 	switch before := j.handled[h.key]; {
 	case before == nil:
-	case !stream || !before.again:
+	case !stream && c.plan.keys == 0 || !before.again:
 		j.note("I3", "the delivery %v was handled twice", h.key)
 	case time.Now().Before(before.held):
 		j.note("hold", "a failed message of a stream was tried again %v too early: %v", time.Until(before.held), h.key)
@@ -293,6 +298,7 @@ func (j *simJudge) started(h *simHandling, ctx context.Context) int {
 	j.used[h.key.consumer] = true
 	h.run.handled = true
 	j.handled[h.key] = &simHandled{id: h.d.MessageId, run: h.run, stream: stream}
+	j.takesTurn(h)
 	of := h.d.MessageId
 	if stream {
 		of += " by " + c.plan.name
@@ -309,8 +315,11 @@ func (j *simJudge) attempt(h *simHandling) {
 		j.note("attempt", "a redelivered message says that this is attempt %d: %v", n, h.key)
 	}
 	if j.streamOf(h.c) == nil { // there are tries in place only
-		j.attempts[h.d.MessageId] = append(j.attempts[h.d.MessageId], simAttempt{h.key, n})
-		return
+		if j.places[h.key] == 0 { // else it is one in place, with a key
+			j.attempts[h.d.MessageId] = append(j.attempts[h.d.MessageId], simAttempt{h.key, n})
+			j.places[h.key] = n
+			return
+		}
 	}
 	if before := j.places[h.key]; n != before+1 {
 		j.note("attempt", "attempt %d of a message of a stream is followed by %d: %v", before, n, h.key)
@@ -378,6 +387,7 @@ func (j *simJudge) allow(key simKey, o steadymq.Outcome) {
 
 func (j *simJudge) decide(h *simHandled, o steadymq.Outcome) {
 	h.allowed |= 1 << o
+	j.decided(h, o)
 	if h.stream {
 		h.again = h.again || o == steadymq.Requeued
 		if o != steadymq.Requeued {
@@ -400,7 +410,10 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 	h.run.inFlight--
 	j.tells(h, act, err)
 	x := j.handled[h.key]
+	x.working = false
 	switch {
+	case act == actKeep && err != errSimHandler:
+		j.keeps(h, x)
 	case x.allowed != 0: // it has settled by hand
 	case err == nil && act != actMultiple:
 		j.decide(x, steadymq.Acked)
@@ -409,6 +422,7 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 	case j.follows(h, act, err):
 	default:
 		j.decide(x, steadymq.Requeued)
+		x.again = x.again || act != actRequeue && act != actRequeueAfter // in place, with a key
 		if act == actPark || act == actFail || act == actPanic || act == actGoexit || act == actMultiple {
 			x.held = time.Now().Add(h.c.plan.hold / 2)
 		}

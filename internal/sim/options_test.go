@@ -333,6 +333,7 @@ func (p *simPlan) options(c *simConsumerPlan) []steadymq.Option {
 	if c.never {
 		o = append(o, steadymq.WithFatal(func(error) bool { return false }))
 	}
+	o = append(o, p.ways(c)...)
 	if c.retry != nil {
 		o = append(o, steadymq.WithRetry(*c.retry))
 	}

@@ -54,6 +54,7 @@ type simConsumerPlan struct {
 	runs                     []simWindow
 	simConsumerOptions
 	pauses simPausesPlan
+	simWays
 }
 
 // simWindow is one Run: when it is called and when its context ends, since the start.
@@ -159,6 +160,7 @@ func newSimPlan(seed uint64, virtual time.Duration) *simPlan {
 	p.drawOptions(rand.New(rand.NewPCG(seed, 0x0b710)))
 	p.drawRetry(rand.New(rand.NewPCG(seed, simRetryStream)))
 	p.drawPauses()
+	p.drawWays()
 	return p
 }
 

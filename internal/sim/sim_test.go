@@ -550,6 +550,7 @@ func (s *sim) send(x simPublish, m steadymqtest.Message) (routed bool) {
 	s.minted++
 	m.ID = fmt.Sprint("m", s.minted)
 	j.unfit[m.ID] = x.unfit
+	j.published(x.queue, m.ID)
 	stream := j.streams[x.queue]
 	if stream != nil {
 		at := len(stream.published)
@@ -783,6 +784,7 @@ func (j *simJudge) conserved(l steadymqtest.Ledger) {
 	defer j.mu.Unlock()
 	j.counted(&l)
 	j.transferred(&l)
+	j.ordered(&l)
 	queues := make(map[string]*simQueuePlan)
 	for i := range j.s.plan.queues {
 		queues[j.s.plan.queues[i].name] = &j.s.plan.queues[i]
@@ -908,6 +910,7 @@ type simRun struct {
 	stop     func()
 	closed   bool          // ... and has
 	broken   bool          // a middleware panics
+	atOnce   int           // batches
 	key      any           // the value of the context that handlers have to see
 	alone    bool          // Consumer.Stop ends it, not the Run of the group
 	cause    error         // that it had then
@@ -1240,6 +1243,7 @@ func (c *simConsumer) lagging() bool { return c.plan.lag > c.plan.drain || c.pla
 // idle is the last of I9: nothing is counted that is over.
 func (c *simConsumer) idle() {
 	n := c.stats()
+	c.noneKept(n)
 	if n.Handling != 0 || n.Held != 0 || n.Overdue != 0 {
 		c.s.judge.violate("I9", "%s still counts %+v", c.plan.name, n)
 	}
@@ -1346,6 +1350,7 @@ func (c *simConsumer) once(w *simWindow, last bool) (again bool) {
 		run.stop()
 	})
 	err := c.take(ctx, run)
+	err := c.work(ctx, run)
 	c.returned(run, err)
 	close(done)
 	return ctx.Err() == nil
@@ -1466,6 +1471,7 @@ func (c *simConsumer) stopped(run *simRun, err error, took time.Duration, inFlig
 	if took > p.drain+p.shut+time.Second {
 		j.note("I8", "%s took %v to stop, the limits are %v and %v", p.name, took, p.drain, p.shut)
 	}
+	j.waitedFor(c, run, err, took)
 	var drain *steadymq.DrainError
 	switch {
 	case errors.As(err, &drain):
@@ -1493,7 +1499,7 @@ func (c *simConsumer) stopped(run *simRun, err error, took time.Duration, inFlig
 	if x != nil && !strings.HasSuffix(x.record.Tag, fmt.Sprint("-", run.sessions)) {
 		return // the stop came in the middle of its set-up
 	}
-	if err == nil && x != nil && x.record.Cause == "cancelled by the client" && x.outstanding > 0 && c.s.judge.streamOf(c) == nil {
-		j.note("I5", "%s stopped cleanly, but %d of its deliveries were not settled", p.name, x.outstanding)
+	if err == nil && x != nil && x.record.Cause == "cancelled by the client" && j.unsettled(x) > 0 && c.s.judge.streamOf(c) == nil {
+		j.note("I5", "%s stopped cleanly, but %d of its deliveries were not settled", p.name, j.unsettled(x))
 	}
 }
