@@ -1148,3 +1148,31 @@ func TestPauseGivesBackABatchThatIsCollectedForLong(t *testing.T) {
 		assert.NoError(r, r.Stop())
 	})
 }
+
+func TestMessagesOfABatchThatAreKeptForLaterHaveNotFailed(t *testing.T) {
+	for name, err := range map[string]error{
+		"all":  steadymq.Later,
+		"each": &steadymq.BatchError{Errs: []error{steadymq.Later, steadymq.Later}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rig.Bubble(t, func(r *rig.Rig) {
+				var batch []*steadymq.Delivery
+				c := inBatches(r, func(_ context.Context, b []*steadymq.Delivery) error {
+					batch = b
+					return err
+				}, steadymq.WithBatch(2, time.Second), steadymq.WithHooks(steadymq.Hooks{
+					HandlerFailed: func(*steadymq.Delivery, error) { assert.Fail(r, "it is no failure") },
+				}))
+				r.Broker.Publish(rig.Queue, "0", "1")
+				r.Wait(time.Minute)
+				require.Len(r, batch, 2)
+				assert.Equal(r, 2, c.outcomes().Later)
+				assert.Zero(r, c.outcomes().Failed)
+				for _, d := range batch {
+					assert.NoError(r, d.Ack())
+				}
+				assert.EqualValues(r, 2, c.outcomes().Acked)
+			})
+		})
+	}
+}
