@@ -363,7 +363,7 @@ func (b *simBurst) healed(p *simPlan, c *simConsumerPlan, loosely bool) time.Dur
 
 // tail is what a consumer may need, once nothing is wrong any more, after faults that overlap.
 func (p *simPlan) tail(c *simConsumerPlan) time.Duration {
-	return 2*(c.slowest()+time.Second+c.limit+c.lag) + p.connect()
+	return 2*(c.slowest()+time.Second+c.limit+c.lag) + p.connect() + c.inTurn()
 }
 
 // noticed is when the fault is over and c knows of it at the latest.
@@ -409,7 +409,7 @@ func (f simFault) healed(p *simPlan, c *simConsumerPlan) time.Duration {
 		noticed = max(noticed, f.at+3*c.heartbeat+time.Second)
 		pace = max(pace, paceRefused)
 	}
-	return noticed + f.wait(p, c, pace)
+	return noticed + f.wait(p, c, pace) + f.inTurn(c)
 }
 
 func (f simFault) wait(p *simPlan, c *simConsumerPlan, pace simPace) time.Duration {

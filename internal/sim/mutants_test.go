@@ -58,6 +58,26 @@ func inTest(test string, m mutant) mutant {
 }
 
 var mutants = []mutant{
+	// Ways to take work, as the simulation sees them.
+	change("the next of a key does not wait for the settlement", "order.go",
+		"if !l.working && (l.settled || l.of.closed.Load()) {", "if !l.working {"),
+	change("a key goes on although its message went back", "order.go",
+		"\tif len(l.expected) == 0 {\n\t\treturn true\n", "\tif true {\n\t\treturn true\n"),
+	change("a key jumps over what a session takes with it", "session.go",
+		"func (s *session) movesLate() bool { return (s.stream != nil || s.order != nil) && ", "func (s *session) movesLate() bool { return s.stream != nil && "),
+	{name: "a batch takes the messages of a second session", edits: []edit{
+		{"batch.go", "\thandler BatchHandler\n\tbaton ", "\thandler BatchHandler\n\tleft    []*Delivery\n\tbaton "},
+		{"batch.go", "\t\t\tleave(s, batch)\n", "\t\t\tleave(s, batch)\n\t\t\tb.left = slices.Clone(batch)\n"},
+		{"batch.go", "\tdefer b.timer.Stop()\n", "\tdefer b.timer.Stop()\n\tbatch, b.left = append(batch, b.left...), nil\n"},
+	}},
+	change("the timer of a batch starts anew with each message", "batch.go",
+		"\t\tif limit == nil {\n", "\t\tif true {\n"),
+	change("a batch does not wait", "batch.go",
+		"\t\td, open := s.inbox.takeBefore(limit)\n", "\t\tif len(batch) > 0 && limit != nil {\n\t\t\tb.timer.Reset(b.pool.config.batchWait / 2)\n\t\t}\n\t\td, open := s.inbox.takeBefore(limit)\n"),
+	change("a stop leaves behind what is kept", "hold.go",
+		"\tl.session.gate.stay()\n\tif !l.add(d) {\n\t\tl.session.gate.leave()\n", "\tif !l.add(d) {\n"),
+	change("what is kept can be settled again", "ack.go",
+		"\tcase f.outcome.CompareAndSwap(uint32(keptLater), uint32(o)):\n", "\tcase f.outcome.Load() == uint32(keptLater):\n"),
 	// Settling.
 	change("every ack is sent twice", "internal/wire/subscription.go",
 		"{ return sub.settle(basicAck, tag, 0) }",
@@ -1414,6 +1434,10 @@ var mutants = []mutant{
 		"if len(given) != len(batch) {", "if false {")),
 	inTest("TestErrorOfABatchIsThatOfAllOrOfEach", change("an error of one message of a batch is read unseen", "batch.go",
 		"errs[i] = safeError(given[i])", "errs[i] = given[i]")),
+	inTest("TestMessagesOfABatchThatAreKeptForLaterHaveNotFailed", change("a message of a batch that is kept for later has failed", "batch.go",
+		"failed := err != nil && !isLater(err) && ", "failed := err != nil && ")),
+	inTest("TestMessagesOfABatchThatAreKeptForLaterHaveNotFailed", change("a batch that is kept for later has failed", "batch.go",
+		"len(c.failed) == 0 && !isLater(c.err) && ", "len(c.failed) == 0 && ")),
 	inTest("TestSliceOfABatchBelongsToItsHandler", change("a handler shares the slice of its batch", "batch.go",
 		"c.handler(ctx, slices.Clone(batch))", "c.handler(ctx, batch)")),
 	inTest("TestWhatTheHandlerOfABatchSettledItselfStays", change("an error of a batch is told of what its handler has settled", "batch.go",

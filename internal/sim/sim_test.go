@@ -1390,7 +1390,7 @@ func (c *simConsumer) begin(run *simRun) {
 // trouble notes a loss of the session that no fault has caused.
 func (c *simConsumer) trouble(now time.Duration) {
 	c.troubles++
-	c.resumeBy = max(c.resumeBy, now+2*(c.plan.limit+c.plan.slowest())+time.Second)
+	c.resumeBy = max(c.resumeBy, now+2*(c.plan.limit+c.plan.slowest())+time.Second+c.plan.inTurn())
 	c.keep = nil
 }
 

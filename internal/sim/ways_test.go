@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/steadymq/steadymq"
@@ -12,7 +13,7 @@ import (
 )
 
 // What a seed decides about the ways to take work, order by key, batches and what is settled later,
-// and what is judged of them, I19 to I22.
+// and what is judged of them, I19 to I21.
 
 // The streams that they are drawn from, so that a seed without one is what it was.
 const (
@@ -281,6 +282,24 @@ func (j *simJudge) elsewhere(all []*steadymqtest.DeliveryRecord, d *steadymqtest
 	}
 	// The consumer was gone, its channel was not: that the library waits for, unless faults go on.
 	return handlersGoOn(x.record.Cause) && !j.s.calmIn(x.record.Ended.Sub(j.s.start), d.Time.Sub(j.s.start))
+}
+
+// inTurn is how long a consumer with order by key may wait before it consumes anew, where its handlers
+// may still settle on the old channel: they have to finish first.
+func (c *simConsumerPlan) inTurn() time.Duration {
+	if c.keys == 0 {
+		return 0
+	}
+	return c.drain + c.shut
+}
+
+func (f simFault) inTurn(c *simConsumerPlan) time.Duration {
+	for _, cancels := range []string{"cancel", "delete the queue", "flap"} {
+		if strings.Contains(simKinds[f.kind].name, cancels) {
+			return c.inTurn()
+		}
+	}
+	return 0
 }
 
 // tooEarly tells whether a failed message is not back too early. One with a key that has been here for
