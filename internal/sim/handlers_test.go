@@ -108,8 +108,7 @@ func (c *simConsumer) handle(run *simRun) steadymq.Handler {
 		try := c.s.judge.started(h, ctx)
 		h.dice = c.s.dice(d.MessageId, try)
 		c.paced()
-		act := c.sicken(c.s.act(h.dice, try))
-		act := h.way(c.s.act(h.dice, try))
+		act := h.way(c.sicken(c.s.act(h.dice, try)))
 		if c.plan.retry != nil && c.s.poisonous(d.MessageId) {
 			act = pick(rand.New(rand.NewPCG(h.dice, 2)), actFail, actFail, actPanic)
 		}

@@ -36,6 +36,11 @@ type simPausesPlan struct {
 	store   bool
 }
 
+// none reports whether nothing of it was drawn.
+func (p *simPausesPlan) none() bool {
+	return len(p.pauses) == 0 && !p.atStop && p.breaker == nil && p.starts == 0 && !p.loop && !p.store
+}
+
 type simSpan struct{ from, to time.Duration }
 
 func (s simSpan) has(at time.Duration) bool { return s.from <= at && at < s.to }
@@ -354,7 +359,7 @@ func (c *simConsumer) paced() {
 // take is one Run, or one loop in its place.
 func (c *simConsumer) take(ctx context.Context, run *simRun) error {
 	if !c.plan.pauses.loop {
-		return c.consumer.Run(ctx, c.handle(run))
+		return c.work(ctx, run)
 	}
 	l := &simLoop{c: c, run: run}
 	return l.read(ctx)

@@ -159,8 +159,10 @@ func newSimPlan(seed uint64, virtual time.Duration) *simPlan {
 	p.drawStart(r)
 	p.drawOptions(rand.New(rand.NewPCG(seed, 0x0b710)))
 	p.drawRetry(rand.New(rand.NewPCG(seed, simRetryStream)))
-	p.drawPauses()
-	p.drawWays()
+	if *simOfWays {
+		p.drawPauses()
+		p.drawWays()
+	}
 	return p
 }
 

@@ -35,6 +35,9 @@ func (p *simPlan) drawWays() {
 	later := rand.New(rand.NewPCG(p.seed, simLaterStream))
 	for i := range p.consumers {
 		c := &p.consumers[i]
+		if !c.pauses.none() {
+			continue // one at a time: the judges of two would have to know of each other
+		}
 		if n := 1 + keys.IntN(3); oneIn(keys, 6) && (c.retry == nil || len(c.retry.Delays) == 0) {
 			c.keys = n
 		}
