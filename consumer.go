@@ -79,7 +79,8 @@ func Consume(ctx context.Context, url, queue string, h Handler, opts ...Option) 
 // but do not end with it, see [Handler]. When ctx ends, Run takes no new work (basic.cancel), puts
 // back what no handler has started, waits for running handlers within the limit of
 // [WithDrainTimeout], has their acks confirmed by the broker's close-ok, closes the connection and
-// returns nil.
+// returns nil. A RabbitMQ node may still drop acks for a quorum queue that come by the dozen within
+// milliseconds before the end: such messages come again.
 //
 // Any other end is an error. It may join several; use [errors.Is] and [errors.As]:
 //

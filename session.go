@@ -221,7 +221,11 @@ func (s *session) closeFailed() {
 // receive registers where the deliveries of the consumer with the session's tag go.
 func (s *session) receive() {
 	s.inbox, s.aside = newInbox(s.config.prefetch, s.hire), newAside()
-	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, &receiver{inbox: s.inbox, aside: s.aside, config: s.config, order: s.order})
+	r := &receiver{inbox: s.inbox, aside: s.aside, config: s.config}
+	if s.order != nil { // a nil order is no nil interface
+		r.order = s.order
+	}
+	s.wire = s.conn.socket.Subscribe(s.tag, s.config.prefetch, r)
 }
 
 // forget unregisters a consumer that does not exist, or not any more.
