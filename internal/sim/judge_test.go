@@ -412,7 +412,7 @@ func (j *simJudge) returned(h *simHandling, act simAct, err error) {
 	x := j.handled[h.key]
 	x.working = false
 	switch {
-	case act == actKeep && err != errSimHandler:
+	case act == actKeep && !errors.Is(err, errSimHandler):
 		j.keeps(h, x)
 	case x.allowed != 0: // it has settled by hand
 	case err == nil && act != actMultiple:
