@@ -801,6 +801,8 @@ func (r *Retry) onlyParks() bool { return r.Attempts == 0 && len(r.Delays) == 0 
 func (c *config) checkDelays(r *Retry) {
 	refuse := func(format string, args ...any) { c.refuse("WithRetry", format, args...) }
 	switch {
+	case len(r.Delays) == 0 && r.Attempts > 1 && c.orderingKey != nil:
+		refuse("Attempts must be 0 or 1 beside WithOrderingKey, which excludes Delays, got %d: a failed message is tried again in place", r.Attempts)
 	case len(r.Delays) == 0 && r.Attempts > 1:
 		refuse("Delays is empty, and a message that failed needs one to come back after, such as []time.Duration{time.Second, time.Minute}")
 	case len(r.Delays) > maxDelays:

@@ -185,8 +185,8 @@ func (c *Consumer) refusesLoop(ctx context.Context) error {
 	if ctx == nil {
 		problems = append(problems, &OptionError{"Deliveries", "the context must not be nil"})
 	}
-	if c.grouped {
-		problems = append(problems, &OptionError{"Deliveries", "this Consumer belongs to a Group, whose Run runs it; make one with New"})
+	if c.grouped { // whose options are the group's, and right there
+		return errors.Join(append(problems, &OptionError{"Deliveries", "this Consumer belongs to a Group, whose Run runs it; make one with New"})...)
 	}
 	for _, o := range handlersOptions(c.config) {
 		if o.given {

@@ -568,6 +568,7 @@ func TestOptionsThatKeysExclude(t *testing.T) {
 	}{
 		"nil":      {rig.Options(steadymq.WithOrderingKey(nil)), "WithOrderingKey: must not be nil"},
 		"delays":   {rig.Options(steadymq.WithOrderingKey(byKey), steadymq.WithRetry(steadymq.Retry{Attempts: 2, Delays: []time.Duration{time.Second}})), "cannot be combined with the Delays of WithRetry"},
+		"attempts": {rig.Options(steadymq.WithOrderingKey(byKey), steadymq.WithRetry(steadymq.Retry{Attempts: 3, Park: "p"})), "Attempts must be 0 or 1 beside WithOrderingKey"},
 		"RetryMin": {rig.Options(steadymq.WithOrderingKey(byKey), steadymq.WithQueue(steadymq.Queue{RetryMin: time.Second, RetryMax: time.Second})), "cannot be combined with Queue.RetryMin"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -210,7 +210,7 @@ var mutants = []mutant{
 	inTest("TestLoopRefusesWhatIsAboutHandlers", change("a loop tells only one problem", "pull.go",
 		"\treturn errors.Join(problems...)\n", "\treturn errors.Join(problems[:min(1, len(problems))]...)\n")),
 	inTest("TestLoopRefusesWhatIsAboutHandlers", change("a loop takes a consumer of a group", "pull.go",
-		"\tif c.grouped {\n\t\tproblems", "\tif false {\n\t\tproblems")),
+		"\tif c.grouped { // whose options", "\tif c.grouped && false { // whose options")),
 	inTest("TestLoopRefusesWhatIsAboutHandlers", change("a concurrency of 1 is not refused", "options.go",
 		"c.concurrency, c.set.concurrency = n, true", "c.concurrency, c.set.concurrency = n, n > 1")),
 
