@@ -493,7 +493,7 @@ func (s *supervisor) consuming() stateFunc {
 	from := s.reasonsToMove()
 	from.stop, from.shut = s.ctx.Done(), shut
 	for {
-		first := s.session.consume(from)
+		first := s.session.consume(&from)
 		switch first {
 		case signUnreadable:
 			s.session.setAside()
@@ -568,7 +568,9 @@ func (s *supervisor) staysBusy(from *signals) bool {
 		return false
 	}
 	from.looks++
-	from.retiring, from.later = nil, time.After(lookAgain)
+	later := make(chan struct{})
+	time.AfterFunc(lookAgain, func() { close(later) })
+	from.retiring = later
 	return true
 }
 

@@ -595,7 +595,11 @@ type notices struct {
 
 // rateLimited lets one line pass in a while and counts the others.
 type rateLimited struct {
-	mu         sync.Mutex
+	mu   sync.Mutex
+	used *limited // nil before the first line, which most never see
+}
+
+type limited struct {
 	last       time.Time
 	suppressed uint64
 }
@@ -606,10 +610,13 @@ func (t *rateLimited) allow(interval time.Duration) (left uint64, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := time.Now()
-	if !t.last.IsZero() && now.Sub(t.last) < interval {
-		t.suppressed++
+	switch {
+	case t.used == nil:
+		t.used = new(limited)
+	case now.Sub(t.used.last) < interval:
+		t.used.suppressed++
 		return 0, false
 	}
-	left, t.last, t.suppressed = t.suppressed, now, 0
+	left, t.used.last, t.used.suppressed = t.used.suppressed, now, 0
 	return left, true
 }

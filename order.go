@@ -138,7 +138,7 @@ func (o *order) take(s *session) (*Delivery, bool) {
 }
 
 func (o *order) takeReady(s *session) *Delivery {
-	t := &s.places
+	t := s.places
 	if !t.any.Load() {
 		return nil
 	}
@@ -192,7 +192,7 @@ func (o *order) giveAway(s *session, d *Delivery) {
 func (o *order) admit(s *session, k keyed) (mine bool) {
 	var e effects
 	o.mu.Lock()
-	t, n := &s.places, k.delivery.fence.number
+	t, n := s.places, k.delivery.fence.number
 	switch {
 	case t.ended:
 		o.mu.Unlock()
@@ -219,7 +219,7 @@ func (o *order) admit(s *session, k keyed) (mine bool) {
 
 // awaitEarlier lets a delivery wait whose key was found before that of an earlier one.
 func (o *order) awaitEarlier(s *session, k keyed) {
-	t := &s.places
+	t := s.places
 	if t.early == nil {
 		t.early = make(map[uint64]keyed)
 	}
@@ -232,7 +232,7 @@ func (o *order) awaitEarlier(s *session, k keyed) {
 
 // admitEarly places those that waited for nothing but what has its place now.
 func (o *order) admitEarly(s *session, e *effects) {
-	t := &s.places
+	t := s.places
 	for {
 		k, ok := t.early[t.placed+1]
 		if !ok {
@@ -250,7 +250,7 @@ func (o *order) admitEarly(s *session, e *effects) {
 func (o *order) look(s *session) {
 	var e effects
 	o.mu.Lock()
-	t := &s.places
+	t := s.places
 	hangs := len(t.early) > 0 && t.placed == t.seen
 	if hangs {
 		t.placed++
@@ -449,7 +449,7 @@ func (o *order) end(s *session) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if t := &s.places; !t.ended {
+	if t := s.places; !t.ended {
 		t.ended, t.ready, t.early = true, fifo{}, nil
 		for _, l := range o.lines {
 			l.endWait(o, s)

@@ -58,7 +58,7 @@ type session struct {
 	holds     holds         // failed deliveries that wait to go back
 	laters    laters        // deliveries that were kept by Later
 	transfers transfers     // failed deliveries whose copies are under way
-	places    places        // of its deliveries, under the mutex of order
+	places    *places       // of its deliveries, under the mutex of order; nil without one
 	backlog   backlog       // whether handlers keep up with the prefetch
 	collected atomic.Int64  // deliveries of the batch that is being collected, which are in the gate
 	stall     *notifier     // set by the prober: why it wants another session; nil if there is none
@@ -181,7 +181,9 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 		end:         newNotifier(),
 	}
 	s.holds.session, s.laters.session = s, s
-	s.places.wake = newDelivery()
+	if s.order != nil {
+		s.places = &places{wake: newDelivery()}
+	}
 	s.settler = s
 	if of.config.stallAfter > 0 {
 		s.stall = newNotifier()
@@ -349,14 +351,13 @@ const (
 // signals are those that concern a session and do not come from it.
 type signals struct {
 	stop, retiring <-chan struct{}
-	later          <-chan time.Time // in place of retiring, for a session that has stayed
 	proven         <-chan time.Time
 	shut           *shutTime // of the session
 	looks          int       // how often the session has stayed
 }
 
 // consume waits for the next sign. The driver promises no order among its signs.
-func (s *session) consume(from signals) sign {
+func (s *session) consume(from *signals) sign {
 	select {
 	case <-s.aside.more:
 		return signUnreadable
@@ -372,8 +373,6 @@ func (s *session) consume(from signals) sign {
 	case <-from.stop:
 		return signStop
 	case <-from.retiring:
-		return signRetiring
-	case <-from.later:
 		return signRetiring
 	case <-from.proven:
 		return signProven

@@ -147,13 +147,14 @@ func TestOnlyTheSlowOnesLatenciesCount(t *testing.T) {
 	}
 }
 
-// The figure to keep is 16 KiB; the rest is for what differs from run to run. The benchmark's own
-// processes measure, built without -race, which needs larger stacks.
+// The figure to reach is 16 KiB. Since there are keys, pauses and the like it is 17.2 KiB; the rest is
+// for what differs from run to run. The benchmark's own processes measure, built without -race, which
+// needs larger stacks.
 func TestFurtherConsumerThatIdlesIsSmall(t *testing.T) {
 	if testing.Short() {
 		t.Skip("builds the benchmark")
 	}
-	const limitBytes, limitGoroutines = 17 << 10, 2.1
+	const limitBytes, limitGoroutines = 18 << 10, 2.1
 	self := filepath.Join(t.TempDir(), "bench")
 	if out, err := exec.Command("go", "build", "-o", self, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
