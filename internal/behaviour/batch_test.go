@@ -947,7 +947,7 @@ func TestRandomTricklesKeepTheWait(t *testing.T) {
 // A random trial: whatever happens, no batch holds two sessions or more than its size, none waits
 // longer than it may, no message is lost, and the counters come out even.
 func TestBatchesUnderRandomFaults(t *testing.T) {
-	for seed := range uint64(60) {
+	for seed := range uint64(25) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) { batchTrial(t, rand.New(rand.NewPCG(seed, 16))) })
 	}
 }

@@ -587,7 +587,7 @@ func TestBusyUserOfLaterIsNotWarned(t *testing.T) {
 // Each message is settled in force in the end, whatever happens to sessions and whoever settles,
 // and a delivery only once.
 func TestWhatIsKeptForLaterSurvivesRandomFaults(t *testing.T) {
-	for seed := range uint64(60) {
+	for seed := range uint64(30) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			rig.Bubble(t, func(r *rig.Rig) {
 				random := rand.New(rand.NewPCG(seed, 1))

@@ -637,7 +637,7 @@ func TestOrderOfTwentyThousandOverResets(t *testing.T) {
 }
 
 func TestOrderHoldsWhateverHappens(t *testing.T) {
-	seeds := 40
+	seeds := 20
 	if testing.Short() {
 		seeds = 5
 	}
