@@ -360,10 +360,11 @@ func isLater(err error) bool {
 
 // Handler handles one delivery. Its error decides the outcome: nil acks the message; [Discard]
 // drops or dead-letters it; [Requeue] and [RequeueAfter] put it back; [Park] keeps it in a queue
-// for those that are given up; [Later] leaves it to be settled by hand; any other error, and a panic, puts it back after the hold of
-// [WithRequeueDelay], which grows with every failure. With [WithRetry] such a message waits in a
-// queue of its delay instead, outside of the prefetch, and is given up after the last attempt. The
-// library drops nothing unless the handler says so, or a [Retry] without a Park queue.
+// for those that are given up; [Later] leaves it to be settled by hand; any other error, and a
+// panic, puts it back after the hold of [WithRequeueDelay], which grows with every failure. With
+// [WithRetry] such a message waits in a queue of its delay instead, outside of the prefetch, and is
+// given up after the last attempt. The library drops nothing unless the handler says so, or a
+// [Retry] without a Park queue.
 //
 // Up to [WithConcurrency] handlers run at once. ctx carries the values of Run's context. It ends
 // when the delivery's session is lost ([context.Cause] is a [*SessionError]), after

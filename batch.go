@@ -14,12 +14,13 @@ import (
 // Batches: how deliveries are collected for a handler that takes several at once, and how each of
 // them gets its outcome. The workers of a pool do both.
 
-// BatchHandler handles several deliveries at once, at least one and at most the size of [WithBatch].
-// Its error decides their outcomes: nil acks all of them; a [*BatchError] holds the error of each;
-// any other error, and a panic, is that of all. What an error makes of a message is what it does
-// under a [Handler], for each on its own: [Discard], [Requeue], [RequeueAfter], [Park] and [Later] are
-// followed, a plain error holds it ([WithRequeueDelay]) or is for the policy of [WithRetry]. What
-// the handler has settled by hand stays so. Each message has an ack of its own (multiple=false).
+// BatchHandler handles several deliveries at once, at least one and at most the size of
+// [WithBatch]. Its error decides their outcomes: nil acks all of them; a [*BatchError] holds the
+// error of each; any other error, and a panic, is that of all. What an error makes of a message is
+// what it does under a [Handler], for each on its own: [Discard], [Requeue], [RequeueAfter], [Park]
+// and [Later] are followed, a plain error holds it ([WithRequeueDelay]) or is for the policy of
+// [WithRetry]. What the handler has settled by hand stays so. Each message has an ack of its own
+// (multiple=false).
 //
 // The deliveries are in the order in which they came, and all of one session. [WithConcurrency] is
 // how many batches are handled at once; one batch is collected at a time, and only by a worker that

@@ -489,7 +489,8 @@ func (b *borrower) proved(healthy, lasted bool) {
 	if r := b.keeper.retry; r != nil && healthy {
 		r.healthy()
 	}
-	// Once the next host is chosen that try counts already: another has lost its session with this one.
+	// Once the next host is chosen that try counts already: another has lost its session with this
+	// one.
 	if k := b.keeper; lasted && k.next.address == "" && k.dial == nil {
 		k.hosts.outlived()
 	}

@@ -834,14 +834,16 @@ func (s *supervisor) overflows() bool {
 func leavesNode(err error) bool { return errors.Is(err, errStalled) }
 
 // blameless reports whether a session would fail in the same way on another connection: because of
-// a lock or of the store of WithStreamOffsets, or because the queue is missing or cannot be reached, where no other host may know better.
+// a lock or of the store of WithStreamOffsets, or because the queue is missing or cannot be
+// reached, where no other host may know better.
 func (s *supervisor) blameless(kind class) bool {
 	elsewhere := len(s.borrower.of.hosts.endpoints) > 1
 	return kind == classLocked || kind == classStore || (kind == classAbsent || kind == classUnreachable) && !elsewhere
 }
 
-// dropConnection closes the connection, or leaves it to others without the consumer's queues. The close waits until the handlers of a session that the
-// broker has cancelled have settled on it, for the drain limit at most.
+// dropConnection closes the connection, or leaves it to others without the consumer's queues. The
+// close waits until the handlers of a session that the broker has cancelled have settled on it, for
+// the drain limit at most.
 func (s *supervisor) dropConnection() {
 	if names := s.left(); names.any() {
 		ctx, cancel := s.conn.socket.WithSilence(context.WithoutCancel(s.ctx), s.config.closeTimeout, errCloseTimeout)
@@ -960,8 +962,8 @@ func (s *supervisor) handlersDone(limit <-chan time.Time) bool {
 	}
 }
 
-// awaitRetired waits until the copies of failed messages of earlier sessions that may still settle are
-// confirmed, until the drain limit. Their handlers have returned.
+// awaitRetired waits until the copies of failed messages of earlier sessions that may still settle
+// are confirmed, until the drain limit. Their handlers have returned.
 func (s *supervisor) awaitRetired(limit <-chan time.Time) {
 	for _, l := range s.closing {
 		if l.session == nil || l.session.closed.Load() {
@@ -1162,7 +1164,7 @@ func (s *supervisor) show(is standing) {
 		return
 	}
 	s.shownBy = by
-	if by == nil {
+	if by == nil { // which would be no nil error
 		s.enter(to, nil)
 		return
 	}

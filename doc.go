@@ -67,9 +67,9 @@
 //
 // # Ways to take work
 //
-// [Consumer.Run] gives deliveries to a [Handler] one by one. [Consumer.RunBatch] gives several at once,
-// [WithOrderingKey] keeps the order of those that belong together, [Consumer.Deliveries] is a loop in
-// place of a handler, and [Later] leaves a delivery to be settled by somebody else.
+// [Consumer.Run] gives deliveries to a [Handler] one by one. [Consumer.RunBatch] gives several at
+// once, [WithOrderingKey] keeps the order of those that belong together, [Consumer.Deliveries] is a
+// loop in place of a handler, and [Later] leaves a delivery to be settled by somebody else.
 // [Consumer.Pause], [WithBreaker] and [WithRate] let fewer handlers start, or none.
 //
 // # Many queues

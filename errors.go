@@ -36,12 +36,13 @@ var (
 // [errors.Is].
 var (
 	// ErrRunning is returned by [Consumer.Run], and yielded by [Consumer.Deliveries], of a
-	// [Consumer] that is running already. Make another Consumer for a second subscription. It is inside the error of [Group.Run] if that was
-	// called before.
+	// [Consumer] that is running already. Make another Consumer for a second subscription. It is
+	// inside the error of [Group.Run] if that was called before.
 	ErrRunning = errors.New("steadymq: this Consumer is already running; make another Consumer with New for a second subscription")
 
 	// ErrDrainTimeout is returned by [Consumer.Run] if handlers were still running, or deliveries
-	// that they kept by [Later] unsettled, when the limit of [WithDrainTimeout] had passed. [errors.As] with [*DrainError] tells how many.
+	// that they kept by [Later] unsettled, when the limit of [WithDrainTimeout] had passed.
+	// [errors.As] with [*DrainError] tells how many.
 	ErrDrainTimeout = errors.New("steadymq: drain limit passed")
 
 	// ErrLoginRefused is inside a [*SessionError] with Op "open" when the broker did not let the

@@ -98,10 +98,10 @@ func (l *loan) keepNoOrphans(ctx context.Context, of *config) {
 
 // deleteQueues deletes queues of a loan that live as long as the connection, which lives on without
 // who has declared them: they would be bound and unread there, and locked. One that is not known to
-// belong to the consumer alone is deleted only if nobody consumes from it. Where that fails, or is not answered within
-// ctx, the connection is replaced. A queue of another consumer may keep it for long even so, hence
-// the delete is tried again as long as it stands. cancel ends ctx; done is closed after the first
-// try.
+// belong to the consumer alone is deleted only if nobody consumes from it. Where that fails, or is
+// not answered within ctx, the connection is replaced. A queue of another consumer may keep it for
+// long even so, hence the delete is tried again as long as it stands. cancel ends ctx; done is
+// closed after the first try.
 func (c *connection) deleteQueues(ctx context.Context, cancel context.CancelFunc, names leftQueues, of *config) (done chan struct{}) {
 	done = make(chan struct{})
 	lease := c.lend()
@@ -190,8 +190,8 @@ func deleteQueue(ctx context.Context, c *connection, name string, doubtful bool,
 	return err
 }
 
-// isAlone reports whether a queue of the consumer's connection is known to be the consumer's alone: it
-// is that of WithQueue, or the broker has named it.
+// isAlone reports whether a queue of the consumer's connection is known to be the consumer's alone:
+// it is that of WithQueue, or the broker has named it.
 func isAlone(of *config, queue string) bool { return of.declaresOwned() || namedByBroker(queue) }
 
 // isOthers reports whether the broker says that a queue is locked by another connection.

@@ -296,8 +296,9 @@ func WithConcurrency(n int) Option {
 
 // WithPrefetch sets how many unsettled messages the broker may send ahead (basic.qos
 // prefetch_count, per consumer, https://www.rabbitmq.com/docs/consumer-prefetch). Default 32, or
-// the concurrency where that is higher; for batches what [WithBatch] says. Range: the concurrency to 65535; New refuses 0, which would
-// mean "no limit" to the broker and the whole queue in memory here.
+// the concurrency where that is higher; for batches what [WithBatch] says. Range: the concurrency
+// to 65535; New refuses 0, which would mean "no limit" to the broker and the whole queue in memory
+// here.
 //
 // It is also the most messages that can be delivered twice when a session is lost. Up to RabbitMQ
 // 4.2 each of them counts towards a quorum queue's delivery limit (20 by default since 4.0), also
@@ -320,12 +321,13 @@ func WithPrefetch(n int) Option {
 //
 // Default: 100 and 100 ms. Range: size 1 to 65535, and at most that many times [WithConcurrency],
 // which is how many batches are handled at once; wait 1 ms to 15 min, half of RabbitMQ's consumer
-// timeout, or half of an x-consumer-timeout that is given. The prefetch, unless [WithPrefetch] is given, is then twice size times the concurrency,
-// so that the next batches are on their way while some are handled, but at least 32 and at most
-// 65535. What is refused: a WithPrefetch below size times the concurrency, with which no batch
-// fills; [WithMiddleware], which wraps single deliveries, and [WithOrderingKey], which orders them; and
-// WithBatch itself by [Consumer.Run], [Consumer.Deliveries] and [Group.Handle]. Given to [NewGroup] it is
-// for the consumers of HandleBatch.
+// timeout, or half of an x-consumer-timeout that is given. The prefetch, unless [WithPrefetch] is
+// given, is then twice size times the concurrency, so that the next batches are on their way while
+// some are handled, but at least 32 and at most 65535. What is refused: a WithPrefetch below size
+// times the concurrency, with which no batch fills; [WithMiddleware], which wraps single
+// deliveries, and [WithOrderingKey], which orders them; and WithBatch itself by [Consumer.Run],
+// [Consumer.Deliveries] and [Group.Handle]. Given to [NewGroup] it is for the consumers of
+// HandleBatch.
 func WithBatch(size int, wait time.Duration) Option {
 	return func(c *config) {
 		c.batches, c.batchSize, c.batchWait = true, size, wait
@@ -538,10 +540,10 @@ func WithRequeueDelay(first, longest time.Duration) Option {
 //
 // With it, do not write into the bytes of d.Body or the entries of d.Headers: the copy has the same
 // ones. New refuses it on streams, as far as the options say that the queue is one (on another it
-// would append failed messages to the stream), on exclusive and auto-delete queues and on those that
-// the broker names; [Retry] says the ranges. Default: none, a failed message is held and put back, see [WithRequeueDelay].
-// For one queue of a Group whose others have a policy, WithRetry(Retry{}) given to [Group.Handle] is
-// none, too.
+// would append failed messages to the stream), on exclusive and auto-delete queues and on those
+// that the broker names; [Retry] says the ranges. Default: none, a failed message is held and put
+// back, see [WithRequeueDelay]. For one queue of a Group whose others have a policy,
+// WithRetry(Retry{}) given to [Group.Handle] is none, too.
 func WithRetry(r Retry) Option {
 	return func(c *config) {
 		r.Delays = slices.Clone(r.Delays)
@@ -569,13 +571,15 @@ func WithRetry(r Retry) Option {
 // [*SessionError] with Op "offsets"): nothing is consumed, it is tried again after up to 10 s
 // ([WithBackoff]), and Run never ends because of it, unless [WithFatal] says so. A Save may take as
 // long as [WithCloseTimeout] says; if it fails, the newest place is saved a second later. Nothing
-// waits for it but the end of Run, within that same limit for all saves together. No other Save is begun while one that was left behind has not
-// returned. Failed calls count in [Stats].OffsetsFailed, and a line in the log tells of saves, once
-// a minute, with how long they have failed.
+// waits for it but the end of Run, within that same limit for all saves together. No other Save is
+// begun while one that was left behind has not returned. Failed calls count in
+// [Stats].OffsetsFailed, and a line in the log tells of saves, once a minute, with how long they
+// have failed.
 //
 // A stream that was deleted counts from 0 again, and so does the place. At the start the message
 // before the place is looked for: if three looks, some seconds apart, find none there or behind it,
-// the stream was made anew, and is read from its beginning. One that has grown beyond the place by
+// and the stream is empty or gives an earlier message, it was made anew, and is read from its
+// beginning; one that gives nothing at all is looked at again. One that has grown beyond the place by
 // then looks like the old one: give it a new name. Where the stream has dropped what it held at the
 // place, it is read from the first message that is left.
 //
@@ -607,8 +611,8 @@ func WithStreamOffsets(s OffsetStore) Option {
 // handlers return that began before the breaker opened changes nothing then, and an error that does
 // not count lets another message through at once.
 //
-// A batch ([Consumer.RunBatch]) counts as one, by the error of its handler or, in a [BatchError], by the
-// first one of a message. The one that is let through has a single message.
+// A batch ([Consumer.RunBatch]) counts as one, by the error of its handler or, in a [BatchError],
+// by the first one of a message. The one that is let through has a single message.
 //
 // Failures are what handlers return, see [Breaker]; errors of a handler whose session was lost do
 // not count. While the breaker is open the state is [Paused], and its StateChange has a
@@ -624,8 +628,8 @@ func WithStreamOffsets(s OffsetStore) Option {
 // it, see [Consumer.Pause]: prefer a Wait of up to a minute.
 //
 // Each try is a failure of its message, which a delivery limit counts: on a queue of others with 20
-// tries (RabbitMQ's default since 4.0) an outage of five to ten hours takes what was prefetched there.
-// Give that queue no limit, see [WithQueue].
+// tries (RabbitMQ's default since 4.0) an outage of five to ten hours takes what was prefetched
+// there. Give that queue no limit, see [WithQueue].
 //
 // In a [Group] each consumer has a breaker of its own. Default: none.
 func WithBreaker(b Breaker) Option {

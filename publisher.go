@@ -19,9 +19,10 @@ import (
 	"github.com/steadymq/steadymq/internal/retryqueue"
 )
 
-// Who publishes the copies of failed messages, see WithRetry in config.go. A Consumer alone has a publisher, and
-// all consumers of a Group have one together. It has a connection of its own, because a broker that
-// is short of memory or disk stops reading from connections that have published, acks included.
+// Who publishes the copies of failed messages, see WithRetry in config.go. A Consumer alone has a
+// publisher, and all consumers of a Group have one together. It has a connection of its own,
+// because a broker that is short of memory or disk stops reading from connections that have
+// published, acks included.
 
 // publisher sends transfers, on one channel after the other. Its goroutine begins with the first
 // one, and ends, with the connection, when there have been none for a while or the broker cannot be

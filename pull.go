@@ -41,11 +41,11 @@ import (
 // would settle, behind it, makes it wait for the whole limit and goes back to the queue. A panic goes
 // on once that is done.
 //
-// An error is yielded once, in the last turn, with a nil delivery. It is what Run would have returned:
-// a lost session is none. If that is nil, as after the end of ctx, nothing is yielded. Once the body
-// has left, nothing can be yielded any more; what Run would have returned is then in the log, and
-// with [Hooks].StateChanged the Cause of the change to [Stopped]. A [*DrainError] counts a body that
-// is still at work as a handler.
+// An error is yielded once, in the last turn, with a nil delivery. It is what Run would have
+// returned: a lost session is none. If that is nil, as after the end of ctx, nothing is yielded.
+// Once the body has left, nothing can be yielded any more; what Run would have returned is then in
+// the log, and with [Hooks].StateChanged the Cause of the change to [Stopped]. A [*DrainError]
+// counts a body that is still at work as a handler.
 //
 // The iterator may be used again, and each loop is a Run of its own; one that begins while the
 // Consumer is running gets [ErrRunning]. Of a Consumer of a [Group] the error is an [*OptionError],

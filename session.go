@@ -207,9 +207,9 @@ func trySession(ctx context.Context, c *loan, of *scope, id, try uint64, tag str
 	return s, nil
 }
 
-// closeFailed closes the channel of a round that has failed, or whose question has used it up. Nothing
-// depends on the broker's answer, so without one the channel is given up, and the next round need not
-// wait as long as a set-up may take. ctx ends the wait, too.
+// closeFailed closes the channel of a round that has failed, or whose question has used it up.
+// Nothing depends on the broker's answer, so without one the channel is given up, and the next
+// round need not wait as long as a set-up may take. ctx ends the wait, too.
 func (s *session) closeFailed() {
 	limit := s.config.closeTimeout
 	giveUp := func() {
@@ -737,9 +737,9 @@ func (s hookSettler) settle(d *Delivery, o Outcome) error {
 	return err
 }
 
-// releaseHeld settles the deliveries that are held and, once the session is lost, those whose copies
-// are under way and those that were kept for later. Hooks.Settled is called elsewhere, because it must not delay the session's own
-// goroutine.
+// releaseHeld settles the deliveries that are held and, once the session is lost, those whose
+// copies are under way and those that were kept for later. Hooks.Settled is called elsewhere,
+// because it must not delay the session's own goroutine.
 func (s *session) releaseHeld() {
 	held := &collectingSettler{session: s}
 	s.holds.release(held)
@@ -843,9 +843,9 @@ func (s *session) healthy(now time.Time) bool {
 }
 
 // gate counts the handlers at work, the deliveries that they have kept for later, and the failed
-// ones whose copies are on their way. Once
-// it is closed none enters any more, and done is closed when the last one has left. Workers,
-// transfers and those who settle later enter and leave; the session's goroutine closes it.
+// ones whose copies are on their way. Once it is closed none enters any more, and done is closed when
+// the last one has left. Workers, transfers and those who settle later enter and leave; the session's
+// goroutine closes it.
 type gate struct {
 	count atomic.Int64  // twice the number of handlers inside, plus one once it is closed
 	done  chan struct{} // made by close

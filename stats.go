@@ -94,8 +94,8 @@ type Hooks struct {
 	// that message.
 	//
 	// It is called on the goroutine that settles, which it delays, concurrently with others; for
-	// messages that were held or kept when their session ended, on that of StateChanged and with its limit.
-	// A delivery whose handler is still running when Run returns is not told.
+	// messages that were held or kept when their session ended, on that of StateChanged and with
+	// its limit. A delivery whose handler is still running when Run returns is not told.
 	Settled func(d *Delivery, o Outcome)
 }
 

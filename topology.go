@@ -498,8 +498,8 @@ func (s *session) sample(offset any) error {
 	return err
 }
 
-// awaitSample returns the first message of the sample, nil if none comes. One that is on its way, on a
-// slow path, is waited for, for longest at most.
+// awaitSample returns the first message of the sample, nil if none comes. One that is on its way,
+// on a slow path, is waited for, for longest at most.
 func (s *session) awaitSample(ctx context.Context, trip, longest time.Duration) (*Delivery, error) {
 	silent := make(chan struct{})
 	wait := locateWait + locateTrips*trip

@@ -254,8 +254,8 @@ func wrap(ctx context.Context, c *config, h Handler, left func()) (Handler, erro
 
 // Invoke runs h on d as a [Consumer] does, but without its holds, so that a test of a handler can
 // assert what becomes of the message: a panic is an error ([*PanicError]), and the error settles d
-// unless h has settled it by itself, or it is [Later]. It returns the outcome and the error. h gets ctx as it is. It
-// knows no [WithRetry]: what that would delay or park is [Requeued] here.
+// unless h has settled it by itself, or it is [Later]. It returns the outcome and the error. h gets
+// ctx as it is. It knows no [WithRetry]: what that would delay or park is [Requeued] here.
 //
 // Make d with [NewDelivery]: any other is refused, without a call of h. [Middleware] wraps h
 // before: Invoke(ctx, policy(handle), d).

@@ -1,11 +1,12 @@
 // Streamoffsets consumes a stream and goes on where it was when it is started again. Stop it by
 // Ctrl-C, or kill it, and start it again:
 //
-//	AMQP_URL=amqp://guest:guest@localhost:5672/ go run ./examples/streamoffsets -dir /tmp/places
+//	AMQP_URL=amqp://guest:guest@localhost:5672/ go run ./examples/streamoffsets
 //
-// Its place is in a file of that directory. After a Ctrl-C the next number follows; after a kill some
-// numbers come once more, those of the last second. SQLStore in this folder keeps the place in a
-// database in its stead, and lets the work and the place agree to the message. Copy what you need.
+// Its place is in a file of the working directory, or of that which -dir names. After a Ctrl-C the
+// next number follows; after a kill some numbers come once more, those of the last second. SQLStore in
+// this folder keeps the place in a database in its stead, and lets the work and the place agree to the
+// message. Copy what you need.
 //
 // Without AMQP_URL it brings its own broker, in this process: then each start has a new stream, which
 // is noticed after a few seconds and read from its beginning.
